@@ -1,0 +1,68 @@
+"""Constant-memory sequence models with exact recall.
+
+Names load on first use, so that ``import unimatrix`` is instant. The first model name taken from
+here also registers the models with the Auto classes of transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unimatrix.cache import UniMatrixCache
+    from unimatrix.configuration import PRESETS, UniMatrixConfig
+    from unimatrix.errors import InputError
+    from unimatrix.modeling import UniMatrixForCausalLM, UniMatrixModel
+    from unimatrix.published import from_published
+    from unimatrix.tokenization import UniMatrixTokenizer, decode_bytes, encode_bytes
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "InputError": "errors",
+    "PRESETS": "configuration",
+    "UniMatrixCache": "cache",
+    "UniMatrixConfig": "configuration",
+    "UniMatrixForCausalLM": "modeling",
+    "UniMatrixModel": "modeling",
+    "UniMatrixTokenizer": "tokenization",
+    "decode_bytes": "tokenization",
+    "encode_bytes": "tokenization",
+    "from_published": "published",
+}
+_MODEL_NAMES = frozenset(
+    {
+        "UniMatrixCache",
+        "UniMatrixConfig",
+        "UniMatrixForCausalLM",
+        "UniMatrixModel",
+        "UniMatrixTokenizer",
+        "from_published",
+    }
+)
+
+__all__ = [
+    "PRESETS",
+    "InputError",
+    "UniMatrixCache",
+    "UniMatrixConfig",
+    "UniMatrixForCausalLM",
+    "UniMatrixModel",
+    "UniMatrixTokenizer",
+    "decode_bytes",
+    "encode_bytes",
+    "from_published",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unimatrix' has no attribute {name!r}")
+    if name in _MODEL_NAMES:
+        importlib.import_module("unimatrix.auto").register()
+    value = getattr(importlib.import_module(f"unimatrix.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The peers, from the libraries that have them."""

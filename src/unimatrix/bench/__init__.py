@@ -1,0 +1,1 @@
+"""Timing, side by side in one process."""

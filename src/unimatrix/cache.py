@@ -1,0 +1,275 @@
+"""The decode cache: everything a model needs to continue a sequence, of constant size."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unimatrix.configuration import FORMAT_VERSION, UniMatrixConfig
+from unimatrix.errors import InputError
+from unimatrix.nn.block import Associations, DepthCarry
+from unimatrix.ops.dense_memory import DenseMemory
+from unimatrix.ops.slots import SlotState
+from unimatrix.ops.suffix_automaton import AutomatonState
+
+FORMAT = "unimatrix-cache"
+
+# Configuration fields that decide the cache's contents and shapes.
+_CARRIED_BY = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "residual_path",
+    "update_rules",
+    "norm_guard",
+    "associative_memory",
+    "slot_source",
+    "slot_key_size",
+    "num_slots",
+    "identity_lookup",
+    "identity_values",
+    "match_threshold",
+    "strength_floor",
+    "automaton_window",
+)
+
+
+def digest_config(config: UniMatrixConfig) -> str:
+    """Return a short hash of the fields that decide what a cache holds."""
+    fields = {name: getattr(config, name) for name in _CARRIED_BY}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# Not frozen: `generate` marks the cache that a caller passes with an attribute of its own.
+@dataclass(eq=False)
+class UniMatrixCache:
+    """Everything carried from call to call; ``forward`` returns a new one and alters none.
+
+    Constant in the length of the stream, except for the dense associative memory, which grows by
+    nature, and the suffix automaton without ``automaton_window``.
+
+    Attributes:
+        config_digest: hash of the configuration it belongs to.
+        num_columns: columns consumed so far, padding included.
+        num_tokens: [B] int64, real tokens consumed by each row.
+        last_token_ids: [B] int64, the last real token, -1 where there is none.
+        depth: what each depth step carries.
+        associations: bindings of the token source, shared by the depth steps.
+        automaton: the suffix automaton; lives on the CPU.
+    """
+
+    config_digest: str
+    num_columns: int
+    num_tokens: Tensor
+    last_token_ids: Tensor
+    depth: tuple[DepthCarry, ...]
+    associations: Associations = field(default_factory=Associations)
+    automaton: AutomatonState | None = None
+
+    # Read by transformers' `generate`.
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns consumed so far, as ``generate`` counts them."""
+        return self.num_columns
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return int(self.num_tokens.shape[0])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by name; batch is the first dimension of each."""
+        return _flatten(
+            {
+                "num_tokens": self.num_tokens,
+                "last_token_ids": self.last_token_ids,
+                "depth": self.depth,
+                "associations": self.associations,
+                "automaton": self.automaton,
+            }
+        )
+
+    def select_rows(self, rows: Tensor) -> "UniMatrixCache":
+        """Return a cache of the given rows, in that order; rows may repeat (beams).
+
+        Args:
+            rows: [B'] int64.
+        """
+        return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+
+    def detach(self) -> "UniMatrixCache":
+        """Return a cache without history of gradients."""
+        return self._map(lambda tensor: tensor.detach())
+
+    def to(self, device: torch.device | str) -> "UniMatrixCache":
+        """Return a cache on the device; the automaton stays on the CPU, where it is read."""
+        moved = self._map(lambda tensor: tensor.to(device))
+        return replace(moved, automaton=self.automaton)
+
+    def num_bytes(self) -> int:
+        """Return the bytes of every tensor, as allocated."""
+        return sum(self.bytes_by_part().values())
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Return bytes by part: matrix_state, slots, dense_memory, automaton, counters."""
+        parts = dict.fromkeys(("matrix_state", "slots", "dense_memory", "automaton", "counters"), 0)
+        for name, tensor in self.tensors().items():
+            parts[_name_part(name)] += tensor.numel() * tensor.element_size()
+        return parts
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to one safetensors file.
+
+        Args:
+            path: the file; replaced only when everything is written.
+        """
+        metadata = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "config_digest": self.config_digest,
+            "num_columns": str(self.num_columns),
+            "num_depth_steps": str(len(self.depth)),
+        }
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
+        partial = f"{os.fspath(path)}.partial"
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    ) -> "UniMatrixCache":
+        """Read a cache that ``save`` wrote.
+
+        Raises:
+            InputError: if the file is missing, is no cache, or is of a later format.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise InputError(f"no cache file at {os.fspath(path)!r}") from error
+        except SafetensorError as error:
+            raise InputError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise InputError(f"{os.fspath(path)!r} is not a cache written by UniMatrixCache.save")
+        if int(metadata["format_version"]) > FORMAT_VERSION:
+            raise InputError(
+                f"{os.fspath(path)!r} has format version {metadata['format_version']} and this "
+                f"release reads up to {FORMAT_VERSION}; upgrade unimatrix-lm"
+            )
+        return cls(
+            config_digest=metadata["config_digest"],
+            num_columns=int(metadata["num_columns"]),
+            num_tokens=tensors["num_tokens"],
+            last_token_ids=tensors["last_token_ids"],
+            depth=tuple(
+                DepthCarry(
+                    tensors.get(f"depth.{i}.matrix_state"),
+                    _gather_associations(tensors, f"depth.{i}.associations."),
+                )
+                for i in range(int(metadata["num_depth_steps"]))
+            ),
+            associations=_gather_associations(tensors, "associations."),
+            automaton=_gather(AutomatonState, tensors, "automaton."),
+        ).to(device)
+
+    def check(self, config: UniMatrixConfig, batch: int) -> None:
+        """Raise ``InputError`` unless the cache belongs to this model and batch."""
+        if self.config_digest != digest_config(config):
+            raise InputError(
+                "this cache was made by a model of another configuration; pass one made by this "
+                "model, or none"
+            )
+        if self.batch_size != batch:
+            raise InputError(
+                f"this cache has {self.batch_size} rows and input_ids has {batch}; select rows "
+                "with cache.select_rows"
+            )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "UniMatrixCache":
+        """Return a cache with ``function`` applied to every tensor."""
+        return replace(
+            self,
+            num_tokens=function(self.num_tokens),
+            last_token_ids=function(self.last_token_ids),
+            depth=_map(self.depth, function),
+            associations=_map(self.associations, function),
+            automaton=_map(self.automaton, function),
+        )
+
+
+def start_cache(config: UniMatrixConfig, input_ids: Tensor) -> UniMatrixCache:
+    """Return the cache of an empty sequence, for as many rows as ``input_ids`` has."""
+    batch, device = input_ids.shape[0], input_ids.device
+    return UniMatrixCache(
+        config_digest=digest_config(config),
+        num_columns=0,
+        num_tokens=torch.zeros(batch, dtype=torch.int64, device=device),
+        last_token_ids=torch.full((batch,), -1, dtype=torch.int64, device=device),
+        depth=(DepthCarry(),) * config.num_hidden_layers,
+    )
+
+
+def _flatten(parts: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of nested named tuples, tuples and dicts by dotted name."""
+    if parts is None:
+        return {}
+    if isinstance(parts, Tensor):
+        return {prefix.removesuffix("."): parts}
+    if hasattr(parts, "_asdict"):
+        parts = parts._asdict()
+    items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+    tensors: dict[str, Tensor] = {}
+    for name, part in items:
+        tensors |= _flatten(part, f"{prefix}{name}.")
+    return tensors
+
+
+def _map(parts: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to every tensor of nested named tuples and tuples."""
+    if parts is None:
+        return None
+    if isinstance(parts, Tensor):
+        return function(parts)
+    mapped = [_map(part, function) for part in parts]
+    return type(parts)(*mapped) if hasattr(parts, "_asdict") else tuple(mapped)
+
+
+def _gather(kind: Any, tensors: dict[str, Tensor], prefix: str) -> Any:
+    """Return the named tuple stored under ``prefix``, ``None`` if there is none."""
+    fields = {name: tensors.get(prefix + name) for name in kind._fields}
+    return None if all(value is None for value in fields.values()) else kind(**fields)
+
+
+def _gather_associations(tensors: dict[str, Tensor], prefix: str) -> Associations:
+    """Return the associations stored under ``prefix``."""
+    return Associations(
+        tensors.get(f"{prefix}previous"),
+        _gather(SlotState, tensors, f"{prefix}slots."),
+        _gather(DenseMemory, tensors, f"{prefix}dense."),
+    )
+
+
+def _name_part(name: str) -> str:
+    """Return the part of the cache that the tensor belongs to."""
+    for key, part in (
+        ("matrix_state", "matrix_state"),
+        ("dense.", "dense_memory"),
+        ("associations.", "slots"),
+        ("automaton.", "automaton"),
+    ):
+        if key in name:
+            return part
+    return "counters"

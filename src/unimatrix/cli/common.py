@@ -1,0 +1,75 @@
+"""What every verb shares: option types, the choice of a device, and how a result is printed.
+
+stdout carries the result and nothing else; progress, logs and errors go to stderr.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from unimatrix.errors import InputError, suggest
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one line of JSON on stdout.")
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="auto, cpu, cuda or mps; auto takes CUDA, then MPS, then the CPU.",
+        show_default=True,
+    ),
+]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Seed of everything random; a whole number.")
+]
+
+
+def make_log() -> Console:
+    """Return a console on the present stderr, for everything that is not the result."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def pick_device(name: str) -> str:
+    """Return the device that a ``--device`` name stands for here.
+
+    Args:
+        name: one of ``DEVICES``; ``auto`` is CUDA where there is one, else MPS, else the CPU.
+
+    Raises:
+        InputError: for an unknown name, or a device that this machine does not have.
+    """
+    if name not in DEVICES:
+        raise InputError(
+            f"unknown device {name!r}; choose one of {', '.join(DEVICES)}.{suggest(name, DEVICES)}"
+        )
+    import torch
+
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return next(device for device, there in present.items() if there)
+    if not present[name]:
+        raise InputError(f"there is no {name} device here; use --device cpu.")
+    return name
+
+
+def emit(result: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:
+    """Print a result on stdout.
+
+    Args:
+        result: what the verb found; JSON types only.
+        as_json: print it as one line of JSON; else as text.
+        render: makes the text.
+    """
+    sys.stdout.write((json.dumps(result) if as_json else render(result)) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,146 @@
+"""``unimatrix eval``: bits per byte on a corpus."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, make_log, pick_device
+from unimatrix.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from unimatrix.data import Corpus
+
+SPLITS = ("train", "valid", "test")
+
+
+def run(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Corpus, file, folder or glob; repeat for several files.",
+            show_default="what a run was trained on",
+        ),
+    ] = None,
+    valid_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What validates instead: all of these bytes; repeat for several files.",
+            show_default="the corpus's own split; of files, the last 5 %",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="valid, test or train.")] = "valid",
+    limit_bytes: Annotated[
+        int | None,
+        typer.Option(help="Measure the first so many bytes only.", show_default="all"),
+    ] = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure bits per byte: what the model pays to predict a text, beside xz on the same bytes.
+
+    Models without a position table read the whole text with their context carried along; the others
+    read it in independent windows of their length, and "context" says so. Nothing is random: --seed
+    is taken so that every verb has it, and moves nothing.
+    """
+    if split not in SPLITS:
+        raise InputError(
+            f"there is no split {split!r}; choose one of {', '.join(SPLITS)}."
+            f"{suggest(split, SPLITS)}"
+        )
+    if limit_bytes is not None and limit_bytes < 1:
+        raise InputError(f"limit-bytes is {limit_bytes}; it must be at least 1")
+    place = pick_device(device)
+    result = _measure(
+        model, open_corpus(model, data, valid_data), split, limit_bytes=limit_bytes, device=place
+    )
+    emit(result, as_json, _render)
+
+
+def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None) -> "Corpus":
+    """Open the corpus to evaluate on.
+
+    Args:
+        model: a run folder, whose recipe names the corpus where nothing else does.
+        data: corpus, files, folders or globs.
+        valid_data: validation text; alone, it is the whole corpus.
+
+    Raises:
+        InputError: if there is nothing to evaluate on, or it cannot be opened.
+    """
+    from unimatrix.checkpoints import find_recipe
+    from unimatrix.data import load_corpus
+    from unimatrix.recipe import load_recipe
+
+    if data or valid_data:
+        return load_corpus(data or valid_data or [], valid_data or None)
+    recipe_path = find_recipe(model)
+    if recipe_path is None:
+        raise InputError(f"{model!r} does not say what it was trained on; name a text with --data")
+    section = load_recipe(recipe_path).data
+    return load_corpus(section.data, section.valid_data or None)
+
+
+def _measure(
+    name: str, corpus: "Corpus", split: str, *, limit_bytes: int | None, device: str
+) -> dict[str, Any]:
+    """Load the model and measure it and xz on one split."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from unimatrix.checkpoints import load_model, require_byte_level
+    from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
+    from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
+
+    streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
+    stream = streams[split]
+    if stream is None:
+        there = ", ".join(name for name, part in streams.items() if part is not None)
+        raise InputError(f"corpus {corpus.name!r} has no {split} split; choose one of {there}")
+    model = load_model(name, device=device).model
+    require_byte_level(model, name)
+    num_bytes = len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
+    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=make_log(), transient=True) as progress:
+        bar = progress.add_task("measuring", total=num_bytes)
+        start = time.perf_counter()
+        score = measure_bits_per_byte(
+            model,
+            stream,
+            limit_bytes=limit_bytes,
+            on_progress=lambda done: progress.update(bar, completed=done),
+        )
+        seconds = time.perf_counter() - start
+    return {
+        "bits_per_byte": score.bits_per_byte,
+        "xz_bits_per_byte": measure_xz_bits_per_byte(stream, limit_bytes=limit_bytes),
+        "bytes": score.bytes,
+        "split": split,
+        "split_bytes": len(stream),
+        "context": score.context,
+        "corpus": corpus.name,
+        "corpus_sha256": corpus.sha256,
+        "model": name,
+        "parameters": model.num_parameters(),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _render(result: dict[str, Any]) -> str:
+    """Return the result for people."""
+    ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
+    whole = result["bytes"] == result["split_bytes"]
+    extent = "all" if whole else "the first"
+    return "\n".join(
+        [
+            f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {'' if ours < xz else 'not '}beaten)",
+            f"text           {extent} {result['bytes']:,} bytes of {result['corpus']}, "
+            f"{result['split']} split",
+            f"context        {result['context']}",
+            f"model          {result['model']}, {result['parameters']:,} parameters",
+            f"time           {result['seconds']:.1f} s",
+        ]
+    )

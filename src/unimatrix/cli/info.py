@@ -1,0 +1,144 @@
+"""``unimatrix info``: what a model or a preset consists of."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, pick_device
+from unimatrix.cli.terminal import to_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MANY_TOKENS = 2048
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL|PRESET]",
+            help="Run folder, saved model or preset.",
+            show_default="a table of the presets",
+        ),
+    ] = None,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the parameters of a model, the bytes it carries from token to token, and its back ends.
+
+    State bytes are those of a real cache at batch 1 after one token; what grows with the text is
+    marked. Nothing depends on --seed, which is taken so that every verb has it.
+    """
+    place = pick_device(device)
+
+    from unimatrix.configuration import PRESETS
+
+    if model is None:
+        result = {"presets": [describe_model(name, place) for name in PRESETS]}
+        emit(result, as_json, _render_presets)
+    else:
+        emit(describe_model(model, place), as_json, _render_model)
+
+
+def describe_model(name: str, device: str) -> dict[str, Any]:
+    """Return what a model consists of, as JSON types.
+
+    Args:
+        name: run folder, saved model or preset; weights are not needed.
+        device: where its cache is made.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    from unimatrix.checkpoints import load_config
+    from unimatrix.evaluation.footprint import (
+        choose_backends,
+        count_parameters,
+        list_growing_parts,
+        measure_state_bytes,
+    )
+    from unimatrix.modeling import UniMatrixForCausalLM
+
+    config = load_config(name)
+    model = UniMatrixForCausalLM(config).to(device)
+    parameters, state_bytes = count_parameters(model), measure_state_bytes(model)
+    return {
+        "model": name,
+        "parameters": sum(parameters.values()),
+        "parameters_by_part": parameters,
+        "state_bytes": sum(state_bytes.values()),
+        "state_bytes_by_part": state_bytes,
+        "grows": list_growing_parts(model),
+        "depth_steps": config.num_hidden_layers,
+        "max_position_embeddings": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "device": device,
+        "backends": {
+            "reading": choose_backends(model, _MANY_TOKENS),
+            "decoding": choose_backends(model, 1),
+        },
+    }
+
+
+def _render_model(result: dict[str, Any]) -> str:
+    """Return one model as two tables and a few facts."""
+    from rich.table import Table
+
+    parameters = _start_table("parameters", result["parameters"])
+    for part, count in result["parameters_by_part"].items():
+        parameters.add_row(_spell(part), f"{count:,}", "")
+    state = _start_table("state bytes", result["state_bytes"])
+    for part, count in result["state_bytes_by_part"].items():
+        state.add_row(_spell(part), f"{count:,}", "grows" if part in result["grows"] else "")
+    facts = Table.grid(padding=(0, 2))
+    rows = result["max_position_embeddings"]
+    facts.add_row("depth steps", str(result["depth_steps"]))
+    facts.add_row("length", "any" if rows is None else f"at most {rows:,} tokens (position table)")
+    facts.add_row("vocabulary", f"{result['vocab_size']:,} ids")
+    for use, backends in result["backends"].items():
+        chosen = ", ".join(f"{_spell(op)} {name}" for op, name in backends.items())
+        facts.add_row(f"{use} on {result['device']}", chosen)
+    return to_text(f"[bold]{escape(result['model'])}[/]", "", facts, "", parameters, "", state)
+
+
+def _start_table(title: str, total: int) -> "Table":
+    """Return a table of parts, counts and remarks, with the total in its head."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(title)
+    table.add_column(f"{total:,}", justify="right")
+    table.add_column("")
+    return table
+
+
+def _render_presets(result: dict[str, Any]) -> str:
+    """Return the presets as a table."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("preset", no_wrap=True)
+    table.add_column("parameters", justify="right")
+    table.add_column("state bytes", justify="right")
+    table.add_column("carries", overflow="fold")
+    for row in result["presets"]:
+        carried = [part for part in row["state_bytes_by_part"] if part != "counters"]
+        names = [f"{_spell(p)} (grows)" if p in row["grows"] else _spell(p) for p in carried]
+        table.add_row(
+            row["model"], f"{row['parameters']:,}", f"{row['state_bytes']:,}", ", ".join(names)
+        )
+    return to_text(
+        table,
+        "",
+        "Published size: D 64, L 3, vocabulary 259, position table of 128. State bytes: batch 1, "
+        "after one token.",
+        "Details: unimatrix info PRESET",
+    )
+
+
+def _spell(name: str) -> str:
+    """Return an identifier as words."""
+    return name.replace("_", " ")

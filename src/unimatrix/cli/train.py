@@ -1,0 +1,243 @@
+"""``unimatrix train``: train on a corpus, validate, and say what to type next."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from unimatrix.cli.common import (
+    DeviceOption,
+    JsonOption,
+    SeedOption,
+    emit,
+    make_log,
+    pick_device,
+)
+from unimatrix.errors import InputError
+from unimatrix.recipe import (
+    DEFAULT_RECIPE,
+    Recipe,
+    describe_key,
+    find_difference,
+    list_recipes,
+    load_recipe,
+    override,
+    replace_fields,
+)
+
+if TYPE_CHECKING:
+    from unimatrix.training_run import TrainingRun
+
+
+def run(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help=f"A .toml file, or a shipped recipe: {', '.join(list_recipes())}; without it, "
+            f"{DEFAULT_RECIPE}.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help=f"{describe_key('model.preset')} See `unimatrix info`."),
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help=f"{describe_key('data.data')} Repeatable.")
+    ] = None,
+    valid_data: Annotated[
+        list[str] | None, typer.Option("--valid-data", help=describe_key("data.valid_data"))
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help=describe_key("train.minutes"))
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help=describe_key("train.steps"))] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Run folder to create; without it, runs/PRESET-CORPUS-N."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the interrupted run in --out, exactly.")
+    ] = False,
+    init: Annotated[str | None, typer.Option("--init", help=describe_key("model.init"))] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change any other field, such as train.learning_rate=1e-3 or "
+            "model.hidden_size=128; --dry-run lists them. Repeatable.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing else.")
+    ] = False,
+    as_json: JsonOption = False,
+    device: DeviceOption = "auto",
+    seed: SeedOption = None,
+) -> None:
+    """Train a byte-level model, validate it beside xz, and let it write.
+
+    Without arguments: two minutes of training on the sources of Python's standard library. The
+    budget covers training; set-up and validation come on top. Ctrl-C saves a checkpoint (exit code
+    1). torchrun --nproc-per-node N --no-python unimatrix train ... trains data-parallel.
+    """
+    flags = {
+        "model.preset": preset,
+        "model.init": init,
+        "data.data": data,
+        "data.valid_data": valid_data,
+        "train.minutes": minutes,
+        "train.steps": steps,
+        "train.seed": seed,
+    }
+    given = {key: value for key, value in flags.items() if value not in (None, [])}
+    resolved = _resolve(recipe, given, assignments or [], out if resume else None)
+    if resume and out is None:
+        raise InputError("--resume needs the run to continue; name its folder with --out DIR")
+    if dry_run:
+        _check_model(resolved)
+        emit(resolved.to_dict(), as_json, _render_recipe)
+        return
+    _train(resolved, out, resume=resume, device=pick_device(device), as_json=as_json)
+
+
+def _resolve(
+    name: str | None, given: dict[str, Any], assignments: list[str], resumed: Path | None
+) -> Recipe:
+    """Return the recipe after flags and ``--set``; that of a resumed run must not change."""
+    stored = None
+    if resumed is not None:
+        from unimatrix.run_folder import read_run
+
+        stored, _ = read_run(resumed)
+    base = stored if name is None and stored is not None else load_recipe(name or DEFAULT_RECIPE)
+    resolved = override(replace_fields(base, given), assignments)
+    changed = None if stored is None else find_difference(resolved, stored)
+    if changed is not None:
+        raise InputError(
+            f"{changed} differs from the run in {resumed}, which resumes with its own recipe only; "
+            "leave the argument out, or start a new run"
+        )
+    return resolved
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Raise ``InputError`` unless the recipe's model can be built."""
+    from unimatrix.checkpoints import load_config
+    from unimatrix.configuration import UniMatrixConfig
+    from unimatrix.training_run import require_room
+
+    if recipe.model.init is not None:
+        config = load_config(recipe.model.init)
+    else:
+        assert recipe.model.preset is not None
+        config = UniMatrixConfig.preset(recipe.model.preset, **recipe.model.overrides)
+    require_room(config, recipe.data.window_tokens)
+
+
+def _train(recipe: Recipe, out: Path | None, *, resume: bool, device: str, as_json: bool) -> None:
+    """Run the recipe and print the result in the main process."""
+    from unimatrix.processes import is_main_process
+    from unimatrix.training_callbacks import NonFiniteError
+    from unimatrix.training_run import judge_run, prepare_resumed_run, prepare_run, start_run
+
+    log = make_log()
+    if resume:
+        assert out is not None
+        run = prepare_resumed_run(out, device)
+    else:
+        run = prepare_run(recipe, out, device)
+    main = is_main_process()
+    log.quiet = not main
+    if not resume:
+        start_run(run, lambda sentence: log.print(escape(sentence)))
+    try:
+        finished = _train_visibly(run, log)
+    except NonFiniteError as error:
+        log.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(1) from None
+    if not finished:
+        raise typer.Exit(1)
+    if main:
+        log.print("validating ...")
+        emit(judge_run(run), as_json, _render_result)
+
+
+def _train_visibly(run: "TrainingRun", log: Console) -> bool:
+    """Train with a progress bar; return whether it came to its end."""
+    from unimatrix.cli.progress import TrainingProgress
+    from unimatrix.evaluation.units import to_bits_per_byte
+    from unimatrix.training_callbacks import StopOnSignal
+    from unimatrix.training_run import train_run
+
+    assert run.path is not None
+    log.print(escape(f"training {run.num_steps:,} steps on {run.corpus.name} into {run.path}"))
+    scale = to_bits_per_byte(1.0, 1)
+    progress = TrainingProgress(log, loss_scale=scale, loss_unit="bits per byte")
+    try:
+        with StopOnSignal() as stop:
+            result = train_run(run, callbacks=[progress, stop], on_metrics=progress.show_metrics)
+    finally:
+        progress.close()
+    if result.interrupted:
+        log.print(
+            f"[bold]interrupted[/] after step {result.num_optim_steps:,} of {run.num_steps:,}; the "
+            "checkpoint is saved, continue with\n"
+            + escape(f"  unimatrix train --resume --out {shlex.quote(str(run.path))}")
+        )
+    return not result.interrupted
+
+
+def _render_recipe(values: dict[str, Any]) -> str:
+    """Return a recipe as TOML with the help of every field above it."""
+    lines = []
+    for section, fields in values.items():
+        lines += ["", f"[{section}]"]
+        for name, value in fields.items():
+            lines.append(f"# {describe_key(f'{section}.{name}')}")
+            if isinstance(value, dict):
+                pairs = ", ".join(f"{key} = {_render_value(v)}" for key, v in value.items())
+                lines.append(f"{name} = {{ {pairs} }}" if pairs else f"{name} = {{}}")
+            else:
+                lines.append(f"{name} = {_render_value(value)}")
+    return "\n".join(lines[1:])
+
+
+def _render_value(value: Any) -> str:
+    return '"none"' if value is None else json.dumps(value)
+
+
+def _render_result(result: dict[str, Any]) -> str:
+    """Return the end of a training for people."""
+    ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
+    folder = shlex.quote(result["run"])
+    verdict = "beaten" if ours < xz else "not beaten"
+    text = ", ".join(result["data"])
+    lines = [
+        f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {verdict})",
+        f"  on the first {result['valid_bytes']:,} validation bytes of {text}, "
+        f"context {result['context']}",
+        f"trained        {result['optim_steps']:,} steps, {result['tokens']:,} tokens, "
+        f"{result['train_s']:.1f} s, {result['parameters']:,} parameters",
+        f"run folder     {result['run']}",
+    ]
+    if result["sample"] is not None:
+        sample = result["sample"]
+        lines += [
+            "",
+            "a sample (prompt | continuation):",
+            f"{sample['prompt']}|{sample['continuation']}",
+        ]
+    data = " ".join(f"--data {shlex.quote(item)}" for item in result["data"])
+    lines += [
+        "",
+        "next:",
+        f'  unimatrix generate {folder} "def "',
+        f"  unimatrix eval {folder} {data}",
+    ]
+    return "\n".join(lines)

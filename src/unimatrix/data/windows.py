@@ -1,0 +1,126 @@
+"""Windows of a byte stream: random ones to train on, consecutive ones to validate on."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unimatrix.data.byte_stream import ByteStream
+from unimatrix.data.counter_random import draw_words
+from unimatrix.data.indexed import IndexedDataset
+from unimatrix.errors import InputError
+from unimatrix.tokenization import BOS_ID
+
+
+class WindowDataset(IndexedDataset):
+    """Cut windows at random starts; item i is a pure function of (stream, T, seed, i).
+
+    Source: paper, byte-level WikiText-2 recipe, with ``leading_bos=False``.
+
+    Args:
+        stream: the bytes to cut from.
+        window_tokens: T, the positions of a window; each has a label.
+        num_windows: the length of the dataset; items are drawn with replacement.
+        seed: >= 0.
+        leading_bos: True: BOS and T - 1 bytes predict T bytes, so that a window starts as every
+            stream does. False: T + 1 tokens of the stream (BOS, bytes, EOS if it has one).
+
+    Raises:
+        InputError: the stream is shorter than one window, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        window_tokens: int,
+        num_windows: int,
+        seed: int,
+        *,
+        leading_bos: bool = True,
+    ) -> None:
+        _check_sizes(window_tokens, num_windows)
+        if seed < 0:
+            raise InputError(f"seed {seed} is negative; give 0 or more.")
+        self.stream = stream
+        self.window_tokens = window_tokens
+        self.seed = seed
+        self.leading_bos = leading_bos
+        self._num_windows = num_windows
+        room = len(stream) + 1 if leading_bos else stream.num_tokens
+        self._num_starts = room - window_tokens
+        if self._num_starts < 1:
+            raise _explain_too_short(stream, window_tokens)
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Cut the windows of ``indices`` [n]: ``{name: [n, T] int64}``."""
+        words = draw_words(self.seed, indices, 1)[:, 0]
+        starts = (words % np.uint64(self._num_starts)).astype(np.int64)
+        if not self.leading_bos:
+            return _split_labels(self.stream.read_token_windows(starts, self.window_tokens + 1))
+        labels = self.stream.read_windows(starts, self.window_tokens)
+        tokens = np.empty((len(indices), self.window_tokens + 1), np.int64)
+        tokens[:, 0] = BOS_ID
+        tokens[:, 1:] = labels
+        return _split_labels(tokens)
+
+
+class ConsecutiveWindows(IndexedDataset):
+    """Cut consecutive windows of T + 1 tokens, each overlapping the last by one token.
+
+    Every token but BOS is predicted once; what is left at the end, fewer than T predictions, is
+    dropped.
+
+    Source: paper, validation of the byte-level WikiText-2 recipe.
+
+    Args:
+        stream: the split to walk from its start.
+        window_tokens: T.
+        num_windows: at most this many windows; ``None``: all. ``len()`` says how many there are.
+
+    Raises:
+        InputError: the stream is shorter than one window, or a number is out of range.
+    """
+
+    def __init__(
+        self, stream: ByteStream, window_tokens: int, num_windows: int | None = None
+    ) -> None:
+        _check_sizes(window_tokens, 1 if num_windows is None else num_windows)
+        self.stream = stream
+        self.window_tokens = window_tokens
+        whole = (stream.num_tokens - 1) // window_tokens
+        if whole < 1:
+            raise _explain_too_short(stream, window_tokens)
+        self._num_windows = whole if num_windows is None else min(whole, num_windows)
+
+    def __len__(self) -> int:
+        return self._num_windows
+
+    def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Cut the windows of ``indices`` [n]: ``{name: [n, T] int64}``."""
+        starts = indices * self.window_tokens
+        return _split_labels(self.stream.read_token_windows(starts, self.window_tokens + 1))
+
+
+def _split_labels(tokens: NDArray[np.int64]) -> dict[str, Tensor]:
+    rows = torch.from_numpy(tokens)  # [n, T + 1]
+    return {
+        "input_ids": rows[:, :-1].contiguous(),  # [n, T]
+        "shift_labels": rows[:, 1:].contiguous(),  # [n, T]
+    }
+
+
+def _check_sizes(window_tokens: int, num_windows: int) -> None:
+    if window_tokens < 1:
+        raise InputError(f"window_tokens is {window_tokens}; a window has at least 1 token.")
+    if num_windows < 1:
+        raise InputError(f"num_windows is {num_windows}; ask for at least 1 window.")
+
+
+def _explain_too_short(stream: ByteStream, window_tokens: int) -> InputError:
+    return InputError(
+        f"the {stream.name} has {len(stream):,} bytes, too few for one window of {window_tokens:,} "
+        "tokens; give more text or a smaller window."
+    )

@@ -1,0 +1,135 @@
+"""Bits per byte: what it costs to send a stream with a model's predictions."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from unimatrix.data import ByteStream
+from unimatrix.errors import InputError
+from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.tokenization import BOS_ID, encode_bytes
+
+Progress = Callable[[int], None]
+
+
+class BitsPerByte(NamedTuple):
+    """What a stream costs.
+
+    Attributes:
+        bits_per_byte: mean over the bytes predicted; BOS and EOS cost nothing.
+        bytes: how many bytes were predicted.
+        context: ``carried`` (each byte sees all before it) or ``windows of N`` (each byte sees BOS
+            and what its own window of N bytes holds before it).
+    """
+
+    bits_per_byte: float
+    bytes: int
+    context: str
+
+
+def measure_bits_per_byte(
+    model: PreTrainedModel,
+    stream: ByteStream,
+    *,
+    limit_bytes: int | None = None,
+    chunk_tokens: int = 2048,
+    device: torch.device | str | None = None,
+    on_progress: Progress | None = None,
+) -> BitsPerByte:
+    """Predict every byte of a stream from BOS and the bytes before it.
+
+    A model without a position table reads the stream once, its cache carried from chunk to chunk. A
+    model with a table of N positions reads independent windows: BOS and N - 1 bytes predict N.
+
+    Args:
+        model: a byte-level causal language model; its mode (dropout) is restored afterwards.
+        stream: what to predict.
+        limit_bytes: predict the first so many bytes only; ``None`` is all.
+        chunk_tokens: tokens in one forward pass; moves the result by rounding only.
+        device: move the model there first; ``None`` leaves it where it is.
+        on_progress: called with the bytes done, after every forward pass.
+
+    Raises:
+        InputError: if the stream is empty, or a limit is below 1.
+
+    Cost:
+        Constant in the stream's length for models whose cache is.
+    """
+    for name, value in (("limit_bytes", limit_bytes), ("chunk_tokens", chunk_tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    num_bytes = len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
+    if num_bytes == 0:
+        raise InputError(f"{stream.name} has no bytes to predict; give text with --data")
+    if device is not None:
+        model.to(device)
+    window = model.config.max_position_embeddings
+    nats, num_done = 0.0, 0
+    with suspend_training(model):
+        score = _score_carried if window is None else _score_windows
+        for part_nats, part_bytes in score(model, _cut(stream, num_bytes, chunk_tokens, window)):
+            nats += part_nats
+            num_done += part_bytes
+            if on_progress is not None:
+                on_progress(num_done)
+    assert num_done == num_bytes, (num_done, num_bytes)
+    context = "carried" if window is None else f"windows of {window}"
+    return BitsPerByte(to_bits_per_byte(nats, num_bytes), num_bytes, context)
+
+
+def _cut(
+    stream: ByteStream, num_bytes: int, chunk_tokens: int, window: int | None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the ids of what one forward pass predicts, [B, T]: one row, or whole windows."""
+    row = chunk_tokens if window is None else window
+    num_rows = max(1, chunk_tokens // row)
+    for start in range(0, num_bytes, row * num_rows):
+        ids = encode_bytes(stream.read(start, min(start + row * num_rows, num_bytes)).data)
+        num_whole = len(ids) // row * row
+        if num_whole:
+            yield ids[:num_whole].reshape(-1, row)
+        if num_whole < len(ids):
+            yield ids[num_whole:].reshape(1, -1)
+
+
+def _score_carried(
+    model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]
+) -> Iterator[tuple[float, int]]:
+    """Yield nats and bytes of consecutive chunks [1, T] of one stream."""
+    cache, last_id = None, BOS_ID
+    for targets in chunks:
+        output = _predict(model, targets, [[last_id]], past_key_values=cache, use_cache=True)
+        cache, last_id = output.past_key_values, targets[0, -1]
+        yield _sum_nats(output.logits, targets), targets.size
+
+
+def _score_windows(
+    model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]
+) -> Iterator[tuple[float, int]]:
+    """Yield nats and bytes of batches of independent windows [B, T]."""
+    for targets in chunks:
+        output = _predict(model, targets, [[BOS_ID]] * len(targets), use_cache=False)
+        yield _sum_nats(output.logits, targets), targets.size
+
+
+def _predict(
+    model: PreTrainedModel, targets: NDArray[np.int64], first: list[list[int]], **options: Any
+) -> Any:
+    """Run the model on the targets moved one to the right, ``first`` [B, 1] in front."""
+    input_ids = np.concatenate([np.asarray(first, np.int64), targets[:, :-1]], axis=1)  # [B, T]
+    return model(input_ids=torch.from_numpy(input_ids).to(model.device), **options)
+
+
+def _sum_nats(logits: Tensor, targets: NDArray[np.int64]) -> float:
+    """Return the summed cross entropy of logits [B, T, V] with targets [B, T]."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    labels = torch.from_numpy(targets).to(logits.device).flatten()
+    return float(cross_entropy(logits.flatten(0, 1), labels, reduction="sum"))

@@ -1,0 +1,191 @@
+"""Continuing a prompt byte by byte: any bytes in, any bytes out."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from unimatrix.cache import UniMatrixCache
+from unimatrix.errors import InputError
+from unimatrix.evaluation.modes import suspend_training
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.sampling import DEFAULT_NEW_BYTES, Sampling
+from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, encode_bytes
+
+PREFILL_TOKENS = 2048
+"""Prompt tokens read in one forward pass."""
+_SMALL_PARAMETERS = 5_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Continuation:
+    """What a model wrote."""
+
+    data: bytes
+    """The new bytes, without the prompt."""
+    stopped: str
+    """``eos`` where the model ended the text, ``length`` where the limit did."""
+    seconds: float
+    """Wall seconds, the reading of the prompt included."""
+
+
+@dataclass
+class ByteStreamer(BaseStreamer):
+    """Hands on every new byte as ``generate`` makes it; the prompt and special ids are not bytes.
+
+    Args:
+        on_bytes: called with each byte.
+    """
+
+    on_bytes: Callable[[bytes], None]
+    new_ids: list[int] = field(default_factory=list)
+    saw_prompt: bool = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [1, T] first, then one id [1] after the other."""
+        if not self.saw_prompt:
+            self.saw_prompt = True
+            return
+        for token_id in value.flatten().tolist():
+            self.new_ids.append(token_id)
+            if token_id < NUM_BYTES:
+                self.on_bytes(bytes([token_id]))
+
+    def end(self) -> None:
+        """Do nothing: no byte is ever held back."""
+
+
+def generate_bytes(
+    model: UniMatrixForCausalLM,
+    prompt: bytes,
+    *,
+    max_new_bytes: int | None = None,
+    sampling: Sampling | None = None,
+    on_bytes: Callable[[bytes], None] | None = None,
+) -> Continuation:
+    """Continue a prompt, with BOS in front of it, until the model ends the text or a limit.
+
+    Args:
+        model: a byte-level model; its mode (dropout) is restored afterwards.
+        prompt: any bytes, none included.
+        max_new_bytes: at most so many new bytes; ``None`` is 256, or what fits a position table.
+        sampling: how bytes are chosen; ``None`` is the default of ``Sampling``.
+        on_bytes: called with every new byte as it comes.
+
+    Returns:
+        the new bytes, why they end and how long they took.
+
+    Raises:
+        InputError: if prompt and new bytes do not fit the model's position table.
+
+    Note:
+        PAD and BOS are never chosen. The global generators are left as they were.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    num_new = resolve_new_bytes(model, len(prompt), max_new_bytes)
+    prompt_ids = np.concatenate([[BOS_ID], encode_bytes(prompt)])
+    input_ids = torch.from_numpy(prompt_ids).to(model.device).unsqueeze(0)  # [1, T]
+    streamer = ByteStreamer(on_bytes or (lambda _byte: None))
+    start = time.perf_counter()
+    with suspend_training(model), _seed_draws(sampling.seed, model.device):
+        cache = _read_prompt(model, input_ids)
+        with _limit_threads(model):
+            model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=cache,
+                max_new_tokens=num_new,
+                pad_token_id=PAD_ID,
+                eos_token_id=EOS_ID,
+                suppress_tokens=[PAD_ID, BOS_ID, *range(EOS_ID + 1, model.config.vocab_size)],
+                streamer=streamer,
+                **_choose_options(sampling),
+            )
+    seconds = time.perf_counter() - start
+    data = bytes(token_id for token_id in streamer.new_ids if token_id < NUM_BYTES)
+    stopped = "eos" if streamer.new_ids[-1:] == [EOS_ID] else "length"
+    return Continuation(data=data, stopped=stopped, seconds=seconds)
+
+
+def resolve_new_bytes(
+    model: UniMatrixForCausalLM, prompt_bytes: int, max_new_bytes: int | None
+) -> int:
+    """Return how many bytes may follow a prompt.
+
+    Args:
+        model: has a position table or not.
+        prompt_bytes: length of the prompt.
+        max_new_bytes: what the user asked for; ``None`` is the default, cut to the table.
+
+    Raises:
+        InputError: if the number is below 1 or does not fit the table; it says what does.
+    """
+    if max_new_bytes is not None and max_new_bytes < 1:
+        raise InputError(f"max-new-bytes is {max_new_bytes}; it must be at least 1")
+    num_positions = model.config.max_position_embeddings
+    if num_positions is None:
+        return DEFAULT_NEW_BYTES if max_new_bytes is None else max_new_bytes
+    # BOS takes a position, and the last new byte is never read.
+    room = num_positions - prompt_bytes
+    if room < 1:
+        raise InputError(
+            f"the prompt has {prompt_bytes:,} bytes and the model's position table holds a prompt "
+            f"of at most {num_positions - 1:,}; shorten it, or use a model trained with "
+            "max_position_embeddings none"
+        )
+    if max_new_bytes is not None and max_new_bytes > room:
+        raise InputError(
+            f"max-new-bytes is {max_new_bytes:,}; after a prompt of {prompt_bytes:,} bytes the "
+            f"model's position table of {num_positions:,} leaves room for at most {room:,}"
+        )
+    return min(DEFAULT_NEW_BYTES, room) if max_new_bytes is None else max_new_bytes
+
+
+def _read_prompt(model: UniMatrixForCausalLM, input_ids: Tensor) -> UniMatrixCache | None:
+    """Read the prompt [1, T] but for its last id, in parts, so that peak bytes stay flat."""
+    cache, last = None, input_ids.shape[1] - 1
+    for start in range(0, last, PREFILL_TOKENS):
+        chunk = input_ids[:, start : min(start + PREFILL_TOKENS, last)]
+        output = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+    return cache
+
+
+def _choose_options(sampling: Sampling) -> dict[str, Any]:
+    """Return the sampling options of ``generate``; 0 and 1 are its values for off."""
+    if sampling.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or 0,
+    }
+
+
+@contextmanager
+def _seed_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators, which ``generate`` draws from, and put them back afterwards."""
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices, device_type=kind):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _limit_threads(model: UniMatrixForCausalLM) -> Iterator[None]:
+    """Give small models one thread: waking another takes longer than its share of a byte."""
+    num_threads = torch.get_num_threads()
+    if model.num_parameters() < _SMALL_PARAMETERS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -1,0 +1,294 @@
+"""From token ids to logits: embed, apply one block L times, predict.
+
+The numbered comments are the steps of ``docs/forward.md``.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from unimatrix.cache import UniMatrixCache, start_cache
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.errors import InputError
+from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
+from unimatrix.nn.block import DepthCarry, Retrieval, Sequence, UniMatrixBlock
+from unimatrix.nn.padding import find_padding
+from unimatrix.nn.residual_context import ResidualContext
+from unimatrix.nn.shift import take_last
+from unimatrix.nn.token_modulation import TokenModulation
+from unimatrix.ops.suffix_automaton import AutomatonState
+from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
+
+IGNORED_LABEL = -100
+
+
+class UniMatrixModel(UniMatrixPreTrainedModel):
+    """Embed the tokens and apply the block L times.
+
+    Args:
+        config: see ``UniMatrixConfig``.
+    """
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        positions, depth_steps = config.max_position_embeddings, config.num_hidden_layers
+        self.embed_positions = nn.Embedding(positions, width) if positions else None
+        self.embed_depth = nn.Embedding(depth_steps, width) if config.depth_step_embedding else None
+        self.residual_context = ResidualContext(config) if config.residual_path != "none" else None
+        self.token_modulation = TokenModulation(config) if config.modulation_size else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.block = UniMatrixBlock(config)
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: UniMatrixCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> UniMatrixModelOutput | tuple[Any, ...]:
+        """Return the hidden states of every position and the cache after the last.
+
+        Args:
+            input_ids: [B, T] int64, T >= 1.
+            attention_mask: [B, T] or [B, past + T], 0 at padding, which may stand anywhere and
+                leaves everything carried untouched; ``None`` is no padding.
+            past_key_values: the cache to continue from; never altered.
+            use_cache: return a cache; ``None`` is ``config.use_cache`` outside training.
+            output_hidden_states: return the stream before every depth step.
+            return_dict: return a tuple if ``False``.
+
+        Returns:
+            a ``UniMatrixModelOutput``.
+
+        Raises:
+            InputError: for ids that are no [B, T] of at least one token, a cache of another model,
+                or more tokens than the position table has rows.
+        """
+        _require_token_ids(input_ids)
+        if past_key_values is None:
+            past = start_cache(self.config, input_ids)
+        else:
+            past_key_values.check(self.config, input_ids.shape[0])
+            past = past_key_values
+        padding = find_padding(attention_mask, input_ids)
+        lengths = None if padding is None else padding.lengths
+        ids = input_ids if padding is None else padding.pack(input_ids)  # [B, T]
+
+        # 2. Token features, and the position of each real token.
+        token_features = self.embed_tokens(ids)  # [B, T, D]
+        x = self.dropout(self._add_positions(token_features, past, lengths))
+
+        # 3. What depends on token ids and their embeddings alone is computed once.
+        sequence, automaton = self._prepare_sequence(ids, past, lengths)
+        retrieval, associations = None, past.associations
+        if not self.block.reads_hidden:
+            retrieval, associations = self.block.retrieve(token_features, sequence, associations)
+
+        # 4. The same block at every depth step.
+        hidden_states, carries, pointer = self._apply_depth(x, sequence, past, retrieval)
+        hidden_states.append(self.norm(hidden_states.pop()))
+
+        if padding is not None:
+            hidden_states = [padding.unpack(hidden) for hidden in hidden_states]
+            pointer = None if pointer is None else tuple(map(padding.unpack, pointer))
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        num_new = ids.shape[1] if lengths is None else lengths
+        output = UniMatrixModelOutput(
+            last_hidden_state=hidden_states[-1],
+            # 7. Exactly what is needed to resume.
+            past_key_values=UniMatrixCache(
+                config_digest=past.config_digest,
+                num_columns=past.num_columns + ids.shape[1],
+                num_tokens=past.num_tokens + num_new,
+                last_token_ids=take_last(ids, lengths, past.last_token_ids),
+                depth=carries,
+                associations=associations,
+                automaton=automaton,
+            )
+            if use_cache
+            else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            pointer_token_ids=None if pointer is None else pointer[0],
+            pointer_weights=None if pointer is None else pointer[1],
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _add_positions(self, x: Tensor, past: UniMatrixCache, lengths: Tensor | None) -> Tensor:
+        """Add the embedding of each real token's position, if the model has a table."""
+        if self.embed_positions is None:
+            return x
+        num_tokens = x.shape[1]
+        positions = past.num_tokens.unsqueeze(1) + torch.arange(num_tokens, device=x.device)
+        needed = int((past.num_tokens + (num_tokens if lengths is None else lengths)).max())
+        num_rows = self.embed_positions.num_embeddings
+        if needed > num_rows:
+            raise InputError(
+                f"the input reaches {needed} tokens and the position table has {num_rows}; pass "
+                "fewer, or train a model with max_position_embeddings=None, which has no table"
+            )
+        table = self.embed_positions(positions.clamp(max=num_rows - 1))  # [B, T, D]
+        return x + table
+
+    def _prepare_sequence(
+        self, ids: Tensor, past: UniMatrixCache, lengths: Tensor | None
+    ) -> tuple[Sequence, AutomatonState | None]:
+        """Return what every depth step sees of the tokens, and the automaton after them."""
+        writable = torch.ones_like(ids, dtype=torch.bool)  # [B, T]
+        writable[:, 0] = past.num_tokens > 0
+        context, automaton, modulation = None, None, None
+        if self.residual_context is not None:
+            context, automaton = self.residual_context(
+                ids, past.last_token_ids, past.automaton, lengths
+            )
+        if self.token_modulation is not None:
+            modulation = self.token_modulation(ids)
+        return Sequence(ids, writable, lengths, context, modulation), automaton
+
+    def _apply_depth(
+        self, x: Tensor, sequence: Sequence, past: UniMatrixCache, retrieval: Retrieval | None
+    ) -> tuple[list[Tensor], tuple[DepthCarry, ...], tuple[Tensor, ...] | None]:
+        """Return the stream before each depth step and after the last, carries and pointer."""
+        hidden_states, carries, pointer = [x], [], None
+        for depth_step, carry in enumerate(past.depth):
+            if self.embed_depth is not None:
+                x = x + self.embed_depth.weight[depth_step]
+            block: Callable[..., Any] = self.block
+            if self.gradient_checkpointing and self.training:
+                block = partial(self._gradient_checkpointing_func, self.block.__call__)
+            is_last = depth_step == len(past.depth) - 1
+            x, carry_after, pointer = block(x, sequence, carry, retrieval, is_last)
+            hidden_states.append(x)
+            carries.append(carry_after)
+        return hidden_states, tuple(carries), pointer
+
+
+class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
+    """Predict the next token from the hidden states and the pointer.
+
+    Args:
+        config: see ``UniMatrixConfig``.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # `forward` divides by `num_items_in_batch`, so gradient accumulation is exact.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__(config)
+        self.model = UniMatrixModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: UniMatrixCache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> UniMatrixCausalLMOutput | tuple[Any, ...]:
+        """Return the logits of every position, and the loss where labels are given.
+
+        Args:
+            input_ids: [B, T] int64, T >= 1.
+            attention_mask: as in ``UniMatrixModel.forward``.
+            past_key_values: as in ``UniMatrixModel.forward``.
+            labels: [B, T] int64 of the same positions, -100 ignored; the shift happens here.
+            shift_labels: [B, T] int64, the target of each position, -100 ignored; rules over
+                ``labels``.
+            use_cache: as in ``UniMatrixModel.forward``.
+            output_hidden_states: as in ``UniMatrixModel.forward``.
+            return_dict: return a tuple if ``False``.
+            logits_to_keep: compute the logits of the last so many positions only; 0 is all.
+            num_items_in_batch: divide the summed loss by this instead of by the targets here.
+
+        Returns:
+            a ``UniMatrixCausalLMOutput``.
+
+        Raises:
+            InputError: as in ``UniMatrixModel.forward``.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        # 5. The tied head, and the votes of the pointer.
+        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        logits = self.lm_head(output.last_hidden_state[:, kept])  # [B, T, V]
+        if output.pointer_weights is not None:
+            votes = output.pointer_weights[:, kept].to(logits.dtype)
+            logits = logits.scatter_add(-1, output.pointer_token_ids[:, kept], votes)
+
+        # 6. The one shift.
+        if shift_labels is None and labels is not None:
+            shift_labels = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        loss = None
+        if shift_labels is not None:
+            loss = compute_loss(logits, shift_labels[:, kept], num_items_in_batch)
+        result = UniMatrixCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            pointer_token_ids=output.pointer_token_ids,
+            pointer_weights=output.pointer_weights,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+
+def compute_loss(
+    logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Return the mean cross entropy in nats.
+
+    Computed in the dtype of the logits, so that float64 stays float64; 16-bit logits are raised to
+    float32.
+
+    Args:
+        logits: [B, T, V].
+        targets: [B, T] int64, -100 ignored.
+        num_items_in_batch: divisor instead of the number of targets here.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    flat = logits.flatten(0, 1), targets.flatten().to(logits.device)
+    if num_items_in_batch is None:
+        return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
+    return cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch
+
+
+def _require_token_ids(input_ids: Tensor) -> None:
+    """Raise ``InputError`` unless ``input_ids`` is [B, T] with at least one token."""
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise InputError(
+            f"input_ids has shape {list(input_ids.shape)}; pass [batch, tokens] with at least one "
+            "token, for instance BOS"
+        )

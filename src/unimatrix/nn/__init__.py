@@ -1,0 +1,1 @@
+"""Modules around one operator each: projections, gates, and no loop over tokens."""

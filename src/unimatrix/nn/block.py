@@ -1,0 +1,175 @@
+"""The one block of weights that every depth step applies."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.dense_mixer import DenseMixer
+from unimatrix.nn.feed_forward import FeedForward
+from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.shift import take_last
+from unimatrix.nn.slot_mixer import SlotMixer
+from unimatrix.ops.dense_memory import DenseMemory
+from unimatrix.ops.slots import SlotRead, SlotState
+
+
+class Sequence(NamedTuple):
+    """What every depth step sees of the tokens, real tokens first in each row.
+
+    Attributes:
+        token_ids: [B, T] int64.
+        writable: [B, T] bool, whether the position has a predecessor.
+        lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+        residual_context: [B, T, D] or ``None``.
+        modulation: [B, T, D] or ``None``.
+    """
+
+    token_ids: Tensor
+    writable: Tensor
+    lengths: Tensor | None
+    residual_context: Tensor | None
+    modulation: Tensor | None
+
+
+class Associations(NamedTuple):
+    """Bindings carried from call to call, by one depth step or by all of them.
+
+    Attributes:
+        previous: [B, D], source feature of the last real token, where the source is hidden.
+        slots: the slots, where the model has them.
+        dense: the pairs of the dense associative memory, where the model has one.
+    """
+
+    previous: Tensor | None = None
+    slots: SlotState | None = None
+    dense: DenseMemory | None = None
+
+
+class Retrieval(NamedTuple):
+    """What the positions read from slots or dense associative memory.
+
+    Attributes:
+        context: [B, T, D].
+        read: ids and weights for the pointer, with slots.
+    """
+
+    context: Tensor
+    read: SlotRead | None
+
+
+class DepthCarry(NamedTuple):
+    """What one depth step carries from call to call.
+
+    Attributes:
+        matrix_state: [B, H, N, N], where the model has one.
+        associations: bindings, where their source is hidden.
+    """
+
+    matrix_state: Tensor | None = None
+    associations: Associations = Associations()
+
+
+class UniMatrixBlock(nn.Module):
+    """Mix tokens (matrix state, associations, residual context), then feed forward.
+
+    Equation: E11 (sum of gated mixers), E12 (modulation).
+
+    Args:
+        config: see ``UniMatrixConfig``.
+    """
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.matrix_mixer = MatrixMixer(config) if config.update_rules != "none" else None
+        self.slot_mixer = SlotMixer(config) if config.associative_memory == "slots" else None
+        self.dense_mixer = DenseMixer(config) if config.associative_memory == "dense" else None
+        self.reads_hidden = config.slot_source == "hidden"
+        has_residual = config.residual_path != "none"
+        self.context_gate = nn.Linear(width, width) if has_residual else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.ffn_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def retrieve(
+        self, source: Tensor, sequence: Sequence, associations: Associations
+    ) -> tuple[Retrieval | None, Associations]:
+        """Read and write the associations once, from the given source features.
+
+        Args:
+            source: [B, T, D].
+            sequence: the tokens.
+            associations: bindings so far; ``previous`` is the last source feature.
+
+        Returns:
+            what was read (``None`` without associations), and the bindings afterwards.
+        """
+        lengths, previous = sequence.lengths, associations.previous
+        if self.slot_mixer is not None:
+            read, slots = self.slot_mixer.retrieve(
+                source,
+                sequence.token_ids,
+                sequence.writable,
+                previous=previous,
+                slots=associations.slots,
+                lengths=lengths,
+            )
+            last = take_last(source, lengths, previous)
+            return Retrieval(read.context, read), Associations(last, slots=slots)
+        if self.dense_mixer is not None:
+            context, dense = self.dense_mixer.retrieve(
+                source,
+                sequence.writable,
+                previous=previous,
+                dense=associations.dense,
+                lengths=lengths,
+            )
+            last = take_last(source, lengths, previous)
+            return Retrieval(context, None), Associations(last, dense=dense)
+        return None, associations
+
+    def forward(
+        self,
+        x: Tensor,
+        sequence: Sequence,
+        carry: DepthCarry,
+        retrieval: Retrieval | None,
+        is_last: bool,
+    ) -> tuple[Tensor, DepthCarry, tuple[Tensor, Tensor] | None]:
+        """Apply one depth step.
+
+        Args:
+            x: [B, T, D], the residual stream.
+            sequence: the tokens.
+            carry: what this depth step carried here.
+            retrieval: what was read by the token source; ``None`` reads from the hidden source.
+            is_last: whether this is the last depth step, the one whose pointer votes.
+
+        Returns:
+            the stream, the carry after the last real token, and the pointer's ids and gated
+            weights ([B, T, K] each; ``None`` without pointer and before the last depth step).
+        """
+        h = self.norm(x)
+        matrix_state, associations = carry
+        mixed = torch.zeros_like(x)
+        if self.matrix_mixer is not None:
+            mixed, matrix_state = self.matrix_mixer(h, matrix_state, sequence.lengths)
+        if self.reads_hidden:
+            retrieval, associations = self.retrieve(h, sequence, associations)
+        pointer = None
+        if retrieval is not None:
+            mixer = self.slot_mixer or self.dense_mixer
+            assert mixer is not None
+            mixed = mixed + mixer(h, retrieval.context)
+            if is_last and self.slot_mixer is not None and retrieval.read is not None:
+                pointer = self.slot_mixer.weigh_pointer(h, retrieval.read)
+        if self.context_gate is not None:
+            mixed = mixed + torch.sigmoid(self.context_gate(h)) * sequence.residual_context
+        x = x + self.dropout(mixed)
+        x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+        if sequence.modulation is not None:
+            x = x * sequence.modulation
+        return x, DepthCarry(matrix_state, associations), pointer

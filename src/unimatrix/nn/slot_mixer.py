@@ -1,0 +1,94 @@
+"""Projections and gates around the sparse slots."""
+
+import torch
+from torch import Tensor, nn
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.associative_projections import AssociativeProjections
+from unimatrix.nn.shift import shift_to_previous
+from unimatrix.ops.slots import SlotRead, SlotState, empty_slots, scan_slots
+
+
+class SlotMixer(AssociativeProjections):
+    """Read exact bindings from M slots, then write (key of t - 1, value of t).
+
+    Equation: E6 to E9.
+    Source: paper, section on SparsePointer; ``docs/deviations.md`` D2 to D5.
+
+    Args:
+        config: uses D, C, M, K, thresholds, ``write_gate`` and ``pointer``.
+    """
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__(config)
+        self.num_slots = config.num_slots
+        self.slots_per_read = config.slots_per_read
+        self.match_threshold = config.match_threshold
+        self.strength_floor = config.strength_floor
+        self.write_gate = nn.Linear(2 * config.hidden_size, 1) if config.write_gate else None
+        self.pointer_gate = nn.Linear(config.hidden_size, 1) if config.pointer else None
+
+    def retrieve(
+        self,
+        source: Tensor,
+        token_ids: Tensor,
+        writable: Tensor,
+        *,
+        previous: Tensor | None,
+        slots: SlotState | None,
+        lengths: Tensor | None,
+    ) -> tuple[SlotRead, SlotState]:
+        """Run the slots over a sequence of source features.
+
+        Args:
+            source: [B, T, D], token embeddings or the normalised stream.
+            token_ids: [B, T] int64.
+            writable: [B, T] bool, whether the position has a predecessor.
+            previous: [B, D], source feature of the token before the first; ``None`` is none.
+            slots: slots before the first token; ``None`` is empty.
+            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+
+        Returns:
+            what each position read, and the slots after the last real token.
+        """
+        before = shift_to_previous(source, previous)  # [B, T, D]
+        if self.write_gate is None:
+            strengths = torch.ones_like(source[..., 0])  # [B, T]
+        else:
+            pair = torch.cat([before, source], dim=-1)  # [B, T, 2 D]
+            strengths = torch.sigmoid(self.write_gate(pair)).squeeze(-1)  # [B, T]
+        if slots is None:
+            slots = empty_slots(
+                source.shape[0],
+                self.num_slots,
+                self.key_size,
+                self.value_size,
+                dtype=torch.promote_types(source.dtype, torch.float32),
+                device=source.device,
+            )
+        return scan_slots(
+            self.query_proj(source),
+            self.key_proj(before),
+            self.value_proj(source),
+            strengths,
+            token_ids,
+            writable=writable,
+            slots_per_read=self.slots_per_read,
+            initial=slots,
+            match_threshold=self.match_threshold,
+            strength_floor=self.strength_floor,
+            lengths=lengths,
+            backend=self.backend,
+        )
+
+    def weigh_pointer(self, h: Tensor, read: SlotRead) -> tuple[Tensor, Tensor] | None:
+        """Return the ids that vote on the logits and their gated weights, both [B, T, K].
+
+        Args:
+            h: [B, T, D], normalised stream of the last depth step.
+            read: what each position read.
+        """
+        if self.pointer_gate is None:
+            return None
+        weights = torch.sigmoid(self.pointer_gate(h)) * read.pointer_weights  # [B, T, K]
+        return read.pointer_token_ids, weights

@@ -1,0 +1,67 @@
+"""What an operator requires of the tensors it is handed, checked once at its entry."""
+
+import torch
+from torch import Tensor
+
+from unimatrix.errors import InputError
+
+
+def require_shape(name: str, tensor: Tensor, letters: str, sizes: dict[str, int]) -> None:
+    """Check a tensor's shape against the sizes that earlier arguments have set.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: the argument.
+        letters: one word a dimension, such as ``"B T C"``.
+        sizes: known sizes by word; words that are new here are added.
+
+    Raises:
+        InputError: if the number of dimensions or a known size differs, or a new one is 0.
+    """
+    words = letters.split()
+    shape = tuple(tensor.shape)
+    expected = [sizes.get(word) for word in words]
+    fits = len(shape) == len(words) and all(
+        size > 0 if known is None else size == known
+        for size, known in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        known = ", ".join(f"{word} = {sizes[word]}" for word in words if word in sizes)
+        raise InputError(
+            f"{name} has shape {list(shape)}; pass [{', '.join(words)}]"
+            + (f" with {known}." if known else " with no empty dimension.")
+        )
+    sizes.update(zip(words, shape, strict=True))
+
+
+def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
+    """Check a tensor's dtype.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: the argument.
+        dtype: what it has to be; ``None`` is any floating dtype.
+
+    Raises:
+        InputError: if it is another.
+    """
+    if dtype is None:
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} has dtype {tensor.dtype}; pass a floating tensor.")
+    elif tensor.dtype != dtype:
+        raise InputError(f"{name} has dtype {tensor.dtype}; pass {dtype}.")
+
+
+def find_real_tokens(lengths: Tensor | None, like: Tensor) -> Tensor:
+    """Return which positions hold real tokens.
+
+    Args:
+        lengths: [B] int64, leading real tokens of each row; ``None`` is T for all.
+        like: [B, T], any tensor of that shape and device.
+
+    Returns:
+        [B, T] bool.
+    """
+    if lengths is None:
+        return torch.ones_like(like, dtype=torch.bool)
+    return torch.arange(like.shape[1], device=like.device) < lengths.unsqueeze(1)

@@ -1,0 +1,45 @@
+"""Matrix state, straight from the equations: the oracle of the other back ends.
+
+``v`` is the address and ``k`` the payload: S is ``[payload, address]``, a write adds k v^T and the
+readout S q returns the payloads whose addresses resemble q. A token is written before it is read.
+"""
+
+import torch
+from torch import Tensor
+
+
+def scan_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d: Tensor | None,
+    log_retention: Tensor,
+    rule_weights: Tensor | None,
+    *,
+    initial_state: Tensor,
+    lengths: Tensor | None,
+    norm_guard: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the matrix state token by token; arguments as in ``scan_matrix_state``.
+
+    Equation: E1 (write rules and their mixing), E2 (retention), E3 (norm guard), E4 (readout).
+    """
+    S, readouts = initial_state, []
+    rho, write = log_retention.exp(), -torch.expm1(log_retention)  # [B, T, H]; write = 1 - rho
+    for t in range(q.shape[1]):
+        U = k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, N, N]
+        if rule_weights is not None and d is not None:
+            pi = rule_weights[:, t, :, :, None, None]  # [B, H, R, 1, 1]
+            symmetric = (U + U.mT) / 2
+            U = pi[:, :, 0] * U + pi[:, :, 1] * torch.diag_embed(d[:, t]) + pi[:, :, 2] * symmetric
+        S_t = rho[:, t, :, None, None] * S + write[:, t, :, None, None] * U
+        if norm_guard:
+            norm = torch.linalg.vector_norm(S_t, dim=(-2, -1), keepdim=True)
+            S_t = S_t / torch.where(norm > 1, norm, 1.0)
+        y_t = (S_t @ q[:, t, :, :, None]).squeeze(-1)  # [B, H, N]
+        if lengths is not None:
+            real = (t < lengths)[:, None, None]
+            S_t, y_t = torch.where(real[..., None], S_t, S), torch.where(real, y_t, 0.0)
+        S = S_t
+        readouts.append(y_t)
+    return torch.stack(readouts, dim=1), S

@@ -1,0 +1,59 @@
+"""Slot decisions as a loop over tokens of whole-batch tensor operations, on any device."""
+
+import torch
+from torch import Tensor
+
+from unimatrix.ops.cosine_read import take_rows
+from unimatrix.ops.slots.decisions import (
+    Allocation,
+    DecisionEntries,
+    advance_ages,
+    choose_slot,
+    rank_slots,
+)
+from unimatrix.ops.slots.slot_state import SlotRules
+
+
+def allocate_parallel(
+    query_units: Tensor,
+    entries: DecisionEntries,
+    initial_ages: Tensor,
+    *,
+    reads: Tensor,
+    writes: Tensor,
+    rules: SlotRules,
+) -> Allocation:
+    """Decide for every token which entries it reads and which slot it writes.
+
+    Equation: E6 (order), E7.
+
+    Args:
+        query_units: [B, T, C] float64.
+        entries: the initial slots, then the T tokens.
+        initial_ages: [B, M] int64.
+        reads: [B, T] bool.
+        writes: [B, T] bool.
+        rules: K, match threshold, strength floor.
+
+    Returns:
+        the allocation.
+
+    Cost:
+        T rounds of O(B M C) operations; nothing larger than [B, M, C].
+    """
+    batch, num_slots = initial_ages.shape
+    index = torch.arange(num_slots, device=initial_ages.device)  # [M]
+    writers = index.expand(batch, num_slots)
+    ages = initial_ages
+    chosen = []
+    for t in range(query_units.shape[1]):
+        slots = DecisionEntries(*(take_rows(field, writers) for field in entries))
+        order = rank_slots(query_units[:, t], slots, rules.slots_per_read)  # [B, K]
+        order = order.masked_fill(~reads[:, t, None], -1)
+        chosen.append(writers.gather(1, order.clamp_min(0)).masked_fill(order < 0, -1))
+        key_units = entries.units[:, num_slots + t]  # [B, C]
+        slot = choose_slot(key_units, slots, ages, rules.match_threshold)  # [B]
+        written = (index == slot.unsqueeze(1)) & writes[:, t, None]  # [B, M]
+        ages = advance_ages(ages, slots.filled, written)
+        writers = writers.masked_fill(written, num_slots + t)
+    return Allocation(torch.stack(chosen, dim=1), writers, ages)

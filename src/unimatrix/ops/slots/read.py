@@ -1,0 +1,80 @@
+"""Allocate, then read: decisions without gradient, then a differentiable read of K entries."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unimatrix.ops.cosine_read import (
+    compute_decision_units,
+    move_to_decisions,
+    read_chosen,
+    take_rows,
+)
+from unimatrix.ops.slots.decisions import (
+    MIN_STRENGTH,
+    Allocation,
+    DecisionEntries,
+    prepare_entries,
+)
+from unimatrix.ops.slots.slot_state import SlotRead, SlotRules, SlotState, SlotTokens
+
+
+class Allocate(Protocol):
+    """A back end's decision scan."""
+
+    def __call__(
+        self,
+        query_units: Tensor,
+        entries: DecisionEntries,
+        initial_ages: Tensor,
+        *,
+        reads: Tensor,
+        writes: Tensor,
+        rules: SlotRules,
+    ) -> Allocation:
+        """Decide for every token which entries it reads and which slot it writes."""
+
+
+def scan_by_allocation(
+    allocate: Allocate, tokens: SlotTokens, slots: SlotState, rules: SlotRules
+) -> tuple[SlotRead, SlotState]:
+    """Compute E6 to E9 from the integer decisions of ``allocate``.
+
+    Args:
+        allocate: the decision scan of a back end.
+        tokens: what the T tokens bring.
+        slots: the slots before the first.
+        rules: K, match threshold, strength floor.
+
+    Returns:
+        what each position read, and the slots after the last.
+
+    Cost:
+        the scan, plus O(B T K (C + Dv)) for the read; one copy of the M + T entries.
+    """
+    keys = torch.cat([slots.slot_keys, tokens.keys], dim=1)  # [B, M + T, C]
+    values = torch.cat([slots.slot_values, tokens.values], dim=1)  # [B, M + T, Dv]
+    strengths = torch.cat([slots.slot_strength, tokens.strengths], dim=1)  # [B, M + T]
+    token_ids = torch.cat([slots.slot_token_ids, tokens.token_ids], dim=1)  # [B, M + T]
+    with torch.no_grad():
+        decided = allocate(
+            compute_decision_units(tokens.queries),
+            prepare_entries(keys, strengths, rules.strength_floor),
+            move_to_decisions(slots.slot_age),
+            reads=move_to_decisions(tokens.reads),
+            writes=move_to_decisions(tokens.writes),
+            rules=rules,
+        )
+        chosen, writers, ages = (field.to(keys.device) for field in decided)
+        ids = take_rows(token_ids, chosen.clamp_min(0)) * (chosen >= 0)  # [B, T, K]
+    log_strength = strengths.clamp_min(MIN_STRENGTH).log()
+    context, weights = read_chosen(tokens.queries, keys, values, log_strength, chosen)
+    final = SlotState(
+        slot_keys=take_rows(keys, writers),
+        slot_values=take_rows(values, writers),
+        slot_strength=take_rows(strengths, writers),
+        slot_age=ages,
+        slot_token_ids=take_rows(token_ids, writers),
+    )
+    return SlotRead(context, ids, weights), final

@@ -1,0 +1,160 @@
+"""The slots operator: checks what comes in, chooses a back end, casts."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unimatrix.errors import InputError
+from unimatrix.ops.backends import require_backend
+from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
+from unimatrix.ops.cosine_read import choose_compute_dtype
+from unimatrix.ops.slots.parallel import allocate_parallel
+from unimatrix.ops.slots.read import scan_by_allocation
+from unimatrix.ops.slots.reference import scan_slots_reference
+from unimatrix.ops.slots.slot_state import SlotRead, SlotRules, SlotState, SlotTokens
+
+Scan = Callable[[SlotTokens, SlotState, SlotRules], tuple[SlotRead, SlotState]]
+
+_LETTERS = {
+    "queries": "B T C",
+    "keys": "B T C",
+    "values": "B T Dv",
+    "strengths": "B T",
+    "token_ids": "B T",
+    "writable": "B T",
+    "lengths": "B",
+    "slot_keys": "B M C",
+    "slot_values": "B M Dv",
+    "slot_strength": "B M",
+    "slot_age": "B M",
+    "slot_token_ids": "B M",
+}
+_DTYPES = {
+    "token_ids": torch.int64,
+    "writable": torch.bool,
+    "lengths": torch.int64,
+    "slot_age": torch.int64,
+    "slot_token_ids": torch.int64,
+}
+
+
+def choose_backend(device: torch.device, num_tokens: int) -> str:
+    """Return what ``auto`` means.
+
+    Args:
+        device: where the tensors are.
+        num_tokens: T.
+
+    Returns:
+        ``native``; ``parallel`` for a single token on a GPU, which then need not wait for the CPU.
+    """
+    return "parallel" if device.type == "cuda" and num_tokens == 1 else "native"
+
+
+def scan_slots(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    strengths: Tensor,
+    token_ids: Tensor,
+    *,
+    writable: Tensor,
+    slots_per_read: int,
+    initial: SlotState,
+    match_threshold: float = 0.85,
+    strength_floor: float = 0.05,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[SlotRead, SlotState]:
+    """Read M slots and write one of them, token after token.
+
+    Equation: E6 to E9.
+    Source: paper, section on SparsePointer; published code ``model/unimatrix.py``.
+
+    Args:
+        queries: [B, T, C], any float; what position t reads with.
+        keys: [B, T, C], the key that position t writes: that of the real token before it.
+        values: [B, T, Dv], the value that position t writes.
+        strengths: [B, T] in [0, 1], the strength it writes; later reads add its logarithm.
+        token_ids: [B, T] int64, the id it writes.
+        writable: [B, T] bool, False where there is no token before.
+        slots_per_read: K; M if larger.
+        initial: the M slots before the first token.
+        match_threshold: the closest filled slot is overwritten if its cosine is above.
+        strength_floor: a slot is filled if its strength is above.
+        lengths: [B] int64, leading real tokens of each row; ``None`` is T for all.
+        backend: ``auto``, ``reference``, ``parallel`` or ``native``.
+
+    Returns:
+        what each position read (in the dtype of ``values``, zero on padding; min(K, M) columns),
+        and new slots after the last real token (float32, float64 if any input is). Differentiable
+        in all floating arguments and in the floats of ``initial``; choices carry no gradient.
+
+    Raises:
+        InputError: if a shape or dtype does not fit, T or K is 0, or the back end is unknown.
+
+    Cost:
+        O(B T M C) for the choices, O(B T K (C + Dv)) for the read. Causal; the same choices on
+        every back end and for every split (``ops.cosine_read``), in float32 up to the rounding of
+        what comes in. ``native`` chooses on the CPU, whatever the device.
+    """
+    tokens = SlotTokens(
+        queries, keys, values, strengths, token_ids, reads=writable, writes=writable
+    )
+    _check(tokens, initial, lengths)
+    if slots_per_read < 1:
+        raise InputError(f"slots_per_read is {slots_per_read}; read at least one slot.")
+    scan = _find_scan(backend, queries)
+    num_read = min(slots_per_read, initial.slot_keys.shape[1])
+    rules = SlotRules(num_read, match_threshold, strength_floor)
+    with torch.autocast(queries.device.type, enabled=False):
+        read, final = scan(*_cast(tokens, initial, lengths), rules)
+    context, weights = read.context.to(values.dtype), read.pointer_weights.to(values.dtype)
+    return SlotRead(context, read.pointer_token_ids, weights), final
+
+
+def _check(tokens: SlotTokens, initial: SlotState, lengths: Tensor | None) -> None:
+    """Raise unless every argument has its shape and dtype."""
+    named = tokens._asdict() | initial._asdict() | {"writable": tokens.writes, "lengths": lengths}
+    sizes: dict[str, int] = {}
+    for name, letters in _LETTERS.items():
+        if named[name] is not None:
+            require_shape(name, named[name], letters, sizes)
+            require_dtype(name, named[name], _DTYPES.get(name))
+
+
+def _cast(
+    tokens: SlotTokens, initial: SlotState, lengths: Tensor | None
+) -> tuple[SlotTokens, SlotState]:
+    """Bring floats to the compute dtype and mask what padding would read and write."""
+    dtype = choose_compute_dtype(*tokens[:4], *initial[:3])
+    real = find_real_tokens(lengths, tokens.writes)  # [B, T]
+    tokens = tokens._replace(
+        queries=tokens.queries.to(dtype),
+        keys=tokens.keys.to(dtype),
+        values=tokens.values.to(dtype),
+        strengths=tokens.strengths.to(dtype),
+        reads=real,
+        writes=tokens.writes & real,
+    )
+    slots = initial._replace(
+        slot_keys=initial.slot_keys.to(dtype),
+        slot_values=initial.slot_values.to(dtype),
+        slot_strength=initial.slot_strength.to(dtype),
+    )
+    return tokens, slots
+
+
+def _find_scan(backend: str, queries: Tensor) -> Scan:
+    """Return the scan of a back end; Numba is imported when first asked for."""
+    if backend == "auto":
+        backend = choose_backend(queries.device, queries.shape[1])
+    if require_backend("slots", backend) == "reference":
+        return scan_slots_reference
+    if backend == "parallel":
+        return functools.partial(scan_by_allocation, allocate_parallel)
+    from unimatrix.ops.slots.native import allocate_native
+
+    return functools.partial(scan_by_allocation, allocate_native)

@@ -1,0 +1,117 @@
+"""What an automaton keeps between calls: plain integer tensors, batch first.
+
+The text is the essence; the other tensors are an index of it, a suffix tree whose leaves are the
+suffixes that occurred once so far. A node is a row of ``paths`` and of ``nodes``; node 0 is the
+root. A child is a node if positive, the leaf of the suffix at ``~child`` if negative, absent if 0.
+Every node but the root keeps two children in its own row; further ones are in ``edges``, an open
+addressing hash table. On text that makes most visits touch one cache line.
+
+    paths [PARENT, LATEST]      the latest start of the node's string, for short nodes; see native.py
+    nodes [LENGTH, LINK, SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B, LEFT, RIGHT]
+                                LINK = 2 * suffix link + 1 if the node has children in ``edges``
+    edges [EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD]
+
+Compiled kernels hold these column numbers: after a change here, change native.py too, or its
+cached machine code will not notice.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from unimatrix.errors import InputError
+
+PARENT, LATEST = range(2)
+LENGTH, LINK, SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B, LEFT, RIGHT = range(8)
+EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD = range(3)
+(
+    NUM_TOKENS,  # real tokens since the stream began
+    NUM_HELD,  # of them in `tokens`, the latest ones
+    NUM_INDEXED,  # of those in the tree; the rest is indexed when needed
+    MATCH_LENGTH,
+    MATCH_START,  # latest start of the match before the current one
+    ACTIVE_NODE,  # a node whose string begins the match
+    NUM_NODES,
+    NUM_EDGES,
+    NUM_VISITS,  # nodes visited and splay rotations: the work done, for tests
+    WINDOW,  # 0: unbounded
+) = range(10)
+NUM_COUNTERS = 10
+
+MAX_TOKENS = 2**30
+_MIN_TOKENS = 16
+
+
+class AutomatonState(NamedTuple):
+    """The suffix automaton of a batch; rows are independent.
+
+    Row gathering (``index_select`` over dim 0 of every tensor), concatenation of equal shapes and
+    saving as integers keep it working. Always on the CPU.
+    """
+
+    tokens: torch.Tensor  # [B, P] int32, P the capacity in tokens
+    paths: torch.Tensor  # [B, X, 2] int32, X the capacity in nodes
+    nodes: torch.Tensor  # [B, X, 8] int32
+    edges: torch.Tensor  # [B, Y, 3] int32, Y the slots of the hash table
+    counters: torch.Tensor  # [B, 10] int64
+
+
+def empty_automaton(batch: int, window: int | None = None) -> AutomatonState:
+    """Build the automaton of ``batch`` empty streams.
+
+    Args:
+        batch: number of rows B.
+        window: tokens W of a generation; fixes the capacity for ever. ``None``: grows as needed.
+
+    Returns:
+        A new automaton on the CPU.
+
+    Raises:
+        InputError: if ``window`` is not in 1 .. 2**29.
+
+    Cost:
+        124 bytes a row and token of the window, at most 38 bytes a token of text without.
+    """
+    if window is not None and not 1 <= window <= MAX_TOKENS // 2:
+        raise InputError(
+            f"window is {window}; pass 1 to {MAX_TOKENS // 2} tokens, or None for no bound."
+        )
+    num_tokens = _MIN_TOKENS if window is None else 2 * window
+    num_nodes, num_slots = bound_capacity(num_tokens)
+    counters = torch.zeros(batch, NUM_COUNTERS, dtype=torch.int64)
+    counters[:, WINDOW] = window or 0
+    return AutomatonState(
+        tokens=torch.zeros(batch, num_tokens, dtype=torch.int32),
+        paths=torch.zeros(batch, num_nodes, 2, dtype=torch.int32),
+        nodes=torch.zeros(batch, num_nodes, 8, dtype=torch.int32),
+        edges=torch.zeros(batch, num_slots, 3, dtype=torch.int32),
+        counters=counters,
+    )
+
+
+def bound_capacity(num_tokens: int) -> tuple[int, int]:
+    """Return the nodes and hash slots that suffice for any ``num_tokens`` tokens."""
+    # n leaves have at most n - 1 branching nodes, and at most n children beyond two a node.
+    return num_tokens + 1, num_tokens + (num_tokens + 1) // 2
+
+
+def extend_rows(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """Return ``tensor`` with ``size`` entries a row, the new ones 0."""
+    extended = tensor.new_zeros(tensor.shape[0], size, *tensor.shape[2:])
+    extended[:, : tensor.shape[1]] = tensor
+    return extended
+
+
+def count_live_bytes(automaton: AutomatonState) -> torch.Tensor:
+    """Count the bytes in use, which the capacity may exceed.
+
+    Args:
+        automaton: the automaton of B rows.
+
+    Returns:
+        ``[B]`` int64, bytes a row: its text, nodes, hash entries and counters.
+    """
+    counters = automaton.counters
+    num_bytes = 4 * counters[:, NUM_HELD] + 8 * NUM_COUNTERS
+    num_bytes = num_bytes + 4 * (2 + 8) * counters[:, NUM_NODES]
+    return num_bytes + 4 * 3 * counters[:, NUM_EDGES]

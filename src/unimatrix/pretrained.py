@@ -1,0 +1,107 @@
+"""What the models share with the rest of Hugging Face: loading, generation, back ends."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from unimatrix.cache import UniMatrixCache
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.errors import InputError
+from unimatrix.nn.block import UniMatrixBlock
+from unimatrix.nn.residual_context import ResidualContext
+from unimatrix.ops.backends import BACKENDS, require_backend
+
+
+class UniMatrixPreTrainedModel(PreTrainedModel):
+    """What the models share with the rest of Hugging Face."""
+
+    config_class = UniMatrixConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UniMatrixBlock"]  # noqa: RUF012
+    # Nothing here can be rolled back by cropping, so assisted generation is refused.
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Tell ``generate`` that the model makes its own cache."""
+        return False
+
+    @staticmethod
+    def _reorder_cache(past_key_values: UniMatrixCache, beam_idx: Tensor) -> UniMatrixCache:
+        """Return the cache of the surviving beams."""
+        return past_key_values.select_rows(beam_idx)
+
+    def set_backend(self, backend: str | dict[str, str]) -> None:
+        """Choose the back end of every operator in this model.
+
+        Args:
+            backend: one name for all operators the model has, or names by operator (keys of
+                ``unimatrix.ops.backends.BACKENDS``); operators left out keep theirs.
+
+        Raises:
+            InputError: if an operator of this model has no such back end.
+        """
+        chosen = dict.fromkeys(BACKENDS, backend) if isinstance(backend, str) else backend
+        blocks = [module for module in self.modules() if isinstance(module, UniMatrixBlock)]
+        contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
+        users: dict[str, list[nn.Module | None]] = {
+            "matrix_state": [block.matrix_mixer for block in blocks],
+            "slots": [block.slot_mixer for block in blocks],
+            "dense_memory": [block.dense_mixer for block in blocks],
+            "suffix_automaton": [context for context in contexts if context.uses_automaton],
+        }
+        for op, name in chosen.items():
+            if op not in users:
+                raise InputError(f"unknown operator {op!r}; choose from {', '.join(BACKENDS)}")
+            modules = [module for module in users[op] if module is not None]
+            if modules and name != "auto":
+                require_backend(op, name)
+            for module in modules:
+                module.backend = name
+
+
+class UniMatrixGenerationMixin(GenerationMixin):
+    """``generate`` with a recurrent cache."""
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: UniMatrixCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 1,
+        output_hidden_states: bool | None = None,
+        **_unused: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of one ``forward`` call inside ``generate``.
+
+        Args:
+            input_ids: [B, past + T] int64, the whole sequence so far.
+            past_key_values: the cache of its first columns.
+            attention_mask: [B, past + T].
+            use_cache: whether to keep a cache.
+            logits_to_keep: positions whose logits are wanted.
+            output_hidden_states: whether the caller collects hidden states.
+            _unused: bookkeeping of ``generate`` that a recurrent model has no use for.
+
+        Raises:
+            InputError: if the cache already covers the whole of ``input_ids``.
+        """
+        if past_key_values is not None:
+            num_columns = past_key_values.get_seq_length()
+            if input_ids.shape[1] <= num_columns:
+                raise InputError(
+                    f"the cache covers {num_columns} columns and input_ids has "
+                    f"{input_ids.shape[1]}; pass the whole sequence with at least one new token"
+                )
+            input_ids = input_ids[:, num_columns:]
+        return {
+            "input_ids": input_ids.contiguous(),
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            "output_hidden_states": output_hidden_states,
+        }

@@ -1,0 +1,62 @@
+"""The processes of a data-parallel run: one process unless torchrun started several."""
+
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import distributed
+
+T = TypeVar("T")
+
+
+def join_processes(device: str) -> None:
+    """Meet the other processes that torchrun started, if it did.
+
+    Args:
+        device: ``cpu`` talks through gloo, others through what suits them.
+    """
+    PartialState(cpu=device == "cpu")
+
+
+def leave_processes() -> None:
+    """Wait for the others and part from them."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return get_rank() == 0
+
+
+def get_rank() -> int:
+    """Return this process's number, from 0."""
+    return distributed.get_rank() if _are_several() else 0
+
+
+def count_processes() -> int:
+    """Return the number of processes."""
+    return distributed.get_world_size() if _are_several() else 1
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is true in any process; every process must ask."""
+    if not _are_several():
+        return flag
+    votes = torch.tensor(int(flag), device=device)
+    distributed.all_reduce(votes, op=distributed.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def share(value: T) -> T:
+    """Return the main process's ``value``; every process must ask."""
+    values = [value]
+    if _are_several():
+        broadcast_object_list(values)
+    return values[0]
+
+
+def _are_several() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

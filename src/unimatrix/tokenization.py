@@ -1,0 +1,142 @@
+"""Bytes to ids and back: ids 0..255 are the byte values, then PAD, BOS and EOS.
+
+Two roads lead to the same ids. ``UniMatrixTokenizer`` takes valid text, for everything that expects
+a Hugging Face tokenizer. ``encode_bytes`` and ``decode_bytes`` take any bytes and lose none.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from unimatrix.errors import InputError
+
+NUM_BYTES = 256
+PAD_ID = 256
+BOS_ID = 257
+EOS_ID = 258
+VOCAB_SIZE = 259
+
+PAD_TOKEN = "<|pad|>"
+BOS_TOKEN = "<|bos|>"
+EOS_TOKEN = "<|eos|>"
+
+NO_LENGTH_LIMIT = 10**21
+"""``model_max_length``: above the 10**20 from which transformers neither truncates nor pads to it,
+and not the 10**30 that lm-eval reads as "unknown" and replaces by 2,048."""
+
+
+class UniMatrixTokenizer(PreTrainedTokenizerFast):
+    """Turn valid text into bytes with BOS in front, and ids back into text.
+
+    Note:
+        ``tokenizer(text)`` starts with BOS, as every stream does; ``add_special_tokens=False``
+        gives the bytes alone. Special tokens are never parsed out of text: ``"<|bos|>"`` is seven
+        bytes, whatever ``split_special_tokens`` says. Text cut inside a character decodes to U+FFFD
+        at its end only, so the streamers of transformers and tokenizers wait for the rest.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}  # noqa: RUF012 (the base class's own form)
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    padding_side = "left"
+
+    def _encode_plus(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        kwargs["split_special_tokens"] = True
+        return super()._encode_plus(*args, **kwargs)
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        # The Rust object does not pickle this switch.
+        self._tokenizer.encode_special_tokens = True
+
+
+def build_tokenizer() -> UniMatrixTokenizer:
+    """Build the byte tokenizer, identical wherever and whenever it is built.
+
+    Returns:
+        A tokenizer of 259 entries that pads on the left and never truncates by itself.
+    """
+    return UniMatrixTokenizer(
+        tokenizer_object=_build_backend(),
+        pad_token=PAD_TOKEN,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        padding_side="left",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_max_length=NO_LENGTH_LIMIT,
+    )
+
+
+def encode_bytes(data: bytes | bytearray | memoryview) -> NDArray[np.int64]:
+    """Return the ids of any bytes, without BOS.
+
+    Args:
+        data: any bytes, valid UTF-8 or not.
+
+    Returns:
+        [T] int64 in 0..255, a copy.
+    """
+    return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
+
+
+def decode_bytes(ids: ArrayLike) -> bytes:
+    """Return the bytes of ids; PAD, BOS and EOS vanish.
+
+    Args:
+        ids: [T] integers in 0..258: a list, an array or a CPU tensor.
+
+    Returns:
+        As many bytes as there are ids below 256.
+
+    Raises:
+        InputError: ``ids`` has more than one dimension, is no integer, or leaves 0..258.
+    """
+    array = np.asarray(ids)
+    if array.size == 0:
+        return b""
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(
+            f"ids to decode have shape {array.shape} and type {array.dtype}; give one row of "
+            "integers."
+        )
+    if array.min() < 0 or array.max() >= VOCAB_SIZE:
+        wrong = array[(array < 0) | (array >= VOCAB_SIZE)][0]
+        raise InputError(
+            f"id {wrong} is no byte and no special token; ids are 0..{VOCAB_SIZE - 1}."
+        )
+    return array[array < NUM_BYTES].astype(np.uint8).tobytes()
+
+
+def _list_byte_letters() -> Sequence[str]:
+    """Return the letter that the ByteLevel parts use for each byte 0..255.
+
+    A printable Latin-1 character stands for itself; the others take code points from 256 on, in
+    order. Only their order is ours to state: it makes the id of a letter its byte.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, next_code = [], 256
+    for value in range(NUM_BYTES):
+        letters.append(chr(value if value in printable else next_code))
+        next_code += value not in printable
+    assert set(letters) == set(pre_tokenizers.ByteLevel.alphabet())
+    return letters
+
+
+def _build_backend() -> Tokenizer:
+    specials = {PAD_TOKEN: PAD_ID, BOS_TOKEN: BOS_ID, EOS_TOKEN: EOS_ID}
+    letters = {letter: value for value, letter in enumerate(_list_byte_letters())}
+    backend = Tokenizer(models.BPE(vocab=letters | specials, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS_TOKEN} $A",
+        pair=f"{BOS_TOKEN} $A {BOS_TOKEN}:1 $B:1",
+        special_tokens=[(BOS_TOKEN, BOS_ID)],
+    )
+    backend.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    backend.encode_special_tokens = True
+    return backend

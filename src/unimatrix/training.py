@@ -1,0 +1,323 @@
+"""A ``transformers.Trainer`` built from a recipe, exact to resume and to split over processes."""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler, default_collate
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from unimatrix.errors import InputError
+from unimatrix.processes import count_processes, get_rank, is_main_process, join_processes
+from unimatrix.recipe import TrainSection
+from unimatrix.run_folder import CHECKPOINT_FOLDER, TENSORBOARD_FOLDER, find_last_checkpoint
+from unimatrix.training_callbacks import FiniteGuard, MetricsLog, StepTimer
+
+CHECKPOINTS_PER_RUN = 10
+"""How many checkpoints a run writes where ``save_every_steps`` leaves it open."""
+BUDGET_SHARE = 0.97
+"""The share of a budget in minutes that is planned; the rest is for checkpoints and stalls."""
+_WARMUP_SHARE = 0.04
+_LONGEST_WARMUP_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What a training did.
+
+    Attributes:
+        num_optim_steps: steps behind the weights, those before a resume included.
+        num_tokens: input tokens of the steps taken in this call, over all processes.
+        train_s: wall seconds of this call.
+        loss_nats: mean loss of the last logged steps; NaN if none was logged.
+        interrupted: whether it stopped before its last step.
+    """
+
+    num_optim_steps: int
+    num_tokens: int
+    train_s: float
+    loss_nats: float
+    interrupted: bool
+
+
+class SequentialTrainer(Trainer):
+    """A Trainer that reads items in their order, whatever the number of processes.
+
+    Args:
+        settings: which parameters decay.
+        kwargs: passed on to ``Trainer``.
+    """
+
+    def __init__(self, settings: TrainSection, **kwargs: Any) -> None:
+        self.settings = settings
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters that weight decay applies to."""
+        return list_decayed(model, self.settings)
+
+
+def list_decayed(model: nn.Module, settings: TrainSection) -> list[str]:
+    """Return the names of the parameters that weight decay applies to.
+
+    Matrices decay; vectors (biases, norms) do not; embeddings, and a head tied to one, do as
+    ``settings`` says.
+    """
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if settings.decay_all
+        or (parameter.dim() >= 2 and (settings.decay_embeddings or id(parameter) not in embeddings))
+    ]
+
+
+def train_model(
+    model: PreTrainedModel,
+    dataset: Dataset[dict[str, Tensor]],
+    settings: TrainSection,
+    out: Path | None,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    device: str = "cpu",
+    on_metrics: Callable[[dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train a model in place.
+
+    Step s sees items ``s * batch_size`` up to the next step's first: the order is the dataset's
+    own, and the same for any number of processes. The loss is the exact mean over the labels of
+    the whole batch.
+
+    Args:
+        model: takes ``input_ids`` and ``shift_labels`` and returns a ``loss``.
+        dataset: map-style; items ``{"input_ids": [T], "shift_labels": [T]}``, as many as
+            ``steps * batch_size`` or more, in an order that is already random.
+        settings: ``steps`` must be given.
+        out: a run folder, which gets checkpoints, ``metrics.jsonl`` and TensorBoard's files;
+            ``None`` writes nothing.
+        resume: continue from the last checkpoint in ``out``, if there is one.
+        callbacks: called along the way, such as a progress bar.
+        device: cpu, cuda or mps.
+        on_metrics: called with each entry of the log.
+
+    Returns:
+        what was done; the weights are in ``model``.
+
+    Raises:
+        InputError: if the batch does not divide over the processes, or the dataset is too short.
+        NonFiniteError: if the loss or a gradient is no longer finite; the weights in ``model`` and
+            in the checkpoints are those before that step.
+
+    Note:
+        Seeds the global generators, which dropout draws from: with ``settings.seed`` plus the
+        process's number.
+    """
+    assert settings.steps is not None, "the number of steps is decided before training"
+    join_processes(device)
+    if len(dataset) < settings.steps * settings.batch_size:  # type: ignore[arg-type]
+        raise InputError(
+            f"the dataset has {len(dataset)} items; {settings.steps} steps of "  # type: ignore[arg-type]
+            f"{settings.batch_size} need {settings.steps * settings.batch_size}"
+        )
+    tokens_per_step = dataset[0]["input_ids"].numel() * settings.batch_size
+    log = MetricsLog(out, on_metrics, num_tokens=tokens_per_step)
+    with hide_progress(), _open_output(out) as folder, _open_tensorboard(out) as board:
+        trainer = SequentialTrainer(
+            settings,
+            model=model,
+            args=build_arguments(settings, folder, device, saves=out is not None),
+            train_dataset=dataset,
+            data_collator=collate,
+            callbacks=[FiniteGuard(out), log, *board, *callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        torch.manual_seed(settings.seed + get_rank())
+        checkpoint = find_last_checkpoint(out) if resume and out is not None else None
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return TrainResult(
+        num_optim_steps=trainer.state.global_step,
+        num_tokens=log.count_tokens(trainer.state.global_step),
+        train_s=time.perf_counter() - start,
+        loss_nats=log.loss_nats,
+        interrupted=trainer.state.global_step < settings.steps,
+    )
+
+
+def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack items; the labels go under both names, because the Trainer counts ``labels``."""
+    batch: dict[str, Tensor] = default_collate(list(items))
+    return {**batch, "labels": batch["shift_labels"]}
+
+
+def build_arguments(
+    settings: TrainSection, folder: Path, device: str, *, saves: bool
+) -> TrainingArguments:
+    """Return the Trainer's own settings.
+
+    Args:
+        settings: ours; ``steps`` must be given.
+        folder: where checkpoints go.
+        device: cpu, cuda or mps.
+        saves: write checkpoints.
+
+    Raises:
+        InputError: if the batch does not divide over processes and accumulation steps.
+    """
+    assert settings.steps is not None
+    schedule, schedule_options = _choose_schedule(settings, settings.steps)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=split_batch(settings),
+        gradient_accumulation_steps=settings.accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_options,
+        warmup_steps=_count_steps(settings.warmup_fraction, settings.steps),
+        optim=settings.optimizer,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bfloat16",
+        seed=settings.seed,
+        logging_steps=settings.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if saves else "no",
+        save_steps=settings.save_every_steps or math.ceil(settings.steps / CHECKPOINTS_PER_RUN),
+        save_total_limit=settings.keep_checkpoints,
+        use_cpu=device == "cpu",
+        ddp_backend="gloo" if device == "cpu" and count_processes() > 1 else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+    )
+    # One process, one device: several GPUs are used through torchrun, never nn.DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def split_batch(settings: TrainSection) -> int:
+    """Return the windows of one forward pass in one process.
+
+    Raises:
+        InputError: if the batch does not divide over processes and accumulation steps.
+    """
+    parts = count_processes() * settings.accumulation_steps
+    if settings.batch_size % parts:
+        raise InputError(
+            f"train.batch_size is {settings.batch_size}, which {count_processes()} process(es) x "
+            f"{settings.accumulation_steps} accumulation step(s) do not divide; choose a multiple "
+            f"of {parts}"
+        )
+    return settings.batch_size // parts
+
+
+def plan_steps(
+    model: PreTrainedModel,
+    dataset: Dataset[dict[str, Tensor]],
+    settings: TrainSection,
+    *,
+    device: str = "cpu",
+) -> tuple[int, float]:
+    """Find out how many steps fit ``settings.minutes`` by training a copy for a few seconds.
+
+    The first steps, which compile and allocate, are not timed; the timed ones count towards the
+    budget.
+
+    Args:
+        model: left as it is.
+        dataset: items to train the copy on, more than will be needed.
+        settings: ``minutes`` must be given.
+        device: cpu, cuda or mps.
+
+    Returns:
+        the number of steps, at least 1; the seconds a step takes.
+    """
+    assert settings.minutes is not None
+    budget_s = settings.minutes * 60
+    timer = StepTimer(min(_LONGEST_WARMUP_S, _WARMUP_SHARE * budget_s))
+    num_trial_steps = len(dataset) // settings.batch_size  # type: ignore[arg-type]
+    trial = replace(settings, minutes=None, steps=num_trial_steps)
+    train_model(copy.deepcopy(model), dataset, trial, None, callbacks=[timer], device=device)
+    num_steps = int(BUDGET_SHARE * (budget_s - timer.timed_s) / timer.seconds_per_step)
+    return max(1, num_steps), timer.seconds_per_step
+
+
+def _choose_schedule(settings: TrainSection, num_steps: int) -> tuple[str, dict[str, Any]]:
+    """Return a schedule's name and options in the Trainer's terms."""
+    if settings.schedule == "constant" and settings.warmup_fraction > 0:
+        return "constant_with_warmup", {}
+    if settings.schedule == "warmup_stable_decay":
+        num_decay_steps = _count_steps(settings.cooldown_fraction, num_steps)
+        return settings.schedule, {"num_decay_steps": num_decay_steps, "decay_type": "linear"}
+    return settings.schedule, {}
+
+
+def _count_steps(fraction: float, num_steps: int) -> int:
+    return round(fraction * num_steps)
+
+
+@contextlib.contextmanager
+def hide_progress() -> Iterator[None]:
+    """Keep the progress bars of transformers off the terminal."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _open_output(out: Path | None) -> Iterator[Path]:
+    """Yield the folder for checkpoints: a passing one where nothing is to be kept."""
+    if out is not None:
+        yield out / CHECKPOINT_FOLDER
+        return
+    with TemporaryDirectory(prefix="unimatrix-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _open_tensorboard(out: Path | None) -> Iterator[list[TrainerCallback]]:
+    """Yield TensorBoard's callback in the main process of a run that is kept."""
+    if out is None or not is_main_process():
+        yield []
+        return
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    writer = SummaryWriter(str(out / TENSORBOARD_FOLDER))
+    try:
+        yield [TensorBoardCallback(writer)]
+    finally:
+        writer.close()

@@ -1,0 +1,366 @@
+"""A training run from recipe to record: check everything, write the folder, train, judge."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from unimatrix.checkpoints import load_model, require_byte_level
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.data import ConsecutiveWindows, Corpus, WindowDataset, load_corpus
+from unimatrix.errors import InputError
+from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
+from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
+from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.processes import (
+    count_processes,
+    is_main_process,
+    join_processes,
+    leave_processes,
+    share,
+)
+from unimatrix.recipe import EvalSection, ModelSection, Recipe
+from unimatrix.run_folder import (
+    RECIPE_FILE,
+    create_run_folder,
+    find_last_checkpoint,
+    read_run,
+    require_new_folder,
+    start_record,
+    trim_metrics,
+    write_json,
+    write_record,
+)
+from unimatrix.tokenization import BOS_ID, build_tokenizer, decode_bytes, encode_bytes
+from unimatrix.training import TrainResult, hide_progress, plan_steps, split_batch, train_model
+from unimatrix.training_callbacks import NonFiniteError
+
+_WARMUP_ITEMS = 10**7
+_SAMPLE_PROMPT_BYTES = 48
+_SAMPLE_TEMPERATURE = 0.8
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingRun:
+    """A run that is checked and ready to train.
+
+    Attributes:
+        recipe: what to do.
+        corpus: the text.
+        model: the model, before training.
+        device: cpu, cuda or mps.
+        num_steps: optimiser steps in all; 0 until ``start_run`` has planned a budget in minutes.
+        path: the run folder; ``None`` until ``start_run`` has made it.
+        record: what ``record.json`` says.
+    """
+
+    recipe: Recipe
+    corpus: Corpus
+    model: UniMatrixForCausalLM
+    device: str
+    num_steps: int
+    path: Path | None
+    record: dict[str, Any]
+
+
+def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
+    """Check a new run to its last detail; nothing is written.
+
+    Args:
+        recipe: what to do.
+        out: the folder wanted; ``None`` leaves the name to ``start_run``.
+        device: cpu, cuda or mps.
+
+    Raises:
+        InputError: for anything that would stop the run later: a budget, corpus, model, batch or
+            folder that cannot be used.
+    """
+    join_processes(device)
+    if (recipe.train.steps is None) == (recipe.train.minutes is None):
+        raise InputError(
+            "the recipe has no training budget; give --minutes N for wall-clock or --steps N"
+        )
+    if out is not None:
+        require_new_folder(out)
+    model = build_model(recipe.model, recipe.train.seed)
+    corpus = _open_corpus(recipe, model)
+    return TrainingRun(
+        recipe=recipe,
+        corpus=corpus,
+        model=model,
+        device=device,
+        num_steps=recipe.train.steps or 0,
+        path=out,
+        record={},
+    )
+
+
+def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
+    """Check an interrupted run; nothing is written.
+
+    Args:
+        run: its folder.
+        device: cpu, cuda or mps.
+
+    Raises:
+        InputError: if there is no such run, it is finished, or its corpus has changed.
+    """
+    join_processes(device)
+    recipe, record = read_run(run)
+    if record["status"] == "done":
+        raise InputError(
+            f"{run} is finished after {record['num_optim_steps']} steps; train it further with "
+            f"--init {run}"
+        )
+    model = _rebuild_model(run, recipe)
+    corpus = _open_corpus(recipe, model)
+    if corpus.sha256 != record["corpus"]["sha256"]:
+        raise InputError(
+            f"the text of {corpus.name} has changed since {run} began; resuming is exact only on "
+            "the same bytes, so start a new run"
+        )
+    return TrainingRun(
+        recipe=recipe,
+        corpus=corpus,
+        model=model,
+        device=device,
+        num_steps=record["num_optim_steps"],
+        path=run,
+        record=record,
+    )
+
+
+def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
+    """Plan a budget in minutes as steps, then create the run folder and write what is known.
+
+    Args:
+        run: from ``prepare_run``; gets its number of steps, path and record.
+        say: called with a sentence on the plan.
+    """
+    train, seconds_per_step = run.recipe.train, None
+    if train.minutes is not None:
+        say(f"timing a few steps to plan {train.minutes:g} min of training ...")
+        windows = _cut_windows(run.recipe, run.corpus, _WARMUP_ITEMS)
+        planned = plan_steps(run.model, windows, train, device=run.device)
+        run.num_steps, seconds_per_step = share(planned)
+        say(
+            f"{seconds_per_step * 1000:.1f} ms a step: {run.num_steps:,} steps fit "
+            f"{train.minutes:g} min; set-up and validation come on top"
+        )
+    run.record = start_record(run.recipe, run.model.config.to_dict(), run.device) | {
+        "num_optim_steps": run.num_steps,
+        "planned_s_per_step": seconds_per_step,
+        "num_processes": count_processes(),
+        "corpus": {
+            "name": run.corpus.name,
+            "sha256": run.corpus.sha256,
+            "train_bytes": len(run.corpus.train),
+            "valid_bytes": len(run.corpus.valid),
+        },
+    }
+    share(None)  # Every process has checked the folder before one makes it.
+    if is_main_process():
+        title = f"{run.recipe.model.preset or 'tuned'}-{run.corpus.name}"
+        run.path = create_run_folder(run.path, title)
+        run.model.config.save_pretrained(run.path)
+        build_tokenizer().save_pretrained(run.path)
+        write_json(run.path / RECIPE_FILE, run.recipe.to_dict())
+        write_record(run.path, run.record)
+    run.path = share(run.path)
+
+
+def train_run(
+    run: TrainingRun,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_metrics: Callable[[dict[str, float]], None] | None = None,
+) -> TrainResult:
+    """Train, from the last checkpoint where there is one, and save the model.
+
+    Args:
+        run: started or resumed.
+        callbacks: as in ``train_model``.
+        on_metrics: as in ``train_model``.
+
+    Raises:
+        NonFiniteError: as in ``train_model``; the record says so.
+    """
+    assert run.path is not None
+    checkpoint = find_last_checkpoint(run.path)
+    first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    if is_main_process():
+        trim_metrics(run.path, first_step)
+    settings = replace(run.recipe.train, minutes=None, steps=run.num_steps)
+    windows = _cut_windows(run.recipe, run.corpus, run.num_steps * settings.batch_size)
+    try:
+        result = train_model(
+            run.model,
+            windows,
+            settings,
+            run.path,
+            resume=True,
+            callbacks=callbacks,
+            device=run.device,
+            on_metrics=on_metrics,
+        )
+    except NonFiniteError as error:
+        if is_main_process():
+            write_record(run.path, run.record | {"status": "failed", "error": str(error)})
+        raise
+    if is_main_process():
+        if not result.interrupted:
+            with hide_progress():
+                run.model.save_pretrained(run.path)
+        trained_s = run.record.get("train_s", 0.0) + result.train_s
+        status = "interrupted" if result.interrupted else "trained"
+        run.record |= {"status": status, "train_s": round(trained_s, 3)}
+        write_record(run.path, run.record)
+    leave_processes()
+    return result
+
+
+def judge_run(run: TrainingRun) -> dict[str, Any]:
+    """Validate the trained model beside xz, let it write, and complete the record.
+
+    Returns:
+        the result, of JSON types.
+    """
+    assert run.path is not None
+    start = time.perf_counter()
+    settings = run.recipe.eval
+    run.model.eval()
+    score = judge_model(run.model, run.corpus, settings, run.recipe.data.window_tokens)
+    sample = draw_sample(run.model, run.corpus, settings.sample_bytes, run.recipe.train.seed)
+    results = {
+        "bits_per_byte": score.bits_per_byte,
+        "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
+        "valid_bytes": score.bytes,
+        "context": score.context,
+        "eval_s": round(time.perf_counter() - start, 3),
+    }
+    run.record |= {"status": "done", "results": results}
+    write_record(run.path, run.record)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    tokens = run.num_steps * run.recipe.train.batch_size * run.recipe.data.window_tokens
+    return {
+        **results,
+        "run": str(run.path),
+        "data": list(run.recipe.data.data),
+        "parameters": parameters,
+        "optim_steps": run.num_steps,
+        "tokens": tokens,
+        "train_s": run.record["train_s"],
+        "sample": sample,
+    }
+
+
+def judge_model(
+    model: UniMatrixForCausalLM, corpus: Corpus, settings: EvalSection, window_tokens: int
+) -> BitsPerByte:
+    """Measure bits per byte on a prefix of the validation split, by the recipe's protocol."""
+    num_bytes = min(settings.prefix_bytes, len(corpus.valid))
+    if settings.protocol == "carried":
+        return measure_bits_per_byte(model, corpus.valid, limit_bytes=num_bytes)
+    windows = ConsecutiveWindows(corpus.valid, window_tokens, max(1, num_bytes // window_tokens))
+    return measure_consecutive_windows(model, windows, batch_size=settings.batch_size)
+
+
+def draw_sample(
+    model: UniMatrixForCausalLM, corpus: Corpus, num_bytes: int, seed: int
+) -> dict[str, str] | None:
+    """Let the model continue the first bytes of the validation split.
+
+    Returns:
+        the prompt and its continuation; ``None`` if ``num_bytes`` is 0.
+    """
+    if num_bytes == 0:
+        return None
+    prompt = corpus.valid.read(0, min(_SAMPLE_PROMPT_BYTES, len(corpus.valid))).tobytes()
+    rows = model.config.max_position_embeddings
+    if rows is not None:
+        num_bytes = min(num_bytes, max(1, rows // 2))
+        prompt = prompt[: max(0, rows - num_bytes - 1)]
+    ids = torch.tensor([[BOS_ID, *encode_bytes(prompt)]], device=model.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model.generate(
+            ids,
+            max_new_tokens=num_bytes,
+            do_sample=True,
+            temperature=_SAMPLE_TEMPERATURE,
+            top_k=0,
+        )
+    written = decode_bytes(output[0, ids.shape[1] :].cpu())
+    return {
+        "prompt": prompt.decode("utf-8", "replace"),
+        "continuation": written.decode("utf-8", "replace"),
+    }
+
+
+def build_model(section: ModelSection, seed: int) -> UniMatrixForCausalLM:
+    """Build a preset with fresh weights, or load the weights to start from.
+
+    Args:
+        section: what to build.
+        seed: decides fresh weights; the global generator is left as it was.
+
+    Raises:
+        InputError: for an unusable preset, override or saved model, or one that is not byte-level.
+    """
+    if section.init is not None:
+        model = load_model(section.init).model
+        require_byte_level(model, section.init)
+        return model
+    assert section.preset is not None
+    model = _draw_model(UniMatrixConfig.preset(section.preset, **section.overrides), seed)
+    require_byte_level(model, section.preset)
+    return model
+
+
+def require_room(config: UniMatrixConfig, window_tokens: int) -> None:
+    """Raise ``InputError`` if a window is longer than the model's position table, if it has one."""
+    rows = config.max_position_embeddings
+    if rows is not None and window_tokens > rows:
+        raise InputError(
+            f"data.window_tokens is {window_tokens} and the model's position table has {rows} rows;"
+            " add --set model.max_position_embeddings=none, which drops the table"
+        )
+
+
+def _draw_model(config: UniMatrixConfig, seed: int) -> UniMatrixForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UniMatrixForCausalLM(config)
+
+
+def _rebuild_model(run: Path, recipe: Recipe) -> UniMatrixForCausalLM:
+    """Build an interrupted run's model; the weights come from its checkpoint, if it has one."""
+    if recipe.model.init is not None and find_last_checkpoint(run) is None:
+        return build_model(recipe.model, recipe.train.seed)
+    return _draw_model(UniMatrixConfig.from_pretrained(run), recipe.train.seed)
+
+
+def _open_corpus(recipe: Recipe, model: UniMatrixForCausalLM) -> Corpus:
+    """Open the corpus and check that windows, model and processes fit each other."""
+    require_room(model.config, recipe.data.window_tokens)
+    split_batch(recipe.train)
+    corpus = load_corpus(recipe.data.data, recipe.data.valid_data or None)
+    _cut_windows(recipe, corpus, 1)
+    if recipe.eval.protocol == "windows":
+        ConsecutiveWindows(corpus.valid, recipe.data.window_tokens, 1)
+    return corpus
+
+
+def _cut_windows(recipe: Recipe, corpus: Corpus, num_windows: int) -> WindowDataset:
+    return WindowDataset(
+        corpus.train,
+        recipe.data.window_tokens,
+        num_windows,
+        recipe.train.seed,
+        leading_bos=recipe.data.leading_bos,
+    )

@@ -1,0 +1,13 @@
+"""What every test shares: no surprise from threads, deadlines or the terminal."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("unimatrix", deadline=None, derandomize=True)
+settings.load_profile("unimatrix")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several workers share the cores; one thread each.
+    torch.set_num_threads(1)

@@ -1,0 +1,289 @@
+"""The models behave like any other of transformers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import unimatrix
+from tests.models import VARIANTS, build_model, draw_ids
+from tests.tolerances import error, limit
+from unimatrix import UniMatrixForCausalLM  # registers the Auto classes
+from unimatrix.configuration import UniMatrixConfig, list_config_fields
+from unimatrix.errors import InputError
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+PARAMETER_COUNTS = {
+    ("core", 259): 83_140,
+    ("rosa", 259): 103_876,
+    ("discovery", 259): 115_184,
+    ("assoc", 259): 99_588,
+    ("rosa-assoc", 259): 120_324,
+    ("discovery-assoc", 259): 131_632,
+    ("sparsepointer", 259): 87_494,
+    ("core", 64): 70_660,
+    ("rosa", 64): 78_916,
+    ("discovery", 64): 83_984,
+    ("assoc", 64): 87_108,
+    ("sparsepointer", 64): 75_014,
+}
+
+
+@pytest.mark.parametrize(("preset", "vocab_size"), PARAMETER_COUNTS)
+def test_published_parameter_counts(preset: str, vocab_size: int) -> None:
+    config = UniMatrixConfig.preset(preset, vocab_size=vocab_size, pad_token_id=0)
+    assert UniMatrixForCausalLM(config).num_parameters() == PARAMETER_COUNTS[preset, vocab_size]
+
+
+def test_bare_config_is_core_at_the_published_size() -> None:
+    fields = list_config_fields()
+    bare, core = UniMatrixConfig(), UniMatrixConfig.preset("core")
+    assert {f: getattr(bare, f) for f in fields} == {f: getattr(core, f) for f in fields}
+    assert (bare.hidden_size, bare.num_hidden_layers, bare.vocab_size) == (64, 3, 259)
+
+
+@variants
+def test_save_and_load(variant: str, tmp_path) -> None:
+    model = build_model(variant, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    ids = draw_ids(2, 9)
+    for auto in (AutoModelForCausalLM, UniMatrixForCausalLM):
+        loaded = auto.from_pretrained(tmp_path)
+        assert type(loaded) is UniMatrixForCausalLM
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    fields = list_config_fields()
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert {f: getattr(config, f) for f in fields} == {f: getattr(model.config, f) for f in fields}
+    base = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_initial_scale() -> None:
+    torch.manual_seed(0)
+    model = UniMatrixForCausalLM(UniMatrixConfig.preset("discovery-assoc"))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float("weight" in name)))
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+        else:
+            assert abs(parameter.std().item() - 0.02) < 0.004, name
+
+
+@variants
+def test_generation_with_and_without_cache(variant: str) -> None:
+    model = build_model(variant)
+    ids = draw_ids(2, 7)
+    cached = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+    uncached = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **GREEDY)
+    assert torch.equal(cached, uncached)
+
+
+@variants
+def test_left_padded_generation(variant: str) -> None:
+    model = build_model(variant)
+    short, long = draw_ids(1, 4, seed=1), draw_ids(1, 9, seed=2)
+    batch = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.int64), short], 1), long])
+    mask = torch.ones_like(batch)
+    mask[0, :5] = 0
+    together = model.generate(batch, attention_mask=mask, **GREEDY)[:, 9:]
+    for row, prompt in enumerate((short, long)):
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
+        expected = alone[0, prompt.shape[1] :]
+        assert torch.equal(together[row, : expected.shape[0]], expected)
+
+
+@variants
+def test_beams_equal_uncached_beams(variant: str) -> None:
+    model = build_model(variant)
+    ids = draw_ids(2, 6)
+    kwargs = {
+        "attention_mask": torch.ones_like(ids),
+        "num_beams": 3,
+        "max_new_tokens": 6,
+        "do_sample": False,
+    }
+    assert torch.equal(
+        model.generate(ids, **kwargs), model.generate(ids, use_cache=False, **kwargs)
+    )
+
+
+def test_generation_continues_a_cache() -> None:
+    model = build_model("sparsepointer")
+    ids = draw_ids(1, 10)
+    cache = model(ids[:, :6], use_cache=True).past_key_values
+    mask = torch.ones_like(ids)
+    continued = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert torch.equal(continued, model.generate(ids, attention_mask=mask, **GREEDY))
+    with pytest.raises(InputError, match="at least one new token"):
+        model.generate(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache, **GREEDY)
+
+
+def test_samplers_are_seeded() -> None:
+    model = build_model("sparsepointer")
+    ids = draw_ids(1, 6)
+    kwargs = {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": True,
+        "max_new_tokens": 12,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 5,
+        "repetition_penalty": 1.1,
+    }
+    torch.manual_seed(3)
+    first = model.generate(ids, **kwargs)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(ids, **kwargs), first)
+
+
+def test_assisted_generation_is_refused() -> None:
+    model = build_model("core")
+    ids = draw_ids(1, 6)
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(ids, assistant_model=build_model("core"), **GREEDY)
+
+
+@variants
+def test_gradient_checkpointing_changes_nothing(variant: str) -> None:
+    model = build_model(variant, dropout=0.0).train()
+    ids = draw_ids(2, 11)
+    grads = []
+    for enabled in (False, True):
+        if enabled:
+            model.gradient_checkpointing_enable()
+        model.zero_grad(set_to_none=True)
+        model(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert error(grads[1][name], grad) <= limit("golden", torch.float64, "grad"), name
+
+
+def test_hidden_states() -> None:
+    model = build_model("discovery")
+    ids = draw_ids(2, 7)
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    assert torch.equal(output.hidden_states[0], model.model.embed_tokens(ids))
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_loss_conventions() -> None:
+    model = build_model("core")
+    ids = draw_ids(2, 8)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    output = model(ids, labels=labels)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = torch.nn.functional.cross_entropy(
+        output.logits.flatten(0, 1), shifted.flatten(), ignore_index=-100
+    )
+    assert torch.equal(output.loss, expected)
+    assert torch.equal(model(ids, shift_labels=shifted).loss, expected)
+    summed = model(ids, labels=labels, num_items_in_batch=16).loss
+    assert error(summed, expected * 8 / 16) < 1e-12
+    assert model(ids, logits_to_keep=2).logits.shape == (2, 2, 23)
+    assert torch.equal(model(ids, logits_to_keep=2).logits, output.logits[:, -2:])
+    assert model(ids, labels=labels, return_dict=False)[0].shape == ()
+
+
+def test_position_table_bounds_the_length() -> None:
+    model = build_model("core", max_position_embeddings=8)
+    model(draw_ids(1, 8))
+    with pytest.raises(InputError, match="max_position_embeddings=None"):
+        model(draw_ids(1, 9))
+    cache = model(draw_ids(1, 6)).past_key_values
+    with pytest.raises(InputError, match="reaches 9 tokens"):
+        model(draw_ids(1, 3), past_key_values=cache)
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.int64), draw_ids(1, 8)], dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 8])
+    assert (
+        error(model(padded, attention_mask=mask).logits[:, 4:], model(draw_ids(1, 8)).logits)
+        < 1e-12
+    )
+
+
+def test_bad_inputs_say_what_to_do() -> None:
+    with pytest.raises(InputError, match="Did you mean 'hidden_size'"):
+        UniMatrixConfig(hiden_size=3)
+    with pytest.raises(InputError, match="Did you mean 'sparsepointer'"):
+        UniMatrixConfig.preset("sparse-pointer")
+    with pytest.raises(InputError, match="residual_path"):
+        UniMatrixConfig(residual_path="suffix")
+    with pytest.raises(InputError, match="identity_lookup"):
+        UniMatrixConfig(identity_lookup=True, slot_key_size=3)
+    with pytest.raises(InputError, match="upgrade"):
+        UniMatrixConfig(format_version=99)
+    model = build_model("core")
+    with pytest.raises(InputError, match="at least one token"):
+        model(torch.zeros(1, 0, dtype=torch.int64))
+    with pytest.raises(InputError, match="attention_mask"):
+        model(draw_ids(2, 4), attention_mask=torch.ones(2, 3))
+    cache = model(draw_ids(2, 4)).past_key_values
+    with pytest.raises(InputError, match="2 rows"):
+        model(draw_ids(3, 4), past_key_values=cache)
+    with pytest.raises(InputError, match="another configuration"):
+        build_model("rosa")(draw_ids(2, 4), past_key_values=cache)
+    with pytest.raises(InputError, match="not available"):
+        model.set_backend("cuda")
+
+
+def test_norm_guard_has_no_parallel_form() -> None:
+    model = build_model("discovery")
+    model.set_backend({"matrix_state": "parallel"})
+    with pytest.raises(InputError, match="norm_guard"):
+        model(draw_ids(1, 4))
+
+
+@variants
+def test_every_linear_is_called(variant: str) -> None:
+    """LoRA and quantisation replace Linear modules; one that is bypassed would never train."""
+    model = build_model(variant)
+    called: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(draw_ids(1, 6))
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    unused = (
+        set() if model.config.update_rules == "mixed" else {"model.block.matrix_mixer.diag_proj"}
+    )
+    assert linear - called == unused & linear
+
+
+def test_unused_diagonal_is_frozen() -> None:
+    model = UniMatrixForCausalLM(UniMatrixConfig())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"model.block.matrix_mixer.diag_proj.weight"}
+
+
+def test_lora_trains() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        build_model("sparsepointer+hidden", dtype=torch.float32),
+        peft.LoraConfig(target_modules=["q_proj", "out_proj", "up_proj", "query_proj"], r=2),
+    )
+    ids = draw_ids(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}
+    assert len(grads) == 4
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_names_load_lazily() -> None:
+    code = (
+        "import sys, unimatrix; heavy = {'torch', 'transformers', 'numba'} & set(sys.modules);"
+        "assert not heavy, heavy; assert 'UniMatrixConfig' in dir(unimatrix);"
+        "unimatrix.UniMatrixConfig; from transformers import AutoModelForCausalLM, AutoConfig;"
+        "AutoModelForCausalLM.from_config(AutoConfig.for_model('unimatrix'))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute"):
+        unimatrix.absent  # noqa: B018

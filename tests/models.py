@@ -1,0 +1,64 @@
+"""Small models of every preset and residual path, with weights far from their start."""
+
+from typing import Any
+
+import torch
+
+from unimatrix.configuration import PRESETS, RESIDUAL_PATHS, UniMatrixConfig
+from unimatrix.modeling import UniMatrixForCausalLM
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 23,
+    "hidden_size": 12,
+    "num_attention_heads": 3,
+    "head_dim": 5,
+    "slot_key_size": 12,
+    "num_slots": 5,
+    "max_position_embeddings": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# Every preset as published, and core on every residual path; then what only options reach.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in PRESETS},
+    **{f"core+{path}": {"residual_path": path} for path in RESIDUAL_PATHS[1:]},
+    "discovery+automaton": {"residual_path": "suffix_automaton"},
+    "core+automaton-window": {"residual_path": "suffix_automaton", "automaton_window": 4},
+    "core+no-matrix": {"update_rules": "none", "residual_path": "previous_token"},
+    "core+mixed": {"update_rules": "mixed"},
+    "assoc+token": {"slot_source": "token"},
+    "sparsepointer+hidden": {
+        "slot_source": "hidden",
+        "identity_lookup": False,
+        "identity_values": False,
+        "slot_key_size": 7,
+    },
+    "sparsepointer+automaton": {"residual_path": "suffix_automaton", "write_gate": False},
+    "sparsepointer+table": {"max_position_embeddings": 80},
+}
+
+
+def build_model(
+    variant: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+) -> UniMatrixForCausalLM:
+    """Return a model of a variant in evaluation mode, its weights drawn from ``seed``."""
+    config = UniMatrixConfig.preset(
+        variant.split("+")[0], **(SMALL | VARIANTS[variant] | overrides)
+    )
+    model = UniMatrixForCausalLM(config).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scale = 0.2 if "embed" not in name else 0.5
+            offset = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.copy_((offset + scale * noise).to(dtype))
+    return model.eval()
+
+
+def draw_ids(*shape: int, seed: int = 0, low: int = 3, high: int = 12) -> torch.Tensor:
+    """Return token ids from a small alphabet, so that matches and evictions happen."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, shape, generator=generator)
