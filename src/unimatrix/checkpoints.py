@@ -20,7 +20,7 @@ from unimatrix.tokenization import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-RUN_CHECKPOINTS = "checkpoints/checkpoint-*"
+RUN_CHECKPOINTS = "checkpoints/checkpoint-[0-9]*"
 
 Name = str | os.PathLike[str]
 
@@ -162,7 +162,7 @@ def _explain_no_weights(name_or_path: Name, folder: Path | None) -> InputError:
         )
     checkpoints = [path for path in folder.glob(RUN_CHECKPOINTS) if _has_weights(path)]
     if checkpoints:
-        latest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+        latest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
         return InputError(
             f"{name!r} is a run that has not finished; give its latest checkpoint, {latest}, or "
             f"finish it with `unimatrix train --resume --out {name}`"

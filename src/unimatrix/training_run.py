@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from unimatrix.backend_names import name_backends
 from unimatrix.checkpoints import load_model, require_byte_level
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, Corpus, WindowDataset, load_corpus
@@ -16,6 +17,7 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
 from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
 from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
+from unimatrix.generation import generate_bytes
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.processes import (
     count_processes,
@@ -36,13 +38,13 @@ from unimatrix.run_folder import (
     write_json,
     write_record,
 )
-from unimatrix.tokenization import BOS_ID, build_tokenizer, decode_bytes, encode_bytes
+from unimatrix.sampling import Sampling
+from unimatrix.tokenization import build_tokenizer
 from unimatrix.training import TrainResult, hide_progress, plan_steps, split_batch, train_model
 from unimatrix.training_callbacks import NonFiniteError
 
 _WARMUP_ITEMS = 10**7
 _SAMPLE_PROMPT_BYTES = 48
-_SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,6 +158,7 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
         "num_optim_steps": run.num_steps,
         "planned_s_per_step": seconds_per_step,
         "num_processes": count_processes(),
+        "backends": name_backends(run.model, run.recipe.data.window_tokens, run.device),
         "corpus": {
             "name": run.corpus.name,
             "sha256": run.corpus.sha256,
@@ -285,20 +288,10 @@ def draw_sample(
     if rows is not None:
         num_bytes = min(num_bytes, max(1, rows // 2))
         prompt = prompt[: max(0, rows - num_bytes - 1)]
-    ids = torch.tensor([[BOS_ID, *encode_bytes(prompt)]], device=model.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        output = model.generate(
-            ids,
-            max_new_tokens=num_bytes,
-            do_sample=True,
-            temperature=_SAMPLE_TEMPERATURE,
-            top_k=0,
-        )
-    written = decode_bytes(output[0, ids.shape[1] :].cpu())
+    written = generate_bytes(model, prompt, max_new_bytes=num_bytes, sampling=Sampling(seed=seed))
     return {
         "prompt": prompt.decode("utf-8", "replace"),
-        "continuation": written.decode("utf-8", "replace"),
+        "continuation": written.data.decode("utf-8", "replace"),
     }
 
 

@@ -108,7 +108,7 @@ def test_small_files_are_read_once_and_large_ones_stay_on_disk(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="NTFS files are not sparse by default")
-def test_a_file_larger_than_memory_is_mapped(tmp_path):
+def test_a_file_larger_than_the_machine_is_mapped(tmp_path):
     num_bytes = 2**37
     path = tmp_path / "sparse"
     with path.open("wb") as file:

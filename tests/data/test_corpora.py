@@ -108,6 +108,13 @@ def test_the_hash_covers_every_split_and_its_borders(write_tree):
     assert all(len(value) == 64 for value in hashes)
 
 
+def test_the_hash_of_a_long_split_still_covers_its_length(write_tree, monkeypatch):
+    monkeypatch.setattr(corpora, "HASHED_BYTES", 2)
+    root = write_tree({"a": b"abc", "b": b"abcd", "valid": b"x"})
+    hashes = {load_corpus(str(root / name), str(root / "valid")).sha256 for name in "ab"}
+    assert len(hashes) == 2
+
+
 def test_lines_are_joined_as_the_paper_does():
     assert join_lines([" \n", " = Title = \n", "", " A é line . \n", "\u3000last\u3000"]) == JOINED
 

@@ -43,11 +43,12 @@ def test_units_of_odd_vectors() -> None:
 def test_take_rows_stays_in_its_row() -> None:
     entries = torch.arange(2 * 3 * 4).view(2, 3, 4)
     index = torch.tensor([[[2, 0]], [[1, 1]]])  # [2, 1, 2]
-    rows = take_rows(entries, index)
+    rows, firsts = take_rows(index, entries, entries[..., 0])
     assert rows.shape == (2, 1, 2, 4)
     assert torch.equal(rows[0, 0], entries[0, [2, 0]])
     assert torch.equal(rows[1, 0], entries[1, [1, 1]])
-    assert torch.equal(take_rows(entries[..., 0], index), rows[..., 0])
+    assert torch.equal(firsts, rows[..., 0])
+    assert torch.equal(take_rows(index[:1], entries[:1])[0], rows[:1])
 
 
 def test_nothing_chosen_reads_nothing() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from tests.ops.oracle import Outputs, candidates, compare_with_reference
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import BACKENDS
+from unimatrix.ops.cosine_read import UNIT_GRID
 from unimatrix.ops.dense_memory import DenseMemory, parallel, read_dense_memory
+from unimatrix.ops.dense_memory.entries import choose_entries
 
 ALL = BACKENDS["dense_memory"]
 Leaves = dict[str, Tensor | None]
@@ -174,6 +176,14 @@ def test_weights_equal_those_by_hand(data: st.DataObject) -> None:
             assert context[0, t].tolist() == pytest.approx(expected, abs=1e-12), (backend, t)
 
 
+def test_nearest_cosines_go_to_the_lowest_index() -> None:
+    """Cosines are compared in multiples of 2^-26; nothing finer may decide."""
+    units = UNIT_GRID * torch.tensor([[[0.0], [4.0], [8.0], [2.0**26]]], dtype=torch.float64)
+    query_units = torch.tensor([[[UNIT_GRID]]], dtype=torch.float64)
+    visible = torch.ones(1, 1, 4, dtype=torch.bool)
+    assert choose_entries(query_units, units, visible, 4).tolist() == [[[3, 0, 1, 2]]]
+
+
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("split", [1, 7, 19])
 def test_split_equals_one_pass(backend: str, split: int) -> None:
@@ -234,7 +244,6 @@ def test_chunks_change_nothing(chunk_size: int, monkeypatch: pytest.MonkeyPatch)
         seen.append(query_units.shape[1])
         return choose_entries(query_units, units, visible, topk)
 
-    choose_entries = parallel.choose_entries
     monkeypatch.setattr(parallel, "choose_entries", choose)
     outputs = run("parallel", chunk_size=chunk_size, **leaves)
     assert max(seen) <= chunk_size

@@ -396,7 +396,7 @@ SHORT = ("queries", "keys", "values", "strengths", "token_ids", "writable")
 
 @pytest.mark.parametrize("num_threads", [2, 4])
 def test_threads_change_nothing(num_threads: int) -> None:
-    leaves = draw_leaves(20, torch.float64)
+    leaves = draw_leaves(200, torch.float64, num_slots=32, key_size=32)  # enough to be threaded
     expected = run("native", **leaves)
     torch.set_num_threads(num_threads)
     assert all(

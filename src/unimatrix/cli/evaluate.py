@@ -9,7 +9,8 @@ from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, mak
 from unimatrix.errors import InputError, suggest
 
 if TYPE_CHECKING:
-    from unimatrix.data import Corpus
+    from unimatrix.data import ByteStream, Corpus
+    from unimatrix.modeling import UniMatrixForCausalLM
 
 SPLITS = ("train", "valid", "test")
 
@@ -55,10 +56,14 @@ def run(
     if limit_bytes is not None and limit_bytes < 1:
         raise InputError(f"limit-bytes is {limit_bytes}; it must be at least 1")
     place = pick_device(device)
-    result = _measure(
-        model, open_corpus(model, data, valid_data), split, limit_bytes=limit_bytes, device=place
-    )
-    emit(result, as_json, _render)
+
+    from unimatrix.checkpoints import load_model, require_byte_level
+
+    loaded = load_model(model, device=place).model
+    require_byte_level(loaded, model)
+    corpus = open_corpus(model, data, valid_data)
+    result = _measure(loaded, corpus, split, limit_bytes)
+    emit(result | {"model": model}, as_json, _render)
 
 
 def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None) -> "Corpus":
@@ -86,25 +91,21 @@ def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None
 
 
 def _measure(
-    name: str, corpus: "Corpus", split: str, *, limit_bytes: int | None, device: str
+    model: "UniMatrixForCausalLM", corpus: "Corpus", split: str, limit_bytes: int | None
 ) -> dict[str, Any]:
-    """Load the model and measure it and xz on one split."""
+    """Measure the model and xz on one split, with a progress bar."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from unimatrix.checkpoints import load_model, require_byte_level
     from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
     from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
 
-    streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
-    stream = streams[split]
-    if stream is None:
-        there = ", ".join(name for name, part in streams.items() if part is not None)
-        raise InputError(f"corpus {corpus.name!r} has no {split} split; choose one of {there}")
-    model = load_model(name, device=device).model
-    require_byte_level(model, name)
+    stream = _choose_stream(corpus, split)
     num_bytes = len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
+    log = make_log()
     columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeRemainingColumn(), console=make_log(), transient=True) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=log, transient=True, disable=not log.is_terminal
+    ) as progress:
         bar = progress.add_task("measuring", total=num_bytes)
         start = time.perf_counter()
         score = measure_bits_per_byte(
@@ -123,10 +124,19 @@ def _measure(
         "context": score.context,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
-        "model": name,
         "parameters": model.num_parameters(),
         "seconds": round(seconds, 3),
     }
+
+
+def _choose_stream(corpus: "Corpus", split: str) -> "ByteStream":
+    """Return the bytes of a split, or raise ``InputError`` if the corpus has none."""
+    streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
+    stream = streams[split]
+    if stream is None:
+        there = ", ".join(name for name, part in streams.items() if part is not None)
+        raise InputError(f"corpus {corpus.name!r} has no {split} split; choose one of {there}")
+    return stream
 
 
 def _render(result: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ def run(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PROMPT]",
+            metavar="PROMPT",
             help="What to continue; - or nothing reads stdin, and at a terminal nothing starts a "
             "new text.",
             show_default=False,

@@ -1,15 +1,12 @@
 """``unimatrix info``: what a model or a preset consists of."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, pick_device
 from unimatrix.cli.terminal import to_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _MANY_TOKENS = 2048
 
@@ -18,9 +15,8 @@ def run(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL|PRESET]",
-            help="Run folder, saved model or preset.",
-            show_default="a table of the presets",
+            metavar="MODEL|PRESET",
+            help="Run folder, saved model or preset; nothing lists the presets.",
         ),
     ] = None,
     seed: SeedOption = None,
@@ -87,12 +83,15 @@ def _render_model(result: dict[str, Any]) -> str:
     """Return one model as two tables and a few facts."""
     from rich.table import Table
 
-    parameters = _start_table("parameters", result["parameters"])
-    for part, count in result["parameters_by_part"].items():
-        parameters.add_row(_spell(part), f"{count:,}", "")
-    state = _start_table("state bytes", result["state_bytes"])
-    for part, count in result["state_bytes_by_part"].items():
-        state.add_row(_spell(part), f"{count:,}", "grows" if part in result["grows"] else "")
+    sizes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    sizes.add_column()
+    sizes.add_column(justify="right")
+    for title, kind in (("parameters", "parameters"), ("state bytes", "state_bytes")):
+        sizes.add_row(f"[bold]{title}", f"[bold]{result[kind]:,}")
+        for part, count in result[f"{kind}_by_part"].items():
+            grows = kind == "state_bytes" and part in result["grows"]
+            sizes.add_row(f"  {_spell(part)}", f"{count:,}", "grows with the text" if grows else "")
+        sizes.add_row()
     facts = Table.grid(padding=(0, 2))
     rows = result["max_position_embeddings"]
     facts.add_row("depth steps", str(result["depth_steps"]))
@@ -101,18 +100,7 @@ def _render_model(result: dict[str, Any]) -> str:
     for use, backends in result["backends"].items():
         chosen = ", ".join(f"{_spell(op)} {name}" for op, name in backends.items())
         facts.add_row(f"{use} on {result['device']}", chosen)
-    return to_text(f"[bold]{escape(result['model'])}[/]", "", facts, "", parameters, "", state)
-
-
-def _start_table(title: str, total: int) -> "Table":
-    """Return a table of parts, counts and remarks, with the total in its head."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column(title)
-    table.add_column(f"{total:,}", justify="right")
-    table.add_column("")
-    return table
+    return to_text(f"[bold]{escape(result['model'])}[/]", "", facts, "", sizes).rstrip()
 
 
 def _render_presets(result: dict[str, Any]) -> str:

@@ -77,8 +77,9 @@ def main() -> None:
 
 def _print_error(sentence: str) -> None:
     """Print one sentence on stderr, from the first process of a distributed run only."""
-    distributed = sys.modules.get("torch.distributed")
-    several = distributed is not None and distributed.is_available()
-    if several and distributed.is_initialized() and distributed.get_rank() != 0:
-        return
+    if "unimatrix.processes" in sys.modules:
+        from unimatrix.processes import is_main_process
+
+        if not is_main_process():
+            return
     make_log().print(f"[bold red]error:[/] {escape(sentence)}")

@@ -7,8 +7,9 @@ import typer
 
 from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, make_log, pick_device
 from unimatrix.errors import InputError, suggest
-from unimatrix.field_types import parse_value, read_field_docs
+from unimatrix.field_types import read_field_docs
 from unimatrix.recall_recipe import RecallRecipe
+from unimatrix.recipe import Recipe, override
 
 TASKS = ("associative",)
 
@@ -79,14 +80,18 @@ def run(
 
 
 def _parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """Return configuration fields by name; the configuration checks them."""
-    overrides = {}
+    """Return configuration fields by name, of the types that the configuration declares.
+
+    Raises:
+        InputError: for an assignment without ``=``, an unknown field or an unusable value.
+    """
     for assignment in assignments:
-        name, equals, text = assignment.partition("=")
+        name, equals, _ = assignment.partition("=")
         if not equals:
             raise InputError(f"{assignment!r} sets nothing; write FIELD=VALUE")
-        overrides[name.strip()] = parse_value(text)
-    return overrides
+        if name.strip() in ("preset", "init"):
+            raise InputError(f"--set {assignment} is no field of the configuration; use --preset")
+    return override(Recipe(), [f"model.{assignment}" for assignment in assignments]).model.overrides
 
 
 def _run_visibly(recipe: RecallRecipe, out: Path | None, device: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from unimatrix.cli.common import (
     make_log,
     pick_device,
 )
+from unimatrix.cli.terminal import show_bytes
 from unimatrix.errors import InputError
 from unimatrix.recipe import (
     DEFAULT_RECIPE,
@@ -217,27 +218,28 @@ def _render_result(result: dict[str, Any]) -> str:
     ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
     folder = shlex.quote(result["run"])
     verdict = "beaten" if ours < xz else "not beaten"
-    text = ", ".join(result["data"])
+    name = ", ".join(result["data"])
     lines = [
         f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {verdict})",
-        f"  on the first {result['valid_bytes']:,} validation bytes of {text}, "
+        f"  on the first {result['valid_bytes']:,} validation bytes of {name}, "
         f"context {result['context']}",
         f"trained        {result['optim_steps']:,} steps, {result['tokens']:,} tokens, "
         f"{result['train_s']:.1f} s, {result['parameters']:,} parameters",
         f"run folder     {result['run']}",
     ]
     if result["sample"] is not None:
-        sample = result["sample"]
-        lines += [
-            "",
-            "a sample (prompt | continuation):",
-            f"{sample['prompt']}|{sample['continuation']}",
-        ]
+        prompt, written = (show_bytes(part.encode()) for part in result["sample"].values())
+        lines += ["", "a sample (prompt | continuation):", f"{prompt}|{written}"]
     data = " ".join(f"--data {shlex.quote(item)}" for item in result["data"])
     lines += [
         "",
         "next:",
-        f'  unimatrix generate {folder} "def "',
+        f'  unimatrix generate {folder} "{_choose_prompt(result["data"])}"',
         f"  unimatrix eval {folder} {data}",
     ]
     return "\n".join(lines)
+
+
+def _choose_prompt(data: list[str]) -> str:
+    """Return a beginning that suits the corpus."""
+    return "def " if data == ["pystdlib"] else "The "

@@ -1,4 +1,4 @@
-"""One split of a corpus: bytes in memory or mapped from files, read as if they were one array."""
+"""One split of a corpus: bytes in RAM or mapped from files, read as if they were one array."""
 
 import hashlib
 from collections import OrderedDict
@@ -46,7 +46,7 @@ class ByteStream:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str, ends_with_eos: bool = False) -> Self:
-        """Make a stream of bytes in memory."""
+        """Make a stream of bytes already at hand."""
         piece = Piece(np.frombuffer(data, np.uint8), 0, len(data))
         return cls([piece], name=name, ends_with_eos=ends_with_eos)
 

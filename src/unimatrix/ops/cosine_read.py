@@ -9,7 +9,8 @@ So choices are made on *decision units*: vectors divided by their norm in float6
 multiples of 2^-26. A product of two components is then a multiple of 2^-52 and every partial sum
 is below 2, so float64 computes the cosine of two units exactly, in any order and with or without
 fused multiply-adds. Equal vectors give equal cosines, bit for bit. Against real arithmetic a
-decision cosine is off by at most ``DECISION_EPSILON``: choices closer than that may go either way.
+decision cosine is off by at most sqrt(C) 2^-26, below ``DECISION_EPSILON`` for C up to 4,096:
+choices closer than that may go either way.
 """
 
 import math
@@ -60,21 +61,26 @@ def compute_decision_units(vectors: Tensor) -> Tensor:
     return round_to_grid(normalise(wide))
 
 
-def take_rows(entries: Tensor, index: Tensor) -> Tensor:
-    """Gather ``entries[b, index[b, ...]]``.
+def take_rows(index: Tensor, *entries: Tensor) -> tuple[Tensor, ...]:
+    """Gather ``field[b, index[b, ...]]`` from every field.
 
     Args:
-        entries: [B, P, ...].
         index: [B, ...] int64, in [0, P).
+        entries: [B, P, ...] each.
 
     Returns:
-        [B, ..., ...], the shape of ``index`` followed by that of one entry.
+        for each field, the shape of ``index`` followed by that of one entry.
     """
-    batch, num_entries = entries.shape[:2]
-    first = torch.arange(batch, device=index.device) * num_entries  # [B]
-    flat = (index + first.view(-1, *[1] * (index.dim() - 1))).reshape(-1)
-    rows = entries.flatten(0, 1).index_select(0, flat)
-    return rows.view(*index.shape, *entries.shape[2:])
+    batch, num_entries = entries[0].shape[:2]
+    flat = index
+    if batch > 1:
+        first = torch.arange(0, batch * num_entries, num_entries, device=index.device)  # [B]
+        flat = index + first.view(-1, *[1] * (index.dim() - 1))
+    flat = flat.reshape(-1)
+    return tuple(
+        field.flatten(0, 1).index_select(0, flat).view(*index.shape, *field.shape[2:])
+        for field in entries
+    )
 
 
 def read_chosen(
@@ -102,11 +108,11 @@ def read_chosen(
     """
     exists = chosen >= 0  # [B, T, K]
     rows = chosen.clamp_min(0)
-    units = take_rows(normalise(keys), rows)  # [B, T, K, C]
+    units, held = take_rows(rows, normalise(keys), values)  # [B, T, K, C], [B, T, K, Dv]
     score = (units * normalise(queries).unsqueeze(2)).sum(-1) / math.sqrt(keys.shape[-1])
     if log_strength is not None:
-        score = score + take_rows(log_strength, rows)  # [B, T, K]
+        score = score + take_rows(rows, log_strength)[0]  # [B, T, K]
     logits = (LOGIT_SCALE * score).masked_fill(~exists, torch.finfo(score.dtype).min)
     weights = torch.softmax(logits, dim=-1) * exists  # [B, T, K]
-    context = (weights.unsqueeze(-1) * take_rows(values, rows)).sum(2)  # [B, T, Dv]
+    context = (weights.unsqueeze(-1) * held).sum(2)  # [B, T, Dv]
     return context, weights

@@ -42,7 +42,8 @@ def read_dense_memory(
 
     Returns:
         context [B, T, Dv] in the dtype of ``values``, zero on padding and while nothing is stored;
-        and the P + T pairs (float32, float64 if any input is), invalid where nothing was written.
+        and the P + T pairs (float32, float64 if any input is), invalid where nothing was written;
+        without ``initial`` they may alias ``keys`` and ``values``.
         Differentiable in all floating arguments. With K = 1 the weight is exactly 1 and queries and
         keys get a gradient of exactly 0.
 

@@ -7,8 +7,8 @@ states obey the same recurrence over chunks, so they are found the same way, in 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Chunks in a group: the recurrence over chunks costs this many multiply-adds a state element.
 _GROUP_SIZE = 16
@@ -38,7 +38,7 @@ def _fold(x: Tensor, size: int) -> Tensor:
     """Split dimension 2 of ``x`` into [groups, size], with zeros appended to fill the last."""
     missing = -x.shape[2] % size
     if missing:
-        x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
+        x = pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
     return x.unflatten(2, (-1, size))
 
 
@@ -81,7 +81,7 @@ def scan_parallel(
 
     Padded positions must hold zeros: they write nothing, retain everything and read zero.
     """
-    B, T, H, N = q.shape
+    T, N = q.shape[1], q.shape[3]
     size = -(-T // -(-T // chunk_size))
     # Retention 0 may come as -inf; exp(-1000) is 0 as well, and can be subtracted from itself.
     log_retention = log_retention.clamp(min=-1000.0)

@@ -17,6 +17,9 @@ from unimatrix.ops.threads import map_rows
 
 Array = np.ndarray[Any, Any]
 
+# Below this many multiply-adds one thread is done before another has started.
+_MIN_THREADED_WORK = 1 << 19
+
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 def _dot(left: Array, right: Array) -> float:
@@ -140,5 +143,9 @@ def allocate_native(
     inputs = (query_units, *entries, reads, writes)
     arrays = [tensor.cpu().contiguous().numpy() for tensor in inputs]
     results = [tensor.numpy() for tensor in (chosen, writers, ages)]
-    map_rows(_allocate_rows, batch, *arrays, float(rules.match_threshold), *results)
+    arguments = (*arrays, float(rules.match_threshold), *results)
+    if 2 * query_units.numel() * num_slots < _MIN_THREADED_WORK:
+        _allocate_rows(0, batch, *arguments)
+    else:
+        map_rows(_allocate_rows, batch, *arguments)
     return Allocation(*(tensor.to(query_units.device) for tensor in (chosen, writers, ages)))

@@ -47,7 +47,7 @@ def allocate_parallel(
     ages = initial_ages
     chosen = []
     for t in range(query_units.shape[1]):
-        slots = DecisionEntries(*(take_rows(field, writers) for field in entries))
+        slots = DecisionEntries(*take_rows(writers, *entries))
         order = rank_slots(query_units[:, t], slots, rules.slots_per_read)  # [B, K]
         order = order.masked_fill(~reads[:, t, None], -1)
         chosen.append(writers.gather(1, order.clamp_min(0)).masked_fill(order < 0, -1))

@@ -67,14 +67,15 @@ def scan_by_allocation(
             rules=rules,
         )
         chosen, writers, ages = (field.to(keys.device) for field in decided)
-        ids = take_rows(token_ids, chosen.clamp_min(0)) * (chosen >= 0)  # [B, T, K]
+        ids = take_rows(chosen.clamp_min(0), token_ids)[0] * (chosen >= 0)  # [B, T, K]
     log_strength = strengths.clamp_min(MIN_STRENGTH).log()
     context, weights = read_chosen(tokens.queries, keys, values, log_strength, chosen)
+    held = take_rows(writers, keys, values, strengths, token_ids)
     final = SlotState(
-        slot_keys=take_rows(keys, writers),
-        slot_values=take_rows(values, writers),
-        slot_strength=take_rows(strengths, writers),
+        slot_keys=held[0],
+        slot_values=held[1],
+        slot_strength=held[2],
         slot_age=ages,
-        slot_token_ids=take_rows(token_ids, writers),
+        slot_token_ids=held[3],
     )
     return SlotRead(context, ids, weights), final

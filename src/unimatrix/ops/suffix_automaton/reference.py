@@ -70,4 +70,5 @@ def predict_rows(
     tokens = automaton.tokens.new_zeros(len(texts), capacity)
     for row, text in enumerate(texts):
         tokens[row, : text.shape[0]] = text
-    return predicted_ids, match_lengths, automaton._replace(tokens=tokens, counters=counters)
+    index = (torch.zeros_like(tensor) for tensor in automaton[1:4])
+    return predicted_ids, match_lengths, AutomatonState(tokens, *index, counters)

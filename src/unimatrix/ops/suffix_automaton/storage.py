@@ -3,16 +3,17 @@
 The text is the essence; the other tensors are an index of it, a suffix tree whose leaves are the
 suffixes that occurred once so far. A node is a row of ``paths`` and of ``nodes``; node 0 is the
 root. A child is a node if positive, the leaf of the suffix at ``~child`` if negative, absent if 0.
-Every node but the root keeps two children in its own row; further ones are in ``edges``, an open
-addressing hash table. On text that makes most visits touch one cache line.
+A node but the root keeps two children in its own row; all others are in ``edges``, an open
+addressing hash table. So on text a visit touches one or two cache lines.
 
-    paths [PARENT, LATEST]      the latest start of the node's string, for short nodes; see native.py
+    paths [PARENT, LATEST]      the node above, and where the node's string last began; of long
+                                nodes what native.py says
     nodes [LENGTH, LINK, SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B, LEFT, RIGHT]
                                 LINK = 2 * suffix link + 1 if the node has children in ``edges``
     edges [EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD]
 
 Compiled kernels hold these column numbers: after a change here, change native.py too, or its
-cached machine code will not notice.
+machine code stays cached.
 """
 
 from typing import NamedTuple
@@ -31,7 +32,7 @@ EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD = range(3)
     MATCH_LENGTH,
     MATCH_START,  # latest start of the match before the current one
     ACTIVE_NODE,  # a node whose string begins the match
-    NUM_NODES,
+    NUM_NODES,  # 0: none yet, and everything in the index is 0
     NUM_EDGES,
     NUM_VISITS,  # nodes visited and splay rotations: the work done, for tests
     WINDOW,  # 0: unbounded
@@ -91,8 +92,8 @@ def empty_automaton(batch: int, window: int | None = None) -> AutomatonState:
 
 def bound_capacity(num_tokens: int) -> tuple[int, int]:
     """Return the nodes and hash slots that suffice for any ``num_tokens`` tokens."""
-    # n leaves have at most n - 1 branching nodes, and at most n children beyond two a node.
-    return num_tokens + 1, num_tokens + (num_tokens + 1) // 2
+    # n leaves: at most n nodes with the root, at most n edges beyond two a node; load <= 2/3.
+    return num_tokens, (3 * num_tokens + 1) // 2
 
 
 def extend_rows(tensor: torch.Tensor, size: int) -> torch.Tensor:

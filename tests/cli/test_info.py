@@ -1,0 +1,82 @@
+import pytest
+
+from tests.byte_models import build_byte_model, save_model
+from tests.cli.command import assert_refused, run_command
+from unimatrix.configuration import PRESETS
+
+# architecture.md, section 7: 259 ids, 128 positions.
+PARAMETERS = {
+    "core": 83_140,
+    "rosa": 103_876,
+    "discovery": 115_184,
+    "assoc": 99_588,
+    "assoc-hard": 99_588,
+    "rosa-assoc": 120_324,
+    "rosa-assoc-hard": 120_324,
+    "discovery-assoc": 131_632,
+    "sparsepointer": 87_494,
+}
+
+
+def test_all_presets() -> None:
+    rows = run_command("info", "--json").result["presets"]
+    assert {row["model"]: row["parameters"] for row in rows} == PARAMETERS
+    assert set(PARAMETERS) == set(PRESETS)
+    for row in rows:
+        assert row["parameters"] == sum(row["parameters_by_part"].values())
+        assert row["state_bytes"] == sum(row["state_bytes_by_part"].values())
+        assert row["state_bytes_by_part"]["matrix_state"] == 3 * 4 * 16 * 16 * 4
+
+
+def test_the_table_of_presets() -> None:
+    answer = run_command("info")
+    assert answer.stderr == ""
+    head, *lines = answer.text.splitlines()
+    assert head.split() == ["preset", "parameters", "state", "bytes", "carries"]
+    for line, preset in zip(lines, PRESETS, strict=False):
+        assert line.split()[:2] == [preset, f"{PARAMETERS[preset]:,}"]
+    assert max(map(len, answer.text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("preset", ["core", "discovery", "assoc", "sparsepointer"])
+def test_one_preset(preset) -> None:
+    result = run_command("info", preset, "--json").result
+    assert list(result) == [
+        "model",
+        "parameters",
+        "parameters_by_part",
+        "state_bytes",
+        "state_bytes_by_part",
+        "grows",
+        "depth_steps",
+        "max_position_embeddings",
+        "vocab_size",
+        "device",
+        "backends",
+    ]
+    assert result["parameters"] == PARAMETERS[preset]
+    assert (result["depth_steps"], result["max_position_embeddings"]) == (3, 128)
+    assert result["grows"] == (["dense_memory"] if preset == "assoc" else [])
+    assert set(result["backends"]) == {"reading", "decoding"}
+    text = run_command("info", preset).text
+    assert f"{PARAMETERS[preset]:,}" in text
+    assert "at most 128 tokens" in text
+    assert ("grows with the text" in text) == (preset == "assoc")
+
+
+def test_a_saved_model_of_any_length(tmp_path) -> None:
+    model = build_byte_model("core", residual_path="suffix_automaton")
+    folder = save_model(tmp_path, model)
+    result = run_command("info", folder, "--json").result
+    assert result["parameters"] == model.num_parameters()
+    assert result["max_position_embeddings"] is None
+    assert result["grows"] == ["automaton"]
+    assert result["backends"]["reading"]["suffix_automaton"] == "native"
+    text = run_command("info", folder).text
+    assert "any" in text
+    assert str(folder) in text
+
+
+def test_unusable_names(tmp_path) -> None:
+    assert_refused(run_command("info", "sparspointer"), "Did you mean 'sparsepointer'?")
+    assert_refused(run_command("info", tmp_path), "has no config.json")

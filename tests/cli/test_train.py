@@ -1,0 +1,223 @@
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.cli.test_main import run_main
+from tests.small_training import build_recipe, one_thread
+from unimatrix.cli import train
+from unimatrix.cli.progress import TrainingProgress
+from unimatrix.recipe import Recipe, load_recipe
+
+__all__ = ["one_thread"]
+
+PARALLEL_TIMEOUT_S = 300
+
+
+def write_recipe(folder: Path, **fields: Any) -> tuple[str, Recipe]:
+    """Write the small recipe to a file; return its path and the recipe."""
+    recipe = build_recipe(folder, **fields)
+    path = folder / "small.json"
+    path.write_text(json.dumps(recipe.to_dict()))
+    return str(path), recipe
+
+
+def read_result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1, captured.out
+    result: dict[str, Any] = json.loads(captured.out)
+    return result
+
+
+def test_options_do_not_multiply() -> None:
+    assert list(inspect.signature(train.run).parameters) == [
+        "recipe",
+        "preset",
+        "data",
+        "valid_data",
+        "minutes",
+        "steps",
+        "out",
+        "resume",
+        "init",
+        "assignments",
+        "dry_run",
+        "as_json",
+        "device",
+        "seed",
+    ]
+
+
+def test_result_is_on_stdout_and_the_rest_on_stderr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "train", path, "--json", "--device", "cpu", "--steps", "3") == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert captured.out.count("\n") == 1
+    assert 0 < result["bits_per_byte"] < 20
+    assert 0 < result["xz_bits_per_byte"] < 20
+    assert Path(result["run"], "model.safetensors").is_file()
+    assert Path(result["run"]).parent == Path("runs")
+    assert result["optim_steps"] == 3
+    lines = captured.err.splitlines()
+    assert lines[0].startswith("training 3 steps on ")
+    assert all(line.startswith(("training ", "step ", "validating")) for line in lines)
+    assert "bits per byte" in lines[1]
+    assert "tokens/s" in lines[1]
+
+
+def test_summary_names_the_next_two_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, recipe = write_recipe(tmp_path)
+    out = str(tmp_path / "my run")
+    assert run_main(monkeypatch, "train", path, "--out", out, "--device", "cpu") == 0
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed
+    assert "xz -9e" in printed
+    assert "a sample" in printed
+    assert f"unimatrix generate '{out}' \"The \"" in printed
+    assert f"unimatrix eval '{out}' --data {recipe.data.data[0]}" in printed
+
+
+def test_dry_run_prints_a_recipe_that_reads_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, recipe = write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert run_main(monkeypatch, "train", path, "--dry-run") == 0
+    assert sorted(tmp_path.iterdir()) == before
+    again = tmp_path / "again.toml"
+    again.write_text(capsys.readouterr().out)
+    assert load_recipe(again) == recipe
+    changes = ["--dry-run", "--json", "--seed", "9", "--set", "train.learning_rate=0.5"]
+    assert run_main(monkeypatch, "train", path, *changes) == 0
+    changed = Recipe.from_dict(read_result(capsys))
+    assert (changed.train.seed, changed.train.learning_rate) == (9, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--minutes", "1", "--steps", "2"], "give one of them"),
+        (["--minutes", "0"], "greater than 0"),
+        (["--steps", "0"], "at least 1"),
+        (["--preset", "corre"], "Did you mean 'core'"),
+        (["--set", "train.lr=1"], "Did you mean 'train.learning_rate'"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--data", "no-such-file"], "no-such-file"),
+        (["--resume"], "name its folder with --out"),
+        (["--resume", "--out", "nowhere"], "nowhere holds no run"),
+        (["--out", "."], "not empty"),
+        (["--init", "x", "--preset", "core"], "exactly one"),
+        (["--set", "data.window_tokens=999", "--set", "model.max_position_embeddings=8"], "8 rows"),
+    ],
+)
+def test_unusable_arguments_exit_2_and_write_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    path, _ = write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert run_main(monkeypatch, "train", path, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_ctrl_c_saves_and_resume_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = write_recipe(tmp_path)
+    unbroken, broken = str(tmp_path / "unbroken"), str(tmp_path / "broken")
+    assert run_main(monkeypatch, "train", path, "--out", unbroken, "--device", "cpu") == 0
+    capsys.readouterr()
+    show = TrainingProgress.on_step_end
+
+    def interrupt(self: TrainingProgress, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+        show(self, args, state, *rest, **more)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingProgress, "on_step_end", interrupt)
+        assert run_main(patched, "train", path, "--out", broken, "--device", "cpu") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "interrupted after step 2 of 6" in captured.err
+    assert f"unimatrix train --resume --out {broken}" in captured.err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    wrong = ["train", "--resume", "--out", broken, "--device", "cpu", "--seed", "5"]
+    assert run_main(monkeypatch, *wrong) == 2
+    assert "train.seed differs" in capsys.readouterr().err
+    # The command of the start may be repeated as it was.
+    right = ["train", path, "--resume", "--out", broken, "--device", "cpu", "--json"]
+    assert run_main(monkeypatch, *right) == 0
+    assert read_result(capsys)["optim_steps"] == 6
+    one, other = (load_file(f"{run}/model.safetensors") for run in (unbroken, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_divergence_exits_1_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = write_recipe(tmp_path, max_grad_norm=0.0, warmup_fraction=0.0)
+    arguments = ["--set", "train.learning_rate=1e38", "--out", str(tmp_path / "run")]
+    assert run_main(monkeypatch, "train", path, *arguments, "--device", "cpu") == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("error: the loss or its gradient is not finite at optimiser step ")
+
+
+@pytest.mark.slow
+def test_torchrun_trains_with_the_same_global_batch(tmp_path: Path) -> None:
+    path, _ = write_recipe(tmp_path, steps=8)
+    command = [
+        *("-m", "unimatrix", "train", path, "--device", "cpu", "--json"),
+        *("--set", "model.dropout=0.0", "--out"),
+    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    results = []
+    for name, start in (("one", []), ("two", launcher)):
+        done = subprocess.run(
+            [sys.executable, *start, *command, str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            timeout=PARALLEL_TIMEOUT_S,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("\n") == 1
+        assert done.stderr.count("validating") == 1
+        results.append(json.loads(done.stdout))
+    curves = [
+        [json.loads(line)["loss_nats"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("one", "two")
+    ]
+    assert len(curves[0]) == 8
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert results[1]["bits_per_byte"] == pytest.approx(results[0]["bits_per_byte"], rel=1e-4)
+    record = json.loads((tmp_path / "two" / "record.json").read_text())
+    assert record["num_processes"] == 2
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,26 @@
+import pytest
+from torch.nn.functional import cross_entropy
+
+from tests.small_training import build_model, build_text, one_thread
+from unimatrix.data import ByteStream, ConsecutiveWindows
+from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
+from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.units import to_bits_per_byte
+
+__all__ = ["one_thread"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_it_is_the_mean_loss_of_the_windows(batch_size: int) -> None:
+    stream = ByteStream.from_bytes(build_text(100), name="words", ends_with_eos=True)
+    windows, model = ConsecutiveWindows(stream, 16, 7), build_model()
+    model.train()
+    score = measure_consecutive_windows(model, windows, batch_size=batch_size)
+    assert model.training
+    with suspend_training(model):
+        losses = [
+            cross_entropy(model(item["input_ids"][None]).logits[0], item["shift_labels"]).item()
+            for item in (windows[index] for index in range(7))
+        ]
+    assert score.bits_per_byte == pytest.approx(to_bits_per_byte(sum(losses) / 7, 1), rel=1e-5)
+    assert (score.bytes, score.context) == (7 * 16, "consecutive windows of 16")

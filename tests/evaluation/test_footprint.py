@@ -1,0 +1,75 @@
+import pytest
+
+from tests.models import VARIANTS, build_model
+from unimatrix.configuration import PRESETS, UniMatrixConfig
+from unimatrix.evaluation.footprint import (
+    choose_backends,
+    count_parameters,
+    list_growing_parts,
+    measure_state_bytes,
+)
+from unimatrix.modeling import UniMatrixForCausalLM
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_belongs_to_a_part(variant) -> None:
+    model = build_model(variant)
+    assert sum(count_parameters(model).values()) == model.num_parameters()
+
+
+def test_an_untied_head_is_a_part() -> None:
+    model = build_model("core", tie_word_embeddings=False)
+    counts = count_parameters(model)
+    assert counts["head"] == counts["token_embedding"] == 23 * 12
+
+
+def test_parts_of_the_published_core() -> None:
+    assert count_parameters(UniMatrixForCausalLM(UniMatrixConfig())) == {
+        "token_embedding": 259 * 64,
+        "position_table": 128 * 64,
+        "matrix_mixer": 5 * 64 * 64 + (64 * 4 + 4) + (64 * 64 + 64),
+        "feed_forward": 2 * 64 * 256 + 256 + 64,
+        "norms": 3 * 2 * 64,
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_bytes_are_those_of_a_saved_cache(variant, tmp_path) -> None:
+    model = build_model(variant).float()
+    cache = model(input_ids=build_first_token(model), use_cache=True).past_key_values
+    parts = measure_state_bytes(model)
+    assert sum(parts.values()) == cache.num_bytes()
+    expected = sum(t.numel() * t.element_size() for t in cache.tensors().values())
+    assert sum(parts.values()) == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_growing_parts_grow(variant) -> None:
+    model = build_model(variant).float()
+    short, long = (measure_state_bytes(model, num_tokens=n) for n in (1, 70))
+    grown = {part for part in long if long[part] != short.get(part)}
+    assert grown <= set(list_growing_parts(model))
+    if model.config.associative_memory == "dense":
+        assert grown == {"dense_memory"}
+
+
+def build_first_token(model):
+    return model.dummy_inputs["input_ids"][:1, :1] * 0 + model.config.bos_token_id
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("num_tokens", [1, 128])
+def test_backends_are_resolved(variant, num_tokens) -> None:
+    model = build_model(variant)
+    backends = choose_backends(model, num_tokens)
+    assert "auto" not in backends.values()
+    assert ("matrix_state" in backends) == (model.config.update_rules != "none")
+    assert ("slots" in backends) == (model.config.associative_memory == "slots")
+    assert ("dense_memory" in backends) == (model.config.associative_memory == "dense")
+    assert ("suffix_automaton" in backends) == (model.config.residual_path == "suffix_automaton")
+    model.set_backend("reference")
+    assert set(choose_backends(model, num_tokens).values()) <= {"reference"}
+
+
+def test_every_preset_is_a_variant() -> None:
+    assert set(PRESETS) <= set(VARIANTS)

@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from tests.byte_models import build_byte_model, prefer
+from unimatrix import generation
+from unimatrix.errors import InputError
+from unimatrix.generation import generate_bytes, resolve_new_bytes
+from unimatrix.sampling import DEFAULT_NEW_BYTES, Sampling
+from unimatrix.tokenization import BOS_ID, EOS_ID, PAD_ID
+
+GREEDY = Sampling(temperature=0)
+EVERY_BYTE = bytes(range(256))
+
+
+def continue_slowly(model, prompt: bytes, num_new: int) -> bytes:
+    """Take the most likely byte again and again, each time from the whole text."""
+    ids = [BOS_ID, *prompt]
+    for _ in range(num_new):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        logits[[PAD_ID, BOS_ID]] = -torch.inf
+        ids.append(int(logits.argmax()))
+    return bytes(ids[1 + len(prompt) :])
+
+
+@pytest.mark.parametrize("preset", ["core", "sparsepointer", "assoc"])
+@pytest.mark.parametrize("prompt", [b"", b"a", "né".encode()[:2], EVERY_BYTE])
+def test_greedy_bytes_are_the_most_likely_ones(preset, prompt) -> None:
+    model = build_byte_model(preset, seed=3)
+    expected = continue_slowly(model, prompt, 12)
+    written = generate_bytes(model, prompt, max_new_bytes=12, sampling=GREEDY)
+    assert written.data == expected
+    assert written.stopped == "length"
+    assert written.seconds > 0
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+def test_long_prompts_are_read_in_parts(monkeypatch, chunk) -> None:
+    model = build_byte_model("sparsepointer", seed=3)
+    expected = generate_bytes(model, EVERY_BYTE, max_new_bytes=8, sampling=GREEDY).data
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", chunk)
+    assert generate_bytes(model, EVERY_BYTE, max_new_bytes=8, sampling=GREEDY).data == expected
+
+
+def test_bytes_come_one_by_one() -> None:
+    parts: list[bytes] = []
+    model = build_byte_model()
+    written = generate_bytes(model, b"x", max_new_bytes=20, on_bytes=parts.append)
+    assert b"".join(parts) == written.data
+    assert {len(part) for part in parts} == {1}
+
+
+def test_the_seed_alone_decides_and_nothing_global_moves() -> None:
+    model = build_byte_model().train()
+    first = generate_bytes(model, b"x", max_new_bytes=30, sampling=Sampling(seed=1))
+    torch.manual_seed(99)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    again = generate_bytes(model, b"x", max_new_bytes=30, sampling=Sampling(seed=1))
+    other = generate_bytes(model, b"x", max_new_bytes=30, sampling=Sampling(seed=2))
+    assert first.data == again.data != other.data
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    assert model.training
+
+
+def test_the_end_of_the_text_stops() -> None:
+    model = prefer(build_byte_model(), EOS_ID)
+    written = generate_bytes(model, b"x", sampling=GREEDY)
+    assert (written.data, written.stopped) == (b"", "eos")
+
+
+@pytest.mark.parametrize("token_id", [PAD_ID, BOS_ID, EOS_ID + 1, 263])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()])
+def test_ids_that_are_no_text_are_never_chosen(token_id, sampling) -> None:
+    model = prefer(build_byte_model(vocab_size=264), token_id)
+    written = generate_bytes(model, b"x", max_new_bytes=20, sampling=sampling)
+    assert len(written.data) == 20 or written.stopped == "eos"
+
+
+def test_top_k_1_and_a_tiny_top_p_are_greedy() -> None:
+    model = build_byte_model()
+    expected = generate_bytes(model, b"x", max_new_bytes=20, sampling=GREEDY).data
+    for narrow in (Sampling(top_k=1), Sampling(top_p=1e-9), Sampling(temperature=1e-3)):
+        assert generate_bytes(model, b"x", max_new_bytes=20, sampling=narrow).data == expected
+
+
+def test_room_in_a_position_table() -> None:
+    table, free = build_byte_model(max_position_embeddings=10), build_byte_model()
+    assert resolve_new_bytes(table, 0, None) == 10
+    assert resolve_new_bytes(table, 9, None) == 1
+    assert resolve_new_bytes(table, 4, 6) == 6
+    assert resolve_new_bytes(free, 10**6, None) == DEFAULT_NEW_BYTES
+    with pytest.raises(InputError, match=r"at most 6$"):
+        resolve_new_bytes(table, 4, 7)
+    with pytest.raises(InputError, match="a prompt of at most 9;"):
+        resolve_new_bytes(table, 10, None)
+    with pytest.raises(InputError, match="max-new-bytes is 0"):
+        resolve_new_bytes(free, 0, 0)
+
+
+@pytest.mark.parametrize("num_prompt_bytes", [0, 1, 4, 9])
+def test_a_full_table_is_really_generated(num_prompt_bytes) -> None:
+    model = build_byte_model("sparsepointer", max_position_embeddings=10)
+    prompt = EVERY_BYTE[:num_prompt_bytes]
+    written = generate_bytes(model, prompt, sampling=GREEDY)
+    assert written.data == continue_slowly(model, prompt, 10 - num_prompt_bytes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", float("nan")),
+        ("top_k", 0),
+    ],
+)
+def test_unusable_sampling(name, value) -> None:
+    with pytest.raises(InputError, match=f"{name} is {value}"):
+        Sampling(**{name: value})

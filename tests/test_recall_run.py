@@ -1,0 +1,106 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from unimatrix.checkpoints import load_model
+from unimatrix.errors import InputError
+from unimatrix.evaluation.recall import measure_recall
+from unimatrix.recall_recipe import RecallRecipe
+from unimatrix.recall_run import build_recall_config, run_recall
+from unimatrix.tasks import AssociativeRecall
+
+QUICK = RecallRecipe(steps=2, batch_size=4, test_examples=40)
+
+
+def test_the_papers_recipe() -> None:
+    recipe = RecallRecipe()
+    config = build_recall_config(recipe)
+    published = {
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+        "hidden_size": 64,
+        "num_slots": 32,
+        "slots_per_read": 4,
+        "dropout": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pointer": True,
+    }
+    assert {name: getattr(config, name) for name in published} == published
+    train = recipe.to_train_section()
+    assert (train.steps, train.batch_size, train.learning_rate) == (200, 32, 3e-4)
+    assert (train.weight_decay, train.decay_all, train.schedule) == (0.01, True, "constant")
+    assert (train.warmup_fraction, train.max_grad_norm, train.seed) == (0, 1.0, 19)
+    assert (train.beta1, train.beta2) == (0.9, 0.999)
+    assert (recipe.num_pairs, recipe.test_pairs, recipe.test_examples) == (4, (4, 6, 8), 64 * 32)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("core", 70_660), ("rosa", 78_916), ("sparsepointer", 75_014)],
+)
+def test_a_short_run(preset, parameters) -> None:
+    recipe = dataclasses.replace(QUICK, preset=preset)
+    seen: list[dict[str, float]] = []
+    result = run_recall(recipe, on_metrics=seen.append)
+    assert list(result) == ["accuracy", "parameters", "state_bytes", "train_s", "recipe"]
+    assert list(result["accuracy"]) == ["4", "6", "8"]
+    assert all(0 <= accuracy <= 1 for accuracy in result["accuracy"].values())
+    assert result["parameters"] == parameters
+    assert result["state_bytes"] == (29_584 if preset == "sparsepointer" else 12_304)
+    assert result["train_s"] > 0
+    assert seen[0]["loss_nats"] == pytest.approx(4.16, abs=0.1)
+    assert json.loads(json.dumps(result))["recipe"]["seed"] == 19
+
+
+def test_the_seed_alone_decides() -> None:
+    recipe = dataclasses.replace(QUICK, preset="core", steps=3)
+    losses: list[list[float]] = []
+    for salt, seed in ((1, 19), (2, 19), (3, 20)):
+        torch.manual_seed(salt)
+        seen: list[float] = []
+        run_recall(
+            dataclasses.replace(recipe, seed=seed),
+            on_metrics=lambda m, s=seen: s.append(m["loss_nats"]),
+        )
+        losses.append(seen)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_folder_keeps_model_log_and_record(tmp_path) -> None:
+    out = tmp_path / "kept"
+    result = run_recall(QUICK, out=out)
+    record = json.loads((out / "record.json").read_text())
+    assert record["results"] == json.loads(json.dumps(result))
+    assert (record["status"], record["seed"]) == ("done", 19)
+    assert (out / "metrics.jsonl").is_file()
+    model = load_model(out).model
+    accuracy = measure_recall(model, AssociativeRecall(num_pairs=6), 40, 19 + 2**32)
+    assert accuracy == result["accuracy"]["6"]
+    with pytest.raises(InputError, match="already exists"):
+        run_recall(QUICK, out=out)
+
+
+def test_slots() -> None:
+    assert build_recall_config(RecallRecipe(num_slots=8)).num_slots == 8
+    with pytest.raises(InputError, match="slots is 8 and preset 'core' has no slots"):
+        build_recall_config(RecallRecipe(preset="core", num_slots=8))
+    with pytest.raises(InputError, match="num_slots is 0"):
+        build_recall_config(RecallRecipe(num_slots=0))
+
+
+def test_overrides() -> None:
+    recipe = RecallRecipe(overrides={"write_gate": False, "pointer": False})
+    config = build_recall_config(recipe)
+    assert not config.write_gate
+    assert not config.pointer
+
+
+@pytest.mark.parametrize("pairs", [0, 9])
+def test_pairs_out_of_range_write_nothing(tmp_path, pairs) -> None:
+    with pytest.raises(InputError, match=f"num_pairs is {pairs}"):
+        run_recall(dataclasses.replace(QUICK, num_pairs=pairs), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

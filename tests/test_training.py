@@ -1,0 +1,241 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.small_training import (
+    WINDOW_TOKENS,
+    build_dataset,
+    build_model,
+    build_settings,
+    have_equal_weights,
+    one_thread,
+)
+from unimatrix.data import WindowDataset
+from unimatrix.errors import InputError
+from unimatrix.evaluation.modes import suspend_training
+from unimatrix.training import list_decayed, plan_steps, train_model
+from unimatrix.training_callbacks import NonFiniteError
+
+__all__ = ["one_thread"]
+
+
+class StopAfter(TrainerCallback):
+    """Stop after a step, as Ctrl-C does."""
+
+    def __init__(self, optim_step: int) -> None:
+        self.optim_step = optim_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_unused: Any) -> None:
+        if state.global_step == self.optim_step:
+            control.should_save = control.should_training_stop = True
+
+
+class Poison(TrainerCallback):
+    """Make the loss of one step infinite."""
+
+    def __init__(self, optim_step: int) -> None:
+        self.optim_step = optim_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        if state.global_step == self.optim_step - 1:
+            with torch.no_grad():
+                model.model.norm.weight.fill_(float("inf"))
+
+
+def test_resumed_training_equals_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+    """Dropout is on: the random generators must continue where they stopped."""
+    settings, dataset = build_settings(steps=7), build_dataset(28)
+    unbroken, broken, resumed = build_model(), build_model(), build_model()
+    train_model(unbroken, dataset, settings, tmp_path / "unbroken")
+    out = tmp_path / "broken"
+    first = train_model(broken, dataset, settings, out, callbacks=[StopAfter(4)])
+    assert (first.num_optim_steps, first.interrupted) == (4, True)
+    assert not have_equal_weights(broken, unbroken)
+    torch.manual_seed(99)
+    second = train_model(resumed, dataset, settings, out, resume=True)
+    assert (second.num_optim_steps, second.interrupted) == (7, False)
+    assert second.num_tokens == 3 * 4 * WINDOW_TOKENS
+    assert have_equal_weights(resumed, unbroken)
+    one, other = (_read_metrics(tmp_path / name) for name in ("unbroken", "broken"))
+    assert [entry["loss_nats"] for entry in one] == [entry["loss_nats"] for entry in other]
+
+
+def test_resuming_at_the_last_step_changes_nothing(tmp_path: Path) -> None:
+    settings, dataset = build_settings(steps=3), build_dataset(12)
+    model, again = build_model(), build_model()
+    train_model(model, dataset, settings, tmp_path)
+    result = train_model(again, dataset, settings, tmp_path, resume=True)
+    assert (result.num_optim_steps, result.num_tokens, result.interrupted) == (3, 0, False)
+    assert have_equal_weights(again, model)
+
+
+def test_global_generators_decide_nothing() -> None:
+    models = [build_model(), build_model()]
+    for number, model in enumerate(models):
+        torch.manual_seed(number)
+        train_model(model, build_dataset(24), build_settings(), None)
+    assert have_equal_weights(*models)
+
+
+def test_items_are_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[int]] = []
+    build = WindowDataset.__getitems__
+
+    def note(self: WindowDataset, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        batches.append(list(indices))
+        return build(self, indices)
+
+    dataset = build_dataset(100)
+    monkeypatch.setattr(WindowDataset, "__getitems__", note)
+    train_model(build_model(), dataset, build_settings(steps=3, accumulation_steps=2), None)
+    read = [index for batch in batches for index in batch]
+    assert read[0] == 0  # The size of a window is asked for first.
+    assert read[1:13] == list(range(12))
+
+
+def test_loss_is_the_mean_over_the_labels_of_the_batch() -> None:
+    """Also where rows have different numbers of labels and the batch is cut into parts."""
+    dataset = _RaggedLabels()
+    batch = dataset.build(range(4))
+    model = build_model(dropout=0.0)
+    with suspend_training(model):
+        expected = model(**batch).loss.item()
+    trained, losses = [], []
+    for parts in (1, 2, 4):
+        entries: list[dict[str, float]] = []
+        trained.append(build_model(dropout=0.0))
+        settings = build_settings(steps=3, accumulation_steps=parts, warmup_fraction=0.0)
+        train_model(trained[-1], dataset, settings, None, on_metrics=entries.append)
+        losses.append([entry["loss_nats"] for entry in entries])
+    assert losses[0][0] == pytest.approx(expected, rel=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:
+    settings, out = build_settings(save_every_steps=1), tmp_path
+    with pytest.raises(NonFiniteError, match=r"not finite at optimiser step 3\b") as caught:
+        train_model(build_model(), build_dataset(24), settings, out, callbacks=[Poison(3)])
+    assert str(out) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["checkpoint-1", "checkpoint-2"]
+    restored = build_model()
+    train_model(restored, build_dataset(24), settings, out, resume=True)
+    assert all(torch.isfinite(p).all() for p in restored.parameters())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_fraction", "expected"),
+    [
+        ("constant", 0.0, [1, 1, 1, 1]),
+        ("constant", 0.5, [0, 0.5, 1, 1]),
+        ("linear", 0.0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 0.25, [0, 1, 0.75, 0.25]),
+        ("warmup_stable_decay", 0.25, [0, 1, 1, 0.5]),
+    ],
+)
+def test_schedule(schedule: str, warmup_fraction: float, expected: list[float]) -> None:
+    entries: list[dict[str, float]] = []
+    settings = build_settings(
+        steps=4,
+        schedule=schedule,
+        learning_rate=1e-3,
+        warmup_fraction=warmup_fraction,
+        cooldown_fraction=0.5,
+    )
+    train_model(build_model(), build_dataset(16), settings, None, on_metrics=entries.append)
+    rates = [entry["learning_rate"] * 1e3 for entry in entries]
+    assert rates == pytest.approx(expected)
+
+
+def test_weight_decay_spares_what_the_settings_say() -> None:
+    model = build_model(max_position_embeddings=64)
+    matrices = set(list_decayed(model, build_settings()))
+    with_embeddings = set(list_decayed(model, build_settings(decay_embeddings=True)))
+    everything = set(list_decayed(model, build_settings(decay_all=True)))
+    shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
+    assert everything == set(shapes)
+    assert with_embeddings == {name for name, dim in shapes.items() if dim >= 2}
+    assert with_embeddings - matrices == {
+        "model.embed_tokens.weight",
+        "model.embed_positions.weight",
+        "model.residual_context.embed.weight",
+    }
+
+
+def test_run_folder_gets_log_and_checkpoints(tmp_path: Path) -> None:
+    settings = build_settings(steps=5, log_every_steps=2, save_every_steps=1, keep_checkpoints=3)
+    seen: list[dict[str, float]] = []
+    result = train_model(
+        build_model(), build_dataset(20), settings, tmp_path, on_metrics=seen.append
+    )
+    assert _read_metrics(tmp_path) == seen
+    assert [entry["optim_step"] for entry in seen] == [1, 2, 4]
+    assert result.loss_nats == seen[-1]["loss_nats"]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert (tmp_path / "checkpoints" / "checkpoint-5" / "model.safetensors").is_file()
+
+
+def test_nothing_is_written_or_printed_without_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train_model(build_model(), build_dataset(8), build_settings(steps=2), None)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_bfloat16_trains() -> None:
+    model = build_model()
+    settings = build_settings(precision="bfloat16")
+    result = train_model(model, build_dataset(24), settings, None)
+    assert 0 < result.loss_nats < 6
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_plan_leaves_the_model_alone() -> None:
+    model, untouched = build_model(), build_model()
+    settings = build_settings(steps=None, minutes=0.01)
+    num_steps, seconds = plan_steps(model, build_dataset(10**7), settings)
+    assert num_steps >= 1
+    assert seconds > 0
+    assert have_equal_weights(model, untouched)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    with pytest.raises(InputError, match="choose a multiple of 3"):
+        train_model(build_model(), build_dataset(24), build_settings(accumulation_steps=3), None)
+    with pytest.raises(InputError, match="need 24"):
+        train_model(build_model(), build_dataset(23), build_settings(), None)
+
+
+class _RaggedLabels(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Windows of which row i keeps its last i + 1 labels only."""
+
+    def __init__(self) -> None:
+        self.windows = build_dataset(12)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        item = self.windows[index]
+        item["shift_labels"] = item["shift_labels"].clone()
+        item["shift_labels"][: WINDOW_TOKENS - index - 1] = -100
+        return item
+
+    def build(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        items = [self[index] for index in indices]
+        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def _read_metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,215 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.small_training import (
+    OVERRIDES,
+    WINDOW_TOKENS,
+    build_recipe,
+    build_text,
+    have_equal_weights,
+    one_thread,
+)
+from unimatrix.checkpoints import load_model
+from unimatrix.data import load_corpus
+from unimatrix.errors import InputError
+from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
+from unimatrix.evaluation.compressors import xz_bits_per_byte
+from unimatrix.recipe import EvalSection, ModelSection, Recipe, load_recipe
+from unimatrix.training_callbacks import NonFiniteError
+from unimatrix.training_run import (
+    TrainingRun,
+    build_model,
+    judge_model,
+    judge_run,
+    prepare_resumed_run,
+    prepare_run,
+    start_run,
+    train_run,
+)
+
+__all__ = ["one_thread"]
+
+
+class StopAfter(TrainerCallback):
+    """Stop after a step, as Ctrl-C does."""
+
+    def __init__(self, optim_step: int) -> None:
+        self.optim_step = optim_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_unused: Any) -> None:
+        if state.global_step == self.optim_step:
+            control.should_save = control.should_training_stop = True
+
+
+def start(recipe: Recipe, out: Path | None) -> TrainingRun:
+    run = prepare_run(recipe, out, "cpu")
+    start_run(run, lambda _sentence: None)
+    return run
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+    return record
+
+
+def test_run_folder_is_a_model_with_its_history(tmp_path: Path) -> None:
+    recipe, out = build_recipe(tmp_path), tmp_path / "run"
+    run = start(recipe, out)
+    assert read_record(out)["status"] == "training"
+    assert not train_run(run).interrupted
+    assert read_record(out)["status"] == "trained"
+    result = judge_run(run)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "generation_config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "recipe.json",
+        "record.json",
+        "tensorboard",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert load_recipe(out / "recipe.json") == recipe
+    assert json.loads(json.dumps(result)) == result
+    record = read_record(out)
+    assert record["status"] == "done"
+    assert record["results"]["bits_per_byte"] == result["bits_per_byte"]
+    assert record["backends"] == {"matrix_state": "native", "suffix_automaton": "native"}
+    assert record["num_optim_steps"] == 6
+    corpus = load_corpus(recipe.data.data)
+    assert record["corpus"]["sha256"] == corpus.sha256
+    loaded = load_model(out)
+    assert have_equal_weights(loaded.model, run.model)
+    again = measure_bits_per_byte(loaded.model, corpus.valid, limit_bytes=200)
+    assert again.bits_per_byte == pytest.approx(result["bits_per_byte"])
+    assert result["xz_bits_per_byte"] == xz_bits_per_byte(corpus.valid.read(0, 200).tobytes())
+    assert result["valid_bytes"] == 200
+    assert result["tokens"] == 6 * 4 * WINDOW_TOKENS
+
+
+def test_minutes_become_steps_that_a_resume_keeps(tmp_path: Path) -> None:
+    recipe, out = build_recipe(tmp_path, steps=None, minutes=0.005), tmp_path / "run"
+    sentences: list[str] = []
+    run = prepare_run(recipe, out, "cpu")
+    start_run(run, sentences.append)
+    assert run.num_steps >= 1
+    assert f"{run.num_steps:,} steps fit" in sentences[-1]
+    assert read_record(out)["num_optim_steps"] == run.num_steps
+    resumed = prepare_resumed_run(out, "cpu")
+    assert (resumed.num_steps, resumed.recipe) == (run.num_steps, recipe)
+
+
+def test_interrupted_run_is_resumed_and_judged(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path)
+    unbroken = start(recipe, tmp_path / "unbroken")
+    train_run(unbroken)
+    out = tmp_path / "broken"
+    assert train_run(start(recipe, out), callbacks=[StopAfter(2)]).interrupted
+    assert read_record(out)["status"] == "interrupted"
+    assert not (out / "model.safetensors").exists()
+    resumed = prepare_resumed_run(out, "cpu")
+    assert train_run(resumed).num_optim_steps == 6
+    assert have_equal_weights(resumed.model, unbroken.model)
+    # Killed while it was validating: nothing is left to train.
+    judged = prepare_resumed_run(out, "cpu")
+    train_run(judged)
+    assert judge_run(judged)["bits_per_byte"] == judge_run(unbroken)["bits_per_byte"]
+    with pytest.raises(InputError, match="is finished after 6 steps"):
+        prepare_resumed_run(out, "cpu")
+
+
+def test_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path)
+    unbroken = start(recipe, tmp_path / "unbroken")
+    train_run(unbroken)
+    start(recipe, tmp_path / "killed")
+    resumed = prepare_resumed_run(tmp_path / "killed", "cpu")
+    train_run(resumed)
+    assert have_equal_weights(resumed.model, unbroken.model)
+
+
+def test_resume_refuses_other_text(tmp_path: Path) -> None:
+    recipe, out = build_recipe(tmp_path), tmp_path / "run"
+    start(recipe, out)
+    (tmp_path / "corpus.txt").write_bytes(build_text()[::-1])
+    with pytest.raises(InputError, match="has changed since"):
+        prepare_resumed_run(out, "cpu")
+
+
+def test_diverged_run_says_so(tmp_path: Path) -> None:
+    recipe, out = build_recipe(tmp_path), tmp_path / "run"
+    run = start(recipe, out)
+    with torch.no_grad():
+        run.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="optimiser step 1"):
+        train_run(run)
+    record = read_record(out)
+    assert record["status"] == "failed"
+    assert "optimiser step 1" in record["error"]
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("data", {"data": ("missing.txt",)}, "missing.txt"),
+        ("data", {"window_tokens": 10**6}, "too few"),
+        ("train", {"batch_size": 5, "accumulation_steps": 2}, "multiple of 2"),
+        ("train", {"steps": None}, "no training budget"),
+        ("model", {"preset": "cor"}, "Did you mean 'core'"),
+        ("model", {"overrides": {"max_position_embeddings": 8}}, "position table has 8 rows"),
+        ("model", {"overrides": {"vocab_size": 300, "eos_token_id": 3}}, "bytes"),
+        ("model", {"preset": None, "init": "nowhere", "overrides": {}}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path, section: str, fields: dict[str, Any], message: str
+) -> None:
+    recipe = build_recipe(tmp_path)
+    wrong = replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        prepare_run(wrong, tmp_path / "run", "cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_init_starts_from_saved_weights(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path)
+    first = start(recipe, tmp_path / "first")
+    train_run(first)
+    tuned = prepare_run(
+        replace(recipe, model=ModelSection(preset=None, init=str(tmp_path / "first"))), None, "cpu"
+    )
+    assert have_equal_weights(tuned.model, first.model)
+    assert tuned.model.config.dropout == OVERRIDES["dropout"]
+
+
+def test_model_depends_on_its_seed_alone() -> None:
+    section = ModelSection(preset="core", overrides=OVERRIDES)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    one, other = build_model(section, 3), build_model(section, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert have_equal_weights(build_model(section, 3), one)
+    assert not have_equal_weights(other, one)
+
+
+def test_protocols_of_validation(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path)
+    corpus = load_corpus(recipe.data.data)
+    model = build_model(recipe.model, 0)
+    carried = judge_model(model, corpus, EvalSection(prefix_bytes=100), WINDOW_TOKENS)
+    assert (carried.bytes, carried.context) == (100, "carried")
+    windows = judge_model(
+        model, corpus, EvalSection(protocol="windows", prefix_bytes=100), WINDOW_TOKENS
+    )
+    assert windows.bytes == 100 // WINDOW_TOKENS * WINDOW_TOKENS
+    assert windows.context == f"consecutive windows of {WINDOW_TOKENS}"
