@@ -52,7 +52,7 @@ def test_a_short_run(preset, parameters) -> None:
     assert result["parameters"] == parameters
     assert result["state_bytes"] == (29_584 if preset == "sparsepointer" else 12_304)
     assert result["train_s"] > 0
-    assert seen[0]["loss_nats"] == pytest.approx(4.16, abs=0.1)
+    assert seen[0]["loss_nats"] == pytest.approx(4.16, abs=0.2)
     assert json.loads(json.dumps(result))["recipe"]["seed"] == 19
 
 

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests import models
+from tests.models import VARIANTS
 from tests.small_training import (
     WINDOW_TOKENS,
     build_dataset,
@@ -130,6 +133,16 @@ def test_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> Non
     assert all(torch.isfinite(p).all() for p in restored.parameters())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_trained_parameter_gets_a_gradient(variant: str) -> None:
+    """Data-parallel training waits for the gradient of every parameter that asks for one."""
+    model = models.build_model(variant, dropout=0.1).train()
+    ids = models.draw_ids(2, 12)
+    model(input_ids=ids, shift_labels=ids).loss.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
 @pytest.mark.parametrize(
     ("schedule", "warmup_fraction", "expected"),
     [
@@ -204,10 +217,16 @@ def test_bfloat16_trains() -> None:
 def test_plan_leaves_the_model_alone() -> None:
     model, untouched = build_model(), build_model()
     settings = build_settings(steps=None, minutes=0.01)
-    num_steps, seconds = plan_steps(model, build_dataset(10**7), settings)
-    assert num_steps >= 1
-    assert seconds > 0
+    torch.set_num_threads(2)
+    plan = plan_steps(model, build_dataset(10**7), settings)
+    assert plan.num_steps >= 1
+    assert plan.seconds_per_step > 0
+    assert plan.num_threads in (1, 2)
+    assert torch.get_num_threads() == plan.num_threads
     assert have_equal_weights(model, untouched)
+    for wanted in (1, 2):
+        chosen = plan_steps(model, build_dataset(10**7), replace(settings, num_threads=wanted))
+        assert chosen.num_threads == torch.get_num_threads() == wanted
 
 
 def test_what_cannot_work_is_refused() -> None:

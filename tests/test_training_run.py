@@ -130,8 +130,10 @@ def test_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path) -> N
     recipe = build_recipe(tmp_path)
     unbroken = start(recipe, tmp_path / "unbroken")
     train_run(unbroken)
-    start(recipe, tmp_path / "killed")
+    assert start(recipe, tmp_path / "killed").record["hardware"]["num_threads"] == 1
+    torch.set_num_threads(2)
     resumed = prepare_resumed_run(tmp_path / "killed", "cpu")
+    assert torch.get_num_threads() == 1
     train_run(resumed)
     assert have_equal_weights(resumed.model, unbroken.model)
 

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from unimatrix.errors import InputError
     from unimatrix.modeling import UniMatrixForCausalLM, UniMatrixModel
     from unimatrix.published import from_published
-    from unimatrix.tokenization import UniMatrixTokenizer, decode_bytes, encode_bytes
+    from unimatrix.tokenization import (
+        UniMatrixTokenizer,
+        build_tokenizer,
+        decode_bytes,
+        encode_bytes,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,6 +30,7 @@ _HOMES = {
     "UniMatrixForCausalLM": "modeling",
     "UniMatrixModel": "modeling",
     "UniMatrixTokenizer": "tokenization",
+    "build_tokenizer": "tokenization",
     "decode_bytes": "tokenization",
     "encode_bytes": "tokenization",
     "from_published": "published",
@@ -36,6 +42,7 @@ _MODEL_NAMES = frozenset(
         "UniMatrixForCausalLM",
         "UniMatrixModel",
         "UniMatrixTokenizer",
+        "build_tokenizer",
         "from_published",
     }
 )
@@ -48,6 +55,7 @@ __all__ = [
     "UniMatrixForCausalLM",
     "UniMatrixModel",
     "UniMatrixTokenizer",
+    "build_tokenizer",
     "decode_bytes",
     "encode_bytes",
     "from_published",

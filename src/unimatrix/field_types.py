@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import textwrap
 import tomllib
 import types
@@ -27,6 +28,25 @@ def parse_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """Return the sections of a TOML text; ``name`` is what an ``InputError`` calls it."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{name} is no TOML: {error}; correct it there") from error
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """Return the sections of a JSON text; ``name`` is what an ``InputError`` calls it."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name} is no JSON: {error}; correct it there") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{name} holds no sections; a recipe is an object of sections")
+    return values
 
 
 def convert_value(name: str, value: Any, annotation: Any) -> Any:

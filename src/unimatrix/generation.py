@@ -15,8 +15,8 @@ from unimatrix.cache import UniMatrixCache
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.sampling import DEFAULT_NEW_BYTES, Sampling
-from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, encode_bytes
+from unimatrix.sampling import DEFAULT_NEW_BYTES, DEFAULT_SAMPLING, Sampling
+from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, decode_bytes, encode_bytes
 
 PREFILL_TOKENS = 2048
 """Prompt tokens read in one forward pass."""
@@ -40,10 +40,10 @@ class ByteStreamer(BaseStreamer):
     """Hands on every new byte as ``generate`` makes it; the prompt and special ids are not bytes.
 
     Args:
-        on_bytes: called with each byte.
+        on_bytes: called with each byte, if at all.
     """
 
-    on_bytes: Callable[[bytes], None]
+    on_bytes: Callable[[bytes], None] | None
     new_ids: list[int] = field(default_factory=list)
     saw_prompt: bool = False
 
@@ -54,11 +54,16 @@ class ByteStreamer(BaseStreamer):
             return
         for token_id in value.flatten().tolist():
             self.new_ids.append(token_id)
-            if token_id < NUM_BYTES:
+            if token_id < NUM_BYTES and self.on_bytes is not None:
                 self.on_bytes(bytes([token_id]))
 
     def end(self) -> None:
         """Do nothing: no byte is ever held back."""
+
+    @property
+    def stopped(self) -> str:
+        """Why the ids end, in the words of ``Continuation``."""
+        return "eos" if self.new_ids[-1:] == [EOS_ID] else "length"
 
 
 def generate_bytes(
@@ -66,51 +71,41 @@ def generate_bytes(
     prompt: bytes,
     *,
     max_new_bytes: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: Sampling = DEFAULT_SAMPLING,
     on_bytes: Callable[[bytes], None] | None = None,
 ) -> Continuation:
-    """Continue a prompt, with BOS in front of it, until the model ends the text or a limit.
+    """Continue a prompt, with BOS in front, until the model ends the text or a limit is there.
 
     Args:
         model: a byte-level model; its mode (dropout) is restored afterwards.
         prompt: any bytes, none included.
         max_new_bytes: at most so many new bytes; ``None`` is 256, or what fits a position table.
-        sampling: how bytes are chosen; ``None`` is the default of ``Sampling``.
+        sampling: how bytes are chosen.
         on_bytes: called with every new byte as it comes.
 
     Returns:
-        the new bytes, why they end and how long they took.
+        the new bytes (PAD and BOS are never chosen), why they end and how long they took.
 
     Raises:
         InputError: if prompt and new bytes do not fit the model's position table.
-
-    Note:
-        PAD and BOS are never chosen. The global generators are left as they were.
     """
-    sampling = Sampling() if sampling is None else sampling
     num_new = resolve_new_bytes(model, len(prompt), max_new_bytes)
-    prompt_ids = np.concatenate([[BOS_ID], encode_bytes(prompt)])
-    input_ids = torch.from_numpy(prompt_ids).to(model.device).unsqueeze(0)  # [1, T]
-    streamer = ByteStreamer(on_bytes or (lambda _byte: None))
+    input_ids = _encode_prompt(prompt).to(model.device)  # [1, T]
+    streamer = ByteStreamer(on_bytes)
     start = time.perf_counter()
     with suspend_training(model), _seed_draws(sampling.seed, model.device):
         cache = _read_prompt(model, input_ids)
         with _limit_threads(model):
             model.generate(
                 input_ids,
-                attention_mask=torch.ones_like(input_ids),
                 past_key_values=cache,
                 max_new_tokens=num_new,
-                pad_token_id=PAD_ID,
-                eos_token_id=EOS_ID,
-                suppress_tokens=[PAD_ID, BOS_ID, *range(EOS_ID + 1, model.config.vocab_size)],
                 streamer=streamer,
-                **_choose_options(sampling),
+                **_choose_options(sampling, model.config.vocab_size),
             )
     seconds = time.perf_counter() - start
-    data = bytes(token_id for token_id in streamer.new_ids if token_id < NUM_BYTES)
-    stopped = "eos" if streamer.new_ids[-1:] == [EOS_ID] else "length"
-    return Continuation(data=data, stopped=stopped, seconds=seconds)
+    data = decode_bytes(streamer.new_ids)
+    return Continuation(data=data, stopped=streamer.stopped, seconds=seconds)
 
 
 def resolve_new_bytes(
@@ -147,6 +142,11 @@ def resolve_new_bytes(
     return min(DEFAULT_NEW_BYTES, room) if max_new_bytes is None else max_new_bytes
 
 
+def _encode_prompt(prompt: bytes) -> Tensor:
+    """Return BOS and the prompt's bytes as ids [1, T]."""
+    return torch.from_numpy(np.concatenate([[BOS_ID], encode_bytes(prompt)])).unsqueeze(0)
+
+
 def _read_prompt(model: UniMatrixForCausalLM, input_ids: Tensor) -> UniMatrixCache | None:
     """Read the prompt [1, T] but for its last id, in parts, so that peak bytes stay flat."""
     cache, last = None, input_ids.shape[1] - 1
@@ -157,11 +157,16 @@ def _read_prompt(model: UniMatrixForCausalLM, input_ids: Tensor) -> UniMatrixCac
     return cache
 
 
-def _choose_options(sampling: Sampling) -> dict[str, Any]:
-    """Return the sampling options of ``generate``; 0 and 1 are its values for off."""
+def _choose_options(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
+    """Return the options of ``generate``; 0 and 1 are its values for off."""
+    options: dict[str, Any] = {
+        "pad_token_id": PAD_ID,
+        "eos_token_id": EOS_ID,
+        "suppress_tokens": [PAD_ID, BOS_ID, *range(EOS_ID + 1, vocab_size)],
+    }
     if sampling.temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
+        return options | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return options | {
         "do_sample": True,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -52,7 +52,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         """Return the token embedding."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embedding."""
         self.embed_tokens = value
 
@@ -146,8 +146,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 f"the input reaches {needed} tokens and the position table has {num_rows}; pass "
                 "fewer, or train a model with max_position_embeddings=None, which has no table"
             )
-        table = self.embed_positions(positions.clamp(max=num_rows - 1))  # [B, T, D]
-        return x + table
+        located: Tensor = x + self.embed_positions(positions.clamp(max=num_rows - 1))  # [B, T, D]
+        return located
 
     def _prepare_sequence(
         self, ids: Tensor, past: UniMatrixCache, lengths: Tensor | None

@@ -59,7 +59,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             if modules and name != "auto":
                 require_backend(op, name)
             for module in modules:
-                module.backend = name
+                setattr(module, "backend", name)  # noqa: B010
 
 
 class UniMatrixGenerationMixin(GenerationMixin):

@@ -102,11 +102,11 @@ def convert_config(config: Mapping[str, Any]) -> UniMatrixConfig:
         for name in ("slot_key_size", "identity_lookup", "identity_values"):
             fields.pop(name, None)
     vocab_size = fields.get("vocab_size", UniMatrixConfig().vocab_size)
-    special = {"bos_token_id": None, "eos_token_id": None} if vocab_size != 259 else {}
+    if vocab_size != UniMatrixConfig().vocab_size:
+        fields |= {"bos_token_id": None, "eos_token_id": None}
     width = config.get("d_model", UniMatrixConfig().hidden_size)
     return UniMatrixConfig(
         **fields,
-        **special,
         intermediate_size=int(width * config.get("mlp_ratio", 4)),
         residual_path="previous_token" if config.get("use_rosa") else "none",
         modulation_size=config.get("deep_embed_dim", 32) if config.get("use_deepembed") else 0,
@@ -148,7 +148,8 @@ def from_published(config: Mapping[str, Any], params: Mapping[str, Tensor]) -> U
         InputError: for unknown fields or names, and for missing or misshapen parameters.
     """
     ours = convert_config(config)
-    model = UniMatrixForCausalLM(ours).to(next(iter(params.values())).dtype)
+    model = UniMatrixForCausalLM(ours)
+    model.to(next(iter(params.values())).dtype)
     expected = {
         name: parameter.shape
         for name, parameter in model.named_parameters()
@@ -170,4 +171,5 @@ def from_published(config: Mapping[str, Any], params: Mapping[str, Tensor]) -> U
             )
     model.load_state_dict(converted, strict=False)
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    return model

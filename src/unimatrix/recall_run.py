@@ -15,7 +15,7 @@ from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.recall_recipe import RecallRecipe
 from unimatrix.recipe import ModelSection, Recipe
-from unimatrix.run_folder import create_run_folder, require_new_folder, start_record, write_record
+from unimatrix.run_folder import create_run_folder, start_record, write_record
 from unimatrix.tasks import AssociativeRecall
 from unimatrix.training import hide_progress, train_model
 
@@ -64,8 +64,7 @@ def run_recall(
         recipe: what to do; the same recipe gives the same numbers on the same machine.
         out: folder for the model, its log and the record; ``None`` keeps nothing.
         device: cpu, cuda or mps.
-        callbacks: as in ``train_model``.
-        on_metrics: as in ``train_model``.
+        callbacks, on_metrics: as in ``train_model``.
 
     Returns:
         ``accuracy`` by number of pairs (a fraction), ``parameters``, ``state_bytes`` at batch 1,
@@ -74,38 +73,59 @@ def run_recall(
     Raises:
         InputError: for an unusable recipe or folder, before anything is written.
     """
-    config = build_recall_config(recipe)
-    tests = [AssociativeRecall(num_pairs=num_pairs) for num_pairs in recipe.test_pairs]
-    settings = recipe.to_train_section()
-    if recipe.test_examples < 1:
-        raise InputError(f"test_examples is {recipe.test_examples}; it must be at least 1")
+    model = _draw_model(recipe)
     if out is not None:
-        require_new_folder(out)
         create_run_folder(out, "recall")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = UniMatrixForCausalLM(config)
-    dataset = AssociativeRecall(num_pairs=recipe.num_pairs).dataset(
-        recipe.seed, recipe.steps * recipe.batch_size
-    )
+    task, num_examples = AssociativeRecall(recipe.num_pairs), recipe.steps * recipe.batch_size
     trained = train_model(
-        model, dataset, settings, out, callbacks=callbacks, device=device, on_metrics=on_metrics
+        model,
+        task.dataset(recipe.seed, num_examples),
+        recipe.to_train_section(),
+        out,
+        callbacks=callbacks,
+        device=device,
+        on_metrics=on_metrics,
     )
-    model.to(device)
-    test_seed = recipe.seed + _TEST_SEED_OFFSET
-    result = {
-        "accuracy": {
-            str(task.num_pairs): measure_recall(model, task, recipe.test_examples, test_seed)
-            for task in tests
-        },
-        "parameters": model.num_parameters(),
-        "state_bytes": sum(measure_state_bytes(model).values()),
-        "train_s": round(trained.train_s, 3),
-        "recipe": {"task": "associative", **dataclasses.asdict(recipe)},
-    }
+    result = _test(model.to(device), recipe, trained.train_s)
     if out is not None:
         _keep(model, result, recipe, out, device)
     return result
+
+
+def _check(recipe: RecallRecipe) -> None:
+    """Raise ``InputError`` for what would stop the run after its first writing."""
+    recipe.to_train_section()
+    for num_pairs in recipe.test_pairs:
+        AssociativeRecall(num_pairs=num_pairs)
+    if recipe.test_examples < 1:
+        raise InputError(f"test_examples is {recipe.test_examples}; it must be at least 1")
+
+
+def _test(model: UniMatrixForCausalLM, recipe: RecallRecipe, train_s: float) -> dict[str, Any]:
+    """Return what ``run_recall`` returns for a model trained in so many seconds."""
+    test_seed = recipe.seed + _TEST_SEED_OFFSET
+    accuracy = {
+        str(num_pairs): measure_recall(
+            model, AssociativeRecall(num_pairs=num_pairs), recipe.test_examples, test_seed
+        )
+        for num_pairs in recipe.test_pairs
+    }
+    return {
+        "accuracy": accuracy,
+        "parameters": model.num_parameters(),
+        "state_bytes": sum(measure_state_bytes(model).values()),
+        "train_s": round(train_s, 3),
+        "recipe": {"task": "associative", **dataclasses.asdict(recipe)},
+    }
+
+
+def _draw_model(recipe: RecallRecipe) -> UniMatrixForCausalLM:
+    """Check the recipe; return the model with fresh weights, the global generator as it was."""
+    _check(recipe)
+    config = build_recall_config(recipe)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return UniMatrixForCausalLM(config)
 
 
 def _keep(

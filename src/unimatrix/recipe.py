@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,7 +15,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from unimatrix.errors import InputError, suggest
-from unimatrix.field_types import NOTHING, convert_value, parse_value, read_field_docs
+from unimatrix.field_types import (
+    NOTHING,
+    convert_value,
+    parse_json,
+    parse_toml,
+    parse_value,
+    read_field_docs,
+)
 
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -105,6 +111,9 @@ class TrainSection:
     """Gradients of a larger norm are scaled down to this one; 0 is off."""
     precision: str = "float32"
     """float32, or bfloat16: autocast of matrix products, float32 weights."""
+    num_threads: int | None = None
+    """CPU threads. With none, a budget in minutes takes the faster of one and all of them, and a
+    number of steps takes what PyTorch does."""
     seed: int = 0
     """Seed of the initial weights, of the windows drawn and of dropout."""
     log_every_steps: int = 10
@@ -121,7 +130,7 @@ class TrainSection:
             )
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise InputError(f"train.minutes is {self.minutes}; it must be greater than 0")
-        for name in ("steps", "save_every_steps"):
+        for name in ("steps", "save_every_steps", "num_threads"):
             if getattr(self, name) is not None:
                 _require(self, "train", **{name: (1, None)})
         _require(
@@ -224,7 +233,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     name = str(name_or_path)
     if name in list_recipes():
         shipped = resources.files("unimatrix") / "recipes" / f"{name}.toml"
-        return Recipe.from_dict(_parse_toml(shipped.read_text(encoding="utf-8"), name))
+        return Recipe.from_dict(parse_toml(shipped.read_text(encoding="utf-8"), name))
     path = Path(name_or_path)
     if not path.is_file():
         raise InputError(
@@ -235,7 +244,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is no UTF-8 text ({error.reason}); is it a recipe?") from error
-    parse = _parse_json if path.suffix == ".json" else _parse_toml
+    parse = parse_json if path.suffix == ".json" else parse_toml
     return Recipe.from_dict(parse(text, name))
 
 
@@ -363,23 +372,6 @@ def _suggest_key(key: str, known: list[str]) -> str:
         return f" Did you mean {leaves[leaf if leaf in leaves else initials[leaf]]!r}?"
     nearest = difflib.get_close_matches(leaf, [name.rpartition(".")[2] for name in siblings], n=1)
     return f" Did you mean {leaves[nearest[0]]!r}?" if nearest else suggest(key, known)
-
-
-def _parse_toml(text: str, name: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{name} is no TOML: {error}; correct it there") from error
-
-
-def _parse_json(text: str, name: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name} is no JSON: {error}; correct it there") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{name} holds no sections; a recipe is an object of sections")
-    return values
 
 
 def _require(section: object, prefix: str, **ranges: tuple[float, float | None]) -> None:

@@ -133,9 +133,20 @@ def start_record(recipe: Recipe, config: dict[str, Any], device: str) -> dict[st
     """
     return {
         "status": "training",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seed": recipe.train.seed,
         "config_sha256": hash_config(config),
+        **describe_run(device),
+    }
+
+
+def describe_run(device: str) -> dict[str, Any]:
+    """Return when, where and with which code something runs.
+
+    Args:
+        device: cpu, cuda or mps.
+    """
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": describe_commit(),
         "device": device,
         "hardware": describe_hardware(),

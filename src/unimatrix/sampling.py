@@ -31,3 +31,6 @@ class Sampling:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}; it must be at least 1")
+
+
+DEFAULT_SAMPLING = Sampling()

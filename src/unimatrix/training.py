@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ CHECKPOINTS_PER_RUN = 10
 """How many checkpoints a run writes where ``save_every_steps`` leaves it open."""
 BUDGET_SHARE = 0.97
 """The share of a budget in minutes that is planned; the rest is for checkpoints and stalls."""
-_WARMUP_SHARE = 0.04
-_LONGEST_WARMUP_S = 5.0
+_WARMUP_SHARE = 0.03
+_LONGEST_WARMUP_S = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,35 +240,65 @@ def split_batch(settings: TrainSection) -> int:
     return settings.batch_size // parts
 
 
+class Plan(NamedTuple):
+    """What a budget in minutes buys.
+
+    Attributes:
+        num_steps: at least 1.
+        seconds_per_step: as timed.
+        num_threads: CPU threads it was timed with, which are those in use from now on.
+    """
+
+    num_steps: int
+    seconds_per_step: float
+    num_threads: int
+
+
 def plan_steps(
     model: PreTrainedModel,
     dataset: Dataset[dict[str, Tensor]],
     settings: TrainSection,
     *,
     device: str = "cpu",
-) -> tuple[int, float]:
-    """Find out how many steps fit ``settings.minutes`` by training a copy for a few seconds.
+) -> Plan:
+    """Find out how many steps fit ``settings.minutes`` by training copies for a few seconds.
 
     The first steps, which compile and allocate, are not timed; the timed ones count towards the
-    budget.
+    budget. On the CPU one thread is timed beside all of them: waking a second thread can cost more
+    than its share of a small step, and far more on a machine that has other work.
 
     Args:
         model: left as it is.
         dataset: items to train the copy on, more than will be needed.
         settings: ``minutes`` must be given.
         device: cpu, cuda or mps.
-
-    Returns:
-        the number of steps, at least 1; the seconds a step takes.
     """
     assert settings.minutes is not None
     budget_s = settings.minutes * 60
-    timer = StepTimer(min(_LONGEST_WARMUP_S, _WARMUP_SHARE * budget_s))
     num_trial_steps = len(dataset) // settings.batch_size  # type: ignore[arg-type]
     trial = replace(settings, minutes=None, steps=num_trial_steps)
-    train_model(copy.deepcopy(model), dataset, trial, None, callbacks=[timer], device=device)
-    num_steps = int(BUDGET_SHARE * (budget_s - timer.timed_s) / timer.seconds_per_step)
-    return max(1, num_steps), timer.seconds_per_step
+    timers = {}
+    for num_threads in _list_thread_counts(settings, device):
+        torch.set_num_threads(num_threads)
+        timer = timers[num_threads] = StepTimer(min(_LONGEST_WARMUP_S, _WARMUP_SHARE * budget_s))
+        train_model(copy.deepcopy(model), dataset, trial, None, callbacks=[timer], device=device)
+    num_threads = min(timers, key=lambda number: timers[number].seconds_per_step)
+    torch.set_num_threads(num_threads)
+    seconds_per_step = timers[num_threads].seconds_per_step
+    left_s = budget_s - sum(timer.timed_s for timer in timers.values())
+    return Plan(
+        max(1, int(BUDGET_SHARE * left_s / seconds_per_step)), seconds_per_step, num_threads
+    )
+
+
+def _list_thread_counts(settings: TrainSection, device: str) -> list[int]:
+    """Return the numbers of CPU threads worth timing."""
+    if settings.num_threads is not None:
+        return [settings.num_threads]
+    present = torch.get_num_threads()
+    if device != "cpu" or count_processes() > 1:
+        return [present]
+    return sorted({1, present})
 
 
 def _choose_schedule(settings: TrainSection, num_steps: int) -> tuple[str, dict[str, Any]]:

@@ -103,7 +103,7 @@ def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
 
 
 def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
-    """Check an interrupted run; nothing is written.
+    """Check an interrupted run and take its number of threads; nothing is written.
 
     Args:
         run: its folder.
@@ -119,6 +119,8 @@ def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
             f"{run} is finished after {record['num_optim_steps']} steps; train it further with "
             f"--init {run}"
         )
+    # Sums depend on how they are split over threads.
+    torch.set_num_threads(record["hardware"]["num_threads"])
     model = _rebuild_model(run, recipe)
     corpus = _open_corpus(recipe, model)
     if corpus.sha256 != record["corpus"]["sha256"]:
@@ -145,14 +147,16 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
         say: called with a sentence on the plan.
     """
     train, seconds_per_step = run.recipe.train, None
+    if train.num_threads is not None:
+        torch.set_num_threads(train.num_threads)
     if train.minutes is not None:
         say(f"timing a few steps to plan {train.minutes:g} min of training ...")
         windows = _cut_windows(run.recipe, run.corpus, _WARMUP_ITEMS)
-        planned = plan_steps(run.model, windows, train, device=run.device)
-        run.num_steps, seconds_per_step = share(planned)
+        plan = share(plan_steps(run.model, windows, train, device=run.device))
+        run.num_steps, seconds_per_step = plan.num_steps, plan.seconds_per_step
         say(
-            f"{seconds_per_step * 1000:.1f} ms a step: {run.num_steps:,} steps fit "
-            f"{train.minutes:g} min; set-up and validation come on top"
+            f"{seconds_per_step * 1000:.1f} ms a step on {plan.num_threads} CPU thread(s): "
+            f"{run.num_steps:,} steps fit {train.minutes:g} min; set-up and validation come on top"
         )
     run.record = start_record(run.recipe, run.model.config.to_dict(), run.device) | {
         "num_optim_steps": run.num_steps,

@@ -37,7 +37,7 @@ def test_a_pipe_gets_the_exact_new_bytes(folder) -> None:
     assert answer.exit_code == 0
     assert answer.stdout == continue_prompt("héllo".encode())
     assert answer.stderr.startswith("24 bytes in ")
-    assert "stopped by --max-new-bytes" in answer.stderr
+    assert "stopped by the limit" in answer.stderr
 
 
 @pytest.mark.parametrize("prompt", [b"", ANY_BYTES, b"\r\n\x00\xff", "日".encode()[:2]])
@@ -87,7 +87,9 @@ def test_the_models_end_of_text(tmp_path) -> None:
     assert (result["text"], result["bytes"], result["stopped"]) == ("", 0, "eos")
 
 
-def test_a_terminal_shows_prompt_and_text(tmp_path) -> None:
+def test_a_terminal_shows_prompt_and_text(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     folder = save_model(tmp_path, prefer(build_byte_model(), 0x1B))
     options = ("--max-new-bytes", 3, "--temperature", 0)
     answer = run_command("generate", folder, "\x1b[31mab", *options, terminal=True)
@@ -95,7 +97,7 @@ def test_a_terminal_shows_prompt_and_text(tmp_path) -> None:
     long = tmp_path / "long"
     long.write_bytes("é".encode() * 1000 + b"a\n")
     answer = run_command("generate", folder, "--prompt-file", long, *options, terminal=True)
-    assert answer.text == "\x1b[2m… " + "é" * 199 + "a\n\x1b[0m␛␛␛\n"
+    assert answer.text == "\x1b[2m… " + "é" * 199 + "a\x1b[0m\n␛␛␛\n"
     assert run_command("generate", folder, *options, terminal=True).text == "␛␛␛\n"
 
 

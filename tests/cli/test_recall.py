@@ -15,7 +15,7 @@ def test_json_and_progress(monkeypatch, tmp_path) -> None:
     assert result["parameters"] == 75_014
     assert result["state_bytes"] > 0
     assert result["train_s"] > 0
-    assert answer.stderr.startswith("step 1 of 2  4.1")
+    assert answer.stderr.startswith("step 1 of 2  4.")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -172,7 +172,9 @@ def test_ctrl_c_saves_and_resume_is_exact(
     # The command of the start may be repeated as it was.
     right = ["train", path, "--resume", "--out", broken, "--device", "cpu", "--json"]
     assert run_main(monkeypatch, *right) == 0
-    assert read_result(capsys)["optim_steps"] == 6
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["optim_steps"] == 6
+    assert "continuing checkpoint 2" in captured.err
     one, other = (load_file(f"{run}/model.safetensors") for run in (unbroken, broken))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -189,35 +191,31 @@ def test_divergence_exits_1_with_one_sentence(
     assert last.startswith("error: the loss or its gradient is not finite at optimiser step ")
 
 
-@pytest.mark.slow
-def test_torchrun_trains_with_the_same_global_batch(tmp_path: Path) -> None:
+def test_torchrun_trains_with_the_same_global_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, _ = write_recipe(tmp_path, steps=8)
-    command = [
-        *("-m", "unimatrix", "train", path, "--device", "cpu", "--json"),
-        *("--set", "model.dropout=0.0", "--out"),
-    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = ["train", path, "--device", "cpu", "--json", "--set", "model.dropout=0.0", "--out"]
+    assert run_main(monkeypatch, *arguments, str(one)) == 0
+    alone = read_result(capsys)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    results = []
-    for name, start in (("one", []), ("two", launcher)):
-        done = subprocess.run(
-            [sys.executable, *start, *command, str(tmp_path / name)],
-            capture_output=True,
-            text=True,
-            timeout=PARALLEL_TIMEOUT_S,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("\n") == 1
-        assert done.stderr.count("validating") == 1
-        results.append(json.loads(done.stdout))
-    curves = [
-        [json.loads(line)["loss_nats"] for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("one", "two")
-    ]
-    assert len(curves[0]) == 8
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert results[1]["bits_per_byte"] == pytest.approx(results[0]["bits_per_byte"], rel=1e-4)
-    record = json.loads((tmp_path / "two" / "record.json").read_text())
-    assert record["num_processes"] == 2
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "unimatrix", *arguments, str(two)],
+        capture_output=True,
+        text=True,
+        timeout=PARALLEL_TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert done.stderr.count("validating") == 1
+    together = json.loads(done.stdout)
+    assert json.loads((two / "record.json").read_text())["num_processes"] == 2
+    curves = [(run / "metrics.jsonl").read_text().splitlines() for run in (one, two)]
+    losses = [[json.loads(line)["loss_nats"] for line in curve] for curve in curves]
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert together["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-4)
+    weights = load_file(two / "model.safetensors")
+    for name, weight in load_file(one / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)

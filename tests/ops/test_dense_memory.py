@@ -1,7 +1,6 @@
 """Dense associative memory: E5 score and softmax over the best K of all earlier pairs."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,15 +17,7 @@ from unimatrix.ops.dense_memory.entries import choose_entries
 
 ALL = BACKENDS["dense_memory"]
 Leaves = dict[str, Tensor | None]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On tensors this small, threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw_leaves(

@@ -1,6 +1,7 @@
 """``unimatrix bench``: milliseconds of a train step beside a Transformer of the same size."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +25,9 @@ def run(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all cores]")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="New folder to write record.json to.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -45,7 +49,10 @@ def run(
     import torch
 
     from unimatrix.bench.train_step import time_train_steps
+    from unimatrix.run_folder import create_run_folder, describe_run, write_record
 
+    if out is not None:
+        create_run_folder(out, "bench")
     if threads is not None:
         torch.set_num_threads(threads)
     with Progress(console=make_log(), transient=True) as progress:
@@ -63,6 +70,8 @@ def run(
         "rounds": rounds,
         "train_step": [dataclasses.asdict(timing) for timing in timings],
     }
+    if out is not None:
+        write_record(out, {**describe_run("cpu"), "seed": seed, "results": result})
     emit(result, as_json, _render)
 
 

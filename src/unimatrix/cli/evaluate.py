@@ -15,29 +15,38 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 
 
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Corpus, file, folder or glob. Repeatable. \\[default: what a run was trained on]",
+    ),
+]
+ValidDataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--valid-data",
+        help="Text that validates instead, all of it; --data may then be left out. Repeatable. "
+        "\\[default: the corpus's own split; of files, the last 5 %]",
+    ),
+]
+SplitOption = Annotated[str, typer.Option("--split", help="valid, test or train.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit-bytes", help="Measure the first so many bytes. \\[default: all]"),
+]
+
+
 def run(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
-    ],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Corpus, file, folder or glob; repeat for several files.",
-            show_default="what a run was trained on",
-        ),
-    ] = None,
-    valid_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What validates instead: all of these bytes; repeat for several files.",
-            show_default="the corpus's own split; of files, the last 5 %",
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(help="valid, test or train.")] = "valid",
-    limit_bytes: Annotated[
-        int | None,
-        typer.Option(help="Measure the first so many bytes only.", show_default="all"),
-    ] = None,
+    model: ModelArgument,
+    *,
+    data: DataOption = None,
+    valid_data: ValidDataOption = None,
+    split: SplitOption = "valid",
+    limit_bytes: LimitOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

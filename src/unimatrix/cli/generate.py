@@ -15,41 +15,53 @@ from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, mak
 from unimatrix.cli.terminal import ByteDisplay, show_bytes
 from unimatrix.errors import InputError
 from unimatrix.field_types import read_field_docs
-from unimatrix.sampling import DEFAULT_NEW_BYTES, Sampling
+from unimatrix.sampling import DEFAULT_NEW_BYTES, DEFAULT_SAMPLING, Sampling
 
 if TYPE_CHECKING:
     from unimatrix.generation import Continuation
 
 _DOCS = read_field_docs(Sampling)
 _ECHOED_BYTES = 400
+_STOPPED = {"eos": "the model's end of text", "length": "the limit"}
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
+]
+PromptArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="What to continue; - or nothing reads stdin, and at a terminal nothing starts a new "
+        "text.",
+        show_default=False,
+    ),
+]
+PromptFileOption = Annotated[
+    Path | None, typer.Option("--prompt-file", help="File whose bytes are the prompt.")
+]
+MaxNewBytesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-bytes",
+        help="Stop after so many bytes. \\[default: "
+        f"{DEFAULT_NEW_BYTES}, or what fits the model's position table]",
+    ),
+]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help=_DOCS["temperature"])]
+TopPOption = Annotated[float, typer.Option("--top-p", help=_DOCS["top_p"])]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help=_DOCS["top_k"])]
 
 
 def run(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
-    ],
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="What to continue; - or nothing reads stdin, and at a terminal nothing starts a "
-            "new text.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File whose bytes are the prompt.", show_default=False)
-    ] = None,
-    max_new_bytes: Annotated[
-        int | None,
-        typer.Option(
-            help="Stop after so many bytes.",
-            show_default=f"{DEFAULT_NEW_BYTES}, or what fits the model's position table",
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help=_DOCS["temperature"])] = Sampling().temperature,
-    top_p: Annotated[float, typer.Option(help=_DOCS["top_p"])] = Sampling().top_p,
-    top_k: Annotated[int | None, typer.Option(help=_DOCS["top_k"], show_default="none")] = None,
+    model: ModelArgument,
+    prompt: PromptArgument = None,
+    *,
+    prompt_file: PromptFileOption = None,
+    max_new_bytes: MaxNewBytesOption = None,
+    temperature: TemperatureOption = DEFAULT_SAMPLING.temperature,
+    top_p: TopPOption = DEFAULT_SAMPLING.top_p,
+    top_k: TopKOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -61,12 +73,8 @@ def run(
     exactly as the model chose them. --json waits for the end; its "text" has U+FFFD where bytes
     are no UTF-8, its "base64" the exact bytes.
     """
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=secrets.randbelow(2**32) if seed is None else seed,
-    )
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     data = read_prompt(prompt, prompt_file)
     place = pick_device(device)
 
@@ -81,18 +89,7 @@ def run(
         loaded, data, max_new_bytes=max_new_bytes, sampling=sampling, on_bytes=writer.write
     )
     writer.finish()
-    result = _describe(continuation, sampling.seed)
-    if as_json:
-        emit(result, True, str)
-    else:
-        make_log().print(
-            f"[dim]{result['bytes']} bytes in {result['seconds']:.1f} s "
-            f"({result['bytes_per_s']:.0f} bytes/s), seed {result['seed']}, "
-            f"stopped by {_STOPPED[result['stopped']]}[/]"
-        )
-
-
-_STOPPED = {"eos": "the model's end of text", "length": "--max-new-bytes"}
+    _report(_describe(continuation, sampling.seed), as_json)
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:
@@ -181,3 +178,15 @@ def _describe(continuation: "Continuation", seed: int) -> dict[str, Any]:
         "stopped": continuation.stopped,
         "seed": seed,
     }
+
+
+def _report(result: dict[str, Any], as_json: bool) -> None:
+    """Print the result as JSON; without, stdout has it already and stderr gets the figures."""
+    if as_json:
+        emit(result, True, str)
+        return
+    make_log().print(
+        f"[dim]{result['bytes']:,} bytes in {result['seconds']:.1f} s "
+        f"({result['bytes_per_s']:.0f} bytes/s), seed {result['seed']}, "
+        f"stopped by {_STOPPED[result['stopped']]}[/]"
+    )

@@ -14,6 +14,8 @@ from unimatrix.cli import bench, evaluate, generate, info, recall, train
 from unimatrix.cli.common import make_log
 from unimatrix.errors import InputError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="unimatrix",
     no_args_is_help=True,
@@ -61,6 +63,9 @@ def main() -> None:
     show_traceback = "--traceback" in sys.argv[1:2]
     try:
         app()
+    except SystemExit as end:
+        # Releases of typer differ in the code for Ctrl-C.
+        sys.exit(1 if end.code == _INTERRUPTED else end.code)
     except InputError as error:
         if show_traceback:
             raise

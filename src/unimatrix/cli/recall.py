@@ -17,39 +17,44 @@ _PAPER = RecallRecipe()
 _DOCS = read_field_docs(RecallRecipe)
 
 
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help=f"The task: {', '.join(TASKS)}.")]
+PresetOption = Annotated[str, typer.Option("--preset", help=_DOCS["preset"])]
+DropoutOption = Annotated[float, typer.Option("--dropout", help=_DOCS["dropout"])]
+SlotsOption = Annotated[int | None, typer.Option("--slots", help=_DOCS["num_slots"])]
+PairsOption = Annotated[int, typer.Option("--pairs", help=_DOCS["num_pairs"])]
+StepsOption = Annotated[int, typer.Option("--steps", help=_DOCS["steps"])]
+BatchSizeOption = Annotated[int, typer.Option("--batch-size", help=_DOCS["batch_size"])]
+LearningRateOption = Annotated[float, typer.Option("--lr", help=_DOCS["learning_rate"])]
+WeightDecayOption = Annotated[float, typer.Option("--weight-decay", help=_DOCS["weight_decay"])]
+TestExamplesOption = Annotated[int, typer.Option("--test-examples", help=_DOCS["test_examples"])]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change another field of the model's configuration, such as write_gate=false. "
+        "Repeatable.",
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder to keep model, log and record in.")
+]
+
+
 def run(
-    task: Annotated[
-        str, typer.Argument(metavar="TASK", help=f"The task: {', '.join(TASKS)}.")
-    ] = TASKS[0],
-    preset: Annotated[str, typer.Option("--preset", help=_DOCS["preset"])] = _PAPER.preset,
-    dropout: Annotated[float, typer.Option("--dropout", help=_DOCS["dropout"])] = _PAPER.dropout,
-    slots: Annotated[int | None, typer.Option("--slots", help=_DOCS["num_slots"])] = None,
-    pairs: Annotated[int, typer.Option("--pairs", help=_DOCS["num_pairs"])] = _PAPER.num_pairs,
-    steps: Annotated[int, typer.Option("--steps", help=_DOCS["steps"])] = _PAPER.steps,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", help=_DOCS["batch_size"])
-    ] = _PAPER.batch_size,
-    learning_rate: Annotated[
-        float, typer.Option("--lr", help=_DOCS["learning_rate"])
-    ] = _PAPER.learning_rate,
-    weight_decay: Annotated[
-        float, typer.Option("--weight-decay", help=_DOCS["weight_decay"])
-    ] = _PAPER.weight_decay,
-    test_examples: Annotated[
-        int, typer.Option("--test-examples", help=_DOCS["test_examples"])
-    ] = _PAPER.test_examples,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="Change another field of the model's configuration, such as write_gate=false. "
-            "Repeatable.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to keep model, log and record in.")
-    ] = None,
+    task: TaskArgument = TASKS[0],
+    *,
+    preset: PresetOption = _PAPER.preset,
+    dropout: DropoutOption = _PAPER.dropout,
+    slots: SlotsOption = None,
+    pairs: PairsOption = _PAPER.num_pairs,
+    steps: StepsOption = _PAPER.steps,
+    batch_size: BatchSizeOption = _PAPER.batch_size,
+    learning_rate: LearningRateOption = _PAPER.learning_rate,
+    weight_decay: WeightDecayOption = _PAPER.weight_decay,
+    test_examples: TestExamplesOption = _PAPER.test_examples,
+    assignments: SetOption = None,
+    out: OutOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -59,10 +64,7 @@ def run(
     An example binds values to keys and then asks for one of them; a guess among the values is right
     once in 8. The defaults are the paper's, seed 19 included; accuracy is a fraction in --json.
     """
-    if task not in TASKS:
-        raise InputError(
-            f"unknown task {task!r}; choose one of {', '.join(TASKS)}.{suggest(task, TASKS)}"
-        )
+    _require_task(task)
     recipe = RecallRecipe(
         preset=preset,
         dropout=dropout,
@@ -77,6 +79,13 @@ def run(
         seed=_PAPER.seed if seed is None else seed,
     )
     emit(_run_visibly(recipe, out, pick_device(device)), as_json, _render)
+
+
+def _require_task(task: str) -> None:
+    if task not in TASKS:
+        raise InputError(
+            f"unknown task {task!r}; choose one of {', '.join(TASKS)}.{suggest(task, TASKS)}"
+        )
 
 
 def _parse_overrides(assignments: list[str]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def run(
             f"{DEFAULT_RECIPE}.",
         ),
     ] = None,
+    *,
     preset: Annotated[
         str | None,
         typer.Option("--preset", help=f"{describe_key('model.preset')} See `unimatrix info`."),
@@ -173,11 +174,16 @@ def _train_visibly(run: "TrainingRun", log: Console) -> bool:
     """Train with a progress bar; return whether it came to its end."""
     from unimatrix.cli.progress import TrainingProgress
     from unimatrix.evaluation.units import to_bits_per_byte
+    from unimatrix.run_folder import find_last_checkpoint
     from unimatrix.training_callbacks import StopOnSignal
     from unimatrix.training_run import train_run
 
     assert run.path is not None
-    log.print(escape(f"training {run.num_steps:,} steps on {run.corpus.name} into {run.path}"))
+    checkpoint = find_last_checkpoint(run.path)
+    begin = "" if checkpoint is None else f", continuing {checkpoint.name.replace('-', ' ')}"
+    log.print(
+        escape(f"training {run.num_steps:,} steps on {run.corpus.name} into {run.path}{begin}")
+    )
     scale = to_bits_per_byte(1.0, 1)
     progress = TrainingProgress(log, loss_scale=scale, loss_unit="bits per byte")
     try:

@@ -50,8 +50,8 @@ def measure_bits_per_byte(
 
     Args:
         model: a byte-level causal language model; its mode (dropout) is restored afterwards.
-        stream: what to predict.
-        limit_bytes: predict the first so many bytes only; ``None`` is all.
+        stream: what to predict, or as much of it as ``limit_bytes`` says.
+        limit_bytes: bytes to predict, from the start; ``None`` is all.
         chunk_tokens: tokens in one forward pass; moves the result by rounding only.
         device: move the model there first; ``None`` leaves it where it is.
         on_progress: called with the bytes done, after every forward pass.
@@ -60,28 +60,30 @@ def measure_bits_per_byte(
         InputError: if the stream is empty, or a limit is below 1.
 
     Cost:
-        Constant in the stream's length for models whose cache is.
+        Peak bytes are constant in the stream's length for models whose cache is.
     """
+    num_bytes = _count_bytes(stream, limit_bytes, chunk_tokens)
+    model.to(model.device if device is None else device)
+    window = model.config.max_position_embeddings
+    score = _score_carried if window is None else _score_windows
+    nats, num_done = 0.0, 0
+    with suspend_training(model):
+        for part_nats, part_bytes in score(model, _cut(stream, num_bytes, chunk_tokens, window)):
+            nats, num_done = nats + part_nats, num_done + part_bytes
+            if on_progress is not None:
+                on_progress(num_done)
+    context = "carried" if window is None else f"windows of {window}"
+    return BitsPerByte(to_bits_per_byte(nats, num_bytes), num_bytes, context)
+
+
+def _count_bytes(stream: ByteStream, limit_bytes: int | None, chunk_tokens: int) -> int:
+    """Return how many bytes to predict, or raise ``InputError`` for what cannot be measured."""
     for name, value in (("limit_bytes", limit_bytes), ("chunk_tokens", chunk_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
-    num_bytes = len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
-    if num_bytes == 0:
+    if len(stream) == 0:
         raise InputError(f"{stream.name} has no bytes to predict; give text with --data")
-    if device is not None:
-        model.to(device)
-    window = model.config.max_position_embeddings
-    nats, num_done = 0.0, 0
-    with suspend_training(model):
-        score = _score_carried if window is None else _score_windows
-        for part_nats, part_bytes in score(model, _cut(stream, num_bytes, chunk_tokens, window)):
-            nats += part_nats
-            num_done += part_bytes
-            if on_progress is not None:
-                on_progress(num_done)
-    assert num_done == num_bytes, (num_done, num_bytes)
-    context = "carried" if window is None else f"windows of {window}"
-    return BitsPerByte(to_bits_per_byte(nats, num_bytes), num_bytes, context)
+    return len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
 
 
 def _cut(

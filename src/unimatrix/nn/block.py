@@ -166,7 +166,7 @@ class UniMatrixBlock(nn.Module):
             mixed = mixed + mixer(h, retrieval.context)
             if is_last and self.slot_mixer is not None and retrieval.read is not None:
                 pointer = self.slot_mixer.weigh_pointer(h, retrieval.read)
-        if self.context_gate is not None:
+        if self.context_gate is not None and sequence.residual_context is not None:
             mixed = mixed + torch.sigmoid(self.context_gate(h)) * sequence.residual_context
         x = x + self.dropout(mixed)
         x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))

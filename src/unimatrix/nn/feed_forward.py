@@ -21,4 +21,5 @@ class FeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the network's output, [B, T, D] for [B, T, D]."""
-        return self.down_proj(self.dropout(gelu(self.up_proj(h))))
+        output: Tensor = self.down_proj(self.dropout(gelu(self.up_proj(h))))
+        return output

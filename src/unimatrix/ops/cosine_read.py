@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+# Absent from the paper's equation; published code, model/unimatrix.py:158.
 LOGIT_SCALE = 8.0
 MIN_NORM = 1e-12
 UNIT_GRID = 2.0**-26

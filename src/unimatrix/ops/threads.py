@@ -4,6 +4,7 @@ Numba's own parallel layers are not safe to enter from several threads or after 
 compiled with ``nogil=True`` and a plain thread pool are.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,7 @@ def map_rows(kernel: Callable[..., Any], num_rows: int, *args: Any) -> None:
         _pool = ThreadPoolExecutor(thread_name_prefix="unimatrix")
     bounds = [num_rows * i // num_threads for i in range(num_threads + 1)]
     futures = [
-        _pool.submit(kernel, first, last, *args)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+        _pool.submit(kernel, first, last, *args) for first, last in itertools.pairwise(bounds[1:])
     ]
     kernel(bounds[0], bounds[1], *args)
     for future in futures:

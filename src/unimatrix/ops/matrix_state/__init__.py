@@ -1,4 +1,4 @@
-"""Matrix state: an [N, N] state a head that retains, is written by rules, and is read (E1 to E4)."""
+"""Matrix state: [N, N] a head that retains, is written by rules, and is read (E1 to E4)."""
 
 import contextlib
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import require_backend
+from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.matrix_state.parallel import scan_parallel
-from unimatrix.ops.matrix_state.reference import scan_reference
+from unimatrix.ops.matrix_state.reference import TokenInputs, scan_reference
 
 __all__ = ["choose_backend", "scan_matrix_state"]
 
-_NUM_RULES = 3
+_LETTERS = {"log_retention": "B T H", "rule_weights": "B T H R"}
 
 
 def choose_backend(num_tokens: int, device: torch.device, *, norm_guard: bool = False) -> str:
@@ -34,48 +35,33 @@ def choose_backend(num_tokens: int, device: torch.device, *, norm_guard: bool = 
     return "reference" if norm_guard else "parallel"
 
 
-def _require_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        raise InputError(f"{name} has shape {tuple(x.shape)}; pass {shape}.")
-
-
-def _require_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    d: Tensor | None,
-    log_retention: Tensor,
-    rule_weights: Tensor | None,
-) -> None:
-    """Raise InputError unless the token inputs fit together."""
-    if q.dim() != 4 or q.shape[1] == 0 or not q.is_floating_point():
-        raise InputError(
-            f"q has shape {tuple(q.shape)} and dtype {q.dtype}; "
-            "pass floating [B, T, H, N] with at least one token."
-        )
+def _require_tokens(tokens: TokenInputs) -> dict[str, int]:
+    """Return the sizes by letter, or raise InputError if the inputs do not fit together."""
+    d, rule_weights = tokens.d, tokens.rule_weights
     if (d is None) != (rule_weights is None):
         given, missing = ("d", "rule_weights") if rule_weights is None else ("rule_weights", "d")
-        raise InputError(
-            f"{given} is given but {missing} is None; pass both to mix rules, or none."
-        )
-    for name, x in (("k", k), ("v", v), ("d", d)):
+        raise InputError(f"{given} is given but {missing} is None; pass both, or none of them.")
+    sizes: dict[str, int] = {}
+    for name, x in zip(tokens._fields, tokens, strict=True):
         if x is not None:
-            _require_shape(name, x, tuple(q.shape))
-    _require_shape("log_retention", log_retention, tuple(q.shape[:3]))
-    if rule_weights is not None:
-        _require_shape("rule_weights", rule_weights, (*q.shape[:3], _NUM_RULES))
+            require_dtype(name, x, None)
+            require_shape(name, x, _LETTERS.get(name, "B T H N"), sizes)
+    if rule_weights is not None and rule_weights.shape[3] != 3:
+        raise InputError(
+            f"rule_weights hold {rule_weights.shape[3]} rules; pass outer, diagonal and symmetric."
+        )
+    return sizes
 
 
-def _require_lengths(lengths: Tensor, num_rows: int, num_tokens: int) -> None:
-    """Raise InputError unless lengths are [B] integers in 0..T (the range on the CPU only)."""
-    _require_shape("lengths", lengths, (num_rows,))
-    if lengths.dtype != torch.int64:
-        raise InputError(f"lengths has dtype {lengths.dtype}; pass int64.")
-    if lengths.device.type == "cpu" and num_rows > 0:
+def _require_lengths(lengths: Tensor, sizes: dict[str, int]) -> None:
+    """Raise InputError unless lengths are [B] int64 in 0..T (the range on the CPU only)."""
+    require_dtype("lengths", lengths, torch.int64)
+    require_shape("lengths", lengths, "B", sizes)
+    if lengths.device.type == "cpu":
         shortest, longest = (int(x) for x in lengths.aminmax())
-        if shortest < 0 or longest > num_tokens:
+        if shortest < 0 or longest > sizes["T"]:
             raise InputError(
-                f"lengths go from {shortest} to {longest}; pass values in 0..{num_tokens}."
+                f"lengths go from {shortest} to {longest}; pass values in 0..{sizes['T']}."
             )
 
 
@@ -94,12 +80,12 @@ def _require_backend(backend: str, q: Tensor, norm_guard: bool) -> str:
     return backend
 
 
-def _clear_padding(x: Tensor | None, lengths: Tensor) -> Tensor | None:
-    """Return [B, T, ...] with zeros at padded positions, whatever was there."""
-    if x is None:
-        return None
-    padded = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # [B, T]
-    return x.masked_fill(padded.reshape(*padded.shape, *(1,) * (x.dim() - 2)), 0.0)
+def _clear_padding(tokens: TokenInputs, lengths: Tensor) -> TokenInputs:
+    """Return the inputs with zeros at padded positions, whatever was there."""
+    padded = ~find_real_tokens(lengths, tokens.log_retention[:, :, 0])  # [B, T]
+    return tokens.replace_each(
+        lambda x: x.masked_fill(padded.view(*padded.shape, *[1] * (x.dim() - 2)), 0.0)
+    )
 
 
 def _run_without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
@@ -153,36 +139,35 @@ def scan_matrix_state(
         autocast. Memory linear in T, see each back end. Causal, and differentiable in all
         floating arguments; native once.
     """
-    _require_inputs(q, k, v, d, log_retention, rule_weights)
-    B, T, H, N = q.shape
+    tokens = TokenInputs(q, k, v, d, log_retention, rule_weights)
+    sizes = _require_tokens(tokens)
     if lengths is not None:
-        _require_lengths(lengths, B, T)
+        _require_lengths(lengths, sizes)
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}; pass at least 1.")
     chosen = _require_backend(backend, q, norm_guard)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
-        initial_state = q.new_zeros((B, H, N, N), dtype=dtype)
-    _require_shape("initial_state", initial_state, (B, H, N, N))
-    leaves = (q, k, v, d, log_retention, rule_weights)
-    inputs = [x if x is None else x.to(dtype) for x in leaves]
+        initial_state = q.new_zeros((sizes["B"], sizes["H"], sizes["N"], sizes["N"]), dtype=dtype)
+    require_shape("initial_state", initial_state, "B H N N", sizes)
     initial_state = initial_state.to(dtype)
+    tokens = tokens.replace_each(lambda x: x.to(dtype))
     if chosen == "native":
         from unimatrix.ops.matrix_state.native import scan_native  # loads the compiler
 
         y, final_state = scan_native(
-            *inputs, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
+            tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
         )
         return y.to(q.dtype), final_state
     if lengths is not None:
-        inputs = [_clear_padding(x, lengths) for x in inputs]
+        tokens = _clear_padding(tokens, lengths)
     with _run_without_autocast(q.device.type):
         if chosen == "parallel":
             y, final_state = scan_parallel(
-                *inputs, initial_state=initial_state, chunk_size=chunk_size
+                tokens, initial_state=initial_state, chunk_size=chunk_size
             )
         else:
             y, final_state = scan_reference(
-                *inputs, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
+                tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
             )
     return y.to(q.dtype), final_state

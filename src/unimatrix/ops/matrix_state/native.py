@@ -1,18 +1,16 @@
 """Matrix state in Numba: a fused scan over the tokens of each (row, head), with its own backward.
 
-One row of a head's matrix is a value in vector registers (``_Lanes``), so the loop over the N rows
-becomes N loads, multiply-adds and stores; plain loops over array elements took six times as long,
-because the compiler cannot prove that the arrays do not overlap.
+A row of a head's matrix is one value in vector registers (``_Lanes``). Plain loops over elements
+took six times as long: the compiler cannot prove that the arrays do not overlap.
 
 The forward scan keeps S transposed, ``[address, payload]``: the readout S q is then a sum of rows.
 The backward keeps ``[payload, address]`` instead, which makes S^T dy a sum of rows. Writing and
 reading a token is the same code in both, with k and v (and q and dy) exchanged.
 
-The forward saves one state per few tokens and the backward recomputes the ones in between, so
-nothing of size T x N x N ever exists.
+The forward saves one state per few tokens and the backward recomputes the ones in between.
 """
-
 # mypy: allow-untyped-defs
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,14 +24,14 @@ from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.matrix_state.reference import TokenInputs
 from unimatrix.ops.threads import map_rows
 
 # Fused multiply-add and free order of sums; NaN, infinity and division keep their meaning.
 _FASTMATH = ("reassoc", "contract", "nsz")
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": set(_FASTMATH)}
 
-# Fewer multiply-adds than this and waking a second thread costs more than it saves.
-_MIN_THREADED_WORK = 1 << 19
+_MIN_THREADED_WORK = 1 << 19  # multiply-adds; below, waking a thread costs more than it saves
 
 
 class _Lanes(types.Type):
@@ -239,10 +237,9 @@ def _write_gradient(form, G, before, retention, factors, q, k, v, d, dy, dk, dv,
         _store(G, i * N, _times(row, retention))
     _store(dk, 0, _plus(_times(Gv, outer), _times(vG, swapped)))
     _store(dv, 0, _plus(_times(kG, outer), _times(Gk, swapped)))
-    by_diagonal = 0.0
     if len(form.mixed):
         _store(dd, 0, _times(corner, diagonal))
-        by_diagonal = float(_total(_times(corner, _load(d, 0, width))))
+    by_diagonal = _total(_times(corner, _load(d, 0, width)))
     by_outer, by_swapped = _total(_times(kG, address)), _total(_times(vG, payload))
     return _total(kept), by_outer, by_swapped, by_diagonal
 
@@ -331,11 +328,6 @@ def _backward_rows(
             dinitial[row * size + n] = G[n]
 
 
-def _find_checkpoint_interval(N: int) -> int:
-    """Return the tokens between saved states; the states in between are to fit in cache."""
-    return max(16, min(64, (1 << 14) // (N * N)))
-
-
 def _run(kernel: Callable[..., None], form: _Form, q: Tensor, *args: Tensor | int) -> None:
     """Run ``kernel`` on q, ``args``: over the rows (B, H), in threads if there is enough to do."""
     num_rows = q.shape[0] * q.shape[2]
@@ -353,22 +345,14 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        d: Tensor | None,
-        log_retention: Tensor,
-        rule_weights: Tensor | None,
-        initial_state: Tensor,
-        lengths: Tensor | None,
-        norm_guard: bool,
-        saves_states: bool,
+        ctx: Any, norm_guard: bool, saves: bool, lengths: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
+        initial, *tokens = tensors
+        q, k, v, d, log_retention, rule_weights = TokenInputs(*tokens)
         B, T, H, N = q.shape
-        mixed, padded = rule_weights is not None, lengths is not None
-        form = _Form((0,) * N, (0,) * mixed, (0,) * norm_guard)
-        interval = _find_checkpoint_interval(N) if saves_states else 0
+        form = _Form((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
+        # A state per so many tokens is saved: the ones recomputed in between have to fit in cache.
+        interval = max(16, min(64, (1 << 14) // (N * N))) if saves else 0
         checkpoints = q.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
         retention, write = log_retention.exp(), log_retention.expm1().neg_()  # [B, T, H]
         # Without rules, no kernel reads what stands in for d and for the rule weights.
@@ -376,11 +360,11 @@ class _Scan(torch.autograd.Function):
         inputs = (q, k, v, rules[0], retention, write, rules[1])
         counts = torch.full((B,), T) if lengths is None else lengths
         y = q.new_empty(q.shape) if lengths is None else q.new_zeros(q.shape)  # [B, T, H, N]
-        final_state = q.new_empty(initial_state.shape)  # [B, H, N, N]
+        final_state = q.new_empty(initial.shape)  # [B, H, N, N]
         outputs = (y, final_state, checkpoints)
-        _run(_scan_rows, form, *inputs, initial_state, counts, T, H, interval, *outputs)
+        _run(_scan_rows, form, *inputs, initial, counts, T, H, interval, *outputs)
         ctx.save_for_backward(*inputs, counts, checkpoints)
-        ctx.form, ctx.interval, ctx.padded = form, interval, padded
+        ctx.form, ctx.interval, ctx.padded = form, interval, lengths is not None
         return y, final_state
 
     @staticmethod
@@ -388,40 +372,29 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, counts, checkpoints = ctx.saved_tensors
         q, _, _, _, retention, _, rule_weights = inputs
-        _, T, H, _ = q.shape
         allocate = q.new_zeros if ctx.padded else q.new_empty
         dq, dk, dv = allocate(q.shape), allocate(q.shape), allocate(q.shape)  # [B, T, H, N]
         dlog_retention, dinitial = allocate(retention.shape), q.new_empty(dfinal.shape)
         dd, drule_weights = dq, dlog_retention  # not written without rules
         if ctx.form.mixed:
             dd, drule_weights = allocate(q.shape), allocate(rule_weights.shape)
-        grads = (dq, dk, dv, dd, dlog_retention, drule_weights, dinitial)
-        given = (*inputs, counts, T, H, ctx.interval, checkpoints, dy, dfinal)
-        _run(_backward_rows, ctx.form, *given, *grads)
+        grads = (dq, dk, dv, dd, dlog_retention, drule_weights)
+        given = (*inputs, counts, *q.shape[1:3], ctx.interval, checkpoints, dy, dfinal)
+        _run(_backward_rows, ctx.form, *given, *grads, dinitial)
         if not ctx.form.mixed:
-            return dq, dk, dv, None, dlog_retention, None, dinitial, None, None, None
-        return *grads, None, None, None
+            return None, None, None, dinitial, dq, dk, dv, None, dlog_retention, None
+        return None, None, None, dinitial, *grads
 
 
 def scan_native(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    d: Tensor | None,
-    log_retention: Tensor,
-    rule_weights: Tensor | None,
-    *,
-    initial_state: Tensor,
-    lengths: Tensor | None,
-    norm_guard: bool,
+    tokens: TokenInputs, *, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute E1 to E4 with compiled loops on the CPU; arguments as in ``scan_matrix_state``.
 
     Cost: O(T N^2) time a head, rows and heads spread over threads; the backward pass needs one
         saved state per 64 tokens at N <= 16, per 16 at N >= 32.
     """
-    leaves = (q, k, v, d, log_retention, rule_weights, initial_state)
-    differentiated = any(x is not None and x.requires_grad for x in leaves)
-    saves_states = torch.is_grad_enabled() and differentiated
-    outputs: tuple[Tensor, Tensor] = _Scan.apply(*leaves, lengths, norm_guard, saves_states)
+    tensors = (initial_state, *tokens)
+    saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    outputs: tuple[Tensor, Tensor] = _Scan.apply(norm_guard, saves, lengths, *tensors)
     return outputs

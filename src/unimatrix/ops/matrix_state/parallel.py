@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from unimatrix.ops.matrix_state.reference import TokenInputs
+
 # Chunks in a group: the recurrence over chunks costs this many multiply-adds a state element.
 _GROUP_SIZE = 16
 
@@ -39,7 +41,7 @@ def _fold(x: Tensor, size: int) -> Tensor:
     missing = -x.shape[2] % size
     if missing:
         x = pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
-    return x.unflatten(2, (-1, size))
+    return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
 
 
 def _carry(update: Tensor, log_retention: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,20 +69,13 @@ def _carry(update: Tensor, log_retention: Tensor, initial: Tensor) -> tuple[Tens
 
 
 def scan_parallel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    d: Tensor | None,
-    log_retention: Tensor,
-    rule_weights: Tensor | None,
-    *,
-    initial_state: Tensor,
-    chunk_size: int,
+    tokens: TokenInputs, *, initial_state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     """Compute E1, E2 and E4 by chunks; arguments as in ``scan_matrix_state``.
 
     Padded positions must hold zeros: they write nothing, retain everything and read zero.
     """
+    q, k, v, d, log_retention, rule_weights = tokens
     T, N = q.shape[1], q.shape[3]
     size = -(-T // -(-T // chunk_size))
     # Retention 0 may come as -inf; exp(-1000) is 0 as well, and can be subtracted from itself.
@@ -105,5 +100,5 @@ def scan_parallel(
         update = update + (to_end * swapped_payload).mT @ k
         update = update + torch.diag_embed((to_end * corner).sum(-2))
     before, final = _carry(update.flatten(3), log_retention.sum(-1), initial_state.flatten(2))
-    y = y + retained[..., None] * (q @ before.unflatten(3, (N, N)).mT)
-    return y.flatten(2, 3)[:, :, :T].transpose(1, 2), final.unflatten(2, (N, N))
+    y = y + retained[..., None] * (q @ before.view(*before.shape[:3], N, N).mT)
+    return y.flatten(2, 3)[:, :, :T].transpose(1, 2), final.view(initial_state.shape)

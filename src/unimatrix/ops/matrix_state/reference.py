@@ -4,26 +4,44 @@
 readout S q returns the payloads whose addresses resemble q. A token is written before it is read.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
+class TokenInputs(NamedTuple):
+    """What the tokens bring; arguments of ``scan_matrix_state``, in the dtype of the state."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    d: Tensor | None
+    log_retention: Tensor
+    rule_weights: Tensor | None
+
+    def replace_each(self, change: Callable[[Tensor], Tensor]) -> "TokenInputs":
+        """Return the inputs with ``change`` applied to every one that is given."""
+        q, k, v, d, log_retention, rule_weights = self
+        return TokenInputs(
+            change(q),
+            change(k),
+            change(v),
+            None if d is None else change(d),
+            change(log_retention),
+            None if rule_weights is None else change(rule_weights),
+        )
+
+
 def scan_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    d: Tensor | None,
-    log_retention: Tensor,
-    rule_weights: Tensor | None,
-    *,
-    initial_state: Tensor,
-    lengths: Tensor | None,
-    norm_guard: bool,
+    tokens: TokenInputs, *, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the matrix state token by token; arguments as in ``scan_matrix_state``.
 
     Equation: E1 (write rules and their mixing), E2 (retention), E3 (norm guard), E4 (readout).
     """
+    q, k, v, d, log_retention, rule_weights = tokens
     S, readouts = initial_state, []
     rho, write = log_retention.exp(), -torch.expm1(log_retention)  # [B, T, H]; write = 1 - rho
     for t in range(q.shape[1]):

@@ -1,9 +1,12 @@
-"""Slot decisions in Numba: one pass over the tokens of a row, rows over threads.
+"""Slot decisions and the read of the chosen entries in Numba, rows over threads.
 
-The kernel repeats ``decisions.rank_slots``, ``choose_slot`` and ``advance_ages`` on the same
-numbers. Only the dot products may be reordered by the compiler: they are exact in any order.
+The decision kernel repeats ``decisions.rank_slots``, ``choose_slot`` and ``advance_ages`` on the
+same numbers. Only the dot products may be reordered by the compiler: they are exact in any order.
+The read kernels compute ``cosine_read.read_chosen`` and its gradient in one pass each, instead of a
+dozen passes over [B, T, K, C] gathers.
 """
 
+import math
 from typing import Any
 
 import numba
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unimatrix.ops.cosine_read import LOGIT_SCALE, normalise, read_chosen
 from unimatrix.ops.slots.decisions import Allocation, DecisionEntries
 from unimatrix.ops.slots.slot_state import SlotRules
 from unimatrix.ops.threads import map_rows
@@ -149,3 +153,143 @@ def allocate_native(
     else:
         map_rows(_allocate_rows, batch, *arguments)
     return Allocation(*(tensor.to(query_units.device) for tensor in (chosen, writers, ages)))
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _read_rows(
+    first_row: int,
+    last_row: int,
+    queries: Array,  # [B, T, C] unit vectors
+    keys: Array,  # [B, P, C] unit vectors
+    values: Array,  # [B, P, Dv]
+    log_strength: Array,  # [B, P]
+    chosen: Array,  # [B, T, K] int64, -1 from where fewer exist
+    context: Array,  # [B, T, Dv], zero
+    weights: Array,  # [B, T, K], zero
+) -> None:
+    scale = 1.0 / math.sqrt(queries.shape[2])
+    for b in range(first_row, last_row):
+        for t in range(queries.shape[1]):
+            count = 0
+            best = -np.inf
+            for k in range(chosen.shape[2]):
+                entry = chosen[b, t, k]
+                if entry < 0:
+                    break
+                cosine = 0.0
+                for c in range(queries.shape[2]):
+                    cosine += queries[b, t, c] * keys[b, entry, c]
+                logit = LOGIT_SCALE * (cosine * scale + log_strength[b, entry])
+                weights[b, t, k] = logit
+                best = max(best, logit)
+                count += 1
+            total = 0.0
+            for k in range(count):
+                weight = math.exp(weights[b, t, k] - best)
+                weights[b, t, k] = weight
+                total += weight
+            for k in range(count):
+                weight = weights[b, t, k] / total
+                weights[b, t, k] = weight
+                entry = chosen[b, t, k]
+                for i in range(values.shape[2]):
+                    context[b, t, i] += weight * values[b, entry, i]
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _read_backward_rows(
+    first_row: int,
+    last_row: int,
+    queries: Array,  # [B, T, C] unit vectors
+    keys: Array,  # [B, P, C] unit vectors
+    values: Array,  # [B, P, Dv]
+    chosen: Array,  # [B, T, K] int64
+    weights: Array,  # [B, T, K]
+    d_context: Array,  # [B, T, Dv]
+    d_weights: Array,  # [B, T, K]
+    d_queries: Array,  # zero, as the four after it
+    d_keys: Array,
+    d_values: Array,
+    d_log_strength: Array,
+) -> None:
+    scale = 1.0 / math.sqrt(queries.shape[2])
+    slopes = np.empty(chosen.shape[2])
+    for b in range(first_row, last_row):
+        for t in range(queries.shape[1]):
+            count = 0
+            mean = 0.0
+            for k in range(chosen.shape[2]):
+                entry = chosen[b, t, k]
+                if entry < 0:
+                    break
+                slope = 0.0
+                for i in range(values.shape[2]):
+                    slope += d_context[b, t, i] * values[b, entry, i]
+                    d_values[b, entry, i] += weights[b, t, k] * d_context[b, t, i]
+                slopes[k] = slope + d_weights[b, t, k]
+                mean += weights[b, t, k] * slopes[k]
+                count += 1
+            for k in range(count):
+                entry = chosen[b, t, k]
+                d_score = LOGIT_SCALE * weights[b, t, k] * (slopes[k] - mean)
+                d_log_strength[b, entry] += d_score
+                d_cosine = d_score * scale
+                for c in range(queries.shape[2]):
+                    d_queries[b, t, c] += d_cosine * keys[b, entry, c]
+                    d_keys[b, entry, c] += d_cosine * queries[b, t, c]
+
+
+class _Read(torch.autograd.Function):
+    """The read of chosen entries from unit queries and unit keys."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return context [B, T, Dv] and weights [B, T, K]."""
+        inputs = tuple(tensor.contiguous() for tensor in inputs)
+        queries, keys, values, _, chosen = inputs
+        context = values.new_zeros((*queries.shape[:2], values.shape[2]))
+        weights = queries.new_zeros(chosen.shape)
+        arrays = [tensor.detach().numpy() for tensor in (*inputs, context, weights)]
+        map_rows(_read_rows, queries.shape[0], *arrays)
+        ctx.save_for_backward(queries, keys, values, chosen, weights)
+        return context, weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of queries, keys, values and log strength."""
+        queries, keys, values, chosen, weights = ctx.saved_tensors
+        found = [torch.zeros_like(x) for x in (queries, keys, values, keys[..., 0])]
+        given = [x.contiguous() for x in (queries, keys, values, chosen, weights, *grads)]
+        arrays = [tensor.detach().numpy() for tensor in (*given, *found)]
+        map_rows(_read_backward_rows, queries.shape[0], *arrays)
+        return (*found, None)
+
+
+def read_native(
+    queries: Tensor, keys: Tensor, values: Tensor, log_strength: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weigh the chosen entries of each position by a softmax and sum their values.
+
+    Equation: E6 (scores and softmax).
+
+    Args:
+        queries: [B, T, C], float32 or float64.
+        keys: [B, P, C].
+        values: [B, P, Dv].
+        log_strength: [B, P] in nats.
+        chosen: [B, T, K] int64, entries of each position, -1 from where there are fewer.
+
+    Returns:
+        context [B, T, Dv] and weights [B, T, K]; 0 where nothing is chosen.
+
+    Cost:
+        O(B T K (C + Dv)) time, no gathers kept; once differentiable. Off the CPU it is
+        ``cosine_read.read_chosen``.
+    """
+    if queries.device.type != "cpu":
+        return read_chosen(queries, keys, values, log_strength, chosen)
+    read: tuple[Tensor, Tensor] = _Read.apply(
+        normalise(queries), normalise(keys), values, log_strength, chosen
+    )
+    return read

@@ -1,5 +1,6 @@
 """Allocate, then read: decisions without gradient, then a differentiable read of K entries."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -8,7 +9,6 @@ from torch import Tensor
 from unimatrix.ops.cosine_read import (
     compute_decision_units,
     move_to_decisions,
-    read_chosen,
     take_rows,
 )
 from unimatrix.ops.slots.decisions import (
@@ -36,13 +36,17 @@ class Allocate(Protocol):
         """Decide for every token which entries it reads and which slot it writes."""
 
 
+Read = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 def scan_by_allocation(
-    allocate: Allocate, tokens: SlotTokens, slots: SlotState, rules: SlotRules
+    allocate: Allocate, read: Read, tokens: SlotTokens, slots: SlotState, rules: SlotRules
 ) -> tuple[SlotRead, SlotState]:
     """Compute E6 to E9 from the integer decisions of ``allocate``.
 
     Args:
         allocate: the decision scan of a back end.
+        read: its read of the entries chosen.
         tokens: what the T tokens bring.
         slots: the slots before the first.
         rules: K, match threshold, strength floor.
@@ -69,7 +73,7 @@ def scan_by_allocation(
         chosen, writers, ages = (field.to(keys.device) for field in decided)
         ids = take_rows(chosen.clamp_min(0), token_ids)[0] * (chosen >= 0)  # [B, T, K]
     log_strength = strengths.clamp_min(MIN_STRENGTH).log()
-    context, weights = read_chosen(tokens.queries, keys, values, log_strength, chosen)
+    context, weights = read(tokens.queries, keys, values, log_strength, chosen)
     held = take_rows(writers, keys, values, strengths, token_ids)
     final = SlotState(
         slot_keys=held[0],

@@ -9,7 +9,7 @@ from torch import Tensor
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import require_backend
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
-from unimatrix.ops.cosine_read import choose_compute_dtype
+from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
 from unimatrix.ops.slots.parallel import allocate_parallel
 from unimatrix.ops.slots.read import scan_by_allocation
 from unimatrix.ops.slots.reference import scan_slots_reference
@@ -154,7 +154,7 @@ def _find_scan(backend: str, queries: Tensor) -> Scan:
     if require_backend("slots", backend) == "reference":
         return scan_slots_reference
     if backend == "parallel":
-        return functools.partial(scan_by_allocation, allocate_parallel)
-    from unimatrix.ops.slots.native import allocate_native
+        return functools.partial(scan_by_allocation, allocate_parallel, read_chosen)
+    from unimatrix.ops.slots.native import allocate_native, read_native
 
-    return functools.partial(scan_by_allocation, allocate_native)
+    return functools.partial(scan_by_allocation, allocate_native, read_native)

@@ -6,6 +6,7 @@ import torch
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import require_backend
+from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.suffix_automaton.reference import predict_rows
 from unimatrix.ops.suffix_automaton.storage import (
     WINDOW,
@@ -47,11 +48,11 @@ def predict_from_suffix(
     Source: the residual path; what RWKV-8 calls ROSA.
 
     Args:
-        input_ids: ``[B, T]`` any integer type, T >= 1, ids in 0 .. 2**31 - 1; what stands at
-            positions ``lengths[b]`` and after is not looked at.
-        lengths: ``[B]`` integers in 0 .. T, the real tokens that lead each row; ``None`` means all.
+        input_ids: ``[B, T]`` int64, ids in 0 .. 2**31 - 1; what stands at positions
+            ``lengths[b]`` and after is not looked at.
+        lengths: ``[B]`` int64 in 0 .. T, the real tokens that lead each row; ``None`` means T.
         initial: the automaton to go on with, rows as in ``input_ids``; ``None`` starts new streams.
-        window: W in tokens; ``None`` means unbounded, with an ``initial`` whatever that has.
+        window: W in tokens, that of ``initial``; ``None`` means unbounded.
         in_place: change the tensors of ``initial``, which the caller then gives up.
         backend: ``auto`` is ``native``.
 
@@ -82,13 +83,12 @@ def predict_from_suffix(
     else:
         _check_initial(initial, input_ids.shape[0], window)
         automaton = _own_tensors(initial, in_place)
-    with torch.no_grad():
-        if backend == "native":
-            from unimatrix.ops.suffix_automaton.native import scan_native
+    if backend == "native":
+        from unimatrix.ops.suffix_automaton.native import scan_native
 
-            predicted_ids, match_lengths, automaton = scan_native(real_ids, lengths, automaton)
-        else:
-            predicted_ids, match_lengths, automaton = predict_rows(real_ids, lengths, automaton)
+        predicted_ids, match_lengths, automaton = scan_native(real_ids, lengths, automaton)
+    else:
+        predicted_ids, match_lengths, automaton = predict_rows(real_ids, lengths, automaton)
     device = input_ids.device
     return SuffixPrediction(predicted_ids.to(device), match_lengths.to(device)), automaton
 
@@ -96,29 +96,24 @@ def predict_from_suffix(
 def _check_ids(
     input_ids: torch.Tensor, lengths: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and lengths as contiguous int64 on the CPU; ids at padding are 0."""
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise InputError(
-            f"input_ids has shape {list(input_ids.shape)}; pass [B, T] with T at least 1."
-        )
-    if input_ids.is_floating_point() or input_ids.dtype in (torch.bool, torch.complex64):
-        raise InputError(f"input_ids is {input_ids.dtype}; pass integers.")
-    batch, num_tokens = input_ids.shape
-    ids = input_ids.detach().to("cpu", torch.int64).contiguous()
+    """Return ids and lengths, contiguous on the CPU; ids at padding are 0."""
+    sizes: dict[str, int] = {}
+    require_shape("input_ids", input_ids, "B T", sizes)
+    require_dtype("input_ids", input_ids, torch.int64)
+    ids = input_ids.detach().cpu().contiguous()
     if lengths is None:
-        lengths = torch.full((batch,), num_tokens, dtype=torch.int64)
+        lengths = torch.full((sizes["B"],), sizes["T"], dtype=torch.int64)
     else:
-        if lengths.shape != (batch,) or lengths.is_floating_point():
-            raise InputError(
-                f"lengths is {lengths.dtype} {list(lengths.shape)}; pass integers [{batch}]."
-            )
-        lengths = lengths.to("cpu", torch.int64).contiguous()
-        if ((lengths < 0) | (lengths > num_tokens)).any():
-            raise InputError(f"lengths is {lengths.tolist()}; pass values in 0 .. {num_tokens}.")
-        ids = torch.where(torch.arange(num_tokens) < lengths[:, None], ids, 0)  # [B, T]
-    if batch > 0 and not 0 <= int(ids.min()) <= int(ids.max()) < 2**31:
+        require_shape("lengths", lengths, "B", sizes)
+        require_dtype("lengths", lengths, torch.int64)
+        lengths = lengths.cpu().contiguous()
+        if ((lengths < 0) | (lengths > sizes["T"])).any():
+            raise InputError(f"lengths is {lengths.tolist()}; pass values in 0 .. {sizes['T']}.")
+        ids = torch.where(find_real_tokens(lengths, ids), ids, 0)
+    smallest, largest = (int(bound) for bound in ids.aminmax())
+    if smallest < 0 or largest >= 2**31:
         raise InputError(
-            f"input_ids holds {int(ids.min())} .. {int(ids.max())}; pass ids in 0 .. {2**31 - 1}."
+            f"input_ids holds {smallest if smallest < 0 else largest}; pass 0 .. {2**31 - 1}."
         )
     return ids, lengths
 
@@ -129,11 +124,9 @@ def _check_initial(initial: AutomatonState, batch: int, window: int | None) -> N
             f"initial has {initial.counters.shape[0]} rows; pass one for each of the {batch} rows "
             "of input_ids."
         )
-    built_with = int(initial.counters[0, WINDOW]) if batch else 0
-    if window is not None and window != built_with:
-        raise InputError(
-            f"window is {window} but initial was built with {built_with or None}; pass that one."
-        )
+    built_with = int(initial.counters[0, WINDOW]) or None
+    if window != built_with:
+        raise InputError(f"window is {window} but initial was built with {built_with}; pass that.")
 
 
 def _own_tensors(initial: AutomatonState, in_place: bool) -> AutomatonState:

@@ -17,6 +17,9 @@ Numba counts references to arrays at every call, which costs as much as the work
 long kernel for what happens at every token, and functions for what is rare.
 """
 
+# Numba infers the types of its kernels.
+# mypy: allow-untyped-defs
+
 import numpy as np
 import torch
 from numba import njit
@@ -75,76 +78,76 @@ def _find_slot(edges, node, symbol):
 
 
 @njit(nogil=True, cache=True)
-def _rotate(paths, nodes, x):
+def _rotate(nodes, splays, x):
     """Lift ``x`` over its parent; if that was the splay root, its paint moves along."""
-    p = paths[x, PARENT]
-    g = paths[p, PARENT]
-    side = RIGHT if nodes[p, RIGHT] == x else LEFT
+    p = nodes[x, PARENT]
+    g = nodes[p, PARENT]
+    side = RIGHT if splays[p, RIGHT] == x else LEFT
     other = LEFT + RIGHT - side
-    inner = nodes[x, other]
-    nodes[p, side] = inner
+    inner = splays[x, other]
+    splays[p, side] = inner
     if inner != 0:
-        paths[inner, PARENT] = p
-    nodes[x, other] = p
-    paths[p, PARENT] = x
-    paths[x, PARENT] = g
-    if nodes[g, LEFT] == p:
-        nodes[g, LEFT] = x
-    elif nodes[g, RIGHT] == p:
-        nodes[g, RIGHT] = x
-    paths[x, LATEST] = paths[p, LATEST]
+        nodes[inner, PARENT] = p
+    splays[x, other] = p
+    nodes[p, PARENT] = x
+    nodes[x, PARENT] = g
+    if splays[g, LEFT] == p:
+        splays[g, LEFT] = x
+    elif splays[g, RIGHT] == p:
+        splays[g, RIGHT] = x
+    nodes[x, LATEST] = nodes[p, LATEST]
 
 
 @njit(nogil=True, cache=True)
-def _splay(paths, nodes, x):
+def _splay(nodes, splays, x):
     """Make ``x`` the root of its splay tree; return the number of rotations."""
     num_rotations = 0
     while True:
-        p = paths[x, PARENT]
-        if nodes[p, LEFT] != x and nodes[p, RIGHT] != x:
+        p = nodes[x, PARENT]
+        if splays[p, LEFT] != x and splays[p, RIGHT] != x:
             return num_rotations
-        g = paths[p, PARENT]
-        if nodes[g, LEFT] == p or nodes[g, RIGHT] == p:
-            straight = (nodes[p, LEFT] == x) == (nodes[g, LEFT] == p)
-            _rotate(paths, nodes, p if straight else x)
+        g = nodes[p, PARENT]
+        if splays[g, LEFT] == p or splays[g, RIGHT] == p:
+            straight = (splays[p, LEFT] == x) == (splays[g, LEFT] == p)
+            _rotate(nodes, splays, p if straight else x)
             num_rotations += 1
-        _rotate(paths, nodes, x)
+        _rotate(nodes, splays, x)
         num_rotations += 1
 
 
 @njit(nogil=True, cache=True)
-def _cut_above(paths, nodes, x):
+def _cut_above(nodes, splays, x):
     """End the path of equal paint just above ``x``; return the number of rotations."""
-    num_rotations = _splay(paths, nodes, x)
-    above = nodes[x, LEFT]
+    num_rotations = _splay(nodes, splays, x)
+    above = splays[x, LEFT]
     if above != 0:
-        nodes[x, LEFT] = 0
-        paths[above, PARENT] = paths[x, PARENT]
-        paths[above, LATEST] = paths[x, LATEST]
+        splays[x, LEFT] = 0
+        nodes[above, PARENT] = nodes[x, PARENT]
+        nodes[above, LATEST] = nodes[x, LATEST]
     return num_rotations
 
 
 @njit(nogil=True, cache=True)
-def _paint_long(paths, nodes, x, start, splay_length):
+def _paint_long(nodes, splays, x, start, splay_length):
     """Paint ``x`` and the long nodes above; return the first short node and the visits."""
     visits = 0
     lower = np.int64(0)
     while nodes[x, LENGTH] > splay_length:
-        visits += 1 + _splay(paths, nodes, x)
-        below = nodes[x, RIGHT]
+        visits += 1 + _splay(nodes, splays, x)
+        below = splays[x, RIGHT]
         if below != 0:
-            paths[below, LATEST] = paths[x, LATEST]
-        nodes[x, RIGHT] = lower
+            nodes[below, LATEST] = nodes[x, LATEST]
+        splays[x, RIGHT] = lower
         lower = x
-        x = np.int64(paths[x, PARENT])
-    paths[lower, LATEST] = start
+        x = np.int64(nodes[x, PARENT])
+    nodes[lower, LATEST] = start
     return x, visits
 
 
 @njit(nogil=True, cache=True)
 def _scan_row(
     input_ids, num_real, predicted_ids, match_lengths, progress,
-    tokens, paths, nodes, edges, counters, splay_length,
+    tokens, nodes, splays, edges, counters, splay_length,
 ):  # fmt: skip
     """Predict after each token of a row, as far as the row's buffers reach (``progress``)."""
     pushed, done = progress[_PUSHED], progress[_DONE]
@@ -196,20 +199,20 @@ def _scan_row(
                     # It ends inside an edge: a new node there, with the old child and the leaf.
                     node = num_nodes
                     num_nodes += 1
-                    paths[node, PARENT] = parent
+                    nodes[node, PARENT] = parent
                     nodes[node, LENGTH] = matched
                     nodes[node, LINK] = 0
                     nodes[node, SYMBOL_A], nodes[node, CHILD_A] = expected, child
                     nodes[node, SYMBOL_B], nodes[node, CHILD_B] = symbol, ~start
-                    nodes[node, LEFT], nodes[node, RIGHT] = 0, 0
+                    splays[node, LEFT], splays[node, RIGHT] = 0, 0
                     if slot < 0:
                         nodes[parent, column] = node
                     else:
                         edges[slot, EDGE_CHILD] = node
                     if child > 0:
                         if nodes[child, LENGTH] > splay_length:
-                            visits += _cut_above(paths, nodes, child)
-                        paths[child, PARENT] = node
+                            visits += _cut_above(nodes, splays, child)
+                        nodes[child, PARENT] = node
                 if unlinked != 0:
                     nodes[unlinked, LINK] |= 2 * node
                 unlinked = node if depth < matched else np.int64(0)
@@ -227,11 +230,11 @@ def _scan_row(
                 depth = np.int64(nodes[linked, LENGTH])  # loaded while the paint goes on
                 visits += 1
                 if nodes[node, LENGTH] > splay_length:
-                    node, num_visits = _paint_long(paths, nodes, node, start, splay_length)
+                    node, num_visits = _paint_long(nodes, splays, node, start, splay_length)
                     visits += num_visits
                 while node != 0:
-                    paths[node, LATEST] = start
-                    node = np.int64(paths[node, PARENT])
+                    nodes[node, LATEST] = start
+                    node = np.int64(nodes[node, PARENT])
                     visits += 1
                 node = linked
                 if matched == 0:
@@ -242,8 +245,8 @@ def _scan_row(
                 earlier = ~child
             if child > 0:
                 if nodes[child, LENGTH] > splay_length:
-                    visits += _splay(paths, nodes, child)
-                earlier = np.int64(paths[child, LATEST])
+                    visits += _splay(nodes, splays, child)
+                earlier = np.int64(nodes[child, LATEST])
         indexed += 1
         if indexed == held and done < pushed:
             if matched > 0:
@@ -274,7 +277,7 @@ def _drop_generation(tokens, nodes, edges, counters):
 @njit(nogil=True, cache=True)
 def _scan_rows(
     first, last, input_ids, lengths, predicted_ids, match_lengths, progress,
-    tokens, paths, nodes, edges, counters, splay_length,
+    tokens, nodes, splays, edges, counters, splay_length,
 ):  # fmt: skip
     for row in range(first, last):
         progress[row, _NODES_WANTED] = 0
@@ -285,7 +288,7 @@ def _scan_rows(
                 _drop_generation(tokens[row], nodes[row], edges[row], counters[row])
             _scan_row(
                 input_ids[row], lengths[row], predicted_ids[row], match_lengths[row], progress[row],
-                tokens[row], paths[row], nodes[row], edges[row], counters[row], splay_length,
+                tokens[row], nodes[row], splays[row], edges[row], counters[row], splay_length,
             )  # fmt: skip
 
 
@@ -296,17 +299,17 @@ def _rehash_rows(first, last, old_edges, new_edges):
         for slot in range(old_edges.shape[1]):
             entry = old_edges[row, slot]
             if entry[EDGE_CHILD] != 0:
-                new_edges[
-                    row, _find_slot(new_edges[row], entry[EDGE_NODE], entry[EDGE_SYMBOL])
-                ] = entry
+                new_edges[row, _find_slot(new_edges[row], entry[EDGE_NODE], entry[EDGE_SYMBOL])] = (
+                    entry
+                )
 
 
 def _reserve_index(automaton: AutomatonState, num_nodes: int, num_slots: int) -> AutomatonState:
     """Return an automaton with at least that many nodes and hash slots."""
     if num_nodes > automaton.nodes.shape[1]:
         automaton = automaton._replace(
-            paths=extend_rows(automaton.paths, num_nodes),
             nodes=extend_rows(automaton.nodes, num_nodes),
+            splays=extend_rows(automaton.splays, num_nodes),
         )
     if num_slots > automaton.edges.shape[1]:
         rows, _, columns = automaton.edges.shape

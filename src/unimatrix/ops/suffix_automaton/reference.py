@@ -70,5 +70,14 @@ def predict_rows(
     tokens = automaton.tokens.new_zeros(len(texts), capacity)
     for row, text in enumerate(texts):
         tokens[row, : text.shape[0]] = text
-    index = (torch.zeros_like(tensor) for tensor in automaton[1:4])
-    return predicted_ids, match_lengths, AutomatonState(tokens, *index, counters)
+    return (
+        predicted_ids,
+        match_lengths,
+        AutomatonState(
+            tokens=tokens,
+            nodes=torch.zeros_like(automaton.nodes),
+            splays=torch.zeros_like(automaton.splays),
+            edges=torch.zeros_like(automaton.edges),
+            counters=counters,
+        ),
+    )

@@ -1,19 +1,21 @@
 """What an automaton keeps between calls: plain integer tensors, batch first.
 
-The text is the essence; the other tensors are an index of it, a suffix tree whose leaves are the
-suffixes that occurred once so far. A node is a row of ``paths`` and of ``nodes``; node 0 is the
-root. A child is a node if positive, the leaf of the suffix at ``~child`` if negative, absent if 0.
-A node but the root keeps two children in its own row; all others are in ``edges``, an open
-addressing hash table. So on text a visit touches one or two cache lines.
+The text is the essence; the rest is an index of it, a suffix tree whose leaves are the suffixes
+that occurred once so far, and which can be built anew from the text. A node is a row of ``nodes``,
+node 0 is the root. A child is a node if positive, the leaf of the suffix that starts at ``~child``
+if negative, absent if 0. Every node but the root keeps two children in its row, since a node is
+born with two; the others are in ``edges``, an open addressing hash table. On a novel that halves
+the table, and most visits touch one cache line.
 
-    paths [PARENT, LATEST]      the node above, and where the node's string last began; of long
-                                nodes what native.py says
-    nodes [LENGTH, LINK, SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B, LEFT, RIGHT]
-                                LINK = 2 * suffix link + 1 if the node has children in ``edges``
-    edges [EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD]
+    nodes   PARENT, LATEST                        the node above; where the node's string last
+                                                  began (of long nodes: see native.py)
+            LENGTH, LINK                          of its string; 2 * suffix link, + 1 if the node
+                                                  has children in ``edges``
+            SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B
+    splays  LEFT, RIGHT                           of long nodes, 0 if none
+    edges   EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD
 
-Compiled kernels hold these column numbers: after a change here, change native.py too, or its
-machine code stays cached.
+Kernels hold these column numbers, and are compiled anew only if native.py changes.
 """
 
 from typing import NamedTuple
@@ -22,13 +24,13 @@ import torch
 
 from unimatrix.errors import InputError
 
-PARENT, LATEST = range(2)
-LENGTH, LINK, SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B, LEFT, RIGHT = range(8)
+PARENT, LATEST, LENGTH, LINK, SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B = range(8)
+LEFT, RIGHT = range(2)
 EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD = range(3)
 (
     NUM_TOKENS,  # real tokens since the stream began
     NUM_HELD,  # of them in `tokens`, the latest ones
-    NUM_INDEXED,  # of those in the tree; the rest is indexed when needed
+    NUM_INDEXED,  # of those in the tree, the first ones; the rest follows when needed
     MATCH_LENGTH,
     MATCH_START,  # latest start of the match before the current one
     ACTIVE_NODE,  # a node whose string begins the match
@@ -44,15 +46,14 @@ _MIN_TOKENS = 16
 
 
 class AutomatonState(NamedTuple):
-    """The suffix automaton of a batch; rows are independent.
+    """The suffix automaton of a batch, on the CPU; rows are independent.
 
-    Row gathering (``index_select`` over dim 0 of every tensor), concatenation of equal shapes and
-    saving as integers keep it working. Always on the CPU.
+    ``index_select`` over dim 0 of every tensor gives a working automaton of those rows.
     """
 
     tokens: torch.Tensor  # [B, P] int32, P the capacity in tokens
-    paths: torch.Tensor  # [B, X, 2] int32, X the capacity in nodes
-    nodes: torch.Tensor  # [B, X, 8] int32
+    nodes: torch.Tensor  # [B, X, 8] int32, X the capacity in nodes
+    splays: torch.Tensor  # [B, X, 2] int32
     edges: torch.Tensor  # [B, Y, 3] int32, Y the slots of the hash table
     counters: torch.Tensor  # [B, 10] int64
 
@@ -71,7 +72,7 @@ def empty_automaton(batch: int, window: int | None = None) -> AutomatonState:
         InputError: if ``window`` is not in 1 .. 2**29.
 
     Cost:
-        124 bytes a row and token of the window, at most 38 bytes a token of text without.
+        124 bytes a row and token of the window.
     """
     if window is not None and not 1 <= window <= MAX_TOKENS // 2:
         raise InputError(
@@ -83,8 +84,8 @@ def empty_automaton(batch: int, window: int | None = None) -> AutomatonState:
     counters[:, WINDOW] = window or 0
     return AutomatonState(
         tokens=torch.zeros(batch, num_tokens, dtype=torch.int32),
-        paths=torch.zeros(batch, num_nodes, 2, dtype=torch.int32),
         nodes=torch.zeros(batch, num_nodes, 8, dtype=torch.int32),
+        splays=torch.zeros(batch, num_nodes, 2, dtype=torch.int32),
         edges=torch.zeros(batch, num_slots, 3, dtype=torch.int32),
         counters=counters,
     )

@@ -1,0 +1,190 @@
+"""Markdown tables from ``results/**/record.json``, and the documents that hold them.
+
+A document marks the place of a table with ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unimatrix.errors import InputError, suggest
+
+Record = dict[str, Any]
+
+# Published bits per byte, and those of the published code made causal (one seed each).
+PILOT_PUBLISHED = {"core": (5.084, 5.0745), "rosa": (5.083, 5.087), "discovery": (5.112, 5.115)}
+RECALL_PUBLISHED = {"core": 0.134, "sparsepointer-dropout": 0.756, "sparsepointer": 0.992}
+
+_MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Return every record below a folder by the path of its own folder.
+
+    Args:
+        folder: such as ``results/``.
+
+    Raises:
+        InputError: if there is none.
+    """
+    records = {
+        path.parent.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("record.json"))
+    }
+    if not records:
+        raise InputError(f"{folder} holds no record.json; run the commands in results/README.md")
+    return records
+
+
+def render_document(text: str, records: Mapping[str, Record]) -> str:
+    """Return a document with every marked table made anew.
+
+    Args:
+        text: the document.
+        records: by folder, from ``read_records``.
+
+    Raises:
+        InputError: if a mark names no table.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise InputError(f"no table is called {name!r}.{suggest(name, TABLES)}")
+        return f"{match[1]}{TABLES[name](records)}\n{match[3]}"
+
+    return _MARK.sub(replace, text)
+
+
+def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _select(records: Mapping[str, Record], prefix: str) -> dict[str, Record]:
+    return {
+        name.removeprefix(prefix): record
+        for name, record in records.items()
+        if name.startswith(prefix)
+    }
+
+
+def _tabulate_default(records: Mapping[str, Record]) -> str:
+    """Return what ``unimatrix train`` without arguments reached."""
+    rows = []
+    for name, record in _select(records, "train/").items():
+        results = record["results"]
+        verdict = (
+            "beats xz" if results["bits_per_byte"] < results["xz_bits_per_byte"] else "does not"
+        )
+        rows.append(
+            [
+                name,
+                f"{results['bits_per_byte']:.3f}",
+                f"{results['xz_bits_per_byte']:.3f}",
+                f"{results['valid_bytes']:,}",
+                f"{record['train_s']:.0f}",
+                str(record["seed"]),
+                verdict,
+            ]
+        )
+    header = ["run", "bits per byte", "`xz -9e`", "bytes judged", "training s", "seed", "verdict"]
+    return _format_table(header, rows)
+
+
+def _tabulate_pilot(records: Mapping[str, Record]) -> str:
+    """Return the byte-level pilot beside what was published."""
+    rows = []
+    for preset, record in sorted(_select(records, "pilot/").items()):
+        published, causal = PILOT_PUBLISHED[preset]
+        ours = record["results"]["bits_per_byte"]
+        rows.append(
+            [
+                preset,
+                f"{published:.3f}",
+                f"{causal:.4f}",
+                f"{ours:.4f}",
+                f"{ours - causal:+.4f}",
+                "reproduced" if abs(ours - causal) <= 0.05 else "not reproduced",
+            ]
+        )
+    header = [
+        "preset",
+        "published",
+        "published code, causal",
+        "ours",
+        "difference",
+        "verdict (within 0.05)",
+    ]
+    return _format_table(header, rows)
+
+
+def _tabulate_recall(records: Mapping[str, Record]) -> str:
+    """Return associative recall over seeds."""
+    groups: dict[str, list[Record]] = {}
+    for name, record in _select(records, "recall/").items():
+        groups.setdefault(name.rpartition("/")[0], []).append(record)
+    rows = []
+    for group, members in sorted(groups.items()):
+        recipe = members[0]["results"]["recipe"]
+        by_pairs = {
+            pairs: [member["results"]["accuracy"][pairs] for member in members]
+            for pairs in ("4", "6", "8")
+        }
+        four = by_pairs["4"]
+        published = RECALL_PUBLISHED.get(group)
+        rows.append(
+            [
+                recipe["preset"],
+                f"{recipe['dropout']:g}",
+                str(recipe["steps"]),
+                "" if published is None else f"{100 * published:.1f}",
+                ", ".join(f"{100 * value:.1f}" for value in four),
+                f"{100 * statistics.median(four):.1f}",
+                f"{100 * min(four):.1f}",
+                f"{100 * statistics.median(by_pairs['6']):.1f}",
+                f"{100 * statistics.median(by_pairs['8']):.1f}",
+            ]
+        )
+    header = [
+        "preset",
+        "dropout",
+        "steps",
+        "published, 4 pairs",
+        "ours, 4 pairs, each seed",
+        "median",
+        "worst",
+        "median, 6 pairs",
+        "median, 8 pairs",
+    ]
+    return _format_table(header, rows)
+
+
+def _tabulate_train_step(records: Mapping[str, Record]) -> str:
+    """Return the milliseconds of a train step."""
+    rows = []
+    for record in _select(records, "bench/").values():
+        rows += [
+            [
+                row["model"],
+                f"{row['num_tokens']:,} x {row['batch_size']}",
+                f"{row['parameters']:,}",
+                f"{row['median_ms']:.1f}",
+                f"{row['fastest_ms']:.1f} to {row['slowest_ms']:.1f}",
+                f"{row['ratio']:.2f}",
+            ]
+            for row in record["results"]["train_step"]
+        ]
+    header = ["model", "tokens x batch", "parameters", "median ms", "range", "ratio to Llama"]
+    return _format_table(header, rows)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    "default-run": _tabulate_default,
+    "pilot": _tabulate_pilot,
+    "recall": _tabulate_recall,
+    "train-step": _tabulate_train_step,
+}

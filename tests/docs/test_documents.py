@@ -1,0 +1,106 @@
+"""Documents say what is so: commands, equations, deviations, links."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from unimatrix.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
+COMMANDS = typer.main.get_command(app).commands
+
+# The options of every verb. A new one is a decision: change this list with it.
+OPTIONS = {
+    "bench": "batch-size help json out preset rounds seed threads tokens",
+    "eval": "data device help json limit-bytes seed split valid-data",
+    "generate": "device help json max-new-bytes prompt-file seed temperature top-k top-p",
+    "info": "device help json seed",
+    "recall": "batch-size device dropout help json lr out pairs preset seed set slots steps "
+    "test-examples weight-decay",
+    "train": "data device dry-run help init json minutes out preset resume seed set steps "
+    "valid-data",
+}
+
+
+def read_commands() -> list[str]:
+    """Return every `unimatrix ...` command that a document shows."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    found = re.findall(r"^unimatrix [^#\n]+", text, re.MULTILINE)
+    found += re.findall(r"`(unimatrix [^`]+)`", text)
+    return sorted({command.strip() for command in found})
+
+
+@pytest.mark.parametrize("command", read_commands())
+def test_commands_in_documents_parse(command: str) -> None:
+    verb, *arguments = shlex.split(command)[1:]
+    if verb.startswith("-"):
+        return
+    assert verb in COMMANDS, command
+    context = COMMANDS[verb].make_context(verb, list(arguments), resilient_parsing=True)
+    known = {flag for parameter in COMMANDS[verb].params for flag in parameter.opts}
+    for argument in arguments:
+        if argument.startswith("--"):
+            assert argument.partition("=")[0] in known, f"{command}: {argument}"
+    context.close()
+
+
+@pytest.mark.parametrize("verb", sorted(OPTIONS))
+def test_options_do_not_multiply(verb: str) -> None:
+    flags = {
+        flag.removeprefix("--")
+        for parameter in COMMANDS[verb].params
+        for flag in parameter.opts
+        if flag.startswith("--")
+    }
+    assert flags | {"help"} == set(OPTIONS[verb].split())
+
+
+def test_every_verb_has_its_options_listed() -> None:
+    assert set(COMMANDS) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_every_equation_is_in_the_document_in_code_and_in_a_reference(number: int) -> None:
+    mark = re.compile(rf"\bE{number}\b|\bE(\d+) to E(\d+)\b")
+
+    def mentions(text: str) -> bool:
+        return any(
+            match[0] == f"E{number}" or (match[1] and int(match[1]) <= number <= int(match[2]))
+            for match in mark.finditer(text)
+        )
+
+    assert f"**E{number}" in (ROOT / "docs/equations.md").read_text(encoding="utf-8")
+    code = [p for p in (ROOT / "src").rglob("*.py") if mentions(p.read_text(encoding="utf-8"))]
+    assert code, f"no docstring mentions E{number}"
+    if number <= 10:
+        references = ("reference.py", "read.py", "decisions.py", "slot_mixer.py")
+        assert any(path.name in references for path in code), f"E{number} has no reference"
+
+
+def test_every_deviation_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs/deviations.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \*\*D(\d)\*\*.*$", text, re.MULTILINE)
+    assert rows == [str(number) for number in range(1, 8)]
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+        content = (ROOT / path).read_text(encoding="utf-8")
+        assert not name or f"def {name}(" in content, f"{path}::{name}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert (tmp_path / "stream.safetensors").is_file()

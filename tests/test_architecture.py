@@ -1,0 +1,95 @@
+"""Imports point down only, and heavy libraries stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "unimatrix"
+
+# Lower layers first; a module may import from its own layer and from those before it. `data` and
+# `tasks` stand beside the model: they and the model's layers never import each other.
+LAYERS = (
+    ("errors", "processes"),
+    ("ops",),
+    ("configuration", "nn"),
+    ("cache", "modeling_outputs", "pretrained", "modeling", "published"),
+    ("tokenization",),
+    ("data", "tasks"),
+    ("auto", "backend_names", "baselines"),
+    ("field_types", "recipe", "recall_recipe", "run_folder", "checkpoints"),
+    ("sampling", "generation", "evaluation"),
+    ("training_callbacks", "training", "training_run", "recall_run"),
+    ("bench", "reports"),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def name_area(path: Path) -> str:
+    """Return the top-level module or package that a file belongs to."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def list_imports(path: Path) -> set[str]:
+    """Return the full names of what a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    area = name_area(path)
+    assert area in LAYER, f"{area} has no layer; give it one"
+    for name in list_imports(path):
+        if not name.startswith("unimatrix."):
+            continue
+        target = name.split(".")[1]
+        if target not in LAYER:
+            target = "__init__"  # a name of the package itself, such as __version__
+            assert area == "cli", f"{path} imports {name}"
+            continue
+        assert LAYER[target] <= LAYER[area], f"{area} imports {name}"
+        beside = {"data", "tasks", "tokenization"}
+        if area in beside:
+            assert target in beside | {"errors"}, f"{area} knows no model, but imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_compilers_are_imported_in_one_place(path: Path) -> None:
+    roots = {name.partition(".")[0] for name in list_imports(path)}
+    if path.name != "native.py" and "native" not in path.stem:
+        assert "numba" not in roots
+    if path.name != "triton.py":
+        assert not roots & {"triton", "fla"}
+    if name_area(path) == "ops":
+        assert "transformers" not in roots
+
+
+def test_no_silence() -> None:
+    """No broad except without a message, no environment variables of ours, no guessed defaults."""
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "except:" not in text, path
+        assert 'os.environ.get("UNIMATRIX' not in text, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+                assert len(node.args) < 3 or "config" not in ast.unparse(node.args[0]), path
+
+
+def test_the_command_line_starts_light() -> None:
+    code = (
+        "import sys; from unimatrix.cli.main import app;"
+        "heavy = {'torch', 'transformers', 'numba', 'datasets'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
