@@ -18,7 +18,7 @@ LAYERS = (
     ("cache", "modeling_outputs", "pretrained", "modeling", "published"),
     ("tokenization",),
     ("data", "tasks"),
-    ("auto", "backend_names", "baselines"),
+    ("auto", "baselines"),
     ("field_types", "recipe", "recall_recipe", "run_folder", "checkpoints"),
     ("sampling", "generation", "evaluation"),
     ("training_callbacks", "training", "training_run", "recall_run"),

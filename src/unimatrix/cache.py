@@ -20,6 +20,7 @@ from unimatrix.ops.slots import SlotState
 from unimatrix.ops.suffix_automaton import AutomatonState
 
 FORMAT = "unimatrix-cache"
+PARTS = ("matrix_state", "slots", "dense_memory", "automaton", "previous_token", "counters")
 
 # Configuration fields that decide the cache's contents and shapes.
 _CARRIED_BY = (
@@ -121,8 +122,8 @@ class UniMatrixCache:
         return sum(self.bytes_by_part().values())
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Return bytes by part: matrix_state, slots, dense_memory, automaton, counters."""
-        parts = dict.fromkeys(("matrix_state", "slots", "dense_memory", "automaton", "counters"), 0)
+        """Return the bytes of each of ``PARTS``; previous_token is that token's features."""
+        parts = dict.fromkeys(PARTS, 0)
         for name, tensor in self.tensors().items():
             parts[_name_part(name)] += tensor.numel() * tensor.element_size()
         return parts
@@ -266,6 +267,7 @@ def _name_part(name: str) -> str:
     """Return the part of the cache that the tensor belongs to."""
     for key, part in (
         ("matrix_state", "matrix_state"),
+        (".previous", "previous_token"),
         ("dense.", "dense_memory"),
         ("associations.", "slots"),
         ("automaton.", "automaton"),

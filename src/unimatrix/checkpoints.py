@@ -129,7 +129,7 @@ def _check_config(folder: Path) -> None:
 def _load_weights(folder: Path) -> UniMatrixForCausalLM:
     """Load a saved model; unlike ``from_pretrained``, refuse weights that do not fit."""
     try:
-        with _hide_progress():
+        with hide_progress():
             model, report = UniMatrixForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -186,8 +186,8 @@ def _explain_missing(path: Path) -> InputError:
 
 
 @contextmanager
-def _hide_progress() -> Iterator[None]:
-    """Keep the progress bars of transformers off the terminal while a model loads."""
+def hide_progress() -> Iterator[None]:
+    """Keep the progress bars of transformers off the terminal."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

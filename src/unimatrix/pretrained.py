@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -10,6 +11,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.residual_context import ResidualContext
+from unimatrix.ops import matrix_state, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
 
 
@@ -60,6 +62,34 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
                 require_backend(op, name)
             for module in modules:
                 setattr(module, "backend", name)  # noqa: B010
+
+    def name_backends(
+        self, num_tokens: int, device: torch.device | str | None = None
+    ) -> dict[str, str]:
+        """Return the back end of every operator this model has, with ``auto`` resolved.
+
+        Args:
+            num_tokens: T of a forward pass; 1 is decoding.
+            device: where it would run; ``None`` is where the model is.
+        """
+        place = self.device if device is None else torch.device(device)
+        block = next(module for module in self.modules() if isinstance(module, UniMatrixBlock))
+        contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
+        chosen: dict[str, tuple[nn.Module, str]] = {}
+        if block.matrix_mixer is not None:
+            guard = block.matrix_mixer.norm_guard
+            auto = matrix_state.choose_backend(num_tokens, place, norm_guard=guard)
+            chosen["matrix_state"] = block.matrix_mixer, auto
+        if block.slot_mixer is not None:
+            chosen["slots"] = block.slot_mixer, slots.choose_backend(place, num_tokens)
+        if block.dense_mixer is not None:
+            chosen["dense_memory"] = block.dense_mixer, "parallel"
+        if contexts and contexts[0].uses_automaton:
+            chosen["suffix_automaton"] = contexts[0], "native"
+        return {
+            op: auto if module.backend == "auto" else str(module.backend)
+            for op, (module, auto) in chosen.items()
+        }
 
 
 class UniMatrixGenerationMixin(GenerationMixin):

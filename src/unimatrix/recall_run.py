@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from unimatrix.checkpoints import hide_progress
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.evaluation.footprint import measure_state_bytes
@@ -17,7 +18,7 @@ from unimatrix.recall_recipe import RecallRecipe
 from unimatrix.recipe import ModelSection, Recipe
 from unimatrix.run_folder import create_run_folder, start_record, write_record
 from unimatrix.tasks import AssociativeRecall
-from unimatrix.training import hide_progress, train_model
+from unimatrix.training import train_model
 
 # Added to the seed, so that no test ever meets a training example.
 _TEST_SEED_OFFSET = 2**32

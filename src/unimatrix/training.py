@@ -20,8 +20,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.utils import logging
 
+from unimatrix.checkpoints import hide_progress
 from unimatrix.errors import InputError
 from unimatrix.processes import count_processes, get_rank, is_main_process, join_processes
 from unimatrix.recipe import TrainSection
@@ -313,18 +313,6 @@ def _choose_schedule(settings: TrainSection, num_steps: int) -> tuple[str, dict[
 
 def _count_steps(fraction: float, num_steps: int) -> int:
     return round(fraction * num_steps)
-
-
-@contextlib.contextmanager
-def hide_progress() -> Iterator[None]:
-    """Keep the progress bars of transformers off the terminal."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

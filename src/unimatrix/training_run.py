@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from unimatrix.backend_names import name_backends
-from unimatrix.checkpoints import load_model, require_byte_level
+from unimatrix.checkpoints import hide_progress, load_model, require_byte_level
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, Corpus, WindowDataset, load_corpus
 from unimatrix.errors import InputError
@@ -40,7 +39,7 @@ from unimatrix.run_folder import (
 )
 from unimatrix.sampling import Sampling
 from unimatrix.tokenization import build_tokenizer
-from unimatrix.training import TrainResult, hide_progress, plan_steps, split_batch, train_model
+from unimatrix.training import TrainResult, plan_steps, split_batch, train_model
 from unimatrix.training_callbacks import NonFiniteError
 
 _WARMUP_ITEMS = 10**7
@@ -162,7 +161,7 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
         "num_optim_steps": run.num_steps,
         "planned_s_per_step": seconds_per_step,
         "num_processes": count_processes(),
-        "backends": name_backends(run.model, run.recipe.data.window_tokens, run.device),
+        "backends": run.model.name_backends(run.recipe.data.window_tokens, run.device),
         "corpus": {
             "name": run.corpus.name,
             "sha256": run.corpus.sha256,

@@ -3,7 +3,6 @@ import pytest
 from tests.models import VARIANTS, build_model
 from unimatrix.configuration import PRESETS, UniMatrixConfig
 from unimatrix.evaluation.footprint import (
-    choose_backends,
     count_parameters,
     list_growing_parts,
     measure_state_bytes,
@@ -61,14 +60,14 @@ def build_first_token(model):
 @pytest.mark.parametrize("num_tokens", [1, 128])
 def test_backends_are_resolved(variant, num_tokens) -> None:
     model = build_model(variant)
-    backends = choose_backends(model, num_tokens)
+    backends = model.name_backends(num_tokens)
     assert "auto" not in backends.values()
     assert ("matrix_state" in backends) == (model.config.update_rules != "none")
     assert ("slots" in backends) == (model.config.associative_memory == "slots")
     assert ("dense_memory" in backends) == (model.config.associative_memory == "dense")
     assert ("suffix_automaton" in backends) == (model.config.residual_path == "suffix_automaton")
     model.set_backend("reference")
-    assert set(choose_backends(model, num_tokens).values()) <= {"reference"}
+    assert set(model.name_backends(num_tokens).values()) <= {"reference"}
 
 
 def test_every_preset_is_a_variant() -> None:

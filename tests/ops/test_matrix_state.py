@@ -143,14 +143,12 @@ def test_one_write_by_hand(backend: str) -> None:
 def test_norm_guard_acts_only_above_one(backend: str) -> None:
     """(E3)."""
     small = draw_leaves(40, initial=False)
-    for name in ("k", "v", "d"):
-        small[name] = 0.1 * small[name]
+    small |= {name: 0.1 * small[name] for name in ("k", "v", "d")}
     for name, value in scan(backend, **small, norm_guard=True).items():
         assert torch.equal(value, scan(backend, **small)[name])
 
     large = draw_leaves(40)
-    for name in ("k", "v", "d"):
-        large[name] = 9 * large[name]
+    large |= {name: 9 * large[name] for name in ("k", "v", "d")}
     large["log_retention"] = large["log_retention"].clamp(max=-0.5)
     norms = torch.linalg.matrix_norm(scan(backend, **large)["final_state"])
     guarded = scan(backend, **large, norm_guard=True)["final_state"]
@@ -171,13 +169,11 @@ def test_norm_guard_passes_the_gradient_through_the_norm() -> None:
         assert (grad * k).sum(-1).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("norm_guard", [False, True])
-def test_norm_guard_scales_large_and_small_states_alike(norm_guard: bool) -> None:
-    for scale in (0.05, 1.0, 20.0):
-        leaves = draw_leaves(70)
-        leaves["initial_state"] = scale * leaves["initial_state"]
-        leaves["k"] = scale * leaves["k"]
-        compare("native", leaves, norm_guard=norm_guard)
+@pytest.mark.parametrize("scale", [0.05, 20.0])
+def test_norm_guard_at_any_size_of_state(scale: float) -> None:
+    leaves = draw_leaves(70)
+    leaves |= {name: scale * leaves[name] for name in ("k", "initial_state")}
+    compare("native", leaves, norm_guard=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,9 +182,7 @@ def test_extreme_retention(backend: str, norm_guard: bool, dtype: torch.dtype) -
     """Retention near 1 and near 0 side by side; 0 itself may come as -inf."""
     leaves = draw_leaves(100, dtype=dtype)
     values = torch.tensor([-1e-3, -1e-6, -50.0, -1e-2, -1.0, -200.0], dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(values), (B, 100, H), generator=generator)
-    leaves["log_retention"] = values[chosen]
+    leaves["log_retention"] = values[torch.arange(B * 100 * H).view(B, 100, H) ** 2 % 17 % 6]
     if norm_guard:  # off the kink at norm 1, where the gradient is not defined
         leaves["k"] = 0.2 * leaves["k"]
     compare(backend, leaves, norm_guard=norm_guard)
@@ -200,8 +194,7 @@ def test_extreme_retention(backend: str, norm_guard: bool, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("backend", BACKENDS["matrix_state"])
 def test_full_retention_keeps_the_state(backend: str) -> None:
-    leaves = draw_leaves(70)
-    leaves["log_retention"] = torch.zeros_like(leaves["log_retention"])
+    leaves = draw_leaves(70) | {"log_retention": torch.zeros(B, 70, H, dtype=torch.float64)}
     assert torch.equal(scan(backend, **leaves)["final_state"], leaves["initial_state"])
 
 
@@ -233,18 +226,15 @@ def test_two_passes_equal_one(backend: str, norm_guard: bool, split: int) -> Non
         carried = out["final_state"]
         parts.append(out["y"])
     pieces = {"y": torch.cat(parts, 1), "final_state": carried}
-    value_limit, grad_limit = (
-        limit("matrix_state", torch.float64, what) for what in ("value", "grad")
-    )
     for name in whole:
-        assert error(pieces[name], whole[name]) <= value_limit
+        assert error(pieces[name], whole[name]) <= limit("matrix_state", torch.float64, "value")
     weights = {name: torch.linspace(-1, 2, x.numel()).view(x.shape) for name, x in whole.items()}
     grads = [
         torch.autograd.grad(sum((out[name] * weights[name]).sum() for name in out), given)
         for out in (pieces, whole)
     ]
     for actual, expected in zip(*grads, strict=True):
-        assert error(actual, expected) <= grad_limit
+        assert error(actual, expected) <= limit("matrix_state", torch.float64, "grad")
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["outer", "mixed"])

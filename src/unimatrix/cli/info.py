@@ -51,7 +51,6 @@ def describe_model(name: str, device: str) -> dict[str, Any]:
     """
     from unimatrix.checkpoints import load_config
     from unimatrix.evaluation.footprint import (
-        choose_backends,
         count_parameters,
         list_growing_parts,
         measure_state_bytes,
@@ -73,8 +72,8 @@ def describe_model(name: str, device: str) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "device": device,
         "backends": {
-            "reading": choose_backends(model, _MANY_TOKENS),
-            "decoding": choose_backends(model, 1),
+            "reading": model.name_backends(_MANY_TOKENS),
+            "decoding": model.name_backends(1),
         },
     }
 

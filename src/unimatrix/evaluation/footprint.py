@@ -4,7 +4,6 @@ import torch
 
 from unimatrix.evaluation.modes import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.ops import matrix_state, slots
 
 # Beginning of a parameter's name -> the part it belongs to; the first that fits counts.
 _PARTS = (
@@ -61,32 +60,3 @@ def list_growing_parts(model: UniMatrixForCausalLM) -> list[str]:
     if config.residual_path == "suffix_automaton" and config.automaton_window is None:
         growing.append("automaton")
     return growing
-
-
-def choose_backends(model: UniMatrixForCausalLM, num_tokens: int) -> dict[str, str]:
-    """Return the back end of each operator the model has, with ``auto`` resolved.
-
-    Args:
-        model: on the device in question.
-        num_tokens: T of a forward pass; 1 is decoding.
-    """
-    block, context, device = model.model.block, model.model.residual_context, model.device
-    backends = {}
-    if block.matrix_mixer is not None:
-        norm_guard = block.matrix_mixer.norm_guard
-        chosen = matrix_state.choose_backend(num_tokens, device, norm_guard=norm_guard)
-        backends["matrix_state"] = _resolve(block.matrix_mixer.backend, chosen)
-    if block.slot_mixer is not None:
-        backends["slots"] = _resolve(
-            block.slot_mixer.backend, slots.choose_backend(device, num_tokens)
-        )
-    if block.dense_mixer is not None:
-        backends["dense_memory"] = _resolve(block.dense_mixer.backend, "parallel")
-    if context is not None and context.uses_automaton:
-        backends["suffix_automaton"] = _resolve(context.backend, "native")
-    return backends
-
-
-def _resolve(backend: str, chosen: str) -> str:
-    """Return the back end that a setting stands for."""
-    return chosen if backend == "auto" else backend

@@ -117,13 +117,15 @@ def _splay(nodes, splays, x):
 
 @njit(nogil=True, cache=True)
 def _cut_above(nodes, splays, x):
-    """End the path of equal paint just above ``x``; return the number of rotations."""
+    """End the path of equal paint just above ``x``; return the number of rotations.
+
+    The upper part is painted next, all of it, so it needs no paint here.
+    """
     num_rotations = _splay(nodes, splays, x)
     above = splays[x, LEFT]
     if above != 0:
         splays[x, LEFT] = 0
         nodes[above, PARENT] = nodes[x, PARENT]
-        nodes[above, LATEST] = nodes[x, LATEST]
     return num_rotations
 
 
