@@ -55,18 +55,19 @@ def test_save_and_load(variant: str, tmp_path) -> None:
     for auto in (AutoModelForCausalLM, UniMatrixForCausalLM):
         loaded = auto.from_pretrained(tmp_path)
         assert type(loaded) is UniMatrixForCausalLM
-        weights, kept = loaded.state_dict(), model.state_dict()
-        assert all(torch.equal(weights[name], kept[name]) for name in kept)
-        # Where a tensor lies in memory may move the last bit of a vectorised sum.
-        limit_ = limit("model", torch.float32, "value")
-        assert error(loaded(ids).logits, model(ids).logits) <= limit_
+        # Weights mapped from a file lie at odd addresses, where a vectorised sum may round its last
+        # bit otherwise; in tensors of their own they give the same logits bit for bit.
+        copied = UniMatrixForCausalLM(loaded.config).eval()
+        copied.load_state_dict(loaded.state_dict())
+        assert torch.equal(copied(ids).logits, model(ids).logits)
+        assert error(loaded(ids).logits, model(ids).logits) <= 1e-6
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     fields = list_config_fields()
     config = AutoConfig.from_pretrained(tmp_path)
     assert {f: getattr(config, f) for f in fields} == {f: getattr(model.config, f) for f in fields}
     base = AutoModel.from_pretrained(tmp_path)
     found = error(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
-    assert found <= limit("model", torch.float32, "value")
+    assert found <= 1e-6
 
 
 def test_initial_scale() -> None:
