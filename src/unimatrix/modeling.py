@@ -245,7 +245,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         logits = self.lm_head(output.last_hidden_state[:, kept])  # [B, T, V]
         if output.pointer_weights is not None:
             votes = output.pointer_weights[:, kept].to(logits.dtype)
-            logits = logits.scatter_add(-1, output.pointer_token_ids[:, kept], votes)
+            # In place: the head's product is not needed backward, and a copy is B x T x V.
+            logits = logits.scatter_add_(-1, output.pointer_token_ids[:, kept], votes)
 
         # 6. The one shift.
         if shift_labels is None and labels is not None:

@@ -49,6 +49,17 @@ def move_to_decisions(tensor: Tensor) -> Tensor:
     return detached.cpu() if detached.device.type == "mps" else detached
 
 
+def compute_decision_norms(vectors: Tensor) -> Tensor:
+    """Return what decision units are divided by, max(norm, 1e-12), [..., 1] in float64.
+
+    Args:
+        vectors: [..., C], any float.
+    """
+    wide = move_to_decisions(vectors).contiguous()
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True, dtype=torch.float64)
+    return norm.clamp_min(MIN_NORM)
+
+
 def compute_decision_units(vectors: Tensor) -> Tensor:
     """Return the units that choices are made on.
 
@@ -58,8 +69,9 @@ def compute_decision_units(vectors: Tensor) -> Tensor:
     Returns:
         [..., C] float64 without gradient, contiguous, multiples of 2^-26.
     """
-    wide = move_to_decisions(vectors).double().contiguous()
-    return round_to_grid(normalise(wide))
+    # The grid is a power of two, so dividing by norm and grid at once rounds no differently.
+    units = move_to_decisions(vectors).double() / (compute_decision_norms(vectors) * UNIT_GRID)
+    return units.round_().mul_(UNIT_GRID).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).contiguous()
 
 
 def take_rows(index: Tensor, *entries: Tensor) -> tuple[Tensor, ...]:

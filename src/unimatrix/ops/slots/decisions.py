@@ -52,6 +52,24 @@ class Allocation(NamedTuple):
     ages: Tensor
 
 
+def prepare_strengths(
+    strengths: Tensor, key_size: int, strength_floor: float
+) -> tuple[Tensor, Tensor]:
+    """Return what decisions look at beside the keys: offsets and whether a slot is filled.
+
+    Args:
+        strengths: [B, P], any float.
+        key_size: C.
+        strength_floor: a strength above it fills a slot, compared in float64.
+
+    Returns:
+        [B, P] float64 and [B, P] bool, as in ``DecisionEntries``.
+    """
+    wide = move_to_decisions(strengths).double()
+    offsets = math.sqrt(key_size) * wide.clamp_min(MIN_STRENGTH).log()
+    return round_to_grid(offsets).contiguous(), (wide > strength_floor).contiguous()
+
+
 def prepare_entries(keys: Tensor, strengths: Tensor, strength_floor: float) -> DecisionEntries:
     """Compute what decisions look at.
 
@@ -63,13 +81,8 @@ def prepare_entries(keys: Tensor, strengths: Tensor, strength_floor: float) -> D
     Returns:
         the entries, without gradient.
     """
-    wide = move_to_decisions(strengths).double()
-    offsets = math.sqrt(keys.shape[-1]) * wide.clamp_min(MIN_STRENGTH).log()
-    return DecisionEntries(
-        compute_decision_units(keys),
-        round_to_grid(offsets).contiguous(),
-        (wide > strength_floor).contiguous(),
-    )
+    offsets, filled = prepare_strengths(strengths, keys.shape[-1], strength_floor)
+    return DecisionEntries(compute_decision_units(keys), offsets, filled)
 
 
 def rank_slots(query_units: Tensor, slots: DecisionEntries, num_chosen: int) -> Tensor:

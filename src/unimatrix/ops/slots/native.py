@@ -14,8 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimatrix.ops.cosine_read import LOGIT_SCALE, normalise, read_chosen
-from unimatrix.ops.slots.decisions import Allocation, DecisionEntries
+from unimatrix.ops.cosine_read import (
+    LOGIT_SCALE,
+    MIN_NORM,
+    UNIT_GRID,
+    compute_decision_norms,
+    read_chosen,
+)
+from unimatrix.ops.slots.decisions import Allocation, prepare_strengths
 from unimatrix.ops.slots.slot_state import SlotRules
 from unimatrix.ops.threads import map_rows
 
@@ -26,12 +32,30 @@ _MIN_THREADED_WORK = 1 << 19
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _dot(left: Array, right: Array) -> float:
+def _dot(left: Array, i: int, right: Array, j: int) -> float:
     """Return the sum of products of two [C] rows of decision units."""
     total = 0.0
-    for c in range(left.shape[0]):
-        total += left[c] * right[c]
+    for c in range(left.shape[1]):
+        total += left[i, c] * right[j, c]
     return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _compute_unit(vectors: Array, i: int, norm: float, units: Array, j: int) -> None:
+    """Write the decision unit of row i to row j: ``cosine_read.compute_decision_units``."""
+    step = norm * UNIT_GRID
+    for c in range(vectors.shape[1]):
+        unit = np.rint(vectors[i, c] / step) * UNIT_GRID
+        units[j, c] = unit if math.isfinite(unit) else 0.0
+
+
+@numba.njit(nogil=True, cache=True)
+def _equal(left: Array, i: int, right: Array, j: int) -> bool:
+    """Return whether two [C] rows are the same."""
+    for c in range(left.shape[1]):  # noqa: SIM110 (Numba has no generator expressions)
+        if left[i, c] != right[j, c]:
+            return False
+    return True
 
 
 @numba.njit(nogil=True, cache=True)
@@ -68,8 +92,10 @@ def _choose_slot(closest: float, match: int, filled: Array, ages: Array, thresho
 def _allocate_rows(
     first_row: int,
     last_row: int,
-    queries: Array,  # [B, T, C] float64
-    units: Array,  # [B, M + T, C] float64
+    queries: Array,  # [B, T, C]
+    query_norms: Array,  # [B, T, 1] float64
+    keys: Array,  # [B, M + T, C]
+    key_norms: Array,  # [B, M + T, 1] float64
     offsets: Array,  # [B, M + T] float64
     entry_filled: Array,  # [B, M + T] bool
     reads: Array,  # [B, T] bool
@@ -80,27 +106,42 @@ def _allocate_rows(
     ages: Array,  # [B, M] int64, holds the initial ages
 ) -> None:
     num_slots = writers.shape[1]
+    held = np.empty((num_slots, keys.shape[2]))  # decision units of the slots' keys
+    query = np.empty((1, keys.shape[2]))
+    key = np.empty((1, keys.shape[2]))
     ranks = np.empty(chosen.shape[2])
     best = np.empty(chosen.shape[2], dtype=np.int64)
     filled = np.empty(num_slots, dtype=np.bool_)
+    # With identity lookup a token writes under the key that the token before it read with. Its
+    # cosines are known then, but for the slot written since.
+    read_cosines = np.empty(num_slots)
     for b in range(first_row, last_row):
         filled[:] = entry_filled[b, :num_slots]
+        for m in range(num_slots):
+            _compute_unit(keys[b], m, key_norms[b, m, 0], held, m)
+        written = -1
         for t in range(queries.shape[1]):
             count = 0
             closest = -np.inf
             match = 0
+            entry = num_slots + t
+            repeats = t > 0 and reads[b, t - 1] and _equal(queries[b], t - 1, keys[b], entry)
+            _compute_unit(keys[b], entry, key_norms[b, entry, 0], key, 0)
+            _compute_unit(queries[b], t, query_norms[b, t, 0], query, 0)
             for m in range(num_slots):
                 if not filled[m]:
                     continue
-                held = units[b, writers[b, m]]
-                if reads[b, t]:
-                    rank = _dot(queries[b, t], held) + offsets[b, writers[b, m]]
-                    count = _insert(ranks, best, count, rank, m)
                 if writes[b, t]:
-                    cosine = _dot(units[b, num_slots + t], held)
+                    known = repeats and m != written
+                    cosine = read_cosines[m] if known else _dot(key, 0, held, m)
                     if cosine > closest:
                         closest = cosine
                         match = m
+                if reads[b, t]:
+                    read_cosines[m] = _dot(query, 0, held, m)
+                    rank = read_cosines[m] + offsets[b, writers[b, m]]
+                    count = _insert(ranks, best, count, rank, m)
+            written = -1
             for k in range(count):
                 chosen[b, t, k] = writers[b, best[k]]
             if writes[b, t]:
@@ -108,13 +149,16 @@ def _allocate_rows(
                 for m in range(num_slots):
                     ages[b, m] += filled[m]
                 ages[b, slot] = 0
-                writers[b, slot] = num_slots + t
-                filled[slot] = entry_filled[b, num_slots + t]
+                writers[b, slot] = entry
+                filled[slot] = entry_filled[b, entry]
+                held[slot] = key[0]
+                written = slot
 
 
 def allocate_native(
-    query_units: Tensor,
-    entries: DecisionEntries,
+    queries: Tensor,
+    keys: Tensor,
+    strengths: Tensor,
     initial_ages: Tensor,
     *,
     reads: Tensor,
@@ -126,52 +170,95 @@ def allocate_native(
     Equation: E6 (order), E7.
 
     Args:
-        query_units: [B, T, C] float64.
-        entries: the initial slots, then the T tokens.
+        queries: [B, T, C], float32 or float64.
+        keys: [B, M + T, C], those of the initial slots, then those of the tokens.
+        strengths: [B, M + T].
         initial_ages: [B, M] int64.
         reads: [B, T] bool.
         writes: [B, T] bool.
         rules: K, match threshold, strength floor.
 
     Returns:
-        the allocation, on the device of ``query_units``.
+        the allocation, on the device of ``queries``.
 
     Cost:
         O(B T M C) time on the CPU, whatever the device of the tensors; no scratch that grows.
     """
-    batch, num_tokens = query_units.shape[:2]
+    batch, num_tokens, key_size = queries.shape
     num_slots = initial_ages.shape[1]
     chosen = torch.full((batch, num_tokens, rules.slots_per_read), -1, dtype=torch.int64)
     writers = torch.arange(num_slots).repeat(batch, 1)
     ages = initial_ages.to("cpu", copy=True).contiguous()
-    inputs = (query_units, *entries, reads, writes)
-    arrays = [tensor.cpu().contiguous().numpy() for tensor in inputs]
+    inputs = (
+        queries,
+        compute_decision_norms(queries),
+        keys,
+        compute_decision_norms(keys),
+        *prepare_strengths(strengths, key_size, rules.strength_floor),
+        reads,
+        writes,
+    )
+    arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in inputs]
     results = [tensor.numpy() for tensor in (chosen, writers, ages)]
     arguments = (*arrays, float(rules.match_threshold), *results)
-    if 2 * query_units.numel() * num_slots < _MIN_THREADED_WORK:
+    if 2 * queries.numel() * num_slots < _MIN_THREADED_WORK:
         _allocate_rows(0, batch, *arguments)
     else:
         map_rows(_allocate_rows, batch, *arguments)
-    return Allocation(*(tensor.to(query_units.device) for tensor in (chosen, writers, ages)))
+    return Allocation(*(tensor.to(queries.device) for tensor in (chosen, writers, ages)))
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _compute_norm(vectors: Array, i: int) -> float:
+    """Return max(norm, 1e-12) of one [C] row."""
+    total = 0.0
+    for c in range(vectors.shape[1]):
+        total += vectors[i, c] * vectors[i, c]
+    return max(math.sqrt(total), MIN_NORM)
+
+
+@numba.njit(nogil=True, cache=True)
+def _compute_norms(vectors: Array, norms: Array) -> None:
+    """Write max(norm, 1e-12) of every row of [P, C] to ``norms``."""
+    for i in range(vectors.shape[0]):
+        norms[i] = _compute_norm(vectors, i)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _leave_sphere(vectors: Array, grads: Array, i: int, norm: float) -> None:
+    """Turn the gradient of a row's unit vector into that of the row, in place."""
+    along = 0.0
+    if norm > MIN_NORM:
+        for c in range(vectors.shape[1]):
+            along += grads[i, c] * vectors[i, c]
+        along /= norm * norm
+    scale = 1.0 / norm
+    for c in range(vectors.shape[1]):
+        grads[i, c] = scale * (grads[i, c] - along * vectors[i, c])
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 def _read_rows(
     first_row: int,
     last_row: int,
-    queries: Array,  # [B, T, C] unit vectors
-    keys: Array,  # [B, P, C] unit vectors
+    queries: Array,  # [B, T, C]
+    keys: Array,  # [B, P, C]
     values: Array,  # [B, P, Dv]
     log_strength: Array,  # [B, P]
     chosen: Array,  # [B, T, K] int64, -1 from where fewer exist
-    context: Array,  # [B, T, Dv], zero
-    weights: Array,  # [B, T, K], zero
+    context: Array,  # [B, T, Dv], written here
+    weights: Array,  # [B, T, K], written here
 ) -> None:
     scale = 1.0 / math.sqrt(queries.shape[2])
+    key_norms = np.empty(keys.shape[1])
     for b in range(first_row, last_row):
+        _compute_norms(keys[b], key_norms)
         for t in range(queries.shape[1]):
             count = 0
             best = -np.inf
+            query_norm = _compute_norm(queries[b], t)
+            context[b, t] = 0.0
+            weights[b, t] = 0.0
             for k in range(chosen.shape[2]):
                 entry = chosen[b, t, k]
                 if entry < 0:
@@ -179,6 +266,7 @@ def _read_rows(
                 cosine = 0.0
                 for c in range(queries.shape[2]):
                     cosine += queries[b, t, c] * keys[b, entry, c]
+                cosine /= query_norm * key_norms[entry]
                 logit = LOGIT_SCALE * (cosine * scale + log_strength[b, entry])
                 weights[b, t, k] = logit
                 best = max(best, logit)
@@ -200,24 +288,31 @@ def _read_rows(
 def _read_backward_rows(
     first_row: int,
     last_row: int,
-    queries: Array,  # [B, T, C] unit vectors
-    keys: Array,  # [B, P, C] unit vectors
+    queries: Array,  # [B, T, C]
+    keys: Array,  # [B, P, C]
     values: Array,  # [B, P, Dv]
     chosen: Array,  # [B, T, K] int64
     weights: Array,  # [B, T, K]
     d_context: Array,  # [B, T, Dv]
     d_weights: Array,  # [B, T, K]
-    d_queries: Array,  # zero, as the four after it
+    d_queries: Array,  # written here, as the three after it
     d_keys: Array,
     d_values: Array,
     d_log_strength: Array,
 ) -> None:
     scale = 1.0 / math.sqrt(queries.shape[2])
     slopes = np.empty(chosen.shape[2])
+    key_norms = np.empty(keys.shape[1])
     for b in range(first_row, last_row):
+        _compute_norms(keys[b], key_norms)
+        d_queries[b] = 0.0
+        d_keys[b] = 0.0
+        d_values[b] = 0.0
+        d_log_strength[b] = 0.0
         for t in range(queries.shape[1]):
             count = 0
             mean = 0.0
+            query_norm = _compute_norm(queries[b], t)
             for k in range(chosen.shape[2]):
                 entry = chosen[b, t, k]
                 if entry < 0:
@@ -234,21 +329,27 @@ def _read_backward_rows(
                 d_score = LOGIT_SCALE * weights[b, t, k] * (slopes[k] - mean)
                 d_log_strength[b, entry] += d_score
                 d_cosine = d_score * scale
+                # Gradients of the unit vectors first: they are summed before they are projected.
+                from_key = d_cosine / key_norms[entry]
+                from_query = d_cosine / query_norm
                 for c in range(queries.shape[2]):
-                    d_queries[b, t, c] += d_cosine * keys[b, entry, c]
-                    d_keys[b, entry, c] += d_cosine * queries[b, t, c]
+                    d_queries[b, t, c] += from_key * keys[b, entry, c]
+                    d_keys[b, entry, c] += from_query * queries[b, t, c]
+            _leave_sphere(queries[b], d_queries[b], t, query_norm)
+        for entry in range(keys.shape[1]):
+            _leave_sphere(keys[b], d_keys[b], entry, key_norms[entry])
 
 
 class _Read(torch.autograd.Function):
-    """The read of chosen entries from unit queries and unit keys."""
+    """The read of chosen entries."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return context [B, T, Dv] and weights [B, T, K]."""
         inputs = tuple(tensor.contiguous() for tensor in inputs)
         queries, keys, values, _, chosen = inputs
-        context = values.new_zeros((*queries.shape[:2], values.shape[2]))
-        weights = queries.new_zeros(chosen.shape)
+        context = values.new_empty((*queries.shape[:2], values.shape[2]))
+        weights = queries.new_empty(chosen.shape)
         arrays = [tensor.detach().numpy() for tensor in (*inputs, context, weights)]
         map_rows(_read_rows, queries.shape[0], *arrays)
         ctx.save_for_backward(queries, keys, values, chosen, weights)
@@ -259,7 +360,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of queries, keys, values and log strength."""
         queries, keys, values, chosen, weights = ctx.saved_tensors
-        found = [torch.zeros_like(x) for x in (queries, keys, values, keys[..., 0])]
+        found = [torch.empty_like(x) for x in (queries, keys, values, keys[..., 0])]
         given = [x.contiguous() for x in (queries, keys, values, chosen, weights, *grads)]
         arrays = [tensor.detach().numpy() for tensor in (*given, *found)]
         map_rows(_read_backward_rows, queries.shape[0], *arrays)
@@ -289,7 +390,5 @@ def read_native(
     """
     if queries.device.type != "cpu":
         return read_chosen(queries, keys, values, log_strength, chosen)
-    read: tuple[Tensor, Tensor] = _Read.apply(
-        normalise(queries), normalise(keys), values, log_strength, chosen
-    )
+    read: tuple[Tensor, Tensor] = _Read.apply(queries, keys, values, log_strength, chosen)
     return read

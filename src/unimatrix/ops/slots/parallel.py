@@ -3,20 +3,22 @@
 import torch
 from torch import Tensor
 
-from unimatrix.ops.cosine_read import take_rows
+from unimatrix.ops.cosine_read import compute_decision_units, take_rows
 from unimatrix.ops.slots.decisions import (
     Allocation,
     DecisionEntries,
     advance_ages,
     choose_slot,
+    prepare_entries,
     rank_slots,
 )
 from unimatrix.ops.slots.slot_state import SlotRules
 
 
 def allocate_parallel(
-    query_units: Tensor,
-    entries: DecisionEntries,
+    queries: Tensor,
+    keys: Tensor,
+    strengths: Tensor,
     initial_ages: Tensor,
     *,
     reads: Tensor,
@@ -28,8 +30,9 @@ def allocate_parallel(
     Equation: E6 (order), E7.
 
     Args:
-        query_units: [B, T, C] float64.
-        entries: the initial slots, then the T tokens.
+        queries: [B, T, C], float32 or float64.
+        keys: [B, M + T, C], those of the initial slots, then those of the tokens.
+        strengths: [B, M + T].
         initial_ages: [B, M] int64.
         reads: [B, T] bool.
         writes: [B, T] bool.
@@ -42,6 +45,8 @@ def allocate_parallel(
         T rounds of O(B M C) operations; nothing larger than [B, M, C].
     """
     batch, num_slots = initial_ages.shape
+    query_units = compute_decision_units(queries)  # [B, T, C]
+    entries = prepare_entries(keys, strengths, rules.strength_floor)
     index = torch.arange(num_slots, device=initial_ages.device)  # [M]
     writers = index.expand(batch, num_slots)
     ages = initial_ages

@@ -6,17 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unimatrix.ops.cosine_read import (
-    compute_decision_units,
-    move_to_decisions,
-    take_rows,
-)
-from unimatrix.ops.slots.decisions import (
-    MIN_STRENGTH,
-    Allocation,
-    DecisionEntries,
-    prepare_entries,
-)
+from unimatrix.ops.cosine_read import move_to_decisions, take_rows
+from unimatrix.ops.slots.decisions import MIN_STRENGTH, Allocation
 from unimatrix.ops.slots.slot_state import SlotRead, SlotRules, SlotState, SlotTokens
 
 
@@ -25,8 +16,9 @@ class Allocate(Protocol):
 
     def __call__(
         self,
-        query_units: Tensor,
-        entries: DecisionEntries,
+        queries: Tensor,
+        keys: Tensor,
+        strengths: Tensor,
         initial_ages: Tensor,
         *,
         reads: Tensor,
@@ -63,9 +55,7 @@ def scan_by_allocation(
     token_ids = torch.cat([slots.slot_token_ids, tokens.token_ids], dim=1)  # [B, M + T]
     with torch.no_grad():
         decided = allocate(
-            compute_decision_units(tokens.queries),
-            prepare_entries(keys, strengths, rules.strength_floor),
-            move_to_decisions(slots.slot_age),
+            *(move_to_decisions(x) for x in (tokens.queries, keys, strengths, slots.slot_age)),
             reads=move_to_decisions(tokens.reads),
             writes=move_to_decisions(tokens.writes),
             rules=rules,

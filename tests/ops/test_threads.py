@@ -1,0 +1,66 @@
+"""Kernels cover every row once, on torch's threads, on the pool and in a forked child."""
+
+import multiprocessing
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from unimatrix.ops import threads
+
+
+@pytest.fixture(params=["libgomp", "pool"])
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run with four threads of one kind."""
+    if request.param == "pool":
+        monkeypatch.setattr(threads, "_find_libgomp", lambda: None)
+    elif threads._find_libgomp() is None:
+        pytest.skip("torch has no libgomp on this platform")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def _count_up(first_row: int, last_row: int, counts: np.ndarray, add: int) -> None:
+    counts[first_row:last_row] += add
+
+
+def _refuse(first_row: int, last_row: int) -> None:
+    if last_row == 7:
+        raise ValueError(f"rows {first_row} to {last_row}")
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 100])
+def test_every_row_is_covered_once(team: str, num_rows: int) -> None:
+    counts = np.zeros(num_rows, dtype=np.int64)
+    for add in range(1, 51):
+        threads.map_rows(_count_up, num_rows, counts, add)
+    assert (counts == 50 * 51 // 2).all()
+
+
+def test_an_error_in_a_thread_reaches_the_caller(team: str) -> None:
+    with pytest.raises(ValueError, match="rows 5 to 7"):
+        threads.map_rows(_refuse, 7)
+
+
+def _count_in_child(results: multiprocessing.Queue) -> None:
+    torch.set_num_threads(2)
+    counts = np.zeros(10, dtype=np.int64)
+    threads.map_rows(_count_up, 10, counts, 3)
+    results.put(counts.tolist())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_has_threads_of_its_own(team: str) -> None:
+    threads.map_rows(_count_up, 10, np.zeros(10, dtype=np.int64), 1)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_count_in_child, args=(results,))
+    child.start()
+    assert results.get(timeout=60) == [3] * 10
+    child.join(timeout=60)
+    assert child.exitcode == 0
