@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unimatrix"
 # Lower layers first; a module may import from its own layer and from those before it. `data` and
 # `tasks` stand beside the model: they and the model's layers never import each other.
 LAYERS = (
-    ("errors", "processes"),
+    ("allocator", "errors", "processes"),
     ("ops",),
     ("configuration", "nn"),
     ("cache", "modeling_outputs", "pretrained", "modeling", "published"),

@@ -15,7 +15,9 @@ from torch import Tensor
 from unimatrix.configuration import FORMAT_VERSION, UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.nn.block import Associations, DepthCarry
+from unimatrix.nn.selective_mixer import SelectiveState
 from unimatrix.ops.dense_memory import DenseMemory
+from unimatrix.ops.selective_slots import SelectiveSlots
 from unimatrix.ops.slots import SlotState
 from unimatrix.ops.suffix_automaton import AutomatonState
 
@@ -40,6 +42,11 @@ _CARRIED_BY = (
     "identity_values",
     "match_threshold",
     "strength_floor",
+    "slot_key_patterns",
+    "slot_read_offsets",
+    "slot_margin",
+    "slot_fade_tokens",
+    "repeated_key",
     "automaton_window",
 )
 
@@ -122,7 +129,7 @@ class UniMatrixCache:
         return sum(self.bytes_by_part().values())
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Return the bytes of each of ``PARTS``; previous_token is that token's features."""
+        """Return the bytes of each of ``PARTS``; previous_token is what is kept of the last tokens."""
         parts = dict.fromkeys(PARTS, 0)
         for name, tensor in self.tensors().items():
             parts[_name_part(name)] += tensor.numel() * tensor.element_size()
@@ -256,10 +263,15 @@ def _gather(kind: Any, tensors: dict[str, Tensor], prefix: str) -> Any:
 
 def _gather_associations(tensors: dict[str, Tensor], prefix: str) -> Associations:
     """Return the associations stored under ``prefix``."""
+    slots = _gather(SelectiveSlots, tensors, f"{prefix}selective.slots.")
+    selective = None
+    if slots is not None:
+        selective = SelectiveState(slots, tensors[f"{prefix}selective.recent_token_ids"])
     return Associations(
         tensors.get(f"{prefix}previous"),
         _gather(SlotState, tensors, f"{prefix}slots."),
         _gather(DenseMemory, tensors, f"{prefix}dense."),
+        selective,
     )
 
 
@@ -268,6 +280,7 @@ def _name_part(name: str) -> str:
     for key, part in (
         ("matrix_state", "matrix_state"),
         (".previous", "previous_token"),
+        ("recent_token_ids", "previous_token"),
         ("dense.", "dense_memory"),
         ("associations.", "slots"),
         ("automaton.", "automaton"),

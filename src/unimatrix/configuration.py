@@ -6,6 +6,7 @@ a head's matrix, L depth steps, M slots, C slot-key width, K pairs read per toke
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
@@ -16,8 +17,12 @@ FORMAT_VERSION = 1
 
 RESIDUAL_PATHS = ("none", "previous_token", "suffix_automaton")
 UPDATE_RULES = ("outer", "mixed", "none")
-ASSOCIATIVE_MEMORIES = ("none", "dense", "slots")
+ASSOCIATIVE_MEMORIES = ("none", "dense", "slots", "selective")
 SLOT_SOURCES = ("token", "hidden")
+NORM_TYPES = ("layer_norm", "rms_norm")
+FEED_FORWARD_TYPES = ("gelu", "swiglu")
+REPEATED_KEYS = ("last", "first")
+HINDSIGHT_LABELS = ("none", "attribution", "read_hit", "read_weight")
 
 _ROSA: dict[str, Any] = {"residual_path": "previous_token"}
 _DISCOVERY: dict[str, Any] = {
@@ -48,6 +53,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "slot_source": "token",
         "identity_lookup": True,
         "identity_values": True,
+        "pointer": True,
+    },
+    "unimatrix": {
+        "max_position_embeddings": None,
+        "norm_type": "rms_norm",
+        "feed_forward_type": "swiglu",
+        "intermediate_size": 171,
+        "normalized_keys": True,
+        "longest_retention": 512,
+        "residual_path": "suffix_automaton",
+        "automaton_pointer": True,
+        "associative_memory": "selective",
+        "slot_source": "token",
+        "num_slots": 64,
+        "slot_key_patterns": [[0, 1, 2, 3]],
         "pointer": True,
     },
 }
@@ -83,16 +103,24 @@ class UniMatrixConfig(PreTrainedConfig):
             feed-forward.
         max_position_embeddings: rows of the learned position table, which bounds the length;
             ``None`` is no table and any length.
+        norm_type: ``layer_norm`` or ``rms_norm`` (no mean, no bias).
+        feed_forward_type: ``gelu`` (two layers with biases) or ``swiglu`` (gated, no biases).
         residual_path: ``none``, ``previous_token`` (an embedding of the previous token) or
             ``suffix_automaton`` (an embedding of what followed the longest earlier match).
         update_rules: ``outer``, ``mixed`` (outer, diagonal and symmetric writes, mixed per token
             and head) or ``none`` (no matrix state at all).
         norm_guard: divide a matrix state by its Frobenius norm where that exceeds 1.
+        normalized_keys: queries, keys and values of the matrix state are unit vectors per head and
+            what is read is normalised per head; otherwise they pass through tanh.
+        longest_retention: the heads' retention starts spread from 2 tokens to so many, evenly in
+            the logarithm; ``None`` starts all heads at one half.
         depth_step_embedding: add a learned vector per depth step to the residual stream.
         modulation_size: E, width of the per-token table that scales the stream; 0 is off.
-        associative_memory: ``none``, ``dense`` (append-only) or ``slots`` (M of them).
+        associative_memory: ``none``, ``dense`` (append-only), ``slots`` (M of them, of the paper)
+            or ``selective`` (M slots of a context and the token that followed, kept by strength).
         slot_source: features that queries, keys and values come from: ``token`` (the embedding) or
-            ``hidden`` (the normalised stream of each depth step).
+            ``hidden`` (the normalised stream of each depth step). Selective slots take their keys
+            from the ids; ``hidden`` lets their gate see the stream after the first depth step.
         slot_key_size: C; ``None`` is D.
         num_slots: M, slots per sequence (and depth step, with the hidden source).
         slots_per_read: K, best-scoring pairs that a read mixes.
@@ -102,8 +130,24 @@ class UniMatrixConfig(PreTrainedConfig):
         strength_floor: a slot counts as filled while its strength exceeds this.
         write_gate: learn the strength of a write; otherwise it is 1.
         pointer: let the ids of the slots read vote on the logits.
+        slot_key_patterns: contexts of selective slots, each a list of distances back; ``[[0]]`` is
+            the token itself, ``[[0, 1]]`` the last two.
+        slot_read_offsets: how many tokens back the contexts end that a position looks up.
+        slot_margin: nats (of the gate's logit) by which a write must exceed the slot it displaces,
+            and may fall short of the same context's.
+        slot_fade_tokens: the logit of every selective slot falls by 1/8 every so many tokens, so
+            that an endless stream does not freeze them; ``None`` is never.
+        repeated_key: which value of a repeated context a selective slot keeps, ``last`` or
+            ``first``.
+        hindsight: how writes to selective slots are labelled in training: ``attribution``,
+            ``read_hit``, ``read_weight`` or ``none`` (the gate learns from the loss alone).
+        hindsight_share: an attribution is useful above this share of the sequence's largest.
+        hindsight_floor: and above so many nats.
+        hindsight_weight: weight of the gate's loss.
         automaton_window: W, bound on the suffix automaton's text (at most 2 W tokens are kept);
             ``None`` keeps the whole stream.
+        automaton_pointer: the automaton's token shares the probability with the vocabulary; needs
+            ``residual_path='suffix_automaton'``.
         initializer_range: standard deviation of Linear and Embedding weights at the start.
         layer_norm_eps: added to the variance inside the root.
         use_cache: return a cache from ``forward`` outside training.
@@ -132,9 +176,13 @@ class UniMatrixConfig(PreTrainedConfig):
         intermediate_size: int | None = None,
         dropout: float = 0.1,
         max_position_embeddings: int | None = 128,
+        norm_type: str = "layer_norm",
+        feed_forward_type: str = "gelu",
         residual_path: str = "none",
         update_rules: str = "outer",
         norm_guard: bool = False,
+        normalized_keys: bool = False,
+        longest_retention: int | None = None,
         depth_step_embedding: bool = False,
         modulation_size: int = 0,
         associative_memory: str = "none",
@@ -148,7 +196,17 @@ class UniMatrixConfig(PreTrainedConfig):
         strength_floor: float = 0.05,
         write_gate: bool = True,
         pointer: bool = False,
+        slot_key_patterns: Sequence[Sequence[int]] = ((0,),),
+        slot_read_offsets: Sequence[int] = (0, 1),
+        slot_margin: float = 1.0,
+        slot_fade_tokens: int | None = None,
+        repeated_key: str = "last",
+        hindsight: str = "attribution",
+        hindsight_share: float = 0.15,
+        hindsight_floor: float = 1.5e-4,
+        hindsight_weight: float = 1.0,
         automaton_window: int | None = None,
+        automaton_pointer: bool = False,
         initializer_range: float = 0.02,
         layer_norm_eps: float = 1e-5,
         use_cache: bool = True,
@@ -168,9 +226,13 @@ class UniMatrixConfig(PreTrainedConfig):
         self.intermediate_size = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.dropout = dropout
         self.max_position_embeddings = max_position_embeddings
+        self.norm_type = norm_type
+        self.feed_forward_type = feed_forward_type
         self.residual_path = residual_path
         self.update_rules = update_rules
         self.norm_guard = norm_guard
+        self.normalized_keys = normalized_keys
+        self.longest_retention = longest_retention
         self.depth_step_embedding = depth_step_embedding
         self.modulation_size = modulation_size
         self.associative_memory = associative_memory
@@ -184,7 +246,18 @@ class UniMatrixConfig(PreTrainedConfig):
         self.strength_floor = strength_floor
         self.write_gate = write_gate
         self.pointer = pointer
+        # Lists, as they come back from config.json.
+        self.slot_key_patterns = [list(pattern) for pattern in slot_key_patterns]
+        self.slot_read_offsets = list(slot_read_offsets)
+        self.slot_margin = slot_margin
+        self.slot_fade_tokens = slot_fade_tokens
+        self.repeated_key = repeated_key
+        self.hindsight = hindsight
+        self.hindsight_share = hindsight_share
+        self.hindsight_floor = hindsight_floor
+        self.hindsight_weight = hindsight_weight
         self.automaton_window = automaton_window
+        self.automaton_pointer = automaton_pointer
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.use_cache = use_cache
@@ -224,6 +297,12 @@ class UniMatrixConfig(PreTrainedConfig):
         """Whether retrieved token ids vote on the logits."""
         return bool(self.pointer and self.associative_memory == "slots")
 
+    @property
+    def uses_mixture(self) -> bool:
+        """Whether retrieved token ids share the probability with the vocabulary."""
+        reads = self.pointer and self.associative_memory == "selective"
+        return bool(reads or self.automaton_pointer)
+
     def _validate(self) -> None:
         """Raise ``InputError`` for values that no model can have."""
         positive = (
@@ -240,13 +319,22 @@ class UniMatrixConfig(PreTrainedConfig):
         for name in positive:
             _require_integer(name, getattr(self, name), minimum=1)
         _require_integer("modulation_size", self.modulation_size, minimum=0)
-        for name in ("max_position_embeddings", "automaton_window"):
+        for name in (
+            "max_position_embeddings",
+            "automaton_window",
+            "longest_retention",
+            "slot_fade_tokens",
+        ):
             if getattr(self, name) is not None:
                 _require_integer(name, getattr(self, name), minimum=1)
         _require_choice("residual_path", self.residual_path, RESIDUAL_PATHS)
         _require_choice("update_rules", self.update_rules, UPDATE_RULES)
         _require_choice("associative_memory", self.associative_memory, ASSOCIATIVE_MEMORIES)
         _require_choice("slot_source", self.slot_source, SLOT_SOURCES)
+        _require_choice("norm_type", self.norm_type, NORM_TYPES)
+        _require_choice("feed_forward_type", self.feed_forward_type, FEED_FORWARD_TYPES)
+        _require_choice("repeated_key", self.repeated_key, REPEATED_KEYS)
+        _require_choice("hindsight", self.hindsight, HINDSIGHT_LABELS)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout}; it must lie in [0, 1)")
         if self.identity_lookup and self.slot_key_size != self.hidden_size:
@@ -254,10 +342,17 @@ class UniMatrixConfig(PreTrainedConfig):
                 f"identity_lookup needs slot_key_size equal to hidden_size ({self.hidden_size}), "
                 f"not {self.slot_key_size}; leave slot_key_size out"
             )
-        if self.pointer and self.associative_memory != "slots":
+        if self.pointer and self.associative_memory not in ("slots", "selective"):
             raise InputError(
-                f"pointer=True needs associative_memory='slots', not {self.associative_memory!r}"
+                "pointer=True needs associative_memory='slots' or 'selective', not "
+                f"{self.associative_memory!r}"
             )
+        if self.automaton_pointer and self.residual_path != "suffix_automaton":
+            raise InputError(
+                "automaton_pointer=True needs residual_path='suffix_automaton', not "
+                f"{self.residual_path!r}"
+            )
+        self._validate_selective()
         if self.pad_token_id is None or not 0 <= self.pad_token_id < self.vocab_size:
             raise InputError(
                 f"pad_token_id is {self.pad_token_id}; it must lie in 0..{self.vocab_size - 1} "
@@ -267,6 +362,32 @@ class UniMatrixConfig(PreTrainedConfig):
             raise InputError(
                 f"this model has format version {self.format_version} and this release reads up to "
                 f"{FORMAT_VERSION}; upgrade unimatrix-lm"
+            )
+
+    def _validate_selective(self) -> None:
+        """Raise ``InputError`` for contexts that selective slots cannot have."""
+        named = [("slot_read_offsets", self.slot_read_offsets)]
+        named += [("slot_key_patterns", pattern) for pattern in self.slot_key_patterns]
+        for name, distances in named:
+            if not distances or len(set(distances)) < len(distances):
+                raise InputError(
+                    f"{name} holds {distances}; it needs at least one distance, none twice"
+                )
+            for distance in distances:
+                _require_integer(name, distance, minimum=0)
+        if not self.slot_key_patterns:
+            raise InputError("slot_key_patterns is empty; [[0]] is the token itself")
+        for name in ("slot_margin", "hindsight_share", "hindsight_floor", "hindsight_weight"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if (
+            self.associative_memory == "selective"
+            and self.slot_source == "hidden"
+            and self.num_hidden_layers < 2
+        ):
+            raise InputError(
+                "slot_source='hidden' lets the gate see the first depth step, so num_hidden_layers "
+                f"must be at least 2, not {self.num_hidden_layers}"
             )
 
 

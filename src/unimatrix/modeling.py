@@ -15,8 +15,10 @@ from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
-from unimatrix.nn.block import DepthCarry, Retrieval, Sequence, UniMatrixBlock
-from unimatrix.nn.padding import find_padding
+from unimatrix.nn.block import Associations, DepthCarry, Retrieval, Sequence, UniMatrixBlock
+from unimatrix.nn.norm import build_norm
+from unimatrix.nn.padding import Padding, find_padding
+from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits, score_targets
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.token_modulation import TokenModulation
@@ -44,7 +46,11 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         self.token_modulation = TokenModulation(config) if config.modulation_size else None
         self.dropout = nn.Dropout(config.dropout)
         self.block = UniMatrixBlock(config)
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = build_norm(config)
+        mixer = self.block.selective_mixer if config.pointer else None
+        self.pointer_mixture = None
+        if config.uses_mixture:
+            self.pointer_mixture = PointerMixture(config, mixer.num_reads if mixer else 0)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -100,18 +106,27 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         # 3. What depends on token ids and their embeddings alone is computed once.
         sequence, automaton = self._prepare_sequence(ids, past, lengths)
         retrieval, associations = None, past.associations
-        if not self.block.reads_hidden:
+        if not self.block.reads_hidden and self.block.selective_mixer is None:
             retrieval, associations = self.block.retrieve(token_features, sequence, associations)
 
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+
         # 4. The same block at every depth step.
-        hidden_states, carries, pointer = self._apply_depth(x, sequence, past, retrieval)
+        hidden_states, carries, pointer, retrieval, associations = self._apply_depth(
+            x, sequence, past, retrieval, associations, use_cache
+        )
         hidden_states.append(self.norm(hidden_states.pop()))
+        selective = None if retrieval is None else retrieval.selective
+        log_weights = None
+        if self.pointer_mixture is not None:
+            found = selective if self.config.pointer else None
+            voters, log_weights = self.pointer_mixture(hidden_states[-1], found, sequence.match)
+            pointer = (voters, None)
 
         if padding is not None:
             hidden_states = [padding.unpack(hidden) for hidden in hidden_states]
-            pointer = None if pointer is None else tuple(map(padding.unpack, pointer))
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            pointer, log_weights = _unpack_pointer(padding, pointer, log_weights)
         num_new = ids.shape[1] if lengths is None else lengths
         output = UniMatrixModelOutput(
             last_hidden_state=hidden_states[-1],
@@ -130,6 +145,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             pointer_token_ids=None if pointer is None else pointer[0],
             pointer_weights=None if pointer is None else pointer[1],
+            pointer_log_weights=log_weights,
+            hindsight_scale=None if selective is None else selective.scale,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -155,21 +172,46 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         """Return what every depth step sees of the tokens, and the automaton after them."""
         writable = torch.ones_like(ids, dtype=torch.bool)  # [B, T]
         writable[:, 0] = past.num_tokens > 0
-        context, automaton, modulation = None, None, None
+        context, automaton, modulation, match = None, None, None, None
         if self.residual_context is not None:
-            context, automaton = self.residual_context(
+            context, automaton, match = self.residual_context(
                 ids, past.last_token_ids, past.automaton, lengths
             )
         if self.token_modulation is not None:
             modulation = self.token_modulation(ids)
-        return Sequence(ids, writable, lengths, context, modulation), automaton
+        return Sequence(ids, writable, lengths, context, modulation, match), automaton
 
     def _apply_depth(
-        self, x: Tensor, sequence: Sequence, past: UniMatrixCache, retrieval: Retrieval | None
-    ) -> tuple[list[Tensor], tuple[DepthCarry, ...], tuple[Tensor, ...] | None]:
-        """Return the stream before each depth step and after the last, carries and pointer."""
+        self,
+        x: Tensor,
+        sequence: Sequence,
+        past: UniMatrixCache,
+        retrieval: Retrieval | None,
+        associations: Associations,
+        use_cache: bool,
+    ) -> tuple[
+        list[Tensor],
+        tuple[DepthCarry, ...],
+        tuple[Tensor, ...] | None,
+        Retrieval | None,
+        Associations,
+    ]:
+        """Return the stream before each depth step and after the last, and what else is carried."""
         hidden_states, carries, pointer = [x], [], None
+        selective_mixer = self.block.selective_mixer
         for depth_step, carry in enumerate(past.depth):
+            if selective_mixer is not None and depth_step == int(selective_mixer.reads_hidden):
+                found, state = selective_mixer.retrieve(
+                    self.embed_tokens,
+                    sequence.token_ids,
+                    x if selective_mixer.reads_hidden else None,
+                    state=past.associations.selective,
+                    num_before=past.num_tokens,
+                    lengths=sequence.lengths,
+                    keeps_state=use_cache,
+                )
+                retrieval = Retrieval(found.context, None, found)
+                associations = Associations(selective=state)
             if self.embed_depth is not None:
                 x = x + self.embed_depth.weight[depth_step]
             block: Callable[..., Any] = self.block
@@ -179,7 +221,22 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             x, carry_after, pointer = block(x, sequence, carry, retrieval, is_last)
             hidden_states.append(x)
             carries.append(carry_after)
-        return hidden_states, tuple(carries), pointer
+        return hidden_states, tuple(carries), pointer, retrieval, associations
+
+
+def _unpack_pointer(
+    padding: Padding, pointer: tuple[Any, ...] | None, log_weights: Tensor | None
+) -> tuple[tuple[Any, ...] | None, Tensor | None]:
+    """Return what the pointer says in the caller's columns; nothing at padding."""
+    if pointer is not None:
+        pointer = tuple(None if part is None else padding.unpack(part) for part in pointer)
+    if log_weights is not None:
+        mask = padding.mask.unsqueeze(-1)
+        vocabulary, others = padding.unpack(log_weights.exp()).log().split(
+            [1, log_weights.shape[-1] - 1], dim=-1
+        )
+        log_weights = torch.cat([vocabulary.masked_fill(~mask, 0.0), others], dim=-1)
+    return pointer, log_weights
 
 
 class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
@@ -211,6 +268,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        loss_only: bool = False,
     ) -> UniMatrixCausalLMOutput | tuple[Any, ...]:
         """Return the logits of every position, and the loss where labels are given.
 
@@ -226,6 +284,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             return_dict: return a tuple if ``False``.
             logits_to_keep: compute the logits of the last so many positions only; 0 is all.
             num_items_in_batch: divide the summed loss by this instead of by the targets here.
+            loss_only: return no logits, and compute only what the loss needs: a task with few
+                targets does not pay for a vocabulary's logits at every position.
 
         Returns:
             a ``UniMatrixCausalLMOutput``.
@@ -240,20 +300,28 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
-        # 5. The tied head, and the votes of the pointer.
-        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-        logits = self.lm_head(output.last_hidden_state[:, kept])  # [B, T, V]
-        if output.pointer_weights is not None:
-            votes = output.pointer_weights[:, kept].to(logits.dtype)
-            # In place: the head's product is not needed backward, and a copy is B x T x V.
-            logits = logits.scatter_add_(-1, output.pointer_token_ids[:, kept], votes)
-
-        # 6. The one shift.
+        # 5. The one shift.
         if shift_labels is None and labels is not None:
             shift_labels = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+
+        # 6. The tied head, and the votes of the pointer or the mixture with it.
+        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        rows: Any = (slice(None), kept)
+        if loss_only and shift_labels is not None:
+            rows = (shift_labels != IGNORED_LABEL,)
+        mixed = self._predict(output, rows)
         loss = None
         if shift_labels is not None:
-            loss = compute_loss(logits, shift_labels[:, kept], num_items_in_batch)
+            loss = compute_loss(mixed, shift_labels[rows], num_items_in_batch)
+            if output.hindsight_scale is not None:
+                loss = add_scale(
+                    loss, output.hindsight_scale, shift_labels[rows], num_items_in_batch
+                )
+        logits = mixed
+        if loss_only and loss is not None:
+            logits = None
+        elif isinstance(mixed, MixedLogits):
+            logits = mix_logits(mixed)
         result = UniMatrixCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -261,12 +329,26 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             hidden_states=output.hidden_states,
             pointer_token_ids=output.pointer_token_ids,
             pointer_weights=output.pointer_weights,
+            pointer_log_weights=output.pointer_log_weights,
         )
         return result if return_dict is not False else result.to_tuple()
 
+    def _predict(self, output: UniMatrixModelOutput, rows: Any) -> Tensor | MixedLogits:
+        """Return the logits of the positions wanted, or what a mixture is made of there."""
+        logits = self.lm_head(output.last_hidden_state[rows])  # [..., V]
+        if output.pointer_log_weights is not None:
+            return MixedLogits(
+                logits, output.pointer_token_ids[rows], output.pointer_log_weights[rows]
+            )
+        if output.pointer_weights is not None:
+            votes = output.pointer_weights[rows].to(logits.dtype)
+            # In place: the head's product is not needed backward, and a copy is B x T x V.
+            logits = logits.scatter_add_(-1, output.pointer_token_ids[rows], votes)
+        return logits
+
 
 def compute_loss(
-    logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor | MixedLogits, targets: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
     """Return the mean cross entropy in nats.
 
@@ -274,16 +356,46 @@ def compute_loss(
     float32.
 
     Args:
-        logits: [B, T, V].
-        targets: [B, T] int64, -100 ignored.
+        logits: [..., V], or those of a mixture, of which only the targets are computed.
+        targets: [...] int64, -100 ignored.
         num_items_in_batch: divisor instead of the number of targets here.
     """
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    flat = logits.flatten(0, 1), targets.flatten().to(logits.device)
+    targets = targets.flatten()
+    if isinstance(logits, MixedLogits):
+        counted = targets != IGNORED_LABEL
+        rows = (_raise_precision(part).flatten(0, -2) for part in logits)
+        losses = score_targets(MixedLogits(*rows), targets.clamp_min(0))
+        total = torch.where(counted, losses, 0.0).sum()
+        return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+    flat = _raise_precision(logits).flatten(0, -2), targets.to(logits.device)
     if num_items_in_batch is None:
         return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
     return cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch
+
+
+def add_scale(
+    loss: Tensor,
+    scale: tuple[Tensor, Tensor],
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """Add the two zeros of ``ops.hindsight`` to the loss, each times what it counts.
+
+    Args:
+        loss: the mean cross entropy.
+        scale: from ``watch_reads``.
+        targets: int64, -100 ignored.
+        num_items_in_batch: divisor of the loss; ``None`` is the number of targets.
+    """
+    num_targets = (targets != IGNORED_LABEL).sum()
+    divisor = num_targets if num_items_in_batch is None else num_items_in_batch
+    of_target, of_gate = scale
+    return loss + of_target / divisor + of_gate * (num_targets / divisor)
+
+
+def _raise_precision(logits: Tensor) -> Tensor:
+    """Return 16-bit floats as float32; ids and wider floats as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _require_token_ids(input_ids: Tensor) -> None:

@@ -19,6 +19,9 @@ class UniMatrixModelOutput(ModelOutput):
             normalised stream after the last.
         pointer_token_ids: [B, T, K] int64, ids that vote on the logits.
         pointer_weights: [B, T, K], what each adds to its logit.
+        pointer_log_weights: [B, T, 1 + K], with a pointer mixture instead: ln of the shares of the
+            vocabulary's distribution and of the ids.
+        hindsight_scale: zeros that the loss adds, where a gate learns in hindsight.
     """
 
     last_hidden_state: Tensor | None = None
@@ -26,6 +29,8 @@ class UniMatrixModelOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     pointer_token_ids: Tensor | None = None
     pointer_weights: Tensor | None = None
+    pointer_log_weights: Tensor | None = None
+    hindsight_scale: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -34,11 +39,13 @@ class UniMatrixCausalLMOutput(ModelOutput):
 
     Attributes:
         loss: scalar, mean next-token cross entropy in nats.
-        logits: [B, T, V].
+        logits: [B, T, V]; ln of the probabilities with a pointer mixture, and ``None`` if only the
+            loss was asked for.
         past_key_values: the cache after these tokens.
         hidden_states: as in ``UniMatrixModelOutput``.
         pointer_token_ids: as in ``UniMatrixModelOutput``.
         pointer_weights: as in ``UniMatrixModelOutput``.
+        pointer_log_weights: as in ``UniMatrixModelOutput``.
     """
 
     loss: Tensor | None = None
@@ -47,3 +54,4 @@ class UniMatrixCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     pointer_token_ids: Tensor | None = None
     pointer_weights: Tensor | None = None
+    pointer_log_weights: Tensor | None = None

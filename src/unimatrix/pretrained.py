@@ -10,8 +10,10 @@ from unimatrix.cache import UniMatrixCache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.nn.block import UniMatrixBlock
+from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.residual_context import ResidualContext
-from unimatrix.ops import matrix_state, slots
+from unimatrix.nn.selective_mixer import SelectiveMixer
+from unimatrix.ops import matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
 
 
@@ -24,6 +26,16 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["UniMatrixBlock"]  # noqa: RUF012
     # Nothing here can be rolled back by cropping, so assisted generation is refused.
     _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""
+        super()._init_weights(module)
+        if isinstance(module, (MatrixMixer, SelectiveMixer)):
+            for parameter, start in module.list_starts():
+                # Loaded weights stay.
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    parameter.copy_(start)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -51,6 +63,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
         users: dict[str, list[nn.Module | None]] = {
             "matrix_state": [block.matrix_mixer for block in blocks],
             "slots": [block.slot_mixer for block in blocks],
+            "selective_slots": [block.selective_mixer for block in blocks],
             "dense_memory": [block.dense_mixer for block in blocks],
             "suffix_automaton": [context for context in contexts if context.uses_automaton],
         }
@@ -82,6 +95,8 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             chosen["matrix_state"] = block.matrix_mixer, auto
         if block.slot_mixer is not None:
             chosen["slots"] = block.slot_mixer, slots.choose_backend(place, num_tokens)
+        if block.selective_mixer is not None:
+            chosen["selective_slots"] = block.selective_mixer, selective_slots.choose_backend()
         if block.dense_mixer is not None:
             chosen["dense_memory"] = block.dense_mixer, "parallel"
         if contexts and contexts[0].uses_automaton:

@@ -21,8 +21,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from unimatrix.allocator import keep_freed_memory
 from unimatrix.checkpoints import hide_progress
 from unimatrix.errors import InputError
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.ops.threads import flush_denormals
 from unimatrix.processes import count_processes, get_rank, is_main_process, join_processes
 from unimatrix.recipe import TrainSection
 from unimatrix.run_folder import CHECKPOINT_FOLDER, TENSORBOARD_FOLDER, find_last_checkpoint
@@ -66,6 +69,12 @@ class SequentialTrainer(Trainer):
     def __init__(self, settings: TrainSection, **kwargs: Any) -> None:
         self.settings = settings
         super().__init__(**kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss; a model that can is spared the logits."""
+        if isinstance(self.accelerator.unwrap_model(model), UniMatrixForCausalLM):
+            inputs = {**inputs, "loss_only": True}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
@@ -155,7 +164,10 @@ def train_model(
         torch.manual_seed(settings.seed + get_rank())
         checkpoint = find_last_checkpoint(out) if resume and out is not None else None
         start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if device == "cpu":
+            keep_freed_memory()
+        with flush_denormals():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return TrainResult(
         num_optim_steps=trainer.state.global_step,
         num_tokens=log.count_tokens(trainer.state.global_step),

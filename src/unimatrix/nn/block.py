@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.dense_mixer import DenseMixer
-from unimatrix.nn.feed_forward import FeedForward
+from unimatrix.nn.feed_forward import build_feed_forward
 from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.norm import build_norm
+from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead, SelectiveState
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.slot_mixer import SlotMixer
 from unimatrix.ops.dense_memory import DenseMemory
@@ -24,6 +26,7 @@ class Sequence(NamedTuple):
         lengths: [B] int64, real tokens of each row; ``None`` is T for all.
         residual_context: [B, T, D] or ``None``.
         modulation: [B, T, D] or ``None``.
+        match: the automaton's predicted ids and match lengths, [B, T] int64 each, or ``None``.
     """
 
     token_ids: Tensor
@@ -31,6 +34,7 @@ class Sequence(NamedTuple):
     lengths: Tensor | None
     residual_context: Tensor | None
     modulation: Tensor | None
+    match: tuple[Tensor, Tensor] | None = None
 
 
 class Associations(NamedTuple):
@@ -40,11 +44,13 @@ class Associations(NamedTuple):
         previous: [B, D], source feature of the last real token, where the source is hidden.
         slots: the slots, where the model has them.
         dense: the pairs of the dense associative memory, where the model has one.
+        selective: selective slots and the recent tokens, where the model has them.
     """
 
     previous: Tensor | None = None
     slots: SlotState | None = None
     dense: DenseMemory | None = None
+    selective: SelectiveState | None = None
 
 
 class Retrieval(NamedTuple):
@@ -53,10 +59,12 @@ class Retrieval(NamedTuple):
     Attributes:
         context: [B, T, D].
         read: ids and weights for the pointer, with slots.
+        selective: what was found, with selective slots.
     """
 
     context: Tensor
     read: SlotRead | None
+    selective: SelectiveRead | None = None
 
 
 class DepthCarry(NamedTuple):
@@ -83,16 +91,19 @@ class UniMatrixBlock(nn.Module):
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = build_norm(config)
         self.matrix_mixer = MatrixMixer(config) if config.update_rules != "none" else None
         self.slot_mixer = SlotMixer(config) if config.associative_memory == "slots" else None
         self.dense_mixer = DenseMixer(config) if config.associative_memory == "dense" else None
-        self.reads_hidden = config.slot_source == "hidden"
+        self.selective_mixer = None
+        if config.associative_memory == "selective":
+            self.selective_mixer = SelectiveMixer(config)
+        self.reads_hidden = config.slot_source == "hidden" and self.selective_mixer is None
         has_residual = config.residual_path != "none"
         self.context_gate = nn.Linear(width, width) if has_residual else None
         self.dropout = nn.Dropout(config.dropout)
-        self.ffn_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.ffn_norm = build_norm(config)
+        self.feed_forward = build_feed_forward(config)
 
     def retrieve(
         self, source: Tensor, sequence: Sequence, associations: Associations
@@ -161,7 +172,7 @@ class UniMatrixBlock(nn.Module):
             retrieval, associations = self.retrieve(h, sequence, associations)
         pointer = None
         if retrieval is not None:
-            mixer = self.slot_mixer or self.dense_mixer
+            mixer = self.slot_mixer or self.dense_mixer or self.selective_mixer
             assert mixer is not None
             mixed = _add_gated(mixed, mixer.read_gate(h), retrieval.context)
             if is_last and self.slot_mixer is not None and retrieval.read is not None:

@@ -1,7 +1,7 @@
-"""The two-layer feed-forward network of a depth step."""
+"""The feed-forward networks of a depth step."""
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
 
 from unimatrix.configuration import UniMatrixConfig
 
@@ -23,3 +23,31 @@ class FeedForward(nn.Module):
         """Return the network's output, [B, T, D] for [B, T, D]."""
         output: Tensor = self.down_proj(self.dropout(gelu(self.up_proj(h))))
         return output
+
+
+class GatedFeedForward(nn.Module):
+    """Apply Linear(D, F) * SiLU(Linear(D, F)), dropout, Linear(F, D), without biases.
+
+    Source: Shazeer 2020 (arXiv:2002.05202), SwiGLU.
+
+    Args:
+        config: uses D, F and ``dropout``.
+    """
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the network's output, [B, T, D] for [B, T, D]."""
+        output: Tensor = self.down_proj(self.dropout(silu(self.gate_proj(h)) * self.up_proj(h)))
+        return output
+
+
+def build_feed_forward(config: UniMatrixConfig) -> nn.Module:
+    """Return the feed-forward network that a configuration names."""
+    return GatedFeedForward(config) if config.feed_forward_type == "swiglu" else FeedForward(config)

@@ -1,13 +1,17 @@
 """Projections and gate around the matrix state."""
 
+import math
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, normalize, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.ops.matrix_state import scan_matrix_state
 
 NUM_RULES = 3
+# Small beside the square of a read-out, which a long retention makes small.
+_READOUT_EPS = 1e-6
 
 
 class MatrixMixer(nn.Module):
@@ -25,6 +29,8 @@ class MatrixMixer(nn.Module):
         self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         self.norm_guard = config.norm_guard
+        self.normalized_keys = config.normalized_keys
+        self.longest_retention = config.longest_retention
         self.mixes_rules = config.update_rules == "mixed"
         self.backend = "auto"
         width, inner = config.hidden_size, self.num_heads * self.head_dim
@@ -42,6 +48,14 @@ class MatrixMixer(nn.Module):
         self.out_proj = nn.Linear(inner, width, bias=False)
         self.residual_gate = nn.Linear(width, width)
 
+    def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that start elsewhere: retention, spread over time scales."""
+        if self.longest_retention is None:
+            return []
+        scales = torch.logspace(1, math.log2(self.longest_retention), self.num_heads, base=2.0)
+        # sigmoid(ln(n - 1)) = 1 - 1 / n
+        return [(self.retention_proj.bias, (scales - 1).clamp_min(1e-3).log())]
+
     def forward(
         self, h: Tensor, matrix_state: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -56,12 +70,12 @@ class MatrixMixer(nn.Module):
             [B, T, D] in the dtype of ``h``; [B, H, N, N], float32 at least.
         """
         heads = (*h.shape[:2], self.num_heads, self.head_dim)
-        q = torch.tanh(self.q_proj(h)).view(heads)  # [B, T, H, N]
-        k = torch.tanh(self.k_proj(h)).view(heads)  # [B, T, H, N]
-        v = torch.tanh(self.v_proj(h)).view(heads)  # [B, T, H, N]
+        q = self._bound(self.q_proj(h).view(heads))  # [B, T, H, N]
+        k = self._bound(self.k_proj(h).view(heads))  # [B, T, H, N]
+        v = self._bound(self.v_proj(h).view(heads))  # [B, T, H, N]
         d, rule_weights = None, None
         if self.mixes_rules:
-            d = torch.tanh(self.diag_proj(h)).view(heads)  # [B, T, H, N]
+            d = self._bound(self.diag_proj(h).view(heads))  # [B, T, H, N]
             rules = self.rule_proj(h).view(*h.shape[:2], self.num_heads, NUM_RULES)
             rule_weights = rules.softmax(dim=-1)  # [B, T, H, R]
         y, final_state = scan_matrix_state(
@@ -76,5 +90,13 @@ class MatrixMixer(nn.Module):
             norm_guard=self.norm_guard,
             backend=self.backend,
         )
+        if self.normalized_keys:
+            y = rms_norm(y, y.shape[-1:], eps=_READOUT_EPS)
         readout = self.out_proj(y.flatten(2))  # [B, T, D]
         return torch.sigmoid(self.residual_gate(h)) * readout, final_state
+
+    def _bound(self, projected: Tensor) -> Tensor:
+        """Return unit vectors per head, or each number through tanh as in the paper."""
+        if self.normalized_keys:
+            return normalize(projected, dim=-1)
+        return torch.tanh(projected)

@@ -33,7 +33,7 @@ class ResidualContext(nn.Module):
         last_token_ids: Tensor | None,
         automaton: AutomatonState | None,
         lengths: Tensor | None,
-    ) -> tuple[Tensor, AutomatonState | None]:
+    ) -> tuple[Tensor, AutomatonState | None, tuple[Tensor, Tensor] | None]:
         """Return the context of every position and the automaton after the last real token.
 
         Args:
@@ -44,13 +44,14 @@ class ResidualContext(nn.Module):
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
 
         Returns:
-            [B, T, D], zero where nothing matched; the automaton (``None`` with previous_token).
+            [B, T, D], zero where nothing matched; the automaton; its predicted ids and match
+            lengths, [B, T] int64 each (both ``None`` with previous_token).
         """
         if not self.uses_automaton:
             if last_token_ids is None:
                 last_token_ids = torch.full_like(input_ids[:, 0], -1)
             first = last_token_ids.masked_fill(last_token_ids < 0, self.pad_token_id)
-            return self.embed(shift_to_previous(input_ids, first)), None
+            return self.embed(shift_to_previous(input_ids, first)), None, None
         prediction, automaton = predict_from_suffix(
             input_ids.cpu(),
             lengths=None if lengths is None else lengths.cpu(),
@@ -61,4 +62,5 @@ class ResidualContext(nn.Module):
         predicted_ids = prediction.predicted_ids.to(input_ids.device)  # [B, T]
         known = (predicted_ids >= 0).unsqueeze(-1)
         context = self.embed(predicted_ids.clamp(min=0))  # [B, T, D]
-        return context * known, automaton
+        match = predicted_ids, prediction.match_lengths.to(input_ids.device)
+        return context * known, automaton, match

@@ -9,6 +9,7 @@ from unimatrix.errors import InputError, suggest
 BACKENDS: dict[str, tuple[str, ...]] = {
     "matrix_state": ("reference", "parallel", "native"),
     "slots": ("reference", "parallel", "native"),
+    "selective_slots": ("reference", "native"),
     "dense_memory": ("reference", "parallel"),
     "suffix_automaton": ("reference", "native"),
 }

@@ -7,12 +7,13 @@ and in a forked child, whose libgomp has lost its threads, a thread pool runs th
 parallel layers are not safe to enter from several threads or after a fork.
 """
 
+import contextlib
 import ctypes
 import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -56,6 +57,38 @@ def map_rows(kernel: Callable[..., Any], num_rows: int, *args: Any) -> None:
         _run_in_pool(calls)
     else:
         _run_in_libgomp(libgomp, calls)
+
+
+@contextlib.contextmanager
+def flush_denormals() -> Iterator[None]:
+    """Let torch's CPU threads take numbers below 1e-38 for zero while the context lasts.
+
+    A gradient that fades over many tokens gets that small, and a processor multiplies such numbers
+    a hundred times slower (measured: 20 times on a step with one target at the end of 128 tokens).
+    """
+    _set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        _set_flush_denormal(False)
+
+
+def _set_flush_denormal(mode: bool) -> None:
+    """Set the mode of this thread and of torch's others, each of which has its own."""
+    num_threads = torch.get_num_threads()
+    barrier = threading.Barrier(num_threads)
+
+    def work() -> None:
+        torch.set_flush_denormal(mode)
+        # No thread may take a second call before every thread has taken one.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            barrier.wait(timeout=1.0)
+
+    libgomp = None if _is_forked else _find_libgomp()
+    if libgomp is None or num_threads == 1:
+        torch.set_flush_denormal(mode)
+    else:
+        _run_in_libgomp(libgomp, [work] * num_threads)
 
 
 @functools.cache

@@ -1,0 +1,124 @@
+"""The pointer as a mixture: retrieved tokens share the probability with the vocabulary."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.selective_mixer import SelectiveRead
+
+# Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
+_NUM_LENGTH_BUCKETS = 10
+
+
+class PointerMixture(nn.Module):
+    """Weigh retrieved tokens against the vocabulary's distribution.
+
+    Equation: E17. One softmax over the components: the vocabulary with score 0, each slot found
+    with its strength and a score from h, the automaton's token with a score from its match length
+    and h.
+
+    Args:
+        config: uses D, ``automaton_pointer`` and the number of reads.
+        num_reads: Q.
+    """
+
+    def __init__(self, config: UniMatrixConfig, num_reads: int) -> None:
+        super().__init__()
+        self.num_reads = num_reads
+        self.slot_score = nn.Linear(config.hidden_size, num_reads) if num_reads else None
+        self.automaton_score: nn.Linear | None = None
+        self.length_score: nn.Embedding | None = None
+        if config.automaton_pointer:
+            self.automaton_score = nn.Linear(config.hidden_size, 1)
+            self.length_score = nn.Embedding(_NUM_LENGTH_BUCKETS, 1)
+
+    def forward(
+        self, h: Tensor, read: SelectiveRead | None, match: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens that share the probability, and ln of the shares.
+
+        Args:
+            h: [B, T, D], what the head reads.
+            read: what the slots found.
+            match: the automaton's predicted ids and match lengths, [B, T] int64 each, -1 and 0 for
+                no match.
+
+        Returns:
+            token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary first, -inf for
+            what was not found.
+        """
+        ids, scores, elsewhere = [], [torch.zeros_like(h[..., :1])], [torch.zeros_like(h[..., :1])]
+        if self.slot_score is not None and read is not None:
+            ids.append(read.token_ids)
+            scores.append(self.slot_score(h) + read.log_strength)
+            elsewhere.append(read.elsewhere + torch.zeros_like(read.log_strength))
+        if self.automaton_score is not None and self.length_score is not None:
+            assert match is not None
+            predicted, lengths = (part.unsqueeze(-1) for part in match)  # [B, T, 1]
+            buckets = (2 * lengths - 1).clamp_min(1).double().log2().long()
+            by_length = self.length_score(buckets.clamp(max=_NUM_LENGTH_BUCKETS - 1)).squeeze(-1)
+            score = self.automaton_score(h) + by_length
+            scores.append(score.masked_fill(predicted < 0, -torch.inf))
+            elsewhere.append(torch.zeros_like(score))
+            ids.append(predicted.clamp_min(0))
+        log_weights = log_softmax(torch.cat(scores, dim=-1), dim=-1)
+        return torch.cat(ids, dim=-1), log_weights + torch.cat(elsewhere, dim=-1)
+
+
+class MixedLogits(NamedTuple):
+    """The vocabulary's logits and the tokens that share the probability with it.
+
+    Attributes:
+        logits: [..., V].
+        token_ids: [..., K] int64.
+        log_weights: [..., 1 + K], sums to 1 after exponentiation; the vocabulary first.
+    """
+
+    logits: Tensor
+    token_ids: Tensor
+    log_weights: Tensor
+
+
+def mix_logits(mixed: MixedLogits) -> Tensor:
+    """Return ln of the mixture over the whole vocabulary, [..., V].
+
+    Nothing of the vocabulary's size is made beside the result: tokens that several components
+    propose are summed among the K.
+    """
+    log_vocab = log_softmax(mixed.logits, dim=-1) + mixed.log_weights[..., :1]
+    ids, log_pointer = mixed.token_ids, mixed.log_weights[..., 1:]
+    same = ids.unsqueeze(-1) == ids.unsqueeze(-2)  # [..., K, K]
+    together = _log_sum(log_pointer.unsqueeze(-2).masked_fill(~same, -torch.inf))  # [..., K]
+    is_first = ~(same & _below_diagonal(same)).any(dim=-1)  # [..., K]
+    counts = is_first & together.isfinite()
+    log_old = log_vocab.gather(-1, ids)
+    log_new = torch.logaddexp(log_old, together.masked_fill(~counts, -1e30))
+    gain = torch.where(counts, log_new - log_old, 0.0)
+    return log_vocab.scatter_add(-1, ids, gain)
+
+
+def score_targets(mixed: MixedLogits, targets: Tensor) -> Tensor:
+    """Return minus ln of the mixture's probability of one token each, [...] for targets [...]."""
+    log_vocab = log_softmax(mixed.logits, dim=-1).gather(-1, targets.unsqueeze(-1))
+    parts = [
+        log_vocab + mixed.log_weights[..., :1],
+        mixed.log_weights[..., 1:].masked_fill(
+            mixed.token_ids != targets.unsqueeze(-1), -torch.inf
+        ),
+    ]
+    return -torch.logsumexp(torch.cat(parts, dim=-1), dim=-1)
+
+
+def _below_diagonal(same: Tensor) -> Tensor:
+    """Return [K, K] bool, True where the column comes before the row."""
+    return torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril(-1)
+
+
+def _log_sum(scores: Tensor) -> Tensor:
+    """Return logsumexp over the last axis, -inf without a gradient of nan where all are -inf."""
+    empty = scores.isneginf().all(dim=-1)
+    summed = torch.logsumexp(scores.masked_fill(empty.unsqueeze(-1), 0.0), dim=-1)
+    return summed.masked_fill(empty, -torch.inf)

@@ -1,0 +1,218 @@
+"""Contexts, gate, read and pointer around the selective slots."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, logsigmoid, rms_norm
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
+from unimatrix.ops.selective_slots import (
+    CODES_PER_NAT,
+    MAX_CODE,
+    MIN_CODE,
+    SelectiveSlots,
+    SlotLookup,
+    empty_selective_slots,
+    hash_contexts,
+    scan_selective_slots,
+)
+
+_FIRST_READ_SCORE = 4.0
+
+
+class SelectiveState(NamedTuple):
+    """What the selective slots carry from call to call.
+
+    Attributes:
+        slots: the M slots.
+        recent_token_ids: [B, n] int32, the last tokens, as far back as contexts reach; -1 for none.
+    """
+
+    slots: SelectiveSlots
+    recent_token_ids: Tensor
+
+
+class SelectiveRead(NamedTuple):
+    """What every position found, and what the pointer and the loss need of it.
+
+    Attributes:
+        context: [B, T, D], weighted values, projected.
+        token_ids: [B, T, Q] int64, the values; 0 where nothing was found.
+        log_strength: [B, T, Q], ln of the strength they are held with; -inf for nothing.
+        elsewhere: [B, T, Q] zeros to add to the pointer's log weights (``ops.hindsight``), or 0.
+        scale: to be added to the loss; ``None`` where nothing is learned in hindsight.
+    """
+
+    context: Tensor
+    token_ids: Tensor
+    log_strength: Tensor
+    elsewhere: Tensor | float
+    scale: HindsightScale | None
+
+
+class SelectiveMixer(nn.Module):
+    """Look the recent contexts up, and offer the one before to the slots.
+
+    Equation: E13 to E16.
+    Source: this project.
+
+    Args:
+        config: uses D, V, M, the ``slot_*`` fields and the ``hindsight*`` fields.
+    """
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__()
+        self.backend = "auto"
+        self.patterns = [list(pattern) for pattern in config.slot_key_patterns]
+        self.read_offsets = list(config.slot_read_offsets)
+        self.num_slots = config.num_slots
+        self.vocab_size = config.vocab_size
+        self.margin = round(config.slot_margin * CODES_PER_NAT)
+        self.keep_first = config.repeated_key == "first"
+        self.fade_tokens = config.slot_fade_tokens
+        self.reads_hidden = config.slot_source == "hidden"
+        self.rules = None
+        if config.hindsight != "none":
+            self.rules = HindsightRules(
+                config.hindsight,
+                config.hindsight_share,
+                config.hindsight_floor,
+                config.hindsight_weight,
+            )
+        farthest = max(max(pattern) for pattern in self.patterns)
+        # A write's context ends one token back, a read's as many as its offset.
+        self.num_recent = farthest + max(1, *self.read_offsets)
+        width, num_patterns = config.hidden_size, len(self.patterns)
+        self.num_reads = num_patterns * len(self.read_offsets)
+        gate_inputs = (3 if self.reads_hidden else 2) * width
+        self.gate_up = nn.Linear(gate_inputs, width // 2)
+        self.gate_down = nn.Linear(width // 2, num_patterns)
+        self.read_score = nn.Parameter(torch.empty(self.num_reads))
+        self.value_proj = nn.Linear(width, width, bias=False)
+        self.read_gate = nn.Linear(width, width)
+
+    def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that start elsewhere: a read is clearly above reading nothing."""
+        return [(self.read_score, torch.full((self.num_reads,), _FIRST_READ_SCORE))]
+
+    def forward(self, h: Tensor, context: Tensor) -> Tensor:
+        """Return the gated context, [B, T, D] for h [B, T, D] and context [B, T, D]."""
+        return torch.sigmoid(self.read_gate(h)) * context
+
+    def retrieve(
+        self,
+        embed: nn.Embedding,
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        *,
+        state: SelectiveState | None,
+        num_before: Tensor,
+        lengths: Tensor | None,
+        keeps_state: bool,
+    ) -> tuple[SelectiveRead, SelectiveState | None]:
+        """Run the slots over a sequence.
+
+        Args:
+            embed: the token embedding.
+            token_ids: [B, T] int64.
+            hidden: [B, T, D], the stream that the gate sees, with the hidden source.
+            state: slots and recent tokens before; ``None`` is an empty stream.
+            num_before: [B] int64, tokens of the stream before these.
+            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+            keeps_state: return the state after the last real token. Training looks up in slots
+                without a bound, whatever is kept.
+
+        Returns:
+            what each position found, and the state.
+        """
+        batch = token_ids.shape[0]
+        if state is None:
+            slots = empty_selective_slots(
+                batch, self.num_slots, self.vocab_size, device=token_ids.device
+            )
+            recent = token_ids.new_full((batch, self.num_recent), -1)
+        else:
+            slots, recent = state.slots, state.recent_token_ids.long()
+        stream = torch.cat([recent, token_ids], dim=1)  # [B, n + T]
+        keys = hash_contexts(stream, self.patterns)  # [B, n + T, N]
+        logits = self._weigh_writes(embed, stream, hidden)  # [B, T, N]
+        codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
+        write_keys = self._ending(keys, 1)
+
+        def scan(bounded: bool) -> tuple[SlotLookup, SelectiveSlots | None]:
+            return scan_selective_slots(
+                torch.cat([self._ending(keys, offset) for offset in self.read_offsets], dim=-1),
+                write_keys,
+                token_ids,
+                codes,
+                initial=slots,
+                bounded=bounded,
+                margin=self.margin,
+                keep_first=self.keep_first,
+                fade_tokens=self.fade_tokens,
+                first_position=num_before,
+                lengths=lengths,
+                backend=self.backend,
+            )
+
+        bounded = not self.training
+        lookup, final = scan(bounded)
+        kept = None
+        if keeps_state:
+            held = scan(bounded=True)[1] if final is None else final
+            assert held is not None
+            kept = SelectiveState(held, self._take_recent(stream, lengths))
+        return self._read(embed, lookup, logits, write_keys >= 0), kept
+
+    def _weigh_writes(self, embed: nn.Embedding, stream: Tensor, hidden: Tensor | None) -> Tensor:
+        """Return the logit of each write's strength, [B, T, N]."""
+        pair = stream[:, self.num_recent - 1 :]  # [B, 1 + T]
+        features = embed(pair.clamp_min(0)) * (pair >= 0).unsqueeze(-1)
+        features = rms_norm(features, features.shape[-1:])
+        inputs = [features[:, :-1], features[:, 1:]]
+        if hidden is not None:
+            inputs.append(rms_norm(hidden, hidden.shape[-1:]))
+        logits: Tensor = self.gate_down(gelu(self.gate_up(torch.cat(inputs, dim=-1))))
+        return logits
+
+    def _ending(self, keys: Tensor, offset: int) -> Tensor:
+        """Return the contexts that end ``offset`` tokens before each position, [B, T, N]."""
+        first = self.num_recent - offset
+        return keys[:, first : keys.shape[1] - offset]
+
+    def _take_recent(self, stream: Tensor, lengths: Tensor | None) -> Tensor:
+        """Return the last n real tokens of each row, [B, n] int32."""
+        last = self.num_recent + torch.arange(-self.num_recent, 0, device=stream.device)  # [n]
+        if lengths is None:
+            taken = stream[:, stream.shape[1] - self.num_recent :]
+        else:
+            taken = stream.gather(1, lengths.unsqueeze(1) + last)
+        return taken.int()
+
+    def _read(
+        self, embed: nn.Embedding, lookup: SlotLookup, logits: Tensor, offered: Tensor
+    ) -> SelectiveRead:
+        """Weigh what was found and mix its values."""
+        found = lookup.entries >= 0  # [B, T, Q]
+        held = lookup.codes.to(logits.dtype) / CODES_PER_NAT
+        # The value is that of the code, as the slots keep it; the gradient is the gate's.
+        writes = lookup.entries - self.num_slots
+        written = logits.flatten(1).gather(1, writes.clamp_min(0).flatten(1)).view_as(held)
+        held = torch.where(writes >= 0, held + written - written.detach(), held)
+        log_strength = logsigmoid(held).masked_fill(~found, -torch.inf)
+        scores = self.read_score + log_strength
+        nothing = torch.zeros_like(scores[..., :1])
+        log_weights = torch.cat([nothing, scores], dim=-1).log_softmax(dim=-1)[..., 1:]
+        elsewhere: Tensor | float = 0.0
+        scale = None
+        if self.training and self.rules is not None:
+            log_weights, elsewhere, scale = watch_reads(
+                log_weights, logits, lookup.entries, offered, self.num_slots, self.rules
+            )
+        weights = log_weights.exp()  # [B, T, Q]
+        values = embed(lookup.value_ids)  # [B, T, Q, D]
+        mixed = (weights.unsqueeze(-1) * rms_norm(values, values.shape[-1:])).sum(dim=2)
+        context = self.value_proj(mixed)
+        return SelectiveRead(context, lookup.value_ids, log_strength, elsewhere, scale)

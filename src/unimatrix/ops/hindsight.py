@@ -1,0 +1,150 @@
+"""Hindsight write supervision: label every write by what reading it later was worth.
+
+An identity on the read weights whose backward pass looks at the gradient that arrives there. In
+the logarithm of a weight that gradient is minus the *attribution* of the read: to first order, the
+nats that the loss would gain if the read had not happened. For a pointer in a mixture it is exact
+in another sense: minus the responsibility of that entry for the target. Summed over the reads of a
+write it says whether the write deserved its slot, and the gate is trained to have known.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from unimatrix.errors import InputError, suggest
+
+LABELS = ("attribution", "read_hit", "read_weight")
+_LEAST_WEIGHT = 0.05
+
+
+class HindsightRules(NamedTuple):
+    """How a write is judged.
+
+    Attributes:
+        label: ``attribution`` (nats, context and pointer), ``read_hit`` (a read with weight above
+            0.05 returned the target) or ``read_weight`` (a read had such a weight).
+        share: an attribution is useful above this share of the sequence's largest,
+        floor: and above so many nats.
+        weight: of the gate's loss beside the model's.
+    """
+
+    label: str
+    share: float
+    floor: float
+    weight: float
+
+
+class HindsightScale(NamedTuple):
+    """Two zeros to add to the loss, so that the backward pass knows its scale.
+
+    Attributes:
+        of_target: add it times the divisor's inverse: its gradient is d total / d nat.
+        of_gate: add it times the share of the targets that are here: the gate's loss is a mean
+            over writes, and this is the weight of that mean.
+    """
+
+    of_target: Tensor
+    of_gate: Tensor
+
+
+def require_label(label: str) -> None:
+    """Raise ``InputError`` for an unknown label."""
+    if label not in LABELS:
+        raise InputError(
+            f"hindsight is {label!r}; choose none or one of {', '.join(LABELS)}."
+            f"{suggest(label, LABELS)}"
+        )
+
+
+def judge_writes(attribution: Tensor, rules: HindsightRules) -> Tensor:
+    """Return which writes were useful.
+
+    Equation: E16.
+
+    Args:
+        attribution: [B, W], what the reads of each write were worth.
+        rules: see ``HindsightRules``.
+
+    Returns:
+        [B, W] bool: above the floor, and above the share of the row's largest.
+    """
+    if rules.label != "attribution":
+        return attribution > 0
+    largest = attribution.amax(dim=1, keepdim=True)
+    return attribution > (rules.share * largest).clamp_min(rules.floor)
+
+
+def watch_reads(
+    log_weights: Tensor,
+    gate_logits: Tensor,
+    entries: Tensor,
+    offered: Tensor,
+    num_initial: int,
+    rules: HindsightRules,
+) -> tuple[Tensor, Tensor, HindsightScale]:
+    """Let the gate learn from how the reads turn out.
+
+    Equation: E15, E16.
+    Source: this project; the signal is that of architecture note "hindsight write supervision".
+
+    Args:
+        log_weights: [B, T, Q], ln of the weight of each read, -inf where nothing was found.
+        gate_logits: [B, T, N], logit of each write's strength.
+        entries: [B, T, Q] int64, the write M + t N + n that each read found; below M for none.
+        offered: [B, T, N] bool, whether the position offered that write.
+        num_initial: M.
+        rules: how a write is judged.
+
+    Returns:
+        ``log_weights`` unchanged; zeros [B, T, Q] to add to the ln of the same entries' weights
+        wherever else they are used, so that what happens there counts; and the scale to add to the
+        loss.
+
+    Cost:
+        One scatter of B T Q numbers in the backward pass.
+    """
+    passed, elsewhere, of_target, of_gate = _Watch.apply(
+        log_weights, gate_logits, entries, offered, num_initial, rules
+    )
+    return passed, elsewhere, HindsightScale(of_target, of_gate)
+
+
+class _Watch(torch.autograd.Function):
+    """Identity on the weights; the backward pass adds the gate's cross entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, log_weights: Tensor, gate_logits: Tensor, *others: Any) -> Any:
+        entries, offered, num_initial, rules = others
+        ctx.save_for_backward(log_weights, gate_logits, entries, offered)
+        ctx.num_initial, ctx.rules = num_initial, rules
+        zero = gate_logits.new_zeros(())
+        return log_weights.view_as(log_weights), torch.zeros_like(log_weights), zero, zero.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, d_weights: Tensor, d_elsewhere: Tensor, d_target: Tensor, d_gate: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        log_weights, gate_logits, entries, offered = ctx.saved_tensors
+        scale = d_target.abs().clamp_min(torch.finfo(d_target.dtype).tiny)
+        reads = _value_reads(ctx.rules.label, log_weights, d_weights, d_elsewhere, scale)
+        writes = (entries - ctx.num_initial).clamp_min(-1) + 1  # 0 collects what is no write here
+        sums = reads.new_zeros(reads.shape[0], gate_logits[0].numel() + 1)
+        sums.scatter_add_(1, writes.flatten(1), reads.flatten(1))
+        useful = judge_writes(sums[:, 1:], ctx.rules).view_as(gate_logits)
+        slope = (torch.sigmoid(gate_logits) - useful.to(gate_logits.dtype)) * offered
+        d_logits = ctx.rules.weight * d_gate * slope / offered.sum().clamp_min(1)
+        return d_weights, d_logits, None, None, None, None
+
+
+def _value_reads(
+    label: str, log_weights: Tensor, d_weights: Tensor, d_elsewhere: Tensor, scale: Tensor
+) -> Tensor:
+    """Return what each read [B, T, Q] was worth, as the label counts it."""
+    if label == "attribution":
+        return -(d_weights + d_elsewhere) / scale
+    read = log_weights.exp() > _LEAST_WEIGHT
+    if label == "read_hit":
+        read &= d_elsewhere < -_LEAST_WEIGHT * scale
+    return read.to(d_weights.dtype)

@@ -1,0 +1,46 @@
+"""Contexts as integers: the tokens at chosen distances, hashed into 31 bits."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unimatrix.ops.selective_slots.state import NO_KEY
+
+# Constants of SplitMix64 (Steele, Lea, Flood 2014), as signed numbers: sums wrap around.
+_STEP = -7046029254386353131
+_MIX = -4658895280553007687
+_MASK = 2**31 - 1
+
+
+def hash_contexts(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
+    """Hash, for every position and pattern, the tokens at the pattern's distances back.
+
+    Args:
+        ids: [B, T] int64, -1 where there is no token.
+        patterns: distances back, 0 the position itself, at least one a pattern.
+
+    Returns:
+        [B, T, N] int64 in 0..2^31 - 1; -1 where a token of the context does not exist. A single
+        pattern of one token is the token's id, without hashing.
+
+    Note:
+        Two contexts share a hash with probability 2^-31. The pattern's number is hashed with it.
+    """
+    batch, num_tokens = ids.shape
+    keys = []
+    for number, pattern in enumerate(patterns):
+        hashed = torch.full_like(ids, number + 1)
+        exists = torch.ones_like(ids, dtype=torch.bool)
+        for distance in pattern:
+            back = min(distance, num_tokens)
+            missing = ids.new_full((batch, back), NO_KEY)
+            token = torch.cat([missing, ids[:, : num_tokens - back]], dim=1)  # [B, T]
+            exists &= token >= 0
+            hashed = (hashed ^ (token + 1)) * _STEP
+            hashed = (hashed ^ ((hashed >> 29) & (2**35 - 1))) * _MIX
+        hashed = (hashed ^ ((hashed >> 32) & (2**32 - 1))) & _MASK
+        if len(patterns) == 1 and len(pattern) == 1:
+            hashed = token
+        keys.append(hashed.masked_fill(~exists, NO_KEY))
+    return torch.stack(keys, dim=-1)

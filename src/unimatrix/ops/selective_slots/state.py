@@ -1,0 +1,100 @@
+"""What selective slots hold, what goes in, what comes out."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CODES_PER_NAT = 8
+"""Strength codes a unit of the gate's logit: strength = sigmoid(code / 8)."""
+MIN_CODE, MAX_CODE = -128, 127
+
+NO_KEY = -1
+NO_VALUE = -1
+_LARGEST_INT16 = 2**15 - 1
+
+
+class SelectiveSlots(NamedTuple):
+    """M slots a row.
+
+    Attributes:
+        slot_keys: [B, M] int32, hash of the context; -1 in an empty slot.
+        slot_value_ids: [B, M] int16 or int32, the token that followed it; -1 in an empty slot.
+        slot_codes: [B, M] int8, strength code; sigmoid(code / 8) is the strength.
+    """
+
+    slot_keys: Tensor
+    slot_value_ids: Tensor
+    slot_codes: Tensor
+
+
+class SlotLookup(NamedTuple):
+    """What every position found.
+
+    Entries are the initial slots 0..M-1, then the writes M + t N + n of pattern n at token t.
+
+    Attributes:
+        entries: [B, T, Q] int64, the entry that held the context asked for, -1 for none.
+        codes: [B, T, Q] int64, its strength code then, fading included; 0 for none.
+        value_ids: [B, T, Q] int64, the token it holds; 0 for none.
+    """
+
+    entries: Tensor
+    codes: Tensor
+    value_ids: Tensor
+
+
+class SlotWrites(NamedTuple):
+    """What the tokens ask and offer, on the CPU.
+
+    Attributes:
+        read_keys: [B, T, Q] int64, contexts asked for, -1 for none.
+        write_keys: [B, T, N] int64, contexts offered, -1 for none.
+        value_ids: [B, T] int64, the value of a token's writes.
+        codes: [B, T, N] int64 in -128..127.
+        first_position: [B] int64, real tokens of the row before these.
+        lengths: [B] int64, real tokens of the row among these.
+    """
+
+    read_keys: Tensor
+    write_keys: Tensor
+    value_ids: Tensor
+    codes: Tensor
+    first_position: Tensor
+    lengths: Tensor
+
+
+class SlotPolicy(NamedTuple):
+    """The numbers that govern writing.
+
+    Attributes:
+        num_slots: M; 0 is no bound, and what is left at the end is then not returned.
+        margin: codes by which a write must exceed the slot that it displaces.
+        keep_first: a context met again keeps its first value unless the new one is stronger.
+        fade_tokens: codes of all slots fall by one every so many tokens; 0 is never.
+    """
+
+    num_slots: int
+    margin: int
+    keep_first: bool
+    fade_tokens: int
+
+
+def empty_selective_slots(
+    batch: int, num_slots: int, vocab_size: int, *, device: torch.device | str | None = None
+) -> SelectiveSlots:
+    """Return slots that hold nothing.
+
+    Args:
+        batch: B.
+        num_slots: M.
+        vocab_size: V, which decides the bytes of a value.
+        device: where they live; ``None`` is torch's default.
+    """
+    ids = torch.int16 if vocab_size <= _LARGEST_INT16 else torch.int32
+    shape = (batch, num_slots)
+    return SelectiveSlots(
+        torch.full(shape, NO_KEY, dtype=torch.int32, device=device),
+        torch.full(shape, NO_VALUE, dtype=ids, device=device),
+        torch.full(shape, MIN_CODE, dtype=torch.int8, device=device),
+    )
