@@ -269,6 +269,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool = False,
+        logits_at: Tensor | None = None,
     ) -> UniMatrixCausalLMOutput | tuple[Any, ...]:
         """Return the logits of every position, and the loss where labels are given.
 
@@ -286,6 +287,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             num_items_in_batch: divide the summed loss by this instead of by the targets here.
             loss_only: return no logits, and compute only what the loss needs: a task with few
                 targets does not pay for a vocabulary's logits at every position.
+            logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
+                by row. Rules over ``logits_to_keep``; not beside labels.
 
         Returns:
             a ``UniMatrixCausalLMOutput``.
@@ -309,6 +312,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         rows: Any = (slice(None), kept)
         if loss_only and shift_labels is not None:
             rows = (shift_labels != IGNORED_LABEL,)
+        elif logits_at is not None:
+            rows = (logits_at,)
         mixed = self._predict(output, rows)
         loss = None
         if shift_labels is not None:

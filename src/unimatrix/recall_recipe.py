@@ -1,51 +1,68 @@
-"""The paper's associative-recall recipe; loads neither torch nor transformers."""
+"""The recipes of the recall lab, one a task; loads neither torch nor transformers."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from unimatrix.errors import InputError, suggest
 from unimatrix.recipe import TrainSection
+
+DEFAULT_PRESET = "unimatrix"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecallRecipe:
-    """What is trained on associative recall, how, and on what it is tested.
+    """What is trained on a recall task, how, and on what it is tested."""
 
-    Source: paper, associative recall; vocabulary of 64 ids, 128 tokens, one label an example.
-    """
-
+    task: str = "associative"
+    """Task of the lab."""
     preset: str = "sparsepointer"
     """Preset to train with fresh weights."""
     dropout: float = 0.1
     """Dropout probability in training."""
     num_slots: int | None = None
-    """Slots of a preset that has them; none is the preset's own number."""
+    """Slots of a preset that has them; none is the recipe's own number."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Configuration fields that differ from the preset."""
     num_pairs: int = 4
-    """Bindings in a training example, 1 to 8."""
+    """Bindings in a training example of associative recall, 1 to 8."""
     steps: int = 200
     """Optimiser steps."""
     batch_size: int = 32
     """Examples in an optimiser step."""
     learning_rate: float = 3e-4
-    """Learning rate, constant."""
+    """Learning rate."""
+    schedule: str = "constant"
+    """Shape of the learning rate after warm-up: constant, linear or cosine."""
+    warmup_fraction: float = 0.0
+    """Share of the steps over which the learning rate rises linearly from 0."""
     weight_decay: float = 0.01
     """Weight decay of AdamW, on every parameter."""
     test_pairs: tuple[int, ...] = (4, 6, 8)
-    """Bindings in a test example, one test each."""
+    """Bindings in a test example of associative recall, one test each."""
+    test_tokens: int | None = None
+    """Length of the tests of associative recall; none is that of the training."""
+    test_slots: str = "same"
+    """same, or pairs: give each test of the MQAR family as many slots as it has pairs."""
     test_examples: int = 64 * 32
     """Examples of each test; none is seen in training."""
+    data: tuple[str, ...] = ("pystdlib",)
+    """Text that the needle is hidden in, as in `train`."""
+    test_data: tuple[str, ...] = ()
+    """Text of the needle's tests; none is the corpus's test split."""
+    test_windows: tuple[int, ...] = (1024, 16_384, 131_072)
+    """Lengths of the needle's tests in bytes."""
     seed: int = 19
     """Seed of weights, examples and dropout."""
 
     def to_train_section(self) -> TrainSection:
-        """Return the settings of the optimiser: plain AdamW, as in the paper."""
+        """Return the settings of the optimiser: AdamW, weight decay on everything."""
         return TrainSection(
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            schedule="constant",
-            warmup_fraction=0.0,
+            schedule=self.schedule,
+            warmup_fraction=self.warmup_fraction,
             optimizer="adamw_torch",
             beta1=0.9,
             beta2=0.999,
@@ -54,3 +71,125 @@ class RecallRecipe:
             max_grad_norm=1.0,
             seed=self.seed,
         )
+
+
+# What the lab's small models leave out of the preset: recall needs no suffix automaton, and keys
+# of one token are the ids themselves.
+_BY_TOKEN = {
+    "slot_key_patterns": [[0]],
+    "residual_path": "none",
+    "automaton_pointer": False,
+}
+# Slots and pointer alone, asked with the token at hand.
+_SLOTS_ALONE = _BY_TOKEN | {
+    "slot_read_offsets": [0],
+    "update_rules": "none",
+    "num_hidden_layers": 1,
+}
+_MQAR: dict[str, Any] = {
+    "preset": DEFAULT_PRESET,
+    "dropout": 0.0,
+    "num_slots": 256,
+    "steps": 600,
+    "learning_rate": 3e-3,
+    "schedule": "cosine",
+    "warmup_fraction": 0.03,
+    "weight_decay": 0.1,
+    "test_examples": 1000,
+    "overrides": _SLOTS_ALONE,
+}
+# A letter of the key may be wrong, so no context relies on all of them: three of four behind the
+# equals sign, then the equals sign and what of the value is known with one letter of the key.
+_NOISY_PATTERNS = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [0, 1, 2], [0, 1, 3]]
+
+RECIPES: Mapping[str, RecallRecipe] = {
+    "associative": RecallRecipe(
+        preset=DEFAULT_PRESET, num_slots=8, steps=400, learning_rate=1e-3, overrides=_BY_TOKEN
+    ),
+    "mqar-a": RecallRecipe(task="mqar-a", **_MQAR),
+    "mqar-b": RecallRecipe(task="mqar-b", **_MQAR),
+    "mqar-forgetting": RecallRecipe(task="mqar-forgetting", **_MQAR),
+    "mqar-compositional": RecallRecipe(
+        task="mqar-compositional",
+        **(_MQAR | {"overrides": _SLOTS_ALONE | {"slot_key_patterns": [[0, 1]]}}),
+    ),
+    "noisy-keys": RecallRecipe(
+        task="noisy-keys",
+        preset=DEFAULT_PRESET,
+        dropout=0.0,
+        num_slots=256,
+        steps=600,
+        learning_rate=3e-3,
+        schedule="cosine",
+        warmup_fraction=0.03,
+        overrides=_BY_TOKEN
+        | {"slot_key_patterns": _NOISY_PATTERNS, "slot_read_offsets": [0], "slot_source": "hidden"},
+    ),
+    "needle": RecallRecipe(
+        task="needle",
+        preset=DEFAULT_PRESET,
+        dropout=0.0,
+        num_slots=64,
+        steps=600,
+        batch_size=16,
+        learning_rate=3e-3,
+        schedule="cosine",
+        warmup_fraction=0.03,
+        test_examples=100,
+        overrides=_BY_TOKEN
+        | {
+            "slot_key_patterns": [[0, 1, 2, 3, 4, 5, 6, 7]],
+            "slot_read_offsets": [0],
+            "slot_source": "hidden",
+        },
+    ),
+    "triple": RecallRecipe(
+        task="triple",
+        preset=DEFAULT_PRESET,
+        num_slots=32,
+        steps=3000,
+        batch_size=64,
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_fraction=0.03,
+        overrides=_BY_TOKEN,
+    ),
+}
+TASKS = tuple(RECIPES)
+
+_QUICK_STEPS = {"associative": 200, "mqar-a": 250, "mqar-b": 250, "triple": 400, "needle": 120}
+_QUICK_EXAMPLES = {"needle": 20, "associative": 512, "triple": 512}
+
+
+def find_recipe(task: str, preset: str | None = None, *, quick: bool = False) -> RecallRecipe:
+    """Return the recipe of a task.
+
+    Args:
+        task: one of ``TASKS``.
+        preset: the preset to train instead of the recipe's; a published one is trained on
+            associative recall as the paper does (200 steps at 3e-4, its own slots).
+        quick: fewer steps and test examples, to finish in two minutes on two cores.
+
+    Raises:
+        InputError: for an unknown task, or a published preset on another task than associative.
+    """
+    if task not in RECIPES:
+        raise InputError(
+            f"unknown task {task!r}; choose one of {', '.join(TASKS)}.{suggest(task, TASKS)}"
+        )
+    recipe = RECIPES[task]
+    if preset is not None and preset != DEFAULT_PRESET:
+        if task != "associative":
+            raise InputError(
+                f"preset is {preset!r} and the recipe of {task} is made for {DEFAULT_PRESET}; "
+                "leave --preset out"
+            )
+        recipe = RecallRecipe(preset=preset)
+    if quick:
+        recipe = replace(
+            recipe,
+            steps=min(recipe.steps, _QUICK_STEPS.get(task, 250)),
+            test_examples=min(recipe.test_examples, _QUICK_EXAMPLES.get(task, 100)),
+            test_windows=recipe.test_windows[:2],
+        )
+    return recipe

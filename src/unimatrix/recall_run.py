@@ -11,42 +11,50 @@ from transformers import TrainerCallback
 from unimatrix.checkpoints import hide_progress
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.evaluation.copy_rules import measure_copy_rules
 from unimatrix.evaluation.footprint import measure_state_bytes
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.recall_recipe import RecallRecipe
+from unimatrix.recall_slices import RecallSlices, build_slices, count_pairs
 from unimatrix.recipe import ModelSection, Recipe
 from unimatrix.run_folder import create_run_folder, start_record, write_record
-from unimatrix.tasks import AssociativeRecall
+from unimatrix.tasks import AssociativeRecall, RotatingDataset
 from unimatrix.training import train_model
 
 # Added to the seed, so that no test ever meets a training example.
 _TEST_SEED_OFFSET = 2**32
+_BYTE_VOCAB_SIZE = 259
+_COPY_RULE_EXAMPLES = 200
+# Copy rules read the whole example in Python.
+_LONGEST_COPIED_TOKENS = 20_000
+# A test of longer examples takes fewer at a time.
+_TOKENS_PER_BATCH = 2**17
 
 
-def build_recall_config(recipe: RecallRecipe) -> UniMatrixConfig:
+def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixConfig:
     """Return the configuration of the model that a recall recipe trains.
 
     Raises:
         InputError: for an unknown preset, an unusable value, or slots on a preset without slots.
     """
-    task = AssociativeRecall(num_pairs=recipe.num_pairs)
-    fields: dict[str, Any] = {
-        "vocab_size": task.vocab_size,
-        "max_position_embeddings": task.window_tokens,
-        "pad_token_id": task.PAD_ID,
-        "bos_token_id": task.BOS_ID,
-        "eos_token_id": None,
-        "dropout": recipe.dropout,
-        **recipe.overrides,
-    }
+    task = slices.train[0]
+    fields: dict[str, Any] = {"vocab_size": task.vocab_size, "dropout": recipe.dropout}
+    if isinstance(task, AssociativeRecall):
+        fields |= {"pad_token_id": task.PAD_ID, "bos_token_id": task.BOS_ID, "eos_token_id": None}
+        fields["max_position_embeddings"] = task.window_tokens
+    elif task.vocab_size != _BYTE_VOCAB_SIZE:
+        fields |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if recipe.preset == "unimatrix":
+        fields["max_position_embeddings"] = None
+    fields |= recipe.overrides
     config = UniMatrixConfig.preset(recipe.preset, **fields)
     if recipe.num_slots is None:
         return config
-    if config.associative_memory != "slots":
+    if config.associative_memory not in ("slots", "selective"):
         raise InputError(
             f"slots is {recipe.num_slots} and preset {recipe.preset!r} has no slots; choose preset "
-            "sparsepointer, or leave slots out"
+            "unimatrix or sparsepointer, or leave slots out"
         )
     return UniMatrixConfig.preset(recipe.preset, **(fields | {"num_slots": recipe.num_slots}))
 
@@ -58,36 +66,40 @@ def run_recall(
     device: str = "cpu",
     callbacks: Sequence[TrainerCallback] = (),
     on_metrics: Callable[[dict[str, float]], None] | None = None,
+    on_test: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Train on associative recall and test it.
+    """Train on a recall task and test it.
 
     Args:
         recipe: what to do; the same recipe gives the same numbers on the same machine.
         out: folder for the model, its log and the record; ``None`` keeps nothing.
         device: cpu, cuda or mps.
         callbacks, on_metrics: as in ``train_model``.
+        on_test: called with the name of each test before it is run.
 
     Returns:
-        ``accuracy`` by number of pairs (a fraction), ``parameters``, ``state_bytes`` at batch 1,
-        ``train_s`` and the ``recipe``, as JSON types.
+        ``task``, ``accuracy`` by test (a fraction), their ``mean_accuracy``, ``copy_rules`` by test,
+        ``parameters``, ``state_bytes`` at batch 1 and ``state_bytes_by_part``, ``train_s`` and the
+        ``recipe``, as JSON types.
 
     Raises:
         InputError: for an unusable recipe or folder, before anything is written.
     """
-    model = _draw_model(recipe)
+    slices = build_slices(recipe)
+    model = _draw_model(recipe, slices)
     if out is not None:
         create_run_folder(out, "recall")
-    task, num_examples = AssociativeRecall(recipe.num_pairs), recipe.steps * recipe.batch_size
+    num_examples = recipe.steps * recipe.batch_size
     trained = train_model(
         model,
-        task.dataset(recipe.seed, num_examples),
+        RotatingDataset(slices.train, recipe.seed, num_examples, recipe.batch_size),
         recipe.to_train_section(),
         out,
         callbacks=callbacks,
         device=device,
         on_metrics=on_metrics,
     )
-    result = _test(model.to(device), recipe, trained.train_s)
+    result = _test(model.to(device), recipe, slices, trained.train_s, on_test)
     if out is not None:
         _keep(model, result, recipe, out, device)
     return result
@@ -96,34 +108,67 @@ def run_recall(
 def _check(recipe: RecallRecipe) -> None:
     """Raise ``InputError`` for what would stop the run after its first writing."""
     recipe.to_train_section()
-    for num_pairs in recipe.test_pairs:
-        AssociativeRecall(num_pairs=num_pairs)
     if recipe.test_examples < 1:
         raise InputError(f"test_examples is {recipe.test_examples}; it must be at least 1")
+    if recipe.test_slots not in ("same", "pairs"):
+        raise InputError(f"test_slots is {recipe.test_slots!r}; choose same or pairs")
 
 
-def _test(model: UniMatrixForCausalLM, recipe: RecallRecipe, train_s: float) -> dict[str, Any]:
+def _test(
+    model: UniMatrixForCausalLM,
+    recipe: RecallRecipe,
+    slices: RecallSlices,
+    train_s: float,
+    on_test: Callable[[str], None],
+) -> dict[str, Any]:
     """Return what ``run_recall`` returns for a model trained in so many seconds."""
     test_seed = recipe.seed + _TEST_SEED_OFFSET
-    accuracy = {
-        str(num_pairs): measure_recall(
-            model, AssociativeRecall(num_pairs=num_pairs), recipe.test_examples, test_seed
+    accuracy, copy_rules = {}, {}
+    for name, task in slices.test.items():
+        on_test(name)
+        if recipe.test_slots == "pairs":
+            _resize_slots(model, count_pairs(task))
+        num_tokens = task.build(test_seed, 1)["input_ids"].shape[1]
+        accuracy[name] = measure_recall(
+            model,
+            task,
+            recipe.test_examples,
+            test_seed,
+            batch_size=max(1, min(64, _TOKENS_PER_BATCH // num_tokens)),
+            whole_answer=slices.whole_answer,
         )
-        for num_pairs in recipe.test_pairs
-    }
+        if num_tokens <= _LONGEST_COPIED_TOKENS:
+            num_copied = min(recipe.test_examples, _COPY_RULE_EXAMPLES)
+            copy_rules[name] = measure_copy_rules(task, num_copied, test_seed)
+    by_part = measure_state_bytes(model)
     return {
+        "task": recipe.task,
         "accuracy": accuracy,
+        "mean_accuracy": sum(accuracy.values()) / len(accuracy),
+        "copy_rules": copy_rules,
         "parameters": model.num_parameters(),
-        "state_bytes": sum(measure_state_bytes(model).values()),
+        "state_bytes": sum(by_part.values()),
+        "state_bytes_by_part": by_part,
         "train_s": round(train_s, 3),
-        "recipe": {"task": "associative", **dataclasses.asdict(recipe)},
+        "recipe": dataclasses.asdict(recipe),
     }
 
 
-def _draw_model(recipe: RecallRecipe) -> UniMatrixForCausalLM:
+def _resize_slots(model: UniMatrixForCausalLM, num_slots: int | None) -> None:
+    """Give the model as many slots as a test has pairs."""
+    mixer = model.model.block.selective_mixer
+    if mixer is None or num_slots is None:
+        raise InputError(
+            "test_slots is 'pairs', which needs selective slots and a task of the MQAR family; "
+            "leave it out"
+        )
+    mixer.num_slots = num_slots
+
+
+def _draw_model(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixForCausalLM:
     """Check the recipe; return the model with fresh weights, the global generator as it was."""
     _check(recipe)
-    config = build_recall_config(recipe)
+    config = build_recall_config(recipe, slices)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return UniMatrixForCausalLM(config)

@@ -1,40 +1,40 @@
-"""Accuracy on the last position, where a recall task asks its question."""
-
-from typing import Protocol
+"""Accuracy on the labelled positions of a recall task."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.tasks import SeededTask
 
-
-class RecallTask(Protocol):
-    """A task whose only label is on the last position."""
-
-    def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Build ``input_ids`` and ``shift_labels``, both [n, T] int64, of chosen examples."""
-        ...
+IGNORED_LABEL = -100
+STREAM_TOKENS = 16_384
+"""Longer examples are read in pieces of so many tokens, the cache carried."""
 
 
 def measure_recall(
     model: PreTrainedModel,
-    task: RecallTask,
+    task: SeededTask,
     num_examples: int,
     seed: int,
     *,
     batch_size: int = 32,
+    whole_answer: bool = False,
 ) -> float:
-    """Return the fraction of examples whose last label has the largest logit.
+    """Return the mean over examples of the fraction of labels with the largest logit.
 
     Args:
         model: a causal language model of the task's vocabulary; its mode is restored afterwards.
+            A UniMatrix reads long examples in pieces, in constant memory.
         task: makes the examples.
         num_examples: examples 0..n-1 of the seed.
         seed: not the one trained with: equal seeds make equal examples.
         batch_size: examples in one forward pass; it does not move the result.
+        whole_answer: an example counts only if all its labels are right.
 
     Raises:
         InputError: if a number is below 1.
@@ -42,12 +42,43 @@ def measure_recall(
     for name, value in (("num_examples", num_examples), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
-    num_right = 0
+    total = 0.0
     with suspend_training(model):
         for start in range(0, num_examples, batch_size):
             indices = np.arange(start, min(start + batch_size, num_examples), dtype=np.int64)
-            batch = {n: t.to(model.device) for n, t in task.build_batch(seed, indices).items()}
-            output = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=1)
-            answers = output.logits[:, -1].argmax(dim=-1)  # [B]
-            num_right += int((answers == batch["shift_labels"][:, -1]).sum())
-    return num_right / num_examples
+            shares = _judge_batch(model, task, seed, indices)
+            total += float((shares == 1).sum() if whole_answer else shares.sum())
+    return total / num_examples
+
+
+def _judge_batch(
+    model: PreTrainedModel, task: SeededTask, seed: int, indices: NDArray[np.int64]
+) -> Tensor:
+    """Return the fraction of labels that are right in each example, [n] float64."""
+    batch = {name: part.to(model.device) for name, part in task.build_batch(seed, indices).items()}
+    ids, labels = batch["input_ids"], batch["shift_labels"]
+    asked = labels != IGNORED_LABEL  # [n, T]
+    right = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+    right[asked] = (_answer(model, ids, asked) == labels[asked]).double()
+    return right.sum(dim=1) / asked.sum(dim=1)
+
+
+def _answer(model: PreTrainedModel, ids: Tensor, asked: Tensor) -> Tensor:
+    """Return the token with the largest logit at each position asked for, row by row."""
+    if not isinstance(model, UniMatrixForCausalLM):
+        answers: Tensor = model(input_ids=ids, use_cache=False).logits[asked].argmax(dim=-1)
+        return answers
+    predicted = torch.zeros_like(ids)
+    cache = None
+    for start in range(0, ids.shape[1], STREAM_TOKENS):
+        piece = slice(start, start + STREAM_TOKENS)
+        is_last = piece.stop >= ids.shape[1]
+        output = model(
+            input_ids=ids[:, piece].contiguous(),
+            past_key_values=cache,
+            use_cache=not is_last,
+            logits_at=asked[:, piece],
+        )
+        cache = output.past_key_values
+        predicted[:, piece][asked[:, piece]] = output.logits.argmax(dim=-1)
+    return predicted[asked]
