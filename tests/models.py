@@ -36,6 +36,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "slot_key_size": 7,
     },
     "sparsepointer+automaton": {"residual_path": "suffix_automaton", "write_gate": False},
+    "unimatrix+small": {
+        "num_slots": 3,
+        "slot_key_patterns": [[0], [0, 2]],
+        "slot_margin": 0.25,
+        "automaton_window": 16,
+    },
+    "unimatrix+hidden": {
+        "slot_source": "hidden",
+        "num_slots": 4,
+        "slot_key_patterns": [[0, 1]],
+        "slot_read_offsets": [0],
+        "slot_fade_tokens": 5,
+        "repeated_key": "first",
+    },
+    "unimatrix+no-automaton": {
+        "residual_path": "none",
+        "automaton_pointer": False,
+        "slot_key_patterns": [[0]],
+        "update_rules": "mixed",
+        "modulation_size": 4,
+    },
+    "unimatrix+automaton-alone": {"associative_memory": "none", "pointer": False},
     "sparsepointer+table": {"max_position_embeddings": 80},
 }
 

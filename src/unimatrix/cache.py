@@ -266,7 +266,11 @@ def _gather_associations(tensors: dict[str, Tensor], prefix: str) -> Association
     slots = _gather(SelectiveSlots, tensors, f"{prefix}selective.slots.")
     selective = None
     if slots is not None:
-        selective = SelectiveState(slots, tensors[f"{prefix}selective.recent_token_ids"])
+        selective = SelectiveState(
+            slots,
+            tensors[f"{prefix}selective.recent_token_ids"],
+            tensors.get(f"{prefix}selective.logits"),
+        )
     return Associations(
         tensors.get(f"{prefix}previous"),
         _gather(SlotState, tensors, f"{prefix}slots."),

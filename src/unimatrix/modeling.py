@@ -232,10 +232,9 @@ def _unpack_pointer(
         pointer = tuple(None if part is None else padding.unpack(part) for part in pointer)
     if log_weights is not None:
         mask = padding.mask.unsqueeze(-1)
-        vocabulary, others = padding.unpack(log_weights.exp()).log().split(
-            [1, log_weights.shape[-1] - 1], dim=-1
-        )
-        log_weights = torch.cat([vocabulary.masked_fill(~mask, 0.0), others], dim=-1)
+        vocabulary, others = log_weights[..., :1], log_weights[..., 1:]
+        others = padding.unpack(others).masked_fill(~mask, -torch.inf)
+        log_weights = torch.cat([padding.unpack(vocabulary), others], dim=-1)
     return pointer, log_weights
 
 

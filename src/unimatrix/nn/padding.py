@@ -32,7 +32,8 @@ class Padding(NamedTuple):
         """Return features [B, T, *] in the caller's columns, zero at padding."""
         shape = (*self.order.shape, *[1] * (features.dim() - 2))
         inverse = self.order.argsort(dim=1).view(shape).expand_as(features)
-        return features.gather(1, inverse) * self.mask.view(shape)
+        # Chosen, not multiplied: what stands at padding may be infinite.
+        return torch.where(self.mask.view(shape), features.gather(1, inverse), 0)
 
 
 def find_padding(attention_mask: Tensor | None, input_ids: Tensor) -> Padding | None:

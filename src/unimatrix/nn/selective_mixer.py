@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, logsigmoid, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.ops.checks import find_real_tokens
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
     CODES_PER_NAT,
@@ -14,6 +15,7 @@ from unimatrix.ops.selective_slots import (
     MIN_CODE,
     SelectiveSlots,
     SlotLookup,
+    SlotScan,
     empty_selective_slots,
     hash_contexts,
     scan_selective_slots,
@@ -28,10 +30,13 @@ class SelectiveState(NamedTuple):
     Attributes:
         slots: the M slots.
         recent_token_ids: [B, n] int32, the last tokens, as far back as contexts reach; -1 for none.
+        logits: [B, M], the gate's logits behind the codes, kept only while gradients are recorded,
+            so that they pass from call to call.
     """
 
     slots: SelectiveSlots
     recent_token_ids: Tensor
+    logits: Tensor | None = None
 
 
 class SelectiveRead(NamedTuple):
@@ -141,7 +146,7 @@ class SelectiveMixer(nn.Module):
         codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
         write_keys = self._ending(keys, 1)
 
-        def scan(bounded: bool) -> tuple[SlotLookup, SelectiveSlots | None]:
+        def scan(bounded: bool) -> SlotScan:
             return scan_selective_slots(
                 torch.cat([self._ending(keys, offset) for offset in self.read_offsets], dim=-1),
                 write_keys,
@@ -157,14 +162,19 @@ class SelectiveMixer(nn.Module):
                 backend=self.backend,
             )
 
-        bounded = not self.training
-        lookup, final = scan(bounded)
+        scanned = scan(bounded=not self.training)
+        held_logits = logits.new_zeros(batch, self.num_slots)
+        if state is not None and state.logits is not None:
+            held_logits = state.logits
+        entries = torch.cat([held_logits, logits.flatten(1)], dim=1)  # [B, M + T N]
         kept = None
         if keeps_state:
-            held = scan(bounded=True)[1] if final is None else final
-            assert held is not None
-            kept = SelectiveState(held, self._take_recent(stream, lengths))
-        return self._read(embed, lookup, logits, write_keys >= 0), kept
+            final = scan(bounded=True) if scanned.slots is None else scanned
+            assert final.slots is not None and final.writers is not None
+            behind = entries.gather(1, final.writers) if entries.requires_grad else None
+            kept = SelectiveState(final.slots, self._take_recent(stream, lengths), behind)
+        offered = (write_keys >= 0) & find_real_tokens(lengths, token_ids).unsqueeze(-1)
+        return self._read(embed, scanned.lookup, entries, logits, offered), kept
 
     def _weigh_writes(self, embed: nn.Embedding, stream: Tensor, hidden: Tensor | None) -> Tensor:
         """Return the logit of each write's strength, [B, T, N]."""
@@ -192,15 +202,19 @@ class SelectiveMixer(nn.Module):
         return taken.int()
 
     def _read(
-        self, embed: nn.Embedding, lookup: SlotLookup, logits: Tensor, offered: Tensor
+        self,
+        embed: nn.Embedding,
+        lookup: SlotLookup,
+        entries: Tensor,
+        logits: Tensor,
+        offered: Tensor,
     ) -> SelectiveRead:
         """Weigh what was found and mix its values."""
         found = lookup.entries >= 0  # [B, T, Q]
         held = lookup.codes.to(logits.dtype) / CODES_PER_NAT
         # The value is that of the code, as the slots keep it; the gradient is the gate's.
-        writes = lookup.entries - self.num_slots
-        written = logits.flatten(1).gather(1, writes.clamp_min(0).flatten(1)).view_as(held)
-        held = torch.where(writes >= 0, held + written - written.detach(), held)
+        behind = entries.gather(1, lookup.entries.clamp_min(0).flatten(1)).view_as(held)
+        held = held + behind - behind.detach()
         log_strength = logsigmoid(held).masked_fill(~found, -torch.inf)
         scores = self.read_score + log_strength
         nothing = torch.zeros_like(scores[..., :1])

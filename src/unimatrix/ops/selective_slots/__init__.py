@@ -15,6 +15,7 @@ from unimatrix.ops.selective_slots.state import (
     MIN_CODE,
     SelectiveSlots,
     SlotLookup,
+    SlotScan,
     empty_selective_slots,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "MIN_CODE",
     "SelectiveSlots",
     "SlotLookup",
+    "SlotScan",
     "choose_backend",
     "empty_selective_slots",
     "hash_contexts",

@@ -13,6 +13,7 @@ from unimatrix.ops.selective_slots.state import (
     SelectiveSlots,
     SlotLookup,
     SlotPolicy,
+    SlotScan,
     SlotWrites,
 )
 from unimatrix.ops.threads import map_rows
@@ -68,14 +69,14 @@ def _scan_rows(
     keys: Array,  # [B, M] int64, the initial slots, then the final ones
     values: Array,  # [B, M] int64, likewise
     codes: Array,  # [B, M] int64, likewise
+    writers: Array,  # [B, M] int64, the entry in each slot
     found: Array,  # [B, T, Q], -1
     found_codes: Array,  # [B, T, Q], 0
     found_values: Array,  # [B, T, Q], 0
 ) -> None:
     num_slots, num_writes = keys.shape[1], write_keys.shape[2]
-    writers = np.empty(num_slots, dtype=np.int64)
     for b in range(first_row, last_row):
-        writers[:] = np.arange(num_slots)
+        writers[b] = np.arange(num_slots)
         for t in range(lengths[b]):
             position = first_position[b] + t
             if fade_tokens > 0 and position > 0 and position % fade_tokens == 0:
@@ -86,7 +87,7 @@ def _scan_rows(
                     continue
                 m = _find(keys[b], read_keys[b, t, q])
                 if m >= 0:
-                    found[b, t, q] = writers[m]
+                    found[b, t, q] = writers[b, m]
                     found_codes[b, t, q] = codes[b, m]
                     found_values[b, t, q] = values[b, m]
             for n in range(num_writes):
@@ -101,7 +102,7 @@ def _scan_rows(
                 if m >= 0:
                     keys[b, m], codes[b, m] = key, code
                     values[b, m] = value_ids[b, t]
-                    writers[m] = num_slots + t * num_writes + n
+                    writers[b, m] = num_slots + t * num_writes + n
 
 
 @numba.njit(nogil=True, cache=True)
@@ -130,6 +131,7 @@ def _scan_rows_unbounded(
     keys: Array,  # [B, M] int64, the initial slots
     values: Array,
     codes: Array,
+    _: Array,
     found: Array,
     found_codes: Array,
     found_values: Array,
@@ -180,7 +182,7 @@ def _scan_rows_unbounded(
 
 def scan_native(
     writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
-) -> tuple[SlotLookup, SelectiveSlots | None]:
+) -> SlotScan:
     """Compute E13 and E14.
 
     Cost: O(B T (Q + N) M) comparisons with M slots; O(B T (Q + N)) without a bound, and 80 bytes a
@@ -193,9 +195,10 @@ def scan_native(
         torch.zeros(shape, dtype=torch.int64),
     )
     held = [tensor.to(torch.int64, copy=True).contiguous() for tensor in initial]
+    writers = torch.zeros_like(held[0])
     arrays = [tensor.contiguous().numpy() for tensor in writes]
     rules = (policy.margin, policy.keep_first, policy.fade_tokens)
-    results = [tensor.numpy() for tensor in (*held, *lookup)]
+    results = [tensor.numpy() for tensor in (*held, writers, *lookup)]
     kernel = _scan_rows if policy.num_slots else _scan_rows_unbounded
     work = writes.write_keys.numel() * max(policy.num_slots, 8)
     if work < _MIN_THREADED_WORK:
@@ -203,6 +206,7 @@ def scan_native(
     else:
         map_rows(kernel, shape[0], *arrays, *rules, *results)
     if not policy.num_slots:
-        return lookup, None
+        return SlotScan(lookup, None, None)
     pairs = zip(held, initial, strict=True)
-    return lookup, SelectiveSlots(*(new.to(old.dtype) for new, old in pairs))
+    slots = SelectiveSlots(*(new.to(old.dtype) for new, old in pairs))
+    return SlotScan(lookup, slots, writers)

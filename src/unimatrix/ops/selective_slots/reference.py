@@ -9,6 +9,7 @@ from unimatrix.ops.selective_slots.state import (
     SelectiveSlots,
     SlotLookup,
     SlotPolicy,
+    SlotScan,
     SlotWrites,
 )
 
@@ -27,7 +28,7 @@ class _Slot:
 
 def scan_reference(
     writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
-) -> tuple[SlotLookup, SelectiveSlots | None]:
+) -> SlotScan:
     """Look up, then write, token by token: E13 and E14."""
     batch, num_tokens, num_reads = writes.read_keys.shape
     num_initial = initial.slot_keys.shape[1]
@@ -37,6 +38,7 @@ def scan_reference(
         torch.zeros((batch, num_tokens, num_reads), dtype=torch.int64),
     )
     final = SelectiveSlots(*(tensor.clone() for tensor in initial))
+    writers = torch.zeros((batch, num_initial), dtype=torch.int64)
     for b in range(batch):
         row = zip(*(tensor[b].tolist() for tensor in initial), strict=True)
         slots = [_Slot(*held, entry=m) for m, held in enumerate(row)]
@@ -62,7 +64,10 @@ def scan_reference(
                 final.slot_keys[b, m] = slot.key
                 final.slot_value_ids[b, m] = slot.value_id
                 final.slot_codes[b, m] = slot.code
-    return lookup, final if policy.num_slots else None
+                writers[b, m] = slot.entry
+    if not policy.num_slots:
+        return SlotScan(lookup, None, None)
+    return SlotScan(lookup, final, writers)
 
 
 def _find(slots: list[_Slot], key: int) -> _Slot | None:

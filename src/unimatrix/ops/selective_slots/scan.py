@@ -13,6 +13,7 @@ from unimatrix.ops.selective_slots.state import (
     SelectiveSlots,
     SlotLookup,
     SlotPolicy,
+    SlotScan,
     SlotWrites,
 )
 
@@ -48,7 +49,7 @@ def scan_selective_slots(
     first_position: Tensor | None = None,
     lengths: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[SlotLookup, SelectiveSlots | None]:
+) -> SlotScan:
     """Look contexts up in M slots, and offer new ones, token after token.
 
     Equation: E13 (look up), E14 (write).
@@ -72,8 +73,8 @@ def scan_selective_slots(
         backend: ``auto``, ``reference`` or ``native``.
 
     Returns:
-        what each position found, and the slots after the last real token (``None`` if not
-        ``bounded``). A position sees the writes of those before it, not its own.
+        what each position found; if ``bounded``, the slots after the last real token and which
+        entry is in each. A position sees the writes of those before it, not its own.
 
     Raises:
         InputError: if a shape or dtype does not fit, a code is out of range, or the back end is
@@ -100,10 +101,14 @@ def scan_selective_slots(
     else:
         from unimatrix.ops.selective_slots.native import scan_native as scan
     writes = SlotWrites(*(tensor.detach().cpu() for tensor in writes))
-    lookup, final = scan(writes, SelectiveSlots(*(tensor.cpu() for tensor in initial)), policy)
-    if final is not None:
-        final = SelectiveSlots(*(tensor.to(device) for tensor in final))
-    return SlotLookup(*(tensor.to(device) for tensor in lookup)), final
+    lookup, slots, writers = scan(
+        writes, SelectiveSlots(*(tensor.cpu() for tensor in initial)), policy
+    )
+    lookup = SlotLookup(*(tensor.to(device) for tensor in lookup))
+    if slots is None or writers is None:
+        return SlotScan(lookup, None, None)
+    slots = SelectiveSlots(*(tensor.to(device) for tensor in slots))
+    return SlotScan(lookup, slots, writers.to(device))
 
 
 def _check(writes: SlotWrites, initial: SelectiveSlots) -> None:

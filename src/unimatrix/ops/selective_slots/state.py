@@ -44,6 +44,20 @@ class SlotLookup(NamedTuple):
     value_ids: Tensor
 
 
+class SlotScan(NamedTuple):
+    """What a scan returns.
+
+    Attributes:
+        lookup: what every position found.
+        slots: the slots after the last token; ``None`` without a bound.
+        writers: [B, M] int64, the entry in each of them; ``None`` without a bound.
+    """
+
+    lookup: SlotLookup
+    slots: SelectiveSlots | None
+    writers: Tensor | None
+
+
 class SlotWrites(NamedTuple):
     """What the tokens ask and offer, on the CPU.
 
