@@ -42,8 +42,9 @@ class RecallRecipe:
     """Bindings in a test example of associative recall, one test each."""
     test_tokens: int | None = None
     """Length of the tests of associative recall; none is that of the training."""
-    test_slots: str = "same"
-    """same, or pairs: give each test of the MQAR family as many slots as it has pairs."""
+    test_slots: tuple[int, ...] = ()
+    """Slots that the trained model is tested with, one test each; none is what it was built with,
+    and 0 is as many as the test has pairs."""
     test_examples: int = 64 * 32
     """Examples of each test; none is seen in training."""
     data: tuple[str, ...] = ("pystdlib",)

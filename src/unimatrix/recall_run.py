@@ -19,7 +19,7 @@ from unimatrix.recall_recipe import RecallRecipe
 from unimatrix.recall_slices import RecallSlices, build_slices, count_pairs
 from unimatrix.recipe import ModelSection, Recipe
 from unimatrix.run_folder import create_run_folder, start_record, write_record
-from unimatrix.tasks import AssociativeRecall, RotatingDataset
+from unimatrix.tasks import AssociativeRecall, RotatingDataset, SeededTask
 from unimatrix.training import train_model
 
 # Added to the seed, so that no test ever meets a training example.
@@ -110,8 +110,9 @@ def _check(recipe: RecallRecipe) -> None:
     recipe.to_train_section()
     if recipe.test_examples < 1:
         raise InputError(f"test_examples is {recipe.test_examples}; it must be at least 1")
-    if recipe.test_slots not in ("same", "pairs"):
-        raise InputError(f"test_slots is {recipe.test_slots!r}; choose same or pairs")
+    for num_slots in recipe.test_slots:
+        if num_slots < 0:
+            raise InputError(f"test_slots holds {num_slots}; give at least 1, or 0 for the pairs")
 
 
 def _test(
@@ -126,20 +127,21 @@ def _test(
     accuracy, copy_rules = {}, {}
     for name, task in slices.test.items():
         on_test(name)
-        if recipe.test_slots == "pairs":
-            _resize_slots(model, count_pairs(task))
         num_tokens = task.build(test_seed, 1)["input_ids"].shape[1]
-        accuracy[name] = measure_recall(
-            model,
-            task,
-            recipe.test_examples,
-            test_seed,
-            batch_size=max(1, min(64, _TOKENS_PER_BATCH // num_tokens)),
-            whole_answer=slices.whole_answer,
-        )
+        for label, num_slots in _list_slots(recipe, task):
+            _resize_slots(model, num_slots)
+            accuracy[name + label] = measure_recall(
+                model,
+                task,
+                recipe.test_examples,
+                test_seed,
+                batch_size=max(1, min(64, _TOKENS_PER_BATCH // num_tokens)),
+                whole_answer=slices.whole_answer,
+            )
         if num_tokens <= _LONGEST_COPIED_TOKENS:
             num_copied = min(recipe.test_examples, _COPY_RULE_EXAMPLES)
             copy_rules[name] = measure_copy_rules(task, num_copied, test_seed)
+    _resize_slots(model, model.config.num_slots if recipe.test_slots else None)
     by_part = measure_state_bytes(model)
     return {
         "task": recipe.task,
@@ -154,14 +156,21 @@ def _test(
     }
 
 
+def _list_slots(recipe: RecallRecipe, task: SeededTask) -> list[tuple[str, int | None]]:
+    """Return what to add to a test's name, and its number of slots, for each number asked for."""
+    if not recipe.test_slots:
+        return [("", None)]
+    numbers = [number or count_pairs(task) for number in recipe.test_slots]
+    return [(f" in {number} slots", number) for number in numbers]
+
+
 def _resize_slots(model: UniMatrixForCausalLM, num_slots: int | None) -> None:
-    """Give the model as many slots as a test has pairs."""
+    """Give the model so many slots; ``None`` leaves them."""
+    if num_slots is None:
+        return
     mixer = model.model.block.selective_mixer
-    if mixer is None or num_slots is None:
-        raise InputError(
-            "test_slots is 'pairs', which needs selective slots and a task of the MQAR family; "
-            "leave it out"
-        )
+    if mixer is None:
+        raise InputError("test_slots needs a model with selective slots; leave it out")
     mixer.num_slots = num_slots
 
 

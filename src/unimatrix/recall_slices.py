@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 
 from unimatrix.data import load_corpus
+from unimatrix.errors import InputError
 from unimatrix.recall_recipe import RecallRecipe
 from unimatrix.tasks import (
     AssociativeRecall,
@@ -76,11 +77,11 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
     )
 
 
-def count_pairs(task: SeededTask) -> int | None:
-    """Return how many bindings an example of the MQAR family has, ``None`` for other tasks."""
-    if isinstance(task, (MultiQueryRecall, CompositionalRecall)):
+def count_pairs(task: SeededTask) -> int:
+    """Return how many bindings an example of a task has."""
+    if isinstance(task, (AssociativeRecall, MultiQueryRecall, CompositionalRecall, NoisyKeys)):
         return task.num_pairs
-    return None
+    raise InputError("test_slots 0 is as many slots as pairs, and this task has none; give a number")
 
 
 def _build_needle(recipe: RecallRecipe) -> RecallSlices:

@@ -33,7 +33,12 @@ TestExamplesOption = Annotated[
     int | None, typer.Option("--test-examples", help=_DOCS["test_examples"])
 ]
 TestTokensOption = Annotated[int | None, typer.Option("--test-tokens", help=_DOCS["test_tokens"])]
-TestSlotsOption = Annotated[str | None, typer.Option("--test-slots", help=_DOCS["test_slots"])]
+TestPairsOption = Annotated[
+    list[int] | None, typer.Option("--test-pairs", help=_DOCS["test_pairs"], show_default=False)
+]
+TestSlotsOption = Annotated[
+    list[int] | None, typer.Option("--test-slots", help=_DOCS["test_slots"], show_default=False)
+]
 DataOption = Annotated[list[str] | None, typer.Option("--data", help=_DOCS["data"])]
 TestDataOption = Annotated[list[str] | None, typer.Option("--test-data", help=_DOCS["test_data"])]
 TestWindowOption = Annotated[
@@ -74,6 +79,7 @@ def run(
     weight_decay: WeightDecayOption = None,
     test_examples: TestExamplesOption = None,
     test_tokens: TestTokensOption = None,
+    test_pairs: TestPairsOption = None,
     test_slots: TestSlotsOption = None,
     data: DataOption = None,
     test_data: TestDataOption = None,
@@ -102,7 +108,8 @@ def run(
         "weight_decay": weight_decay,
         "test_examples": test_examples,
         "test_tokens": test_tokens,
-        "test_slots": test_slots,
+        "test_pairs": tuple(test_pairs) if test_pairs else None,
+        "test_slots": tuple(test_slots) if test_slots else None,
         "data": tuple(data) if data else None,
         "test_data": tuple(test_data) if test_data else None,
         "test_windows": tuple(test_window) if test_window else None,
@@ -161,15 +168,16 @@ def _run_visibly(recipe: RecallRecipe, out: Path | None, device: str) -> dict[st
 def _render(result: dict[str, Any]) -> str:
     """Return the accuracies for people, per cent."""
     recipe, rules = result["recipe"], result["copy_rules"]
+    width = max(10, *(len(name) for name in result["accuracy"]))
     lines = [
         f"{result['task']} recall: {recipe['preset']}, {recipe['steps']:,} steps of "
         f"{recipe['batch_size']}, dropout {recipe['dropout']:g}, seed {recipe['seed']}",
         "",
-        "test        accuracy   copy after last  first match  suffix automaton",
+        f"{'test':<{width}}  accuracy   copy after last  first match  suffix automaton",
     ]
     for name, accuracy in result["accuracy"].items():
-        copied = "".join(f"{100 * share:>15.1f}" for share in rules.get(name, {}).values())
-        lines.append(f"{name:<10}  {100 * accuracy:>8.2f} {copied}")
+        copied = "".join(f"{100 * share:>15.1f}" for share in rules.get(name.split(' in ')[0], {}).values())
+        lines.append(f"{name:<{width}}  {100 * accuracy:>8.2f} {copied}")
     return "\n".join(
         [
             *lines,
