@@ -1,1 +1,1 @@
-"""How good and how large: bits per byte, recall, what xz reaches, parameters, state bytes."""
+"""How good and how large: bits per byte, recall, copying, what xz reaches, parameters, bytes."""

@@ -8,16 +8,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unimatrix.data.counter_random import draw_words
-from unimatrix.data.indexed import IndexedDataset
 from unimatrix.errors import InputError
+from unimatrix.tasks.draws import draw_columns, reduce_words, shuffle
+from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
 
-IGNORED_LABEL = -100
 _QUESTION_TOKENS = 3  # QUERY, key, ANSWER
 
 
 @dataclass(frozen=True)
-class AssociativeRecall:
+class AssociativeRecall(SeededTask):
     """Make sequences ``BOS (key value SEP) * pairs filler QUERY key ANSWER``; predict the value.
 
     Keys are distinct, values are distinct, any of the keys is asked for, and filler is uniform. The
@@ -60,35 +59,19 @@ class AssociativeRecall:
         """Accuracy of a guess among the values."""
         return 1 / len(self.VALUE_IDS)
 
-    def build(self, seed: int, num_examples: int) -> dict[str, Tensor]:
-        """Build examples 0..n-1 of a seed: ``{"input_ids", "shift_labels"}``, each [n, T] int64."""
-        if num_examples < 1:
-            raise InputError(f"num_examples is {num_examples}; ask for at least 1.")
-        return self.build_batch(seed, np.arange(num_examples, dtype=np.int64))
-
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Build chosen examples; each is a pure function of (task, seed, index).
-
-        Args:
-            seed: >= 0; two seeds share no examples but by chance.
-            indices: [n] int64, >= 0.
-
-        Returns:
-            ``input_ids`` [n, T] int64 and ``shift_labels`` [n, T] int64, -100 but for the last.
-
-        Raises:
-            InputError: ``seed`` is negative.
-        """
+        """Build chosen examples; see ``SeededTask.build_batch``."""
         num_keys, num_values = len(self.KEY_IDS), len(self.VALUE_IDS)
-        words = draw_words(seed, indices, num_keys + num_values + 1 + self.window_tokens)
-        key_words, value_words, question_words, filler_words = np.split(
-            words, [num_keys, num_keys + num_values, num_keys + num_values + 1], axis=1
+        key_words, value_words, question_words, filler_words = draw_columns(
+            seed, indices, [num_keys, num_values, 1, self.window_tokens]
         )
-        keys = self.KEY_IDS.start + _shuffle(key_words)[:, : self.num_pairs]
-        values = self.VALUE_IDS.start + _shuffle(value_words)[:, : self.num_pairs]
-        asked = _reduce(question_words, self.num_pairs)  # [n, 1]
+        keys = self.KEY_IDS.start + shuffle(key_words)[:, : self.num_pairs]
+        values = self.VALUE_IDS.start + shuffle(value_words)[:, : self.num_pairs]
+        asked = reduce_words(question_words, self.num_pairs)  # [n, 1]
 
-        input_ids = self.FILLER_IDS.start + _reduce(filler_words, len(self.FILLER_IDS))  # [n, T]
+        input_ids = self.FILLER_IDS.start + reduce_words(
+            filler_words, len(self.FILLER_IDS)
+        )  # [n, T]
         end_of_pairs = 1 + 3 * self.num_pairs
         input_ids[:, 0] = self.BOS_ID
         input_ids[:, 1:end_of_pairs:3] = keys
@@ -100,35 +83,3 @@ class AssociativeRecall:
         labels = np.full_like(input_ids, IGNORED_LABEL)
         labels[:, -1:] = np.take_along_axis(values, asked, axis=1)
         return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(labels)}
-
-    def dataset(self, seed: int, num_examples: int) -> "RecallDataset":
-        """Return examples 0..n-1 of a seed as a map-style dataset, built when asked for."""
-        return RecallDataset(self, seed, num_examples)
-
-
-class RecallDataset(IndexedDataset):
-    """The examples of one seed by index; see ``AssociativeRecall.dataset``."""
-
-    def __init__(self, task: AssociativeRecall, seed: int, num_examples: int) -> None:
-        if num_examples < 1:
-            raise InputError(f"num_examples is {num_examples}; ask for at least 1.")
-        self.task = task
-        self.seed = seed
-        self._num_examples = num_examples
-
-    def __len__(self) -> int:
-        return self._num_examples
-
-    def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Build the examples of ``indices`` [n]: ``{name: [n, T] int64}``."""
-        return self.task.build_batch(self.seed, indices)
-
-
-def _shuffle(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return a random permutation of 0..m-1 for each row of words [n, m]."""
-    return np.argsort(words, axis=1, kind="stable").astype(np.int64)
-
-
-def _reduce(words: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
-    """Map words to 0..size-1, uniform to size / 2**64."""
-    return (words % np.uint64(size)).astype(np.int64)
