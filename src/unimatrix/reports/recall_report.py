@@ -1,0 +1,231 @@
+"""Recall runs as one HTML file that needs nothing but itself, and its main plot as PNG."""
+
+import base64
+import html
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unimatrix.errors import InputError
+from unimatrix.reports.recall_results import (
+    INFORMATION_LIMIT_BYTES,
+    PUBLISHED_MQAR_B,
+    PUBLISHED_SOURCE,
+    Configuration,
+    average_copy_rule,
+    format_fraction,
+    group_results,
+    list_copy_rules,
+    name_rule,
+)
+
+# The task whose state and accuracy others have published.
+_MAIN_TASK = "mqar-b"
+_TITLES = {
+    "associative": "Associative recall",
+    "mqar-a": "Multi-query recall, grid A",
+    "mqar-b": "Multi-query recall, grid B",
+    "mqar-forgetting": "Multi-query recall with keys bound again",
+    "mqar-compositional": "Multi-query recall with two-token keys",
+    "noisy-keys": "Recall by a key with one wrong letter",
+    "needle": "A needle in book text",
+    "triple": "Triple interaction",
+}
+_SLICE_LABELS = {
+    "associative": "bindings in an example",
+    "needle": "length of the text in bytes",
+    "triple": "rule",
+}
+_SHAPE_LABEL = "tokens x bindings of an example"
+_LEDE = (
+    "Each example states bindings of keys to values and asks for them later. The tables give the "
+    "share of values that the trained model returns, beside three rules that copy from the input "
+    "and have no parameters."
+)
+_COPY_NOTE = (
+    "Copy rules answer with the token that followed the same key earlier in the input. Where a "
+    "copy rule does as well as the model (shaded), the figure is no evidence that anything was "
+    "learned beyond copying."
+)
+_NEEDLE_NOTE = (
+    "Here an example counts for the model only when the whole answer is right, and for the copy "
+    "rules by the share of its labels."
+)
+_STYLE = """
+body{font:17px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#fff;
+max-width:70rem;margin:2.5rem auto;padding:0 1.5rem}
+h1{font-size:2.1rem;line-height:1.2;margin-bottom:.4rem}h2{font-size:1.5rem;margin-top:3rem;
+border-top:1px solid #ddd;padding-top:1.5rem}h3{font-size:1.1rem;margin:2rem 0 .5rem}
+.lede{font-size:1.15rem;color:#444;max-width:48rem}.note{color:#555;max-width:48rem;font-size:.92rem}
+figure{margin:1.5rem 0}img{max-width:100%;height:auto}
+table{border-collapse:collapse;margin:.6rem 0 1.2rem;font-variant-numeric:tabular-nums}
+th,td{padding:.35rem .9rem;text-align:right;border-bottom:1px solid #e4e4e4}
+th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #888;font-weight:600}
+td.ours{font-weight:700;color:#9c4400}td.wins{background:#fff0c2}
+tr.total td{font-weight:700;border-top:2px solid #888}
+.tables{display:flex;flex-wrap:wrap;gap:0 3rem;align-items:flex-start}
+details{margin:.4rem 0}code{font-size:.85rem;overflow-wrap:anywhere}
+"""
+
+
+def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write recall runs as a self-contained HTML file and its main plot as PNG beside it.
+
+    Args:
+        results: the JSON of recall runs of any tasks, as ``run_recall`` returns it; runs that
+            differ in nothing but their seed are averaged.
+        path: of the HTML file; the PNG has the same stem. Missing folders are made.
+
+    Raises:
+        InputError: if there is no result, one lacks a field, or the path does not end in .html.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"the report's path is {str(path)!r}; give it a name ending in .html")
+    tasks = group_results(results)
+    plots = {task: _plot(task, configurations) for task, configurations in tasks.items()}
+    main_task = _MAIN_TASK if _MAIN_TASK in plots else next(iter(plots))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".png").write_bytes(plots[main_task])
+    # The main task leads; the others keep their order.
+    ordered = sorted(tasks, key=lambda task: task != main_task)
+    sections = [_render_task(task, tasks[task], plots[task]) for task in ordered]
+    path.write_text(_render_page(sections, len(results)), encoding="utf-8")
+
+
+def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:
+    """Return the plot of a task as PNG."""
+    # Loaded here: whoever writes no report does not wait for matplotlib.
+    from unimatrix.reports.recall_plots import (
+        plot_slices,
+        plot_state_against_accuracy,
+        render_png,
+    )
+
+    if task == _MAIN_TASK:
+        return render_png(plot_state_against_accuracy(configurations))
+    return render_png(plot_slices(configurations, _SLICE_LABELS.get(task, _SHAPE_LABEL)))
+
+
+def _render_page(sections: Sequence[str], num_runs: int) -> str:
+    runs = "1 run" if num_runs == 1 else f"{num_runs} runs"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Exact recall</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<h1>Exact recall in constant state</h1>\n<p class="lede">{_LEDE} From {runs}.</p>\n'
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _render_task(task: str, configurations: Sequence[Configuration], png: bytes) -> str:
+    """Return the section of a task: its plot, then the tables of each configuration."""
+    title = html.escape(_TITLES.get(task, task))
+    image = base64.b64encode(png).decode("ascii")
+    parts = [
+        f"<section>\n<h2>{title} <code>{html.escape(task)}</code></h2>",
+        f'<figure><img alt="Plot of {title}" src="data:image/png;base64,{image}"></figure>',
+    ]
+    if task == _MAIN_TASK:
+        parts.append(_render_published())
+    parts += [_render_configuration(task, one) for one in configurations]
+    notes = [_COPY_NOTE, *([_NEEDLE_NOTE] if task == "needle" else [])]
+    parts.append(f'<p class="note">{" ".join(notes)}</p>\n</section>')
+    return "\n".join(parts)
+
+
+def _render_configuration(task: str, one: Configuration) -> str:
+    recipe = one.runs[0]["recipe"]
+    seeds = ", ".join(str(run["recipe"].get("seed", "not stated")) for run in one.runs)
+    seconds = [float(run["train_s"]) for run in one.runs]
+    spread = f" ({min(seconds):.1f} to {max(seconds):.1f})" if len(seconds) > 1 else ""
+    facts = [
+        ["parameters", f"{one.runs[0]['parameters']:,}"],
+        ["state", f"{one.state_bytes:,} bytes"],
+        ["training", f"{statistics.mean(seconds):.1f} s{spread}"],
+        ["seed" if len(one.runs) == 1 else "seeds", seeds],
+    ]
+    by_part = [
+        [part.replace("_", " "), f"{count:,}"]
+        for part, count in one.runs[0]["state_bytes_by_part"].items()
+    ]
+    by_part.append(["all", f"{one.state_bytes:,}"])
+    settings = ", ".join(f"{field}={value}" for field, value in recipe.items() if field != "seed")
+    return "\n".join(
+        [
+            f"<h3>{html.escape(one.name)}</h3>",
+            _render_accuracies(task, one),
+            '<div class="tables">',
+            _render_table(["run", ""], facts),
+            _render_table(["state by part", "bytes"], by_part, last_is_total=True),
+            "</div>",
+            f"<details><summary>Recipe</summary><code>{html.escape(settings)}</code></details>",
+        ]
+    )
+
+
+def _render_accuracies(task: str, one: Configuration) -> str:
+    """Return the table of slices: our mean and worst run, then every copy rule."""
+    rules = list_copy_rules([one])
+    header = [_SLICE_LABELS.get(task, _SHAPE_LABEL), "ours, mean", "ours, worst run"]
+    rows, classes = [], []
+    lines = [(name, [name], one.accuracies(name)) for name in one.slices]
+    lines.append((f"mean of {len(one.slices)}", one.slices, one.mean_accuracies))
+    for name, slices, found in lines:
+        mean = statistics.mean(found)
+        copied = [average_copy_rule([one], rule, slices) for rule in rules]
+        cells = ["not measured" if value is None else format_fraction(value) for value in copied]
+        rows.append([name, format_fraction(mean), format_fraction(min(found)), *cells])
+        wins = ["wins" if value is not None and value >= mean else "" for value in copied]
+        classes.append(["", "ours", "", *wins])
+    return _render_table(
+        [*header, *map(name_rule, rules)], rows, classes=classes, last_is_total=True
+    )
+
+
+def _render_published() -> str:
+    """Return the published points as a table that stays closed until asked for."""
+    rows = [
+        [model.name, ", ".join(f"{accuracy:g} at {size:g} KiB" for size, accuracy in model.points)]
+        for model in PUBLISHED_MQAR_B
+    ]
+    return (
+        '<p class="note">Lines with small markers are published accuracies: '
+        f"{html.escape(PUBLISHED_SOURCE)}. Their state is that at 1,024 tokens, ours is all that "
+        "is carried from one token to the next, at batch 1. The two later points of RWKV-7 stand "
+        "at their true state, which the published plot counts 4 and 16 times. The dotted line at "
+        f"{INFORMATION_LIMIT_BYTES} bytes is what a list of 256 pairs of a 12-bit key and a 12-bit "
+        "value takes; dashed lines are the copy rules.</p>\n"
+        "<details><summary>Published points</summary>"
+        f"{_render_table(['model', 'accuracy and state'], rows)}</details>"
+    )
+
+
+def _render_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    classes: Sequence[Sequence[str]] = (),
+    last_is_total: bool = False,
+) -> str:
+    """Return an HTML table with every cell escaped.
+
+    Args:
+        header: one text a column.
+        rows: one text a cell.
+        classes: the style class of each cell, ``""`` for none; empty styles no cell.
+        last_is_total: set the last row apart.
+    """
+    lines = ["<table><thead><tr>"]
+    lines += [f"<th>{html.escape(text)}</th>" for text in header]
+    lines.append("</tr></thead><tbody>")
+    for index, row in enumerate(rows):
+        is_total = last_is_total and index == len(rows) - 1
+        lines.append('<tr class="total">' if is_total else "<tr>")
+        names = classes[index] if classes else [""] * len(row)
+        for text, name in zip(row, names, strict=True):
+            style = f' class="{name}"' if name else ""
+            lines.append(f"<td{style}>{html.escape(text)}</td>")
+        lines.append("</tr>")
+    return "".join([*lines, "</tbody></table>"])
