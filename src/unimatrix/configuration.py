@@ -6,7 +6,6 @@ a head's matrix, L depth steps, M slots, C slot-key width, K pairs read per toke
 """
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
@@ -131,8 +130,12 @@ class UniMatrixConfig(PreTrainedConfig):
         write_gate: learn the strength of a write; otherwise it is 1.
         pointer: let the ids of the slots read vote on the logits.
         slot_key_patterns: contexts of selective slots, each a list of distances back; ``[[0]]`` is
-            the token itself, ``[[0, 1]]`` the last two.
-        slot_read_offsets: how many tokens back the contexts end that a position looks up.
+            the token itself, ``[[0, 1]]`` the last two; ``None`` is ``[[0]]``.
+        slot_read_offsets: how many tokens back the contexts end that a position looks up;
+            ``None`` is ``[0, 1]``.
+        bounded_training: train with M selective slots as well; otherwise training has no bound, so
+            that every write can prove useful. A model of text leans on all that it sees in
+            training, so it needs the bound.
         slot_margin: nats (of the gate's logit) by which a write must exceed the slot it displaces,
             and may fall short of the same context's.
         slot_fade_tokens: the logit of every selective slot falls by 1/8 every so many tokens, so
@@ -196,8 +199,9 @@ class UniMatrixConfig(PreTrainedConfig):
         strength_floor: float = 0.05,
         write_gate: bool = True,
         pointer: bool = False,
-        slot_key_patterns: Sequence[Sequence[int]] = ((0,),),
-        slot_read_offsets: Sequence[int] = (0, 1),
+        slot_key_patterns: list[list[int]] | None = None,
+        slot_read_offsets: list[int] | None = None,
+        bounded_training: bool = False,
         slot_margin: float = 1.0,
         slot_fade_tokens: int | None = None,
         repeated_key: str = "last",
@@ -246,9 +250,9 @@ class UniMatrixConfig(PreTrainedConfig):
         self.strength_floor = strength_floor
         self.write_gate = write_gate
         self.pointer = pointer
-        # Lists, as they come back from config.json.
-        self.slot_key_patterns = [list(pattern) for pattern in slot_key_patterns]
-        self.slot_read_offsets = list(slot_read_offsets)
+        self.slot_key_patterns = [[0]] if slot_key_patterns is None else slot_key_patterns
+        self.slot_read_offsets = [0, 1] if slot_read_offsets is None else slot_read_offsets
+        self.bounded_training = bounded_training
         self.slot_margin = slot_margin
         self.slot_fade_tokens = slot_fade_tokens
         self.repeated_key = repeated_key
@@ -369,6 +373,8 @@ class UniMatrixConfig(PreTrainedConfig):
         named = [("slot_read_offsets", self.slot_read_offsets)]
         named += [("slot_key_patterns", pattern) for pattern in self.slot_key_patterns]
         for name, distances in named:
+            if not isinstance(distances, list | tuple):
+                raise InputError(f"{name} holds {distances!r}; it needs lists of distances back")
             if not distances or len(set(distances)) < len(distances):
                 raise InputError(
                     f"{name} holds {distances}; it needs at least one distance, none twice"

@@ -63,6 +63,11 @@ def convert_value(name: str, value: Any, annotation: Any) -> Any:
         return convert_value(name, value, kinds[0])
     if get_origin(annotation) is tuple:
         return _convert_strings(name, value)
+    if get_origin(annotation) is list:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name} is {value!r}; it must be a list")
+        (item,) = get_args(annotation)
+        return [convert_value(name, element, item) for element in value]
     if get_origin(annotation) is dict:
         if not isinstance(value, Mapping):
             raise InputError(f"{name} is {value!r}; it must be a table of fields")

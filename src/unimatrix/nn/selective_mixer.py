@@ -73,6 +73,7 @@ class SelectiveMixer(nn.Module):
         self.patterns = [list(pattern) for pattern in config.slot_key_patterns]
         self.read_offsets = list(config.slot_read_offsets)
         self.num_slots = config.num_slots
+        self.bounded_training = config.bounded_training
         self.vocab_size = config.vocab_size
         self.margin = round(config.slot_margin * CODES_PER_NAT)
         self.keep_first = config.repeated_key == "first"
@@ -162,7 +163,7 @@ class SelectiveMixer(nn.Module):
                 backend=self.backend,
             )
 
-        scanned = scan(bounded=not self.training)
+        scanned = scan(bounded=self.bounded_training or not self.training)
         held_logits = logits.new_zeros(batch, self.num_slots)
         if state is not None and state.logits is not None:
             held_logits = state.logits

@@ -2,6 +2,7 @@
 
 from unimatrix.tasks.associative import AssociativeRecall
 from unimatrix.tasks.compositional import CompositionalRecall
+from unimatrix.tasks.mixed import RotatingDataset
 from unimatrix.tasks.mqar import MultiQueryRecall
 from unimatrix.tasks.needle import Needle
 from unimatrix.tasks.noisy_keys import NoisyKeys
@@ -14,6 +15,7 @@ __all__ = [
     "MultiQueryRecall",
     "Needle",
     "NoisyKeys",
+    "RotatingDataset",
     "SeededTask",
     "TripleInteraction",
 ]
