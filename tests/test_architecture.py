@@ -21,7 +21,7 @@ LAYERS = (
     ("auto", "baselines"),
     ("field_types", "recipe", "recall_recipe", "run_folder", "checkpoints"),
     ("sampling", "generation", "evaluation"),
-    ("training_callbacks", "training", "training_run", "recall_run"),
+    ("training_callbacks", "training", "training_run", "recall_slices", "recall_run"),
     ("bench", "reports"),
     ("cli",),
     ("__init__", "__main__"),
