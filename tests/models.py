@@ -38,6 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sparsepointer+automaton": {"residual_path": "suffix_automaton", "write_gate": False},
     "unimatrix+small": {
         "num_slots": 3,
+        "slot_read_offsets": [0, 1],
+        "slot_fade_tokens": None,
+        "bounded_training": False,
         "slot_key_patterns": [[0], [0, 2]],
         "slot_margin": 0.25,
         "automaton_window": 16,

@@ -66,7 +66,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "associative_memory": "selective",
         "slot_source": "token",
         "num_slots": 64,
-        "slot_key_patterns": [[0, 1, 2, 3]],
+        # What text needs: long contexts, and slots that do not freeze.
+        "slot_key_patterns": [[0, 1, 2, 3, 4, 5, 6, 7]],
+        "slot_read_offsets": [0],
+        "slot_fade_tokens": 32,
+        "bounded_training": True,
         "pointer": True,
     },
 }

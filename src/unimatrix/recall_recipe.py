@@ -74,10 +74,13 @@ class RecallRecipe:
         )
 
 
-# What the lab's small models leave out of the preset: recall needs no suffix automaton, and keys
-# of one token are the ids themselves.
+# Where the lab's models differ from the preset: recall needs no suffix automaton, keys of one token
+# are the ids themselves, bindings do not fade, and in training every write has a place.
 _BY_TOKEN = {
     "slot_key_patterns": [[0]],
+    "slot_read_offsets": [0, 1],
+    "slot_fade_tokens": None,
+    "bounded_training": False,
     "residual_path": "none",
     "automaton_pointer": False,
 }

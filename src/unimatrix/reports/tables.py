@@ -3,6 +3,7 @@
 A document marks the place of a table with ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -190,8 +191,80 @@ def _tabulate_train_step(records: Mapping[str, Record]) -> str:
     return _format_table(header, rows)
 
 
+def _tabulate_lab(records: Mapping[str, Record], prefix: str) -> str:
+    """Return the recall lab below a folder, a row a test: mean and worst over seeds."""
+    rows = []
+    for group, members in _group_seeds(records, prefix).items():
+        results = [member["results"] for member in members]
+        recipe = results[0]["recipe"]
+        for test in results[0]["accuracy"]:
+            found = [result["accuracy"][test] for result in results]
+            copied = results[0]["copy_rules"].get(test.split(" in ")[0], {})
+            rows.append(
+                [
+                    group,
+                    test,
+                    f"{100 * statistics.mean(found):.2f}",
+                    f"{100 * min(found):.2f}",
+                    f"{100 * max(copied.values()):.1f}" if copied else "",
+                    f"{len(found)} x {recipe['test_examples']:,}",
+                    f"{recipe['steps']:,} x {recipe['batch_size']}, {recipe['learning_rate']:g}",
+                    f"{results[0]['state_bytes']:,}",
+                    f"{results[0]['parameters']:,}",
+                ]
+            )
+    header = [
+        "run",
+        "test",
+        "mean",
+        "worst seed",
+        "best copy rule",
+        "seeds x examples",
+        "steps x batch, learning rate",
+        "state bytes",
+        "parameters",
+    ]
+    return _format_table(header, rows)
+
+
+def _tabulate_language(records: Mapping[str, Record]) -> str:
+    """Return bits per byte of models that differ in one part, at equal steps."""
+    rows = []
+    for name, record in _select(records, "language/").items():
+        results = record["results"]
+        corpus, _, variant = name.partition("/")
+        rows.append(
+            [
+                corpus,
+                variant,
+                f"{results['bits_per_byte']:.3f}",
+                f"{results['xz_bits_per_byte']:.3f}",
+                f"{results['parameters']:,}",
+                f"{record['num_optim_steps']:,}",
+                f"{record['train_s']:.0f}",
+                str(record["seed"]),
+            ]
+        )
+    header = [
+        "corpus",
+        "model",
+        "bits per byte",
+        "`xz -9e`",
+        "parameters",
+        "steps",
+        "training s",
+        "seed",
+    ]
+    return _format_table(header, rows)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "default-run": _tabulate_default,
+    "lab-associative": functools.partial(_tabulate_lab, prefix="lab/associative/"),
+    "lab-mqar": functools.partial(_tabulate_lab, prefix="lab/mqar/"),
+    "lab-others": functools.partial(_tabulate_lab, prefix="lab/others/"),
+    "lab-hindsight": functools.partial(_tabulate_lab, prefix="lab/hindsight/"),
+    "language": _tabulate_language,
     "pilot": _tabulate_pilot,
     "recall": _tabulate_recall,
     "train-step": _tabulate_train_step,
