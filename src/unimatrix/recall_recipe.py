@@ -133,7 +133,7 @@ RECIPES: Mapping[str, RecallRecipe] = {
         task="needle",
         preset=DEFAULT_PRESET,
         dropout=0.0,
-        num_slots=64,
+        num_slots=256,
         steps=600,
         batch_size=16,
         learning_rate=3e-3,
@@ -142,6 +142,7 @@ RECIPES: Mapping[str, RecallRecipe] = {
         test_examples=100,
         overrides=_BY_TOKEN
         | {
+            "num_hidden_layers": 2,
             "slot_key_patterns": [[0, 1, 2, 3, 4, 5, 6, 7]],
             "slot_read_offsets": [0],
             "slot_source": "hidden",

@@ -28,8 +28,9 @@ _BYTE_VOCAB_SIZE = 259
 _COPY_RULE_EXAMPLES = 200
 # Copy rules read the whole example in Python.
 _LONGEST_COPIED_TOKENS = 20_000
-# A test of longer examples takes fewer at a time.
+# A test of longer examples takes fewer at a time; the longest are read in pieces.
 _TOKENS_PER_BATCH = 2**17
+_FEWEST_PER_BATCH, _MOST_PER_BATCH = 4, 64
 
 
 def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixConfig:
@@ -135,7 +136,9 @@ def _test(
                 task,
                 recipe.test_examples,
                 test_seed,
-                batch_size=max(1, min(64, _TOKENS_PER_BATCH // num_tokens)),
+                batch_size=min(
+                    max(_TOKENS_PER_BATCH // num_tokens, _FEWEST_PER_BATCH), _MOST_PER_BATCH
+                ),
                 whole_answer=slices.whole_answer,
             )
         if num_tokens <= _LONGEST_COPIED_TOKENS:
