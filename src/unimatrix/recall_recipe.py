@@ -122,7 +122,7 @@ RECIPES: Mapping[str, RecallRecipe] = {
         preset=DEFAULT_PRESET,
         dropout=0.0,
         num_slots=256,
-        steps=600,
+        steps=300,
         learning_rate=3e-3,
         schedule="cosine",
         warmup_fraction=0.03,
@@ -162,7 +162,7 @@ RECIPES: Mapping[str, RecallRecipe] = {
 }
 TASKS = tuple(RECIPES)
 
-_QUICK_STEPS = {"associative": 200, "mqar-a": 250, "mqar-b": 250, "triple": 400, "needle": 120}
+_QUICK_STEPS = {"associative": 200, "noisy-keys": 120, "needle": 120, "triple": 400}
 _QUICK_EXAMPLES = {"needle": 20, "associative": 512, "triple": 512}
 
 

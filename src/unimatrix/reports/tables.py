@@ -19,6 +19,7 @@ Record = dict[str, Any]
 PILOT_PUBLISHED = {"core": (5.084, 5.0745), "rosa": (5.083, 5.087), "discovery": (5.112, 5.115)}
 RECALL_PUBLISHED = {"core": 0.134, "sparsepointer-dropout": 0.756, "sparsepointer": 0.992}
 
+_SLOTS_OF_TEST = re.compile(r"(\d+) in (\d+) slots$")
 _MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -227,6 +228,51 @@ def _tabulate_lab(records: Mapping[str, Record], prefix: str) -> str:
     return _format_table(header, rows)
 
 
+def _tabulate_summary(records: Mapping[str, Record]) -> str:
+    """Return the mean of all tests of each run of the lab, a row a run."""
+    rows = []
+    for group, members in _group_seeds(records, "lab/").items():
+        if group.startswith("hindsight/"):
+            continue
+        results = [member["results"] for member in members]
+        found = [
+            accuracy
+            for result in results
+            for test, accuracy in result["accuracy"].items()
+            if _has_room(test)
+        ]
+        copied = [
+            max(rules.values()) for result in results for rules in result["copy_rules"].values()
+        ]
+        rows.append(
+            [
+                group.partition("/")[2],
+                f"{100 * statistics.mean(found):.2f}",
+                f"{100 * min(found):.2f}",
+                f"{100 * statistics.mean(copied):.1f}" if copied else "",
+                f"{results[0]['state_bytes']:,}",
+                f"{results[0]['parameters']:,}",
+                f"{statistics.mean(result['train_s'] for result in results):.0f}",
+            ]
+        )
+    header = [
+        "task",
+        "mean",
+        "worst test and seed",
+        "best copy rule",
+        "state bytes",
+        "parameters",
+        "training s",
+    ]
+    return _format_table(header, rows)
+
+
+def _has_room(test: str) -> bool:
+    """Return whether a test gives every pair a slot, as far as its name says."""
+    numbers = _SLOTS_OF_TEST.search(test)
+    return numbers is None or int(numbers[2]) >= int(numbers[1])
+
+
 def _tabulate_language(records: Mapping[str, Record]) -> str:
     """Return bits per byte of models that differ in one part, at equal steps."""
     rows = []
@@ -264,6 +310,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "lab-mqar": functools.partial(_tabulate_lab, prefix="lab/mqar/"),
     "lab-others": functools.partial(_tabulate_lab, prefix="lab/others/"),
     "lab-hindsight": functools.partial(_tabulate_lab, prefix="lab/hindsight/"),
+    "lab-summary": _tabulate_summary,
     "language": _tabulate_language,
     "pilot": _tabulate_pilot,
     "recall": _tabulate_recall,
