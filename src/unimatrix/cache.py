@@ -129,7 +129,7 @@ class UniMatrixCache:
         return sum(self.bytes_by_part().values())
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Return the bytes of each of ``PARTS``; previous_token is what is kept of the last tokens."""
+        """Return the bytes of each of ``PARTS``; previous_token is what the last tokens leave."""
         parts = dict.fromkeys(PARTS, 0)
         for name, tensor in self.tensors().items():
             parts[_name_part(name)] += tensor.numel() * tensor.element_size()

@@ -5,7 +5,7 @@ The numbered comments are the steps of ``docs/forward.md``.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.token_modulation import TokenModulation
+from unimatrix.ops.hindsight import HindsightScale
 from unimatrix.ops.suffix_automaton import AutomatonState
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
 
@@ -113,20 +114,13 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
 
         # 4. The same block at every depth step.
-        hidden_states, carries, pointer, retrieval, associations = self._apply_depth(
-            x, sequence, past, retrieval, associations, use_cache
-        )
-        hidden_states.append(self.norm(hidden_states.pop()))
-        selective = None if retrieval is None else retrieval.selective
-        log_weights = None
-        if self.pointer_mixture is not None:
-            found = selective if self.config.pointer else None
-            voters, log_weights = self.pointer_mixture(hidden_states[-1], found, sequence.match)
-            pointer = (voters, None)
+        depth = self._apply_depth(x, sequence, past, retrieval, associations, use_cache)
+        hidden_states = [*depth.hidden_states[:-1], self.norm(depth.hidden_states[-1])]
+        pointer = self._point(hidden_states[-1], depth, sequence)
 
         if padding is not None:
             hidden_states = [padding.unpack(hidden) for hidden in hidden_states]
-            pointer, log_weights = _unpack_pointer(padding, pointer, log_weights)
+            pointer = _unpack_pointer(padding, pointer)
         num_new = ids.shape[1] if lengths is None else lengths
         output = UniMatrixModelOutput(
             last_hidden_state=hidden_states[-1],
@@ -136,17 +130,17 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 num_columns=past.num_columns + ids.shape[1],
                 num_tokens=past.num_tokens + num_new,
                 last_token_ids=take_last(ids, lengths, past.last_token_ids),
-                depth=carries,
-                associations=associations,
+                depth=depth.carries,
+                associations=depth.associations,
                 automaton=automaton,
             )
             if use_cache
             else None,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            pointer_token_ids=None if pointer is None else pointer[0],
-            pointer_weights=None if pointer is None else pointer[1],
-            pointer_log_weights=log_weights,
-            hindsight_scale=None if selective is None else selective.scale,
+            pointer_token_ids=pointer.token_ids,
+            pointer_weights=pointer.weights,
+            pointer_log_weights=pointer.log_weights,
+            hindsight_scale=pointer.hindsight_scale,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -189,28 +183,23 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         retrieval: Retrieval | None,
         associations: Associations,
         use_cache: bool,
-    ) -> tuple[
-        list[Tensor],
-        tuple[DepthCarry, ...],
-        tuple[Tensor, ...] | None,
-        Retrieval | None,
-        Associations,
-    ]:
-        """Return the stream before each depth step and after the last, and what else is carried."""
-        hidden_states, carries, pointer = [x], [], None
-        selective_mixer = self.block.selective_mixer
+    ) -> "_Depth":
+        """Apply the block L times; see ``_Depth`` for what comes out."""
+        hidden_states, carries, votes = [x], [], None
         for depth_step, carry in enumerate(past.depth):
-            if selective_mixer is not None and depth_step == int(selective_mixer.reads_hidden):
-                found, state = selective_mixer.retrieve(
+            mixer = self.block.selective_mixer
+            # A gate that sees the stream looks after the first depth step, others before it.
+            if mixer is not None and depth_step == int(mixer.reads_hidden):
+                read, state = mixer.retrieve(
                     self.embed_tokens,
                     sequence.token_ids,
-                    x if selective_mixer.reads_hidden else None,
+                    x if mixer.reads_hidden else None,
                     state=past.associations.selective,
                     num_before=past.num_tokens,
                     lengths=sequence.lengths,
                     keeps_state=use_cache,
                 )
-                retrieval = Retrieval(found.context, None, found)
+                retrieval = Retrieval(read.context, None, read)
                 associations = Associations(selective=state)
             if self.embed_depth is not None:
                 x = x + self.embed_depth.weight[depth_step]
@@ -218,24 +207,63 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             if self.gradient_checkpointing and self.training:
                 block = partial(self._gradient_checkpointing_func, self.block.__call__)
             is_last = depth_step == len(past.depth) - 1
-            x, carry_after, pointer = block(x, sequence, carry, retrieval, is_last)
+            x, carry_after, votes = block(x, sequence, carry, retrieval, is_last)
             hidden_states.append(x)
             carries.append(carry_after)
-        return hidden_states, tuple(carries), pointer, retrieval, associations
+        return _Depth(hidden_states, tuple(carries), votes, retrieval, associations)
+
+    def _point(self, h: Tensor, depth: "_Depth", sequence: Sequence) -> "_Pointer":
+        """Return what retrieved tokens say about the output, from the normalised last stream."""
+        read = None if depth.retrieval is None else depth.retrieval.selective
+        scale = None if read is None else read.scale
+        if self.pointer_mixture is not None:
+            found = read if self.config.pointer else None
+            token_ids, log_weights = self.pointer_mixture(h, found, sequence.match)
+            return _Pointer(token_ids, None, log_weights, scale)
+        if depth.votes is not None:
+            return _Pointer(*depth.votes, None, scale)
+        return _Pointer(None, None, None, scale)
 
 
-def _unpack_pointer(
-    padding: Padding, pointer: tuple[Any, ...] | None, log_weights: Tensor | None
-) -> tuple[tuple[Any, ...] | None, Tensor | None]:
+class _Depth(NamedTuple):
+    """What the depth steps leave.
+
+    Attributes:
+        hidden_states: the stream before each depth step and after the last.
+        carries: what each carries to the next call.
+        votes: ids and gated weights of the published pointer, [B, T, K] each.
+        retrieval: what was read once for all depth steps.
+        associations: bindings carried by all of them together.
+    """
+
+    hidden_states: list[Tensor]
+    carries: tuple[DepthCarry, ...]
+    votes: tuple[Tensor, Tensor] | None
+    retrieval: Retrieval | None
+    associations: Associations
+
+
+class _Pointer(NamedTuple):
+    """What ``UniMatrixModelOutput`` says of the pointer, under the same names."""
+
+    token_ids: Tensor | None
+    weights: Tensor | None
+    log_weights: Tensor | None
+    hindsight_scale: HindsightScale | None
+
+
+def _unpack_pointer(padding: Padding, pointer: _Pointer) -> _Pointer:
     """Return what the pointer says in the caller's columns; nothing at padding."""
-    if pointer is not None:
-        pointer = tuple(None if part is None else padding.unpack(part) for part in pointer)
+    token_ids, weights, log_weights, _ = pointer
     if log_weights is not None:
         mask = padding.mask.unsqueeze(-1)
-        vocabulary, others = log_weights[..., :1], log_weights[..., 1:]
-        others = padding.unpack(others).masked_fill(~mask, -torch.inf)
-        log_weights = torch.cat([padding.unpack(vocabulary), others], dim=-1)
-    return pointer, log_weights
+        others = padding.unpack(log_weights[..., 1:]).masked_fill(~mask, -torch.inf)
+        log_weights = torch.cat([padding.unpack(log_weights[..., :1]), others], dim=-1)
+    return pointer._replace(
+        token_ids=None if token_ids is None else padding.unpack(token_ids),
+        weights=None if weights is None else padding.unpack(weights),
+        log_weights=log_weights,
+    )
 
 
 class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
@@ -313,19 +341,16 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             rows = (shift_labels != IGNORED_LABEL,)
         elif logits_at is not None:
             rows = (logits_at,)
-        mixed = self._predict(output, rows)
+        predicted = self._predict(output, rows)
         loss = None
         if shift_labels is not None:
-            loss = compute_loss(mixed, shift_labels[rows], num_items_in_batch)
+            targets = shift_labels[rows]
+            loss = compute_loss(predicted, targets, num_items_in_batch)
             if output.hindsight_scale is not None:
-                loss = add_scale(
-                    loss, output.hindsight_scale, shift_labels[rows], num_items_in_batch
-                )
-        logits = mixed
-        if loss_only and loss is not None:
-            logits = None
-        elif isinstance(mixed, MixedLogits):
-            logits = mix_logits(mixed)
+                loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
+        logits = None
+        if loss is None or not loss_only:
+            logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         result = UniMatrixCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -339,16 +364,17 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
 
     def _predict(self, output: UniMatrixModelOutput, rows: Any) -> Tensor | MixedLogits:
         """Return the logits of the positions wanted, or what a mixture is made of there."""
-        logits = self.lm_head(output.last_hidden_state[rows])  # [..., V]
+        assert output.last_hidden_state is not None
+        logits: Tensor = self.lm_head(output.last_hidden_state[rows])  # [..., V]
+        if output.pointer_token_ids is None:
+            return logits
+        token_ids = output.pointer_token_ids[rows]
         if output.pointer_log_weights is not None:
-            return MixedLogits(
-                logits, output.pointer_token_ids[rows], output.pointer_log_weights[rows]
-            )
-        if output.pointer_weights is not None:
-            votes = output.pointer_weights[rows].to(logits.dtype)
-            # In place: the head's product is not needed backward, and a copy is B x T x V.
-            logits = logits.scatter_add_(-1, output.pointer_token_ids[rows], votes)
-        return logits
+            return MixedLogits(logits, token_ids, output.pointer_log_weights[rows])
+        assert output.pointer_weights is not None
+        votes = output.pointer_weights[rows].to(logits.dtype)
+        # In place: the head's product is not needed backward, and a copy is B x T x V.
+        return logits.scatter_add_(-1, token_ids, votes)
 
 
 def compute_loss(

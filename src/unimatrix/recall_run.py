@@ -79,9 +79,9 @@ def run_recall(
         on_test: called with the name of each test before it is run.
 
     Returns:
-        ``task``, ``accuracy`` by test (a fraction), their ``mean_accuracy``, ``copy_rules`` by test,
-        ``parameters``, ``state_bytes`` at batch 1 and ``state_bytes_by_part``, ``train_s`` and the
-        ``recipe``, as JSON types.
+        ``task``, ``accuracy`` by test (a fraction), their ``mean_accuracy``, ``copy_rules`` by
+        test, ``parameters``, ``state_bytes`` at batch 1 and ``state_bytes_by_part``, ``train_s``
+        and the ``recipe``, as JSON types.
 
     Raises:
         InputError: for an unusable recipe or folder, before anything is written.

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
 from unimatrix.data import load_corpus
 from unimatrix.errors import InputError
 from unimatrix.recall_recipe import RecallRecipe
@@ -65,7 +64,9 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
         train, test = (_GRID_B_TRAIN, _GRID_B_TEST) if random_filler else (_GRID_A, _GRID_A)
         return RecallSlices(
             train=tuple(MultiQueryRecall(*shape, random_filler, rebound) for shape in train),
-            test={_name(*shape): MultiQueryRecall(*shape, random_filler, rebound) for shape in test},
+            test={
+                _name(*shape): MultiQueryRecall(*shape, random_filler, rebound) for shape in test
+            },
         )
     if task == "noisy-keys":
         return RecallSlices(train=(NoisyKeys(),), test={"512x16": NoisyKeys()})
@@ -81,7 +82,9 @@ def count_pairs(task: SeededTask) -> int:
     """Return how many bindings an example of a task has."""
     if isinstance(task, (AssociativeRecall, MultiQueryRecall, CompositionalRecall, NoisyKeys)):
         return task.num_pairs
-    raise InputError("test_slots 0 is as many slots as pairs, and this task has none; give a number")
+    raise InputError(
+        "test_slots 0 is as many slots as pairs, and this task has none; give a number"
+    )
 
 
 def _build_needle(recipe: RecallRecipe) -> RecallSlices:

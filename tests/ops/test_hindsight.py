@@ -11,7 +11,7 @@ M = 2  # initial slots
 
 
 def set_up(label="attribution", **changes):
-    """Return two reads of write 0, one of write 2, one of an initial slot, and the gate's logits."""
+    """Return two reads of write 0, one of write 2 and one of an initial slot, watched."""
     log_weights = torch.tensor([[[0.5], [0.9], [0.2], [0.7]]]).log().double().requires_grad_()
     gate = torch.tensor([[[0.3], [-1.0], [2.0], [0.1]]], dtype=torch.float64, requires_grad=True)
     entries = torch.tensor([[[M + 0], [M + 0], [M + 2], [1]]])

@@ -172,9 +172,7 @@ def test_fading_frees_frozen_slots() -> None:
     slots = offer(empty_selective_slots(1, 1, 100), 1, 51, MAX_CODE)
     assert held(offer(slots, 2, 52, 100, margin=0)) == {1: (51, MAX_CODE)}
     for position in range(1, 30):
-        slots = offer(
-            slots, -1, 0, 0, fade_tokens=1, first_position=torch.tensor([position])
-        )
+        slots = offer(slots, -1, 0, 0, fade_tokens=1, first_position=torch.tensor([position]))
     assert held(slots) == {1: (51, MAX_CODE - 29)}
     assert held(offer(slots, 2, 52, 100, margin=0)) == {2: (52, 100)}
 

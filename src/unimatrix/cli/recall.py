@@ -98,7 +98,7 @@ def run(
     recall with the paper's recipe. Accuracy is a fraction in --json.
     """
     recipe = find_recipe(task, preset, quick=quick)
-    given = {
+    given: dict[str, Any] = {
         "dropout": dropout,
         "num_slots": slots,
         "num_pairs": pairs,
@@ -176,7 +176,9 @@ def _render(result: dict[str, Any]) -> str:
         f"{'test':<{width}}  accuracy   copy after last  first match  suffix automaton",
     ]
     for name, accuracy in result["accuracy"].items():
-        copied = "".join(f"{100 * share:>15.1f}" for share in rules.get(name.split(' in ')[0], {}).values())
+        copied = "".join(
+            f"{100 * share:>15.1f}" for share in rules.get(name.split(" in ")[0], {}).values()
+        )
         lines.append(f"{name:<{width}}  {100 * accuracy:>8.2f} {copied}")
     return "\n".join(
         [

@@ -171,7 +171,8 @@ class SelectiveMixer(nn.Module):
         kept = None
         if keeps_state:
             final = scan(bounded=True) if scanned.slots is None else scanned
-            assert final.slots is not None and final.writers is not None
+            assert final.slots is not None
+            assert final.writers is not None
             behind = entries.gather(1, final.writers) if entries.requires_grad else None
             kept = SelectiveState(final.slots, self._take_recent(stream, lengths), behind)
         offered = (write_keys >= 0) & find_real_tokens(lengths, token_ids).unsqueeze(-1)

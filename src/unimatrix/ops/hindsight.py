@@ -104,9 +104,10 @@ def watch_reads(
     Cost:
         One scatter of B T Q numbers in the backward pass.
     """
-    passed, elsewhere, of_target, of_gate = _Watch.apply(
+    watched: tuple[Tensor, Tensor, Tensor, Tensor] = _Watch.apply(  # type: ignore[no-untyped-call]
         log_weights, gate_logits, entries, offered, num_initial, rules
     )
+    passed, elsewhere, of_target, of_gate = watched
     return passed, elsewhere, HindsightScale(of_target, of_gate)
 
 

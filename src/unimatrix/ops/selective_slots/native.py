@@ -109,7 +109,7 @@ def _scan_rows(
 def _probe(keys: Array, key: int) -> int:
     """Return where a context is, or would go, in an open hash table of a power of two places."""
     mask = keys.shape[0] - 1
-    place = (key * 2654435761) >> 7 & mask
+    place: int = (key * 2654435761) >> 7 & mask
     while keys[place] not in (key, NO_KEY):
         place = (place + 1) & mask
     return place
@@ -180,9 +180,7 @@ def _scan_rows_unbounded(
                 writers[place] = num_initial + t * num_writes + n
 
 
-def scan_native(
-    writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
-) -> SlotScan:
+def scan_native(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy) -> SlotScan:
     """Compute E13 and E14.
 
     Cost: O(B T (Q + N) M) comparisons with M slots; O(B T (Q + N)) without a bound, and 80 bytes a

@@ -26,9 +26,7 @@ class _Slot:
         return self.value_id == NO_VALUE
 
 
-def scan_reference(
-    writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
-) -> SlotScan:
+def scan_reference(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy) -> SlotScan:
     """Look up, then write, token by token: E13 and E14."""
     batch, num_tokens, num_reads = writes.read_keys.shape
     num_initial = initial.slot_keys.shape[1]
@@ -41,7 +39,7 @@ def scan_reference(
     writers = torch.zeros((batch, num_initial), dtype=torch.int64)
     for b in range(batch):
         row = zip(*(tensor[b].tolist() for tensor in initial), strict=True)
-        slots = [_Slot(*held, entry=m) for m, held in enumerate(row)]
+        slots = [_Slot(key, value, code, m) for m, (key, value, code) in enumerate(row)]
         for t in range(int(writes.lengths[b])):
             position = int(writes.first_position[b]) + t
             if policy.fade_tokens and position and position % policy.fade_tokens == 0:
