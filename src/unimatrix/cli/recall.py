@@ -167,7 +167,9 @@ def _run_visibly(recipe: RecallRecipe, out: Path | None, device: str) -> dict[st
 
 def _render(result: dict[str, Any]) -> str:
     """Return the accuracies for people, per cent."""
-    recipe, rules = result["recipe"], result["copy_rules"]
+    from unimatrix.reports.recall_results import find_copy_rules
+
+    recipe = result["recipe"]
     width = max(10, *(len(name) for name in result["accuracy"]))
     lines = [
         f"{result['task']} recall: {recipe['preset']}, {recipe['steps']:,} steps of "
