@@ -178,9 +178,7 @@ def _render(result: dict[str, Any]) -> str:
         f"{'test':<{width}}  accuracy   copy after last  first match  suffix automaton",
     ]
     for name, accuracy in result["accuracy"].items():
-        copied = "".join(
-            f"{100 * share:>15.1f}" for share in rules.get(name.split(" in ")[0], {}).values()
-        )
+        copied = "".join(f"{100 * x:>15.1f}" for x in find_copy_rules(result, name).values())
         lines.append(f"{name:<{width}}  {100 * accuracy:>8.2f} {copied}")
     return "\n".join(
         [
