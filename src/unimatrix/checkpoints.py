@@ -9,14 +9,20 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from unimatrix.auto import register
 from unimatrix.configuration import PRESETS, UniMatrixConfig
 from unimatrix.errors import InputError, suggest
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.tokenization import BOS_ID, EOS_ID, VOCAB_SIZE, build_tokenizer
+from unimatrix.tokenization import (
+    BOS_ID,
+    EOS_ID,
+    VOCAB_SIZE,
+    UniMatrixTokenizer,
+    build_tokenizer,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -149,7 +155,7 @@ def _load_tokenizer(folder: Path | None) -> PreTrainedTokenizerBase:
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         return build_tokenizer()
     register()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = UniMatrixTokenizer.from_pretrained(folder)
     return tokenizer
 
 

@@ -12,7 +12,7 @@ from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tasks import SeededTask
 
 IGNORED_LABEL = -100
-STREAM_TOKENS = 4096
+STREAM_TOKENS = 2048
 """Longer examples are read in pieces of so many tokens, the cache carried."""
 
 

@@ -61,7 +61,7 @@ def map_rows(kernel: Callable[..., Any], num_rows: int, *args: Any) -> None:
 
 @contextlib.contextmanager
 def flush_denormals() -> Iterator[None]:
-    """Let torch's CPU threads take numbers below 1e-38 for zero while the context lasts.
+    """Let torch's CPU threads take numbers below 1e-38 for zero; off when the context ends.
 
     A gradient that fades over many tokens gets that small, and a processor multiplies such numbers
     a hundred times slower (measured: 20 times on a step with one target at the end of 128 tokens).
