@@ -82,9 +82,7 @@ def count_pairs(task: SeededTask) -> int:
     """Return how many bindings an example of a task has."""
     if isinstance(task, (AssociativeRecall, MultiQueryRecall, CompositionalRecall, NoisyKeys)):
         return task.num_pairs
-    raise InputError(
-        "test_slots 0 is as many slots as pairs, and this task has none; give a number"
-    )
+    raise InputError("test_slots 0 is as many slots as pairs; this task has none, so give a number")
 
 
 def _build_needle(recipe: RecallRecipe) -> RecallSlices:
