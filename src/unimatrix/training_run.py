@@ -248,16 +248,15 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
         "valid_bytes": score.bytes,
         "context": score.context,
         "eval_s": round(time.perf_counter() - start, 3),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
     }
     run.record |= {"status": "done", "results": results}
     write_record(run.path, run.record)
-    parameters = sum(p.numel() for p in run.model.parameters())
     tokens = run.num_steps * run.recipe.train.batch_size * run.recipe.data.window_tokens
     return {
         **results,
         "run": str(run.path),
         "data": list(run.recipe.data.data),
-        "parameters": parameters,
         "optim_steps": run.num_steps,
         "tokens": tokens,
         "train_s": run.record["train_s"],
