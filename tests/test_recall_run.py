@@ -130,6 +130,22 @@ def test_our_own_recipe() -> None:
     assert list(result["copy_rules"]) == ["4", "6", "8"]
 
 
+def test_our_recipe_learns_in_seconds() -> None:
+    """Four slots for four pairs: the gate must keep the bindings and let the filler go."""
+    recipe = replace(
+        find_recipe("associative"),
+        num_slots=4,
+        test_pairs=(4,),
+        batch_size=16,
+        learning_rate=3e-3,
+        test_examples=256,
+    )
+    before = run_recall(replace(recipe, steps=1, learning_rate=0.0))
+    after = run_recall(replace(recipe, steps=40))
+    assert before["accuracy"]["4"] < 0.5
+    assert after["accuracy"]["4"] > 0.9
+
+
 def test_the_trained_model_is_tested_with_other_slots() -> None:
     recipe = replace(SELECTIVE, test_slots=(2, 0), test_pairs=(3, 5))
     result = run_recall(recipe)
