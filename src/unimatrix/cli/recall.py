@@ -169,7 +169,9 @@ def _run_visibly(recipe: RecallRecipe, out: Path | None, device: str) -> dict[st
 
 def _render(result: dict[str, Any]) -> str:
     """Return the accuracies for people, per cent."""
-    recipe, rules = result["recipe"], result["copy_rules"]
+    from unimatrix.reports.recall_results import find_copy_rules
+
+    recipe = result["recipe"]
     width = max(10, *(len(name) for name in result["accuracy"]))
     lines = [
         f"{result['task']} recall: {recipe['preset']}, {recipe['steps']:,} steps of "
@@ -178,9 +180,7 @@ def _render(result: dict[str, Any]) -> str:
         f"{'test':<{width}}  accuracy   copy after last  first match  suffix automaton",
     ]
     for name, accuracy in result["accuracy"].items():
-        copied = "".join(
-            f"{100 * share:>15.1f}" for share in rules.get(name.split(" in ")[0], {}).values()
-        )
+        copied = "".join(f"{100 * x:>15.1f}" for x in find_copy_rules(result, name).values())
         lines.append(f"{name:<{width}}  {100 * accuracy:>8.2f} {copied}")
     return "\n".join(
         [

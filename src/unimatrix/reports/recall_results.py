@@ -125,6 +125,17 @@ def list_copy_rules(configurations: Sequence[Configuration]) -> list[str]:
     )
 
 
+def find_copy_rules(result: Mapping[str, Any], name: str) -> Mapping[str, float]:
+    """Return what the copy rules reach in a test, whatever the slots of the model in it.
+
+    Args:
+        result: of one run.
+        name: of the test, such as ``64x4`` or ``64x4 in 256 slots``.
+    """
+    rules: Mapping[str, float] = result["copy_rules"].get(name.split(" in ")[0], {})
+    return rules
+
+
 def average_copy_rule(
     configurations: Sequence[Configuration], rule: str, slices: Sequence[str]
 ) -> float | None:
@@ -141,10 +152,10 @@ def average_copy_rule(
     by_slice = []
     for name in slices:
         found = [
-            float(run["copy_rules"][name][rule])
+            float(rules[rule])
             for one in configurations
             for run in one.runs
-            if rule in run["copy_rules"].get(name, {})
+            if rule in (rules := find_copy_rules(run, name))
         ]
         if not found:
             return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.reports.recall_results import find_copy_rules
 
 Record = dict[str, Any]
 
@@ -200,7 +201,7 @@ def _tabulate_lab(records: Mapping[str, Record], prefix: str) -> str:
         recipe = results[0]["recipe"]
         for test in results[0]["accuracy"]:
             found = [result["accuracy"][test] for result in results]
-            copied = results[0]["copy_rules"].get(test.split(" in ")[0], {})
+            copied = find_copy_rules(results[0], test)
             rows.append(
                 [
                     group,
