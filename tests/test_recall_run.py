@@ -1,22 +1,44 @@
-import dataclasses
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from unimatrix.checkpoints import load_model
+from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.evaluation.recall import measure_recall
-from unimatrix.recall_recipe import RecallRecipe
+from unimatrix.recall_recipe import RecallRecipe, find_recipe
 from unimatrix.recall_run import build_recall_config, run_recall
+from unimatrix.recall_slices import build_slices
 from unimatrix.tasks import AssociativeRecall
 
 QUICK = RecallRecipe(steps=2, batch_size=4, test_examples=40)
+FIELDS = [
+    "task",
+    "accuracy",
+    "mean_accuracy",
+    "copy_rules",
+    "parameters",
+    "state_bytes",
+    "state_bytes_by_part",
+    "train_s",
+    "recipe",
+]
+SELECTIVE = replace(find_recipe("associative"), steps=2, batch_size=4, test_examples=40)
+
+
+def build_config(**fields: Any) -> UniMatrixConfig:
+    """Return the configuration that a recipe of these fields trains."""
+    recipe = RecallRecipe(**fields)
+    return build_recall_config(recipe, build_slices(recipe))
 
 
 def test_the_papers_recipe() -> None:
-    recipe = RecallRecipe()
-    config = build_recall_config(recipe)
+    recipe = find_recipe("associative", "sparsepointer")
+    assert recipe == RecallRecipe()
+    config = build_config()
     published = {
         "vocab_size": 64,
         "max_position_embeddings": 128,
@@ -43,10 +65,10 @@ def test_the_papers_recipe() -> None:
     [("core", 70_660), ("rosa", 78_916), ("sparsepointer", 75_014)],
 )
 def test_a_short_run(preset, parameters) -> None:
-    recipe = dataclasses.replace(QUICK, preset=preset)
+    recipe = replace(QUICK, preset=preset)
     seen: list[dict[str, float]] = []
     result = run_recall(recipe, on_metrics=seen.append)
-    assert list(result) == ["accuracy", "parameters", "state_bytes", "train_s", "recipe"]
+    assert list(result) == FIELDS
     assert list(result["accuracy"]) == ["4", "6", "8"]
     assert all(0 <= accuracy <= 1 for accuracy in result["accuracy"].values())
     assert result["parameters"] == parameters
@@ -57,13 +79,13 @@ def test_a_short_run(preset, parameters) -> None:
 
 
 def test_the_seed_alone_decides() -> None:
-    recipe = dataclasses.replace(QUICK, preset="core", steps=3)
+    recipe = replace(QUICK, preset="core", steps=3)
     losses: list[list[float]] = []
     for salt, seed in ((1, 19), (2, 19), (3, 20)):
         torch.manual_seed(salt)
         seen: list[float] = []
         run_recall(
-            dataclasses.replace(recipe, seed=seed),
+            replace(recipe, seed=seed),
             on_metrics=lambda m, s=seen: s.append(m["loss_nats"]),
         )
         losses.append(seen)
@@ -85,22 +107,73 @@ def test_a_folder_keeps_model_log_and_record(tmp_path) -> None:
 
 
 def test_slots() -> None:
-    assert build_recall_config(RecallRecipe(num_slots=8)).num_slots == 8
+    assert build_config(num_slots=8).num_slots == 8
+    assert build_config(preset="unimatrix", num_slots=8).num_slots == 8
     with pytest.raises(InputError, match="slots is 8 and preset 'core' has no slots"):
-        build_recall_config(RecallRecipe(preset="core", num_slots=8))
+        build_config(preset="core", num_slots=8)
     with pytest.raises(InputError, match="num_slots is 0"):
-        build_recall_config(RecallRecipe(num_slots=0))
+        build_config(num_slots=0)
 
 
 def test_overrides() -> None:
-    recipe = RecallRecipe(overrides={"write_gate": False, "pointer": False})
-    config = build_recall_config(recipe)
+    config = build_config(overrides={"write_gate": False, "pointer": False})
     assert not config.write_gate
     assert not config.pointer
 
 
-@pytest.mark.parametrize("pairs", [0, 9])
-def test_pairs_out_of_range_write_nothing(tmp_path, pairs) -> None:
-    with pytest.raises(InputError, match=f"num_pairs is {pairs}"):
-        run_recall(dataclasses.replace(QUICK, num_pairs=pairs), out=tmp_path / "run")
+def test_our_own_recipe() -> None:
+    result = run_recall(SELECTIVE)
+    assert (result["task"], list(result["accuracy"])) == ("associative", ["4", "6", "8"])
+    assert result["mean_accuracy"] == pytest.approx(sum(result["accuracy"].values()) / 3)
+    assert result["state_bytes"] == sum(result["state_bytes_by_part"].values())
+    assert result["state_bytes_by_part"]["slots"] == 8 * 7
+    assert list(result["copy_rules"]) == ["4", "6", "8"]
+
+
+def test_our_recipe_learns_in_seconds() -> None:
+    """Four slots for four pairs: the gate must keep the bindings and let the filler go."""
+    recipe = replace(
+        find_recipe("associative"),
+        num_slots=4,
+        test_pairs=(4,),
+        batch_size=16,
+        learning_rate=3e-3,
+        test_examples=256,
+    )
+    before = run_recall(replace(recipe, steps=1, learning_rate=0.0))
+    after = run_recall(replace(recipe, steps=40))
+    assert before["accuracy"]["4"] < 0.5
+    assert after["accuracy"]["4"] > 0.9
+
+
+def test_the_trained_model_is_tested_with_other_slots() -> None:
+    recipe = replace(SELECTIVE, test_slots=(2, 0), test_pairs=(3, 5))
+    result = run_recall(recipe)
+    assert list(result["accuracy"]) == [
+        "3 in 2 slots",
+        "3 in 3 slots",
+        "5 in 2 slots",
+        "5 in 5 slots",
+    ]
+    # What is kept is the model as it was trained.
+    assert result["state_bytes_by_part"]["slots"] == 8 * 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_pairs": 0}, "num_pairs is 0"),
+        ({"num_pairs": 9}, "num_pairs is 9"),
+        ({"test_pairs": (4, 9)}, "num_pairs is 9"),
+        ({"test_examples": 0}, "test_examples is 0"),
+        ({"test_slots": (-1,)}, "test_slots holds -1"),
+        ({"test_slots": (4,)}, r"test_slots is \[4\] and preset 'sparsepointer' has no selective"),
+        ({"task": "triple", "preset": "unimatrix", "test_slots": (0,)}, "this task has none"),
+        ({"test_tokens": 129}, "an example has 129 tokens and the position table 128 rows"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(tmp_path, fields, named) -> None:
+    with pytest.raises(InputError, match=named):
+        run_recall(replace(QUICK, **fields), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -18,6 +18,7 @@ from tests.small_training import (
     have_equal_weights,
     one_thread,
 )
+from tests.tolerances import error
 from unimatrix.data import WindowDataset
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
@@ -48,6 +49,23 @@ class Poison(TrainerCallback):
         if state.global_step == self.optim_step - 1:
             with torch.no_grad():
                 model.model.norm.weight.fill_(float("inf"))
+
+
+class KeepGradients(TrainerCallback):
+    """Keep the gradients that the optimiser gets, of parameters with ``part`` in their name."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, model: Any, **_: Any
+    ) -> None:
+        self.gradients = {
+            name: parameter.grad.clone()
+            for name, parameter in model.named_parameters()
+            if self.part in name
+        }
 
 
 def test_resumed_training_equals_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
@@ -118,6 +136,31 @@ def test_loss_is_the_mean_over_the_labels_of_the_batch() -> None:
     assert losses[0][0] == pytest.approx(expected, rel=1e-6)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("hindsight", ["attribution", "read_hit"])
+def test_accumulated_gate_gradients_are_those_of_the_whole_batch(hindsight: str) -> None:
+    """The gate's loss is a mean over writes: parts with equally many add up to it."""
+    gradients = []
+    for parts in (1, 2, 4):
+        model = build_model(
+            residual_path="none",
+            associative_memory="selective",
+            pointer=True,
+            slot_read_offsets=[0],
+            hindsight=hindsight,
+            hindsight_floor=0.0,
+            dropout=0.0,
+        )
+        keep = KeepGradients("selective_mixer.gate_")
+        settings = build_settings(steps=1, accumulation_steps=parts, warmup_fraction=0.0)
+        train_model(model, build_dataset(4), settings, None, callbacks=[keep])
+        gradients.append(keep.gradients)
+    assert len(gradients[0]) == 4
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
+    for accumulated in gradients[1:]:
+        for name, gradient in accumulated.items():
+            assert error(gradient, gradients[0][name]) <= 1e-5, name
 
 
 def test_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def run_recall(
     return result
 
 
-def _check(recipe: RecallRecipe) -> None:
+def _check(recipe: RecallRecipe, slices: RecallSlices, config: UniMatrixConfig) -> None:
     """Raise ``InputError`` for what would stop the run after its first writing."""
     recipe.to_train_section()
     if recipe.test_examples < 1:
@@ -114,6 +114,20 @@ def _check(recipe: RecallRecipe) -> None:
     for num_slots in recipe.test_slots:
         if num_slots < 0:
             raise InputError(f"test_slots holds {num_slots}; give at least 1, or 0 for the pairs")
+    if recipe.test_slots and config.associative_memory != "selective":
+        raise InputError(
+            f"test_slots is {list(recipe.test_slots)} and preset {recipe.preset!r} has no "
+            "selective slots; leave it out"
+        )
+    for task in slices.test.values():
+        _list_slots(recipe, task)
+    if config.max_position_embeddings is not None:
+        longest = max(map(_count_tokens, (*slices.train, *slices.test.values())))
+        if longest > config.max_position_embeddings:
+            raise InputError(
+                f"an example has {longest} tokens and the position table "
+                f"{config.max_position_embeddings} rows; choose shorter tests or preset unimatrix"
+            )
 
 
 def _test(
@@ -128,7 +142,7 @@ def _test(
     accuracy, copy_rules = {}, {}
     for name, task in slices.test.items():
         on_test(name)
-        num_tokens = task.build(test_seed, 1)["input_ids"].shape[1]
+        num_tokens = _count_tokens(task)
         for label, num_slots in _list_slots(recipe, task):
             _resize_slots(model, num_slots)
             accuracy[name + label] = measure_recall(
@@ -159,6 +173,11 @@ def _test(
     }
 
 
+def _count_tokens(task: SeededTask) -> int:
+    """Return the length of every example of a task."""
+    return task.build(0, 1)["input_ids"].shape[1]
+
+
 def _list_slots(recipe: RecallRecipe, task: SeededTask) -> list[tuple[str, int | None]]:
     """Return what to add to a test's name, and its number of slots, for each number asked for."""
     if not recipe.test_slots:
@@ -172,15 +191,14 @@ def _resize_slots(model: UniMatrixForCausalLM, num_slots: int | None) -> None:
     if num_slots is None:
         return
     mixer = model.model.block.selective_mixer
-    if mixer is None:
-        raise InputError("test_slots needs a model with selective slots; leave it out")
+    assert mixer is not None
     mixer.num_slots = num_slots
 
 
 def _draw_model(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixForCausalLM:
     """Check the recipe; return the model with fresh weights, the global generator as it was."""
-    _check(recipe)
     config = build_recall_config(recipe, slices)
+    _check(recipe, slices, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return UniMatrixForCausalLM(config)

@@ -15,6 +15,7 @@ PARAMETERS = {
     "rosa-assoc-hard": 120_324,
     "discovery-assoc": 131_632,
     "sparsepointer": 87_494,
+    "unimatrix": 107_794,
 }
 
 
@@ -35,6 +36,8 @@ def test_the_table_of_presets() -> None:
     assert head.split() == ["preset", "parameters", "state", "bytes", "carries"]
     for line, preset in zip(lines, PRESETS, strict=False):
         assert line.split()[:2] == [preset, f"{PARAMETERS[preset]:,}"]
+    for part in ("slots", "automaton (grows)", "previous token"):
+        assert part in lines[len(PRESETS) - 1]
     assert max(map(len, answer.text.splitlines())) <= 100
 
 
@@ -62,6 +65,24 @@ def test_one_preset(preset) -> None:
     assert f"{PARAMETERS[preset]:,}" in text
     assert "at most 128 tokens" in text
     assert ("grows with the text" in text) == (preset == "assoc")
+
+
+def test_our_own_preset() -> None:
+    result = run_command("info", "unimatrix", "--json").result
+    assert result["parameters"] == PARAMETERS["unimatrix"]
+    assert {"selective_mixer", "pointer_mixture"} < set(result["parameters_by_part"])
+    assert set(result["state_bytes_by_part"]) == {
+        "matrix_state",
+        "slots",
+        "automaton",
+        "previous_token",
+        "counters",
+    }
+    assert (result["grows"], result["max_position_embeddings"]) == (["automaton"], None)
+    assert result["backends"]["decoding"]["selective_slots"] == "native"
+    text = run_command("info", "unimatrix").text
+    for words in ("selective mixer", "pointer mixture", "grows with the text", "any"):
+        assert words in text
 
 
 def test_a_saved_model_of_any_length(tmp_path) -> None:

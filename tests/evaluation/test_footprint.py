@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tests.models import VARIANTS, build_model
 from unimatrix.configuration import PRESETS, UniMatrixConfig
@@ -32,10 +33,25 @@ def test_parts_of_the_published_core() -> None:
     }
 
 
+def test_parts_of_the_selective_slots() -> None:
+    model = UniMatrixForCausalLM(UniMatrixConfig.preset("unimatrix"))
+    counts = count_parameters(model)
+    gate = 2 * 64 * 32 + 32 + 32 + 1
+    # One read; the automaton's token has a score from the stream and one a length bucket.
+    assert counts["selective_mixer"] == gate + 1 + 64 * 64 + 64 * 64 + 64
+    assert counts["pointer_mixture"] == 2 * (64 + 1) + 10
+    state = measure_state_bytes(model)
+    # 4 bytes of key, 2 of value and 1 of strength; eight ids reach as far back as a write needs.
+    assert state["slots"] == 64 * 7
+    assert state["previous_token"] == 8 * 4
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_state_bytes_are_those_of_a_saved_cache(variant, tmp_path) -> None:
     model = build_model(variant).float()
-    cache = model(input_ids=build_first_token(model), use_cache=True).past_key_values
+    # Where gradients are recorded, the gate's logits are carried beside the slots.
+    with torch.no_grad():
+        cache = model(input_ids=build_first_token(model), use_cache=True).past_key_values
     parts = measure_state_bytes(model)
     assert sum(parts.values()) == cache.num_bytes()
     expected = sum(t.numel() * t.element_size() for t in cache.tensors().values())
@@ -64,6 +80,7 @@ def test_backends_are_resolved(variant, num_tokens) -> None:
     assert "auto" not in backends.values()
     assert ("matrix_state" in backends) == (model.config.update_rules != "none")
     assert ("slots" in backends) == (model.config.associative_memory == "slots")
+    assert ("selective_slots" in backends) == (model.config.associative_memory == "selective")
     assert ("dense_memory" in backends) == (model.config.associative_memory == "dense")
     assert ("suffix_automaton" in backends) == (model.config.residual_path == "suffix_automaton")
     model.set_backend("reference")

@@ -1,12 +1,15 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tests.models import SMALL
+from tests.models import SMALL, VARIANTS, build_model, draw_ids
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.evaluation import recall
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.tasks import AssociativeRecall
+from unimatrix.tasks import AssociativeRecall, SeededTask
 
 TASK = AssociativeRecall(num_pairs=3, window_tokens=24)
 
@@ -56,3 +59,82 @@ def test_batches_and_global_generators_do_not_move_it(model) -> None:
 def test_numbers_below_1(model, numbers) -> None:
     with pytest.raises(InputError, match="must be at least 1"):
         measure_recall(model, TASK, seed=0, **numbers)
+
+
+class Scripted(torch.nn.Module):
+    """A model that answers every token with the next one of the vocabulary."""
+
+    device = torch.device("cpu")
+
+    def forward(self, input_ids, use_cache):
+        assert not use_cache
+        logits = torch.nn.functional.one_hot((input_ids + 1) % 16, 16).float()
+        return SimpleNamespace(logits=logits)
+
+
+class Labelled(SeededTask):
+    """Examples with labels of which the scripted answers get chosen ones right.
+
+    Args:
+        right: one row an example, of whether each of its labels is what the script answers.
+    """
+
+    vocab_size = 16
+
+    def __init__(self, right):
+        self.right = right
+
+    def build_batch(self, seed, indices):
+        ids = torch.arange(12).repeat(len(indices), 1)
+        labels = torch.full_like(ids, -100)
+        for row, index in enumerate(indices):
+            for number, is_right in enumerate(self.right[index]):
+                labels[row, 3 * number] = ids[row, 3 * number] + (1 if is_right else 2)
+        return {"input_ids": ids, "shift_labels": labels}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_an_example_counts_by_the_share_of_its_labels_or_as_a_whole(batch_size) -> None:
+    """The mean is over examples: one with many labels weighs no more than one with a single."""
+    task = Labelled([[True], [True, False, True, False], [False, False], [True, True, True]])
+    shares = measure_recall(Scripted(), task, 4, 0, batch_size=batch_size)
+    assert shares == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    whole = measure_recall(Scripted(), task, 4, 0, batch_size=batch_size, whole_answer=True)
+    assert whole == 2 / 4
+
+
+@pytest.mark.parametrize("whole_answer", [False, True])
+def test_a_perfect_and_a_wrong_model(whole_answer) -> None:
+    for is_right in (True, False):
+        task = Labelled([[is_right] * 4] * 5)
+        found = measure_recall(Scripted(), task, 5, 0, whole_answer=whole_answer)
+        assert found == float(is_right)
+
+
+@pytest.mark.parametrize("stream_tokens", [1, 7, 16, 33])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pieces_give_the_answers_of_one_pass(monkeypatch, variant, stream_tokens) -> None:
+    """Labels at every third position are what the model answers in one pass over the example."""
+    model = build_model(variant)
+    ids = draw_ids(3, 32)
+    with torch.no_grad():
+        answers = model(ids, use_cache=False).logits.argmax(dim=-1)
+    labels = answers.where(torch.arange(32) % 3 == 0, -100)
+    if stream_tokens == 7:
+        labels[:, 7:14] = -100  # a piece in which nothing is asked
+
+    class Known(SeededTask):
+        vocab_size = 23
+
+        def build_batch(self, seed, indices):
+            return {"input_ids": ids[indices], "shift_labels": labels[indices]}
+
+    monkeypatch.setattr(recall, "STREAM_TOKENS", stream_tokens)
+    sizes = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert measure_recall(model, Known(), 3, 0, batch_size=2, whole_answer=True) == 1.0
+    handle.remove()
+    assert max(sizes) == min(stream_tokens, 32)
+    assert sum(sizes) == 2 * 32

@@ -200,6 +200,69 @@ def test_loss_conventions() -> None:
     assert model(ids, labels=labels, return_dict=False)[0].shape == ()
 
 
+def draw_few_labels(ids: torch.Tensor) -> torch.Tensor:
+    """Return targets at a fifth of the positions, and one row with none."""
+    generator = torch.Generator().manual_seed(7)
+    targets = torch.randint(3, 12, ids.shape, generator=generator)
+    asked = torch.rand(ids.shape, generator=generator) < 0.2
+    asked[0, 3], asked[1] = True, False
+    return targets.masked_fill(~asked, -100)
+
+
+@pytest.mark.parametrize("num_items", [None, 64])
+@pytest.mark.parametrize("training", [False, True])
+@variants
+def test_loss_alone_is_the_loss(variant: str, training: bool, num_items: int | None) -> None:
+    """The same loss and gradients, the gate's among them, without the other positions' logits."""
+    model = build_model(variant, dropout=0.0).train(training)
+    ids = draw_ids(3, 24)
+    targets = draw_few_labels(ids)
+    losses, grads = [], []
+    for loss_only in (False, True):
+        model.zero_grad(set_to_none=True)
+        output = model(ids, shift_labels=targets, num_items_in_batch=num_items, loss_only=loss_only)
+        assert (output.logits is None) == loss_only
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert error(losses[1], losses[0]) <= 1e-12
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert error(grads[1][name], grad) <= limit("golden", torch.float64, "grad"), name
+
+
+@variants
+def test_loss_alone_under_left_padding_and_with_unshifted_labels(variant: str) -> None:
+    model = build_model(variant)
+    ids = draw_ids(2, 16)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 8:14] = -100
+    whole, alone = (
+        model(ids, attention_mask=mask, labels=labels, loss_only=loss_only)
+        for loss_only in (False, True)
+    )
+    assert error(alone.loss, whole.loss) <= 1e-12
+    # Without labels there is no loss to be alone.
+    logits = model(ids, attention_mask=mask, loss_only=True).logits
+    assert torch.equal(logits, whole.logits)
+
+
+@variants
+def test_logits_at_chosen_positions(variant: str) -> None:
+    model = build_model(variant)
+    ids = draw_ids(3, 20)
+    whole = model(ids).logits
+    chosen = draw_few_labels(ids) != -100
+    found = model(ids, logits_at=chosen, logits_to_keep=1).logits
+    assert found.shape == (int(chosen.sum()), 23)
+    assert error(found, whole[chosen]) <= limit("model", torch.float64, "value")
+    assert torch.equal(found.argmax(-1), whole[chosen].argmax(-1))
+    nothing = model(ids, logits_at=torch.zeros_like(chosen)).logits
+    assert nothing.shape == (0, 23)
+
+
 def test_position_table_bounds_the_length() -> None:
     model = build_model("core", max_position_embeddings=8)
     model(draw_ids(1, 8))
@@ -239,6 +302,40 @@ def test_bad_inputs_say_what_to_do() -> None:
         build_model("rosa")(draw_ids(2, 4), past_key_values=cache)
     with pytest.raises(InputError, match="not available"):
         model.set_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"associative_memory": "selectiv"}, "Did you mean 'selective'"),
+        ({"norm_type": "rms"}, "norm_type is 'rms'; choose one of layer_norm, rms_norm"),
+        ({"feed_forward_type": "swish"}, "Did you mean 'swiglu'"),
+        ({"repeated_key": "newest"}, "repeated_key is 'newest'; choose one of last, first"),
+        ({"hindsight": "atribution"}, "Did you mean 'attribution'"),
+        ({"hindsight_share": -0.1}, "hindsight_share is -0.1; it must be at least 0"),
+        ({"hindsight_floor": float("nan")}, "hindsight_floor is nan"),
+        ({"hindsight_weight": -1.0}, "hindsight_weight is -1.0"),
+        ({"slot_margin": -1.0}, "slot_margin is -1.0"),
+        ({"slot_fade_tokens": 0}, "slot_fade_tokens is 0; it must be a whole number of at least 1"),
+        ({"longest_retention": 0}, "longest_retention is 0"),
+        ({"slot_key_patterns": []}, "slot_key_patterns is empty"),
+        ({"slot_key_patterns": [[]]}, "needs at least one distance, none twice"),
+        ({"slot_key_patterns": [[0, 1, 0]]}, "needs at least one distance, none twice"),
+        ({"slot_key_patterns": [0, 1]}, "slot_key_patterns holds 0; it needs lists"),
+        ({"slot_key_patterns": [[-1]]}, "slot_key_patterns is -1; it must be a whole number"),
+        ({"slot_read_offsets": []}, "slot_read_offsets holds"),
+        ({"slot_read_offsets": [1.5]}, "slot_read_offsets is 1.5"),
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"slot_source": "hidden", "num_hidden_layers": 1}, "must be at least 2, not 1"),
+        ({"associative_memory": "dense"}, "pointer=True needs associative_memory='slots' or"),
+        ({"residual_path": "none"}, "automaton_pointer=True needs residual_path='suffix_automaton"),
+    ],
+)
+def test_unusable_selective_fields_say_what_to_do(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(InputError) as caught:
+        UniMatrixConfig.preset("unimatrix", **fields)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_norm_guard_has_no_parallel_form() -> None:

@@ -64,3 +64,43 @@ def test_a_forked_child_has_threads_of_its_own(team: str) -> None:
     assert results.get(timeout=60) == [3] * 10
     child.join(timeout=60)
     assert child.exitcode == 0
+
+
+# Made here, because converting 1e-40 to a float32 also goes by the mode of the thread.
+_DENORMALS = torch.full((2**20,), 1e-40)
+
+
+def _halve_denormals() -> torch.Tensor:
+    """Return the bits of half of many small numbers, an operator that every thread has part in.
+
+    Bits, because a thread that takes such numbers for zero would also compare them so.
+    """
+    return (_DENORMALS * 0.5).view(torch.int32)
+
+
+def test_denormals_are_zero_in_every_thread_while_the_context_lasts(team: str) -> None:
+    assert _halve_denormals().all()
+    with threads.flush_denormals():
+        inside = _halve_denormals()
+    after = _halve_denormals()
+    # Without libgomp only this thread can be told, and it has the first part.
+    flushed = inside if team == "libgomp" else inside[:1000]
+    assert not flushed.any()
+    assert after.all()
+
+
+def test_denormals_come_back_after_an_error(team: str) -> None:
+    with pytest.raises(RuntimeError, match="midway"), threads.flush_denormals():
+        raise RuntimeError("midway")
+    assert _halve_denormals().all()
+
+
+def test_denormals_on_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threads.flush_denormals():
+            assert not _halve_denormals().any()
+        assert _halve_denormals().all()
+    finally:
+        torch.set_num_threads(before)

@@ -120,8 +120,8 @@ def _render_presets(result: dict[str, Any]) -> str:
     return to_text(
         table,
         "",
-        "Published size: D 64, L 3, vocabulary 259, position table of 128. State bytes: batch 1, "
-        "after one token.",
+        "All: D 64, L 3, vocabulary 259; a position table of 128, and none with unimatrix.",
+        "State bytes: batch 1, after one token.",
         "Details: unimatrix info PRESET",
     )
 

@@ -117,10 +117,12 @@ def run(
         "overrides": {**recipe.overrides, **_parse_overrides(assignments or [])},
     }
     recipe = replace(recipe, **{name: x for name, x in given.items() if x is not None})
+    if report is not None:
+        from unimatrix.reports.recall_report import require_report_path, write_recall_report
+
+        require_report_path(report)
     result = _run_visibly(recipe, out, pick_device(device))
     if report is not None:
-        from unimatrix.reports.recall_report import write_recall_report
-
         write_recall_report([result], report)
     emit(result, as_json, _render)
 

@@ -16,6 +16,8 @@ _PARTS = (
     ("model.block.matrix_mixer.", "matrix_mixer"),
     ("model.block.slot_mixer.", "slot_mixer"),
     ("model.block.dense_mixer.", "dense_mixer"),
+    ("model.block.selective_mixer.", "selective_mixer"),
+    ("model.pointer_mixture.", "pointer_mixture"),
     ("model.block.feed_forward.", "feed_forward"),
     ("model.block.norm.", "norms"),
     ("model.block.ffn_norm.", "norms"),

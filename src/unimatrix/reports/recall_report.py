@@ -2,6 +2,7 @@
 
 import base64
 import html
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,10 +79,9 @@ def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> Non
         path: of the HTML file; the PNG has the same stem. Missing folders are made.
 
     Raises:
-        InputError: if there is no result, one lacks a field, or the path does not end in .html.
+        InputError: if there is no result, one lacks a field, or the path cannot be written.
     """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"the report's path is {str(path)!r}; give it a name ending in .html")
+    require_report_path(path)
     tasks = group_results(results)
     plots = {task: _plot(task, configurations) for task, configurations in tasks.items()}
     main_task = _MAIN_TASK if _MAIN_TASK in plots else next(iter(plots))
@@ -91,6 +91,21 @@ def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> Non
     ordered = sorted(tasks, key=lambda task: task != main_task)
     sections = [_render_task(task, tasks[task], plots[task]) for task in ordered]
     path.write_text(_render_page(sections, len(results)), encoding="utf-8")
+
+
+def require_report_path(path: Path) -> None:
+    """Raise ``InputError`` unless a report can go there: a file ending in .html, in a folder.
+
+    Args:
+        path: of the HTML file; missing folders are no hindrance, and nothing is made.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"the report's path is {str(path)!r}; give it a name ending in .html")
+    if path.is_dir():
+        raise InputError(f"the report's path {str(path)!r} is a folder; give it another name")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"the report cannot go into {str(parent)!r}; give it another folder")
 
 
 def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:
