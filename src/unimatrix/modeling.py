@@ -315,14 +315,16 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             loss_only: return no logits, and compute only what the loss needs: a task with few
                 targets does not pay for a vocabulary's logits at every position.
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
-                by row. Rules over ``logits_to_keep``; not beside labels.
+                by row. Rules over ``logits_to_keep``.
 
         Returns:
             a ``UniMatrixCausalLMOutput``.
 
         Raises:
-            InputError: as in ``UniMatrixModel.forward``.
+            InputError: as in ``UniMatrixModel.forward``, or for ``logits_at`` beside labels.
         """
+        if logits_at is not None and (labels is not None or shift_labels is not None):
+            raise InputError("logits_at and labels exclude each other; pass loss_only with labels")
         output = self.model(
             input_ids,
             attention_mask=attention_mask,

@@ -390,3 +390,9 @@ def test_names_load_lazily() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute"):
         unimatrix.absent  # noqa: B018
+
+
+def test_logits_at_beside_labels_is_refused() -> None:
+    model, ids = build_model("unimatrix+small"), draw_ids(1, 6)
+    with pytest.raises(InputError, match="logits_at"):
+        model(ids, labels=ids, logits_at=torch.ones_like(ids, dtype=torch.bool))
