@@ -40,6 +40,38 @@ def test_a_changed_record_changes_its_table() -> None:
     assert "not reproduced" in render_document(text, records)
 
 
+def lab_record(accuracy: dict[str, float]) -> dict:
+    """Return what the lab's tables read of a record."""
+    return {
+        "results": {
+            "accuracy": accuracy,
+            "copy_rules": {"64x4": {"after_last_match": 0.25, "suffix_automaton": 0.5}},
+            "state_bytes": 1812,
+            "parameters": 1000,
+            "train_s": 10.0,
+            "recipe": {
+                "test_examples": 800,
+                "steps": 600,
+                "batch_size": 32,
+                "learning_rate": 3e-3,
+            },
+        }
+    }
+
+
+def test_the_lab_shows_mean_worst_and_copying_and_never_rounds_up_to_everything() -> None:
+    records = {
+        "lab/mqar/mqar-b/seed-0": lab_record({"64x4 in 4 slots": 1.0, "64x4 in 2 slots": 0.5}),
+        "lab/mqar/mqar-b/seed-1": lab_record({"64x4 in 4 slots": 0.99999, "64x4 in 2 slots": 0.4}),
+    }
+    table = render_document("<!-- table: lab-mqar -->\n<!-- end -->", records)
+    assert "| mqar-b | 64x4 in 4 slots | > 99.99 | > 99.99 | 50.0 | 2 x 800 |" in table
+    assert "| mqar-b | 64x4 in 2 slots | 45.00 | 40.00 | 50.0 |" in table
+    # The summary leaves out what no memory of two slots can do.
+    summary = render_document("<!-- table: lab-summary -->\n<!-- end -->", records)
+    assert "| mqar-b | > 99.99 | > 99.99 | 50.0 | 1,812 | 1,000 | 10 |" in summary
+
+
 def test_unknown_tables_and_missing_records(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Did you mean 'pilot'"):
         render_document("<!-- table: pilots -->\n<!-- end -->", {})

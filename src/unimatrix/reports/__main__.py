@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unimatrix.reports.tables import read_records, render_document
 
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/hindsight.md")
 
 
 def main() -> int:

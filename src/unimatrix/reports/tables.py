@@ -193,6 +193,11 @@ def _tabulate_train_step(records: Mapping[str, Record]) -> str:
     return _format_table(header, rows)
 
 
+def _format_percent(fraction: float) -> str:
+    """Return per cent with two digits; what is not 1 is never shown as 100."""
+    return "> 99.99" if 0.99995 <= fraction < 1 else f"{100 * fraction:.2f}"
+
+
 def _tabulate_lab(records: Mapping[str, Record], prefix: str) -> str:
     """Return the recall lab below a folder, a row a test: mean and worst over seeds."""
     rows = []
@@ -206,8 +211,8 @@ def _tabulate_lab(records: Mapping[str, Record], prefix: str) -> str:
                 [
                     group,
                     test,
-                    f"{100 * statistics.mean(found):.2f}",
-                    f"{100 * min(found):.2f}",
+                    _format_percent(statistics.mean(found)),
+                    _format_percent(min(found)),
                     f"{100 * max(copied.values()):.1f}" if copied else "",
                     f"{len(found)} x {recipe['test_examples']:,}",
                     f"{recipe['steps']:,} x {recipe['batch_size']}, {recipe['learning_rate']:g}",
@@ -248,8 +253,8 @@ def _tabulate_summary(records: Mapping[str, Record]) -> str:
         rows.append(
             [
                 group.partition("/")[2],
-                f"{100 * statistics.mean(found):.2f}",
-                f"{100 * min(found):.2f}",
+                _format_percent(statistics.mean(found)),
+                _format_percent(min(found)),
                 f"{100 * statistics.mean(copied):.1f}" if copied else "",
                 f"{results[0]['state_bytes']:,}",
                 f"{results[0]['parameters']:,}",
