@@ -64,7 +64,7 @@ def flush_denormals() -> Iterator[None]:
     """Let torch's CPU threads take numbers below 1e-38 for zero; off when the context ends.
 
     A gradient that fades over many tokens gets that small, and a processor multiplies such numbers
-    a hundred times slower (measured: 20 times on a step with one target at the end of 128 tokens).
+    many times slower (measured: three times on a step with one target at the end of 128 tokens).
     """
     _set_flush_denormal(True)
     try:
