@@ -11,6 +11,7 @@ from typing import Any, Self
 from transformers import PreTrainedConfig
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.ops.hindsight import LABELS
 
 FORMAT_VERSION = 1
 
@@ -21,7 +22,7 @@ SLOT_SOURCES = ("token", "hidden")
 NORM_TYPES = ("layer_norm", "rms_norm")
 FEED_FORWARD_TYPES = ("gelu", "swiglu")
 REPEATED_KEYS = ("last", "first")
-HINDSIGHT_LABELS = ("none", "attribution", "read_hit", "read_weight")
+HINDSIGHT_LABELS = ("none", *LABELS)
 
 _ROSA: dict[str, Any] = {"residual_path": "previous_token"}
 _DISCOVERY: dict[str, Any] = {

@@ -90,7 +90,7 @@ _SLOTS_ALONE = _BY_TOKEN | {
     "update_rules": "none",
     "num_hidden_layers": 1,
 }
-_MQAR: dict[str, Any] = {
+_COSINE: dict[str, Any] = {
     "preset": DEFAULT_PRESET,
     "dropout": 0.0,
     "num_slots": 256,
@@ -98,6 +98,8 @@ _MQAR: dict[str, Any] = {
     "learning_rate": 3e-3,
     "schedule": "cosine",
     "warmup_fraction": 0.03,
+}
+_MQAR: dict[str, Any] = _COSINE | {
     "weight_decay": 0.1,
     "test_examples": 1000,
     "overrides": _SLOTS_ALONE,
@@ -119,26 +121,14 @@ RECIPES: Mapping[str, RecallRecipe] = {
     ),
     "noisy-keys": RecallRecipe(
         task="noisy-keys",
-        preset=DEFAULT_PRESET,
-        dropout=0.0,
-        num_slots=256,
-        steps=300,
-        learning_rate=3e-3,
-        schedule="cosine",
-        warmup_fraction=0.03,
+        **(_COSINE | {"steps": 300}),
         overrides=_BY_TOKEN
         | {"slot_key_patterns": _NOISY_PATTERNS, "slot_read_offsets": [0], "slot_source": "hidden"},
     ),
     "needle": RecallRecipe(
         task="needle",
-        preset=DEFAULT_PRESET,
-        dropout=0.0,
-        num_slots=256,
-        steps=600,
+        **_COSINE,
         batch_size=16,
-        learning_rate=3e-3,
-        schedule="cosine",
-        warmup_fraction=0.03,
         test_examples=100,
         overrides=_BY_TOKEN
         | {

@@ -182,7 +182,7 @@ def _list_slots(recipe: RecallRecipe, task: SeededTask) -> list[tuple[str, int |
     """Return what to add to a test's name, and its number of slots, for each number asked for."""
     if not recipe.test_slots:
         return [("", None)]
-    numbers = [number or count_pairs(task) for number in recipe.test_slots]
+    numbers = dict.fromkeys(number or count_pairs(task) for number in recipe.test_slots)
     return [(f" in {number} slots", number) for number in numbers]
 
 

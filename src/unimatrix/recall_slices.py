@@ -89,7 +89,6 @@ def _build_needle(recipe: RecallRecipe) -> RecallSlices:
     """Return needles in the corpus's training text, and of several lengths in its test text."""
     corpus = load_corpus(recipe.data, recipe.test_data or None)
     test = corpus.valid if recipe.test_data or corpus.test is None else corpus.test
-    test = corpus.valid if recipe.test_data or corpus.test is None else corpus.test
     train_text, test_text = (stream.read(0, len(stream)) for stream in (corpus.train, test))
     return RecallSlices(
         train=(Needle(_NEEDLE_TRAIN_BYTES, train_text),),

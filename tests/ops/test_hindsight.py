@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from unimatrix.errors import InputError
-from unimatrix.ops.hindsight import HindsightRules, judge_writes, require_label, watch_reads
+from unimatrix.ops.hindsight import HindsightRules, judge_writes, watch_reads
 
 RULES = HindsightRules("attribution", share=0.15, floor=1e-4, weight=1.0)
 M = 2  # initial slots
@@ -91,9 +90,3 @@ def test_labels_by_share_of_the_rows_largest() -> None:
         [True, True, False, False],
         [True, True, False, False],
     ]
-
-
-def test_an_unknown_label_is_named() -> None:
-    require_label("read_hit")
-    with pytest.raises(InputError, match="'attributoin'"):
-        require_label("attributoin")

@@ -38,7 +38,7 @@ def draw(batch, num_tokens, seed, *, patterns=((0,), (0, 1)), alphabet=5, spread
     return torch.cat([keys, before[..., :1]], dim=-1), before, ids, codes
 
 
-def same(left, right):
+def assert_same(left, right):
     """Assert that two scans are equal, field by field."""
     for a, b in zip(left.lookup, right.lookup, strict=True):
         assert torch.equal(a, b)
@@ -67,7 +67,7 @@ def test_native_is_the_reference(num_tokens: int, options: dict) -> None:
         )
         for backend in ("reference", "native")
     ]
-    same(*scans)
+    assert_same(*scans)
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,7 +80,7 @@ def test_native_is_the_reference(num_tokens: int, options: dict) -> None:
 def test_native_is_the_reference_on_ties_and_evictions(seed, num_slots, options, spread) -> None:
     inputs = draw(2, 30, seed, spread=spread)
     initial = empty_selective_slots(2, num_slots, 100)
-    same(
+    assert_same(
         *(
             scan_selective_slots(*inputs, initial=initial, backend=backend, **options)
             for backend in ("reference", "native")

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unimatrix.errors import InputError, suggest
-
 LABELS = ("attribution", "read_hit", "read_weight")
 _LEAST_WEIGHT = 0.05
 
@@ -46,15 +44,6 @@ class HindsightScale(NamedTuple):
 
     of_target: Tensor
     of_gate: Tensor
-
-
-def require_label(label: str) -> None:
-    """Raise ``InputError`` for an unknown label."""
-    if label not in LABELS:
-        raise InputError(
-            f"hindsight is {label!r}; choose none or one of {', '.join(LABELS)}."
-            f"{suggest(label, LABELS)}"
-        )
 
 
 def judge_writes(attribution: Tensor, rules: HindsightRules) -> Tensor:

@@ -197,13 +197,13 @@ def scan_native(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy)
     arrays = [tensor.contiguous().numpy() for tensor in writes]
     rules = (policy.margin, policy.keep_first, policy.fade_tokens)
     results = [tensor.numpy() for tensor in (*held, writers, *lookup)]
-    kernel = _scan_rows if policy.num_slots else _scan_rows_unbounded
-    work = writes.write_keys.numel() * max(policy.num_slots, 8)
+    kernel = _scan_rows if policy.bounded else _scan_rows_unbounded
+    work = writes.write_keys.numel() * (max(held[0].shape[1], 8) if policy.bounded else 8)
     if work < _MIN_THREADED_WORK:
         kernel(0, shape[0], *arrays, *rules, *results)
     else:
         map_rows(kernel, shape[0], *arrays, *rules, *results)
-    if not policy.num_slots:
+    if not policy.bounded:
         return SlotScan(lookup, None, None)
     pairs = zip(held, initial, strict=True)
     slots = SelectiveSlots(*(new.to(old.dtype) for new, old in pairs))

@@ -57,13 +57,13 @@ def scan_reference(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPoli
                     entry = num_initial + t * writes.write_keys.shape[2] + n
                     code = int(writes.codes[b, t, n])
                     _offer(slots, _Slot(key, int(writes.value_ids[b, t]), code, entry), policy)
-        if policy.num_slots:
+        if policy.bounded:
             for m, slot in enumerate(slots):
                 final.slot_keys[b, m] = slot.key
                 final.slot_value_ids[b, m] = slot.value_id
                 final.slot_codes[b, m] = slot.code
                 writers[b, m] = slot.entry
-    if not policy.num_slots:
+    if not policy.bounded:
         return SlotScan(lookup, None, None)
     return SlotScan(lookup, final, writers)
 
@@ -87,7 +87,7 @@ def _offer(slots: list[_Slot], new: _Slot, policy: SlotPolicy) -> None:
     if empty is not None:
         slots[empty] = new
         return
-    if not policy.num_slots:
+    if not policy.bounded:
         slots.append(new)
         return
     weakest = min(range(len(slots)), key=lambda m: slots[m].code)

@@ -92,9 +92,7 @@ def scan_selective_slots(
         first_position = torch.zeros(batch, dtype=torch.int64)
     writes = SlotWrites(read_keys, write_keys, value_ids, codes, first_position, lengths)
     _check(writes, initial)
-    policy = SlotPolicy(
-        initial.slot_keys.shape[1] if bounded else 0, margin, keep_first, fade_tokens or 0
-    )
+    policy = SlotPolicy(bounded, margin, keep_first, fade_tokens or 0)
     name = choose_backend() if backend == "auto" else backend
     if require_backend("selective_slots", name) == "reference":
         scan = scan_reference

@@ -82,13 +82,13 @@ class SlotPolicy(NamedTuple):
     """The numbers that govern writing.
 
     Attributes:
-        num_slots: M; 0 is no bound, and what is left at the end is then not returned.
+        bounded: M slots; otherwise every write has a place, and none is returned at the end.
         margin: codes by which a write must exceed the slot that it displaces.
         keep_first: a context met again keeps its first value unless the new one is stronger.
         fade_tokens: codes of all slots fall by one every so many tokens; 0 is never.
     """
 
-    num_slots: int
+    bounded: bool
     margin: int
     keep_first: bool
     fade_tokens: int
