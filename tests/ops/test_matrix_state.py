@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, normalize
 
 from tests.ops.oracle import Outputs, candidates, compare_with_reference
 from tests.tolerances import error, limit
@@ -18,16 +18,17 @@ from unimatrix.ops.matrix_state import choose_backend, scan_matrix_state
 B, H, N = 3, 2, 5  # one N nearly everywhere: kernels are compiled once for each
 LENGTHS = (1, 2, 63, 64, 65, 100)
 DTYPES = (torch.float64, torch.float32)
-Leaves = dict[str, torch.Tensor | None]
+Leaves = dict[str, torch.Tensor]
 
-# (back end, norm guard) pairs that exist, the reference first.
+# (back end, rule, norm guard) that exist together.
 FORMS = [
-    (backend, norm_guard)
+    (backend, rule, norm_guard)
     for norm_guard in (False, True)
+    for rule in ("outer", "mixed", "delta")
     for backend in BACKENDS["matrix_state"]
-    if not (norm_guard and backend == "parallel")
+    if not (norm_guard and (backend == "parallel" or rule == "delta"))
 ]
-CANDIDATES = [(b, norm_guard) for b, norm_guard in FORMS if b in candidates("matrix_state")]
+CANDIDATES = [form for form in FORMS if form[0] in candidates("matrix_state")]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def _poison_empty_tensors() -> Iterator[None]:
 def draw_leaves(
     num_tokens: int,
     *,
-    mixed: bool = True,
+    rule: str = "mixed",
     initial: bool = True,
     dtype: torch.dtype = torch.float64,
     sizes: tuple[int, int, int] = (B, H, N),
@@ -54,16 +55,22 @@ def draw_leaves(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     token = (batch, num_tokens, heads)
-    leaves: Leaves = {
+    leaves = {
         "q": draw(*token, n).tanh(),
         "k": draw(*token, n).tanh(),
         "v": draw(*token, n).tanh(),
-        "d": draw(*token, n).tanh() if mixed else None,
+        "d": draw(*token, n).tanh(),
         "log_retention": logsigmoid(draw(*token)),
-        "rule_weights": draw(*token, 3).softmax(-1) if mixed else None,
-        "initial_state": 0.3 * draw(batch, heads, n, n) if initial else None,
+        "rule_weights": draw(*token, 3).softmax(-1),
+        "initial_state": 0.3 * draw(batch, heads, n, n),
+        "write_strength": draw(*token).sigmoid(),
     }
-    return {name: x if x is None else x.to(dtype) for name, x in leaves.items()}
+    if rule == "delta":
+        leaves["v"] = normalize(leaves["v"], dim=-1)
+    left_out = {"mixed": {"write_strength"}, "delta": {"d", "rule_weights"}}
+    left_out["outer"] = {"write_strength", "d", "rule_weights"}
+    unused = left_out[rule] if initial else left_out[rule] | {"initial_state"}
+    return {name: x.to(dtype) for name, x in leaves.items() if name not in unused}
 
 
 def draw_lengths(num_tokens: int) -> torch.Tensor:
@@ -71,11 +78,11 @@ def draw_lengths(num_tokens: int) -> torch.Tensor:
     return torch.tensor([num_tokens, 0, (num_tokens + 1) // 2])
 
 
-def scan(backend: str, *, initial_state=None, **options) -> Outputs:
-    """Run the operator with outputs by name, as the oracle wants it."""
-    tokens = {name: options.pop(name) for name in list(options) if name in draw_leaves(1)}
+def scan(backend: str, *, d=None, rule_weights=None, **options) -> Outputs:
+    """Run the operator with inputs and outputs by name, as the oracle wants it."""
+    q, k, v, log_retention = (options.pop(name) for name in ("q", "k", "v", "log_retention"))
     y, final_state = scan_matrix_state(
-        *tokens.values(), initial_state=initial_state, backend=backend, **options
+        q, k, v, d, log_retention, rule_weights, backend=backend, **options
     )
     return {"y": y, "final_state": final_state}
 
@@ -89,13 +96,12 @@ def compare(backend: str, leaves: Leaves, **options) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", [*LENGTHS, pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mixed", [False, True], ids=["outer", "mixed"])
-@pytest.mark.parametrize(("backend", "norm_guard"), CANDIDATES)
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), CANDIDATES)
 def test_equals_reference(
-    backend: str, norm_guard: bool, mixed: bool, num_tokens: int, dtype: torch.dtype
+    backend: str, rule: str, norm_guard: bool, num_tokens: int, dtype: torch.dtype
 ) -> None:
     for initial, padded in itertools.product((False, True), repeat=2):
-        leaves = draw_leaves(num_tokens, mixed=mixed, initial=initial, dtype=dtype)
+        leaves = draw_leaves(num_tokens, rule=rule, initial=initial, dtype=dtype)
         lengths = draw_lengths(num_tokens) if padded else None
         compare(backend, leaves, lengths=lengths, norm_guard=norm_guard)
 
@@ -106,14 +112,17 @@ def test_chunk_size_changes_nothing(chunk_size: int) -> None:
 
 
 def test_states_of_many_chunks_are_carried_in_nested_groups() -> None:
-    leaves = draw_leaves(300, mixed=False, sizes=(1, 1, N))
+    leaves = draw_leaves(300, rule="outer", sizes=(1, 1, N))
     leaves["log_retention"] = leaves["log_retention"] / 50  # something survives 300 tokens
     compare("parallel", leaves, chunk_size=1)
 
 
-@pytest.mark.parametrize(("n", "mixed"), [(1, True), (16, False), (16, True), (33, False)])
-def test_head_sizes_in_threads(n: int, mixed: bool) -> None:
-    leaves = draw_leaves(70, mixed=mixed, sizes=(16, 2, n), dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("n", "rule"),
+    [(1, "mixed"), (1, "delta"), (16, "outer"), (16, "mixed"), (16, "delta"), (33, "outer")],
+)
+def test_head_sizes_in_threads(n: int, rule: str) -> None:
+    leaves = draw_leaves(70, rule=rule, sizes=(16, 2, n), dtype=torch.float32)
     for backend in candidates("matrix_state"):
         compare(backend, leaves)
 
@@ -139,6 +148,29 @@ def test_one_write_by_hand(backend: str) -> None:
     torch.testing.assert_close(y[0, 0, 0], expected @ q)
 
 
+@pytest.mark.parametrize("backend", BACKENDS["matrix_state"])
+def test_delta_rule_replaces_what_the_address_held(backend: str) -> None:
+    """(E2b): a second payload at the same address takes the place of the first; others stay."""
+    payloads = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    addresses = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0]], dtype=torch.float64)
+    strength = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
+    y, final_state = scan_matrix_state(
+        *(x.view(1, 3, 1, 2) for x in (addresses, payloads, addresses)),
+        None,
+        torch.zeros(1, 3, 1, dtype=torch.float64),
+        None,
+        write_strength=strength.view(1, 3, 1),
+        backend=backend,
+    )
+    S = torch.outer(payloads[0], addresses[0])
+    S = S + 0.5 * torch.outer(payloads[1] - S @ addresses[1], addresses[1])
+    S = S + torch.outer(payloads[2] - S @ addresses[2], addresses[2])
+    torch.testing.assert_close(final_state[0, 0], S)
+    torch.testing.assert_close(y[0, 0, 0], payloads[0])
+    torch.testing.assert_close(y[0, 2, 0], payloads[2])
+    torch.testing.assert_close(S @ torch.tensor([1.0, 0.0], dtype=torch.float64), payloads[2])
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_norm_guard_acts_only_above_one(backend: str) -> None:
     """(E3)."""
@@ -158,7 +190,7 @@ def test_norm_guard_acts_only_above_one(backend: str) -> None:
 
 def test_norm_guard_passes_the_gradient_through_the_norm() -> None:
     """A state on the unit sphere does not grow, so its gradient has no radial part."""
-    leaves = draw_leaves(1, mixed=False, initial=False)
+    leaves = draw_leaves(1, rule="outer", initial=False)
     leaves["k"] = 9 * leaves["k"] / leaves["k"].norm(dim=-1, keepdim=True)
     leaves["log_retention"] = torch.full_like(leaves["log_retention"], -torch.inf)
     k = leaves["k"].requires_grad_()
@@ -177,10 +209,10 @@ def test_norm_guard_at_any_size_of_state(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("backend", "norm_guard"), CANDIDATES)
-def test_extreme_retention(backend: str, norm_guard: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), CANDIDATES)
+def test_extreme_retention(backend: str, rule: str, norm_guard: bool, dtype: torch.dtype) -> None:
     """Retention near 1 and near 0 side by side; 0 itself may come as -inf."""
-    leaves = draw_leaves(100, dtype=dtype)
+    leaves = draw_leaves(100, rule=rule, dtype=dtype)
     values = torch.tensor([-1e-3, -1e-6, -50.0, -1e-2, -1.0, -200.0], dtype=dtype)
     leaves["log_retention"] = values[torch.arange(B * 100 * H).view(B, 100, H) ** 2 % 17 % 6]
     if norm_guard:  # off the kink at norm 1, where the gradient is not defined
@@ -198,11 +230,10 @@ def test_full_retention_keeps_the_state(backend: str) -> None:
     assert torch.equal(scan(backend, **leaves)["final_state"], leaves["initial_state"])
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["outer", "mixed"])
-@pytest.mark.parametrize(("backend", "norm_guard"), FORMS)
-def test_gradcheck(backend: str, norm_guard: bool, mixed: bool) -> None:
-    leaves = draw_leaves(4, mixed=mixed, sizes=(1, 1, N))
-    given = {name: x.requires_grad_() for name, x in leaves.items() if x is not None}
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), FORMS)
+def test_gradcheck(backend: str, rule: str, norm_guard: bool) -> None:
+    leaves = draw_leaves(4, rule=rule, sizes=(1, 1, N))
+    given = {name: x.requires_grad_() for name, x in leaves.items()}
 
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = leaves | dict(zip(given, values, strict=True))
@@ -213,9 +244,9 @@ def test_gradcheck(backend: str, norm_guard: bool, mixed: bool) -> None:
 
 
 @pytest.mark.parametrize("split", [1, 64, 80])
-@pytest.mark.parametrize(("backend", "norm_guard"), FORMS)
-def test_two_passes_equal_one(backend: str, norm_guard: bool, split: int) -> None:
-    leaves = draw_leaves(100)
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), FORMS)
+def test_two_passes_equal_one(backend: str, rule: str, norm_guard: bool, split: int) -> None:
+    leaves = draw_leaves(100, rule=rule)
     given = [x.requires_grad_() for x in leaves.values()]
     initial = leaves.pop("initial_state")
     whole = scan(backend, **leaves, initial_state=initial, norm_guard=norm_guard)
@@ -237,11 +268,10 @@ def test_two_passes_equal_one(backend: str, norm_guard: bool, split: int) -> Non
         assert error(actual, expected) <= limit("matrix_state", torch.float64, "grad")
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["outer", "mixed"])
-@pytest.mark.parametrize(("backend", "norm_guard"), FORMS)
-def test_padding_is_not_there(backend: str, norm_guard: bool, mixed: bool) -> None:
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), FORMS)
+def test_padding_is_not_there(backend: str, rule: str, norm_guard: bool) -> None:
     """Whatever padding holds, NaN too, states stay bitwise, readouts and gradients are zero."""
-    leaves = draw_leaves(70, mixed=mixed)
+    leaves = draw_leaves(70, rule=rule)
     leaves["initial_state"] = 9 * leaves["initial_state"]  # a second norm guard would show
     lengths = draw_lengths(70)
     padded = torch.arange(70) >= lengths[:, None]
@@ -249,12 +279,10 @@ def test_padding_is_not_there(backend: str, norm_guard: bool, mixed: bool) -> No
     outs = []
     for garbage in (0.5, torch.nan):
         tokens = {
-            name: None
-            if x is None
-            else x.masked_fill(padded[..., *[None] * (x.dim() - 2)], garbage)
+            name: x.masked_fill(padded[..., *[None] * (x.dim() - 2)], garbage)
             for name, x in leaves.items()
         }
-        given = [x.requires_grad_() for x in tokens.values() if x is not None]
+        given = [x.requires_grad_() for x in tokens.values()]
         out = scan(backend, **tokens, initial_state=initial, lengths=lengths, norm_guard=norm_guard)
         grads = torch.autograd.grad(out["y"].sum() + out["final_state"].sum(), given)
         for grad in grads:
@@ -267,10 +295,11 @@ def test_padding_is_not_there(backend: str, norm_guard: bool, mixed: bool) -> No
         assert torch.equal(value, outs[1][name])
 
 
-@pytest.mark.parametrize("norm_guard", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_padded_row_equals_short_row(backend: str, norm_guard: bool) -> None:
-    leaves = draw_leaves(70)
+@pytest.mark.parametrize(
+    ("backend", "rule", "norm_guard"), [form for form in FORMS if form[0] != "parallel"]
+)
+def test_padded_row_equals_short_row(backend: str, rule: str, norm_guard: bool) -> None:
+    leaves = draw_leaves(70, rule=rule)
     short = {name: x if name == "initial_state" else x[:, :35] for name, x in leaves.items()}
     expected = scan(backend, **short, norm_guard=norm_guard)["final_state"]
     lengths = torch.full((B,), 35)
@@ -278,9 +307,9 @@ def test_padded_row_equals_short_row(backend: str, norm_guard: bool) -> None:
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize(("backend", "norm_guard"), FORMS)
-def test_low_precision_is_computed_in_float32(backend: str, norm_guard: bool) -> None:
-    leaves = draw_leaves(65, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), FORMS)
+def test_low_precision_is_computed_in_float32(backend: str, rule: str, norm_guard: bool) -> None:
+    leaves = draw_leaves(65, rule=rule, dtype=torch.bfloat16)
     given = [x.requires_grad_() for x in leaves.values()]
     out = scan(backend, **leaves, norm_guard=norm_guard)
     assert out["y"].dtype == torch.bfloat16
@@ -294,9 +323,9 @@ def test_low_precision_is_computed_in_float32(backend: str, norm_guard: bool) ->
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("backend", "norm_guard"), FORMS)
-def test_autocast_does_not_reach_the_products(backend: str, norm_guard: bool) -> None:
-    leaves = draw_leaves(65, dtype=torch.float32)
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), FORMS)
+def test_autocast_does_not_reach_the_products(backend: str, rule: str, norm_guard: bool) -> None:
+    leaves = draw_leaves(65, rule=rule, dtype=torch.float32)
     expected = scan(backend, **leaves, norm_guard=norm_guard)
     with torch.autocast("cpu", torch.bfloat16):
         actual = scan(backend, **leaves, norm_guard=norm_guard)
@@ -320,9 +349,9 @@ def test_views_and_expanded_cotangents(backend: str) -> None:
     compare_with_reference("matrix_state", backend, run, {"fused": fused, **rest})
 
 
-@pytest.mark.parametrize(("backend", "norm_guard"), FORMS)
-def test_inputs_stay_and_outputs_are_new(backend: str, norm_guard: bool) -> None:
-    leaves = draw_leaves(3)
+@pytest.mark.parametrize(("backend", "rule", "norm_guard"), FORMS)
+def test_inputs_stay_and_outputs_are_new(backend: str, rule: str, norm_guard: bool) -> None:
+    leaves = draw_leaves(3, rule=rule)
     copies = {name: x.clone() for name, x in leaves.items()}
     out = scan(backend, **leaves, lengths=torch.tensor([3, 0, 1]), norm_guard=norm_guard)
     for value in out.values():
@@ -386,6 +415,16 @@ def test_decoding_loads_no_compiler() -> None:
         ({"lengths": torch.tensor([0, 4, 5])}, r"from 0 to 5; pass values in 0..4"),
         ({"lengths": torch.tensor([0, -1, 4])}, r"from -1 to 4; pass values in 0..4"),
         ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"write_strength": torch.ones(B, 4, H)}, "write_strength and rule_weights are given"),
+        (
+            {
+                "d": None,
+                "rule_weights": None,
+                "write_strength": torch.ones(B, 4, H),
+                "norm_guard": True,
+            },
+            "leave it out with write_strength",
+        ),
     ],
 )
 def test_refuses(change: dict[str, object], message: str) -> None:

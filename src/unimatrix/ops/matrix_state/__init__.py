@@ -1,4 +1,4 @@
-"""Matrix state: [N, N] a head that retains, is written by rules, and is read (E1 to E4)."""
+"""Matrix state: [N, N] a head that retains, is written by a rule, and is read (E1 to E4)."""
 
 import contextlib
 
@@ -8,12 +8,13 @@ from torch import Tensor
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import require_backend
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
+from unimatrix.ops.matrix_state.delta_parallel import scan_delta_parallel
 from unimatrix.ops.matrix_state.parallel import scan_parallel
 from unimatrix.ops.matrix_state.reference import TokenInputs, scan_reference
 
 __all__ = ["choose_backend", "scan_matrix_state"]
 
-_LETTERS = {"log_retention": "B T H", "rule_weights": "B T H R"}
+_LETTERS = {"log_retention": "B T H", "rule_weights": "B T H R", "write_strength": "B T H"}
 
 
 def choose_backend(num_tokens: int, device: torch.device, *, norm_guard: bool = False) -> str:
@@ -42,6 +43,10 @@ def _require_tokens(tokens: TokenInputs) -> dict[str, int]:
     if (d is None) != (rule_weights is None):
         given, missing = ("d", "rule_weights") if rule_weights is None else ("rule_weights", "d")
         raise InputError(f"{given} is given but {missing} is None; pass both, or none of them.")
+    if tokens.write_strength is not None and rule_weights is not None:
+        raise InputError(
+            "write_strength and rule_weights are given; pass one: the delta rule is not mixed."
+        )
     sizes: dict[str, int] = {}
     for name, x in zip(tokens._fields, tokens, strict=True):
         if x is not None:
@@ -104,6 +109,7 @@ def scan_matrix_state(
     log_retention: Tensor,
     rule_weights: Tensor | None,
     *,
+    write_strength: Tensor | None = None,
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
     norm_guard: bool = False,
@@ -112,7 +118,7 @@ def scan_matrix_state(
 ) -> tuple[Tensor, Tensor]:
     """Write each token into the matrix state, then read it.
 
-    Equation: E1 to E4, spelt out in ``reference.py``.
+    Equation: E1 to E4 and E2b, spelt out in ``reference.py``.
 
     Args:
         q: [B, T, H, N] any float; what is read.
@@ -122,6 +128,8 @@ def scan_matrix_state(
         log_retention: [B, T, H] natural log of retention, <= 0 (-inf: forget all).
         rule_weights: [B, T, H, 3] weights of the outer, diagonal and symmetric rule, summing to 1;
             None: the outer rule alone.
+        write_strength: [B, T, H] in 0..1, the delta rule instead of the others (E2b): so much of
+            what the address held is replaced. Needs |v| <= 1, or the state may grow without bound.
         initial_state: [B, H, N, N], payload by address; None: zeros.
         lengths: [B] int64 in 0..T, the leading real tokens of each row; None: all are real.
         norm_guard: divide S by its Frobenius norm wherever that exceeds 1.
@@ -133,17 +141,20 @@ def scan_matrix_state(
         token [B, H, N, N] in float64 for float64 q, else in float32. Neither aliases an input.
 
     Raises:
-        InputError: if shapes do not fit, only one of d and rule_weights is given, lengths leave
-            0..T (checked on the CPU), or the back end cannot run this (norm guard, device).
+        InputError: if shapes do not fit, only one of d and rule_weights is given, rules or the norm
+            guard come with write_strength, lengths leave 0..T (checked on the CPU), or the back end
+            cannot run this (norm guard, device).
 
     Cost: O(T N^2) time a head (parallel: O(T N (N + chunk_size))), in float32 at least, also under
         autocast. Memory linear in T, see each back end. Causal, and differentiable in all
         floating arguments; native once.
     """
-    tokens = TokenInputs(q, k, v, d, log_retention, rule_weights)
+    tokens = TokenInputs(q, k, v, d, log_retention, rule_weights, write_strength)
     sizes = _require_tokens(tokens)
     if lengths is not None:
         _require_lengths(lengths, sizes)
+    if norm_guard and write_strength is not None:
+        raise InputError("norm_guard is for the other rules; leave it out with write_strength.")
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}; pass at least 1.")
     chosen = _require_backend(backend, q, norm_guard)
@@ -154,21 +165,30 @@ def scan_matrix_state(
     initial_state = initial_state.to(dtype)
     tokens = tokens.replace_each(lambda x: x.to(dtype))
     if chosen == "native":
-        from unimatrix.ops.matrix_state.native import scan_native  # loads the compiler
-
-        y, final_state = scan_native(
-            tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
-        )
+        y, final_state = _scan_native(tokens, initial_state, lengths, norm_guard)
         return y.to(q.dtype), final_state
     if lengths is not None:
         tokens = _clear_padding(tokens, lengths)
     with _run_without_autocast(q.device.type):
         if chosen == "parallel":
-            y, final_state = scan_parallel(
-                tokens, initial_state=initial_state, chunk_size=chunk_size
-            )
+            scan = scan_parallel if write_strength is None else scan_delta_parallel
+            y, final_state = scan(tokens, initial_state=initial_state, chunk_size=chunk_size)
         else:
             y, final_state = scan_reference(
                 tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
             )
     return y.to(q.dtype), final_state
+
+
+def _scan_native(
+    tokens: TokenInputs, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the compiled scan of the rule that the tokens ask for."""
+    # Imported here: it loads the compiler.
+    if tokens.write_strength is not None:
+        from unimatrix.ops.matrix_state.delta_native import scan_delta_native
+
+        return scan_delta_native(tokens, initial_state=initial_state, lengths=lengths)
+    from unimatrix.ops.matrix_state.native import scan_native
+
+    return scan_native(tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard)

@@ -16,7 +16,7 @@ from unimatrix.ops.matrix_state.reference import TokenInputs
 _GROUP_SIZE = 16
 
 
-def _accumulate(log_retention: Tensor) -> tuple[Tensor, Tensor]:
+def accumulate_retention(log_retention: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is retained of earlier content, for [..., C] neighbours.
 
     Returns:
@@ -36,7 +36,7 @@ def _accumulate(log_retention: Tensor) -> tuple[Tensor, Tensor]:
     return high.exp(), difference.exp_()  # [..., C], [..., C, C]
 
 
-def _fold(x: Tensor, size: int) -> Tensor:
+def fold_tokens(x: Tensor, size: int) -> Tensor:
     """Split dimension 2 of ``x`` into [groups, size], with zeros appended to fill the last."""
     missing = -x.shape[2] % size
     if missing:
@@ -59,8 +59,8 @@ def _carry(update: Tensor, log_retention: Tensor, initial: Tensor) -> tuple[Tens
     if M == 1:
         return initial[:, :, None], log_retention.exp() * initial + update[:, :, 0]
     size = -(-M // -(-M // _GROUP_SIZE))
-    folded, folded_log = _fold(update, size), _fold(log_retention, size)
-    retained, between = _accumulate(folded_log)  # [B, H, G, size], [B, H, G, size, size]
+    folded, folded_log = fold_tokens(update, size), fold_tokens(log_retention, size)
+    retained, between = accumulate_retention(folded_log)  # [B, H, G, size], [B, H, G, size, size]
     inside = between @ folded  # [B, H, G, size, N * N]
     before, _ = _carry(inside[:, :, :, -1], folded_log.sum(-1), initial)  # [B, H, G, N * N]
     after = inside + retained[..., None] * before[:, :, :, None]
@@ -75,24 +75,24 @@ def scan_parallel(
 
     Padded positions must hold zeros: they write nothing, retain everything and read zero.
     """
-    q, k, v, d, log_retention, rule_weights = tokens
+    q, k, v, d, log_retention, rule_weights, _ = tokens
     T, N = q.shape[1], q.shape[3]
     size = -(-T // -(-T // chunk_size))
     # Retention 0 may come as -inf; exp(-1000) is 0 as well, and can be subtracted from itself.
     log_retention = log_retention.clamp(min=-1000.0)
     write = -torch.expm1(log_retention)[..., None]
     q, k, v, write, log_retention = (
-        _fold(x.transpose(1, 2), size) for x in (q, k, v, write, log_retention)
+        fold_tokens(x.transpose(1, 2), size) for x in (q, k, v, write, log_retention)
     )  # q, k, v [B, H, M, C, N], write [B, H, M, C, 1], log_retention [B, H, M, C]
-    retained, between = _accumulate(log_retention)
+    retained, between = accumulate_retention(log_retention)
     to_end = between[..., -1, :, None]  # [B, H, M, C, 1]
     payload = write * k
     if rule_weights is not None and d is not None:
-        pi = _fold(rule_weights.transpose(1, 2), size)  # [B, H, M, C, R]
+        pi = fold_tokens(rule_weights.transpose(1, 2), size)  # [B, H, M, C, R]
         swapped = write * pi[..., 2:] / 2
         payload = payload * pi[..., :1] + swapped * k
         swapped_payload = swapped * v
-        corner = write * pi[..., 1:2] * _fold(d.transpose(1, 2), size)
+        corner = write * pi[..., 1:2] * fold_tokens(d.transpose(1, 2), size)
     y = (q @ v.mT * between) @ payload  # [B, H, M, C, N]
     update = (to_end * payload).mT @ v  # [B, H, M, N, N]
     if rule_weights is not None:

@@ -20,18 +20,12 @@ class TokenInputs(NamedTuple):
     d: Tensor | None
     log_retention: Tensor
     rule_weights: Tensor | None
+    write_strength: Tensor | None = None
 
     def replace_each(self, change: Callable[[Tensor], Tensor]) -> "TokenInputs":
         """Return the inputs with ``change`` applied to every one that is given."""
-        q, k, v, d, log_retention, rule_weights = self
-        return TokenInputs(
-            change(q),
-            change(k),
-            change(v),
-            None if d is None else change(d),
-            change(log_retention),
-            None if rule_weights is None else change(rule_weights),
-        )
+        changed = (None if tensor is None else change(tensor) for tensor in self)
+        return TokenInputs(*changed)  # type: ignore[arg-type]  # what is given stays given
 
 
 def scan_reference(
@@ -39,18 +33,24 @@ def scan_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute the matrix state token by token; arguments as in ``scan_matrix_state``.
 
-    Equation: E1 (write rules and their mixing), E2 (retention), E3 (norm guard), E4 (readout).
+    Equation: E1 (write rules and their mixing), E2 (retention), E2b (delta rule), E3 (norm guard),
+    E4 (readout).
     """
-    q, k, v, d, log_retention, rule_weights = tokens
+    q, k, v, d, log_retention, rule_weights, write_strength = tokens
     S, readouts = initial_state, []
-    rho, write = log_retention.exp(), -torch.expm1(log_retention)  # [B, T, H]; write = 1 - rho
+    rho = log_retention.exp()  # [B, T, H]
+    write = -torch.expm1(log_retention) if write_strength is None else write_strength  # [B, T, H]
     for t in range(q.shape[1]):
-        U = k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, N, N]
-        if rule_weights is not None and d is not None:
+        kept = rho[:, t, :, None, None] * S  # [B, H, N, N]
+        U = k[:, t, :, :, None] * v[:, t, :, None, :]
+        if write_strength is not None:
+            held = kept @ v[:, t, :, :, None]  # [B, H, N, 1]
+            U = U - held * v[:, t, :, None, :]
+        elif rule_weights is not None and d is not None:
             pi = rule_weights[:, t, :, :, None, None]  # [B, H, R, 1, 1]
             symmetric = (U + U.mT) / 2
             U = pi[:, :, 0] * U + pi[:, :, 1] * torch.diag_embed(d[:, t]) + pi[:, :, 2] * symmetric
-        S_t = rho[:, t, :, None, None] * S + write[:, t, :, None, None] * U
+        S_t = kept + write[:, t, :, None, None] * U
         if norm_guard:
             norm = torch.linalg.vector_norm(S_t, dim=(-2, -1), keepdim=True)
             S_t = S_t / torch.where(norm > 1, norm, 1.0)
