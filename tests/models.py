@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "core+automaton-window": {"residual_path": "suffix_automaton", "automaton_window": 4},
     "core+no-matrix": {"update_rules": "none", "residual_path": "previous_token"},
     "core+mixed": {"update_rules": "mixed"},
+    "core+conv": {"conv_kernel": 3},
     "assoc+token": {"slot_source": "token"},
     "sparsepointer+hidden": {
         "slot_source": "hidden",
@@ -44,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "slot_key_patterns": [[0], [0, 2]],
         "slot_margin": 0.25,
         "automaton_window": 16,
+        "conv_kernel": 2,
     },
     "unimatrix+hidden": {
         "slot_source": "hidden",
@@ -58,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "automaton_pointer": False,
         "slot_key_patterns": [[0]],
         "update_rules": "mixed",
+        "conv_kernel": 0,
         "modulation_size": 4,
     },
     "unimatrix+automaton-alone": {"associative_memory": "none", "pointer": False},

@@ -33,6 +33,7 @@ _CARRIED_BY = (
     "head_dim",
     "residual_path",
     "update_rules",
+    "conv_kernel",
     "norm_guard",
     "associative_memory",
     "slot_source",
@@ -185,6 +186,7 @@ class UniMatrixCache:
             depth=tuple(
                 DepthCarry(
                     tensors.get(f"depth.{i}.matrix_state"),
+                    tensors.get(f"depth.{i}.recent"),
                     _gather_associations(tensors, f"depth.{i}.associations."),
                 )
                 for i in range(int(metadata["num_depth_steps"]))
@@ -284,7 +286,7 @@ def _name_part(name: str) -> str:
     for key, part in (
         ("matrix_state", "matrix_state"),
         (".previous", "previous_token"),
-        ("recent_token_ids", "previous_token"),
+        (".recent", "previous_token"),
         ("dense.", "dense_memory"),
         ("associations.", "slots"),
         ("automaton.", "automaton"),

@@ -16,7 +16,7 @@ from unimatrix.ops.hindsight import LABELS
 FORMAT_VERSION = 1
 
 RESIDUAL_PATHS = ("none", "previous_token", "suffix_automaton")
-UPDATE_RULES = ("outer", "mixed", "none")
+UPDATE_RULES = ("outer", "mixed", "delta", "none")
 ASSOCIATIVE_MEMORIES = ("none", "dense", "slots", "selective")
 SLOT_SOURCES = ("token", "hidden")
 NORM_TYPES = ("layer_norm", "rms_norm")
@@ -60,6 +60,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_type": "rms_norm",
         "feed_forward_type": "swiglu",
         "intermediate_size": 171,
+        "update_rules": "delta",
+        "conv_kernel": 4,
         "normalized_keys": True,
         "longest_retention": 512,
         "residual_path": "suffix_automaton",
@@ -112,7 +114,10 @@ class UniMatrixConfig(PreTrainedConfig):
         residual_path: ``none``, ``previous_token`` (an embedding of the previous token) or
             ``suffix_automaton`` (an embedding of what followed the longest earlier match).
         update_rules: ``outer``, ``mixed`` (outer, diagonal and symmetric writes, mixed per token
-            and head) or ``none`` (no matrix state at all).
+            and head), ``delta`` (a write replaces what its key held, as far as a learned strength
+            says; needs ``normalized_keys``) or ``none`` (no matrix state at all).
+        conv_kernel: tokens, the current one included, that a causal convolution mixes before the
+            queries, keys and values of the matrix state are formed; 0 is none.
         norm_guard: divide a matrix state by its Frobenius norm where that exceeds 1.
         normalized_keys: queries, keys and values of the matrix state are unit vectors per head and
             what is read is normalised per head; otherwise they pass through tanh.
@@ -188,6 +193,7 @@ class UniMatrixConfig(PreTrainedConfig):
         feed_forward_type: str = "gelu",
         residual_path: str = "none",
         update_rules: str = "outer",
+        conv_kernel: int = 0,
         norm_guard: bool = False,
         normalized_keys: bool = False,
         longest_retention: int | None = None,
@@ -239,6 +245,7 @@ class UniMatrixConfig(PreTrainedConfig):
         self.feed_forward_type = feed_forward_type
         self.residual_path = residual_path
         self.update_rules = update_rules
+        self.conv_kernel = conv_kernel
         self.norm_guard = norm_guard
         self.normalized_keys = normalized_keys
         self.longest_retention = longest_retention
@@ -328,6 +335,7 @@ class UniMatrixConfig(PreTrainedConfig):
         for name in positive:
             _require_integer(name, getattr(self, name), minimum=1)
         _require_integer("modulation_size", self.modulation_size, minimum=0)
+        self._validate_matrix_state()
         for name in (
             "max_position_embeddings",
             "automaton_window",
@@ -337,7 +345,6 @@ class UniMatrixConfig(PreTrainedConfig):
             if getattr(self, name) is not None:
                 _require_integer(name, getattr(self, name), minimum=1)
         _require_choice("residual_path", self.residual_path, RESIDUAL_PATHS)
-        _require_choice("update_rules", self.update_rules, UPDATE_RULES)
         _require_choice("associative_memory", self.associative_memory, ASSOCIATIVE_MEMORIES)
         _require_choice("slot_source", self.slot_source, SLOT_SOURCES)
         _require_choice("norm_type", self.norm_type, NORM_TYPES)
@@ -372,6 +379,22 @@ class UniMatrixConfig(PreTrainedConfig):
                 f"this model has format version {self.format_version} and this release reads up to "
                 f"{FORMAT_VERSION}; upgrade unimatrix-lm"
             )
+
+    def _validate_matrix_state(self) -> None:
+        """Raise ``InputError`` for parts of the matrix state that do not go together."""
+        _require_choice("update_rules", self.update_rules, UPDATE_RULES)
+        _require_integer("conv_kernel", self.conv_kernel, minimum=0)
+        if self.conv_kernel == 1:
+            raise InputError("conv_kernel is 1, which mixes nothing; pass 0 for none, or 2 or more")
+        if self.update_rules != "delta":
+            return
+        if not self.normalized_keys:
+            raise InputError(
+                "update_rules='delta' needs normalized_keys=True: with longer keys the state may "
+                "grow without bound"
+            )
+        if self.norm_guard:
+            raise InputError("update_rules='delta' keeps its state bounded; leave norm_guard out")
 
     def _validate_selective(self) -> None:
         """Raise ``InputError`` for contexts that selective slots cannot have."""

@@ -13,6 +13,7 @@ from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
+from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops import matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
 
@@ -31,7 +32,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""
         super()._init_weights(module)
-        if isinstance(module, (MatrixMixer, SelectiveMixer)):
+        if isinstance(module, (MatrixMixer, SelectiveMixer, ShortConvolution)):
             for parameter, start in module.list_starts():
                 # Loaded weights stay.
                 if not getattr(parameter, "_is_hf_initialized", False):

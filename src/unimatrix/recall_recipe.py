@@ -74,9 +74,12 @@ class RecallRecipe:
         )
 
 
-# Where the lab's models differ from the preset: recall needs no suffix automaton, keys of one token
-# are the ids themselves, bindings do not fade, and in training every write has a place.
+# Where the lab's models differ from the preset: the plainest matrix state and no suffix automaton,
+# so that what is recalled is recalled by the slots; keys of one token are the ids themselves,
+# bindings do not fade, and in training every write has a place.
 _BY_TOKEN = {
+    "update_rules": "outer",
+    "conv_kernel": 0,
     "slot_key_patterns": [[0]],
     "slot_read_offsets": [0, 1],
     "slot_fade_tokens": None,

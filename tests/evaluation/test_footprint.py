@@ -43,7 +43,8 @@ def test_parts_of_the_selective_slots() -> None:
     state = measure_state_bytes(model)
     # 4 bytes of key, 2 of value and 1 of strength; eight ids reach as far back as a write needs.
     assert state["slots"] == 64 * 7
-    assert state["previous_token"] == 8 * 4
+    recent_streams = 3 * 3 * 64 * 4  # of the short convolution, by depth step
+    assert state["previous_token"] == 8 * 4 + recent_streams
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -150,7 +150,7 @@ def test_one_write_by_hand(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS["matrix_state"])
 def test_delta_rule_replaces_what_the_address_held(backend: str) -> None:
-    """(E2b): a second payload at the same address takes the place of the first; others stay."""
+    """(E18): a second payload at the same address takes the place of the first; others stay."""
     payloads = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
     addresses = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0]], dtype=torch.float64)
     strength = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)

@@ -72,10 +72,13 @@ class DepthCarry(NamedTuple):
 
     Attributes:
         matrix_state: [B, H, N, N], where the model has one.
+        recent: [B, K - 1, D], normalised streams of the last tokens, with a short convolution over
+            K tokens.
         associations: bindings, where their source is hidden.
     """
 
     matrix_state: Tensor | None = None
+    recent: Tensor | None = None
     associations: Associations = Associations()
 
 
@@ -164,10 +167,12 @@ class UniMatrixBlock(nn.Module):
             weights ([B, T, K] each; ``None`` without pointer and before the last depth step).
         """
         h = self.norm(x)
-        matrix_state, associations = carry
+        matrix_state, recent, associations = carry
         mixed = None
         if self.matrix_mixer is not None:
-            mixed, matrix_state = self.matrix_mixer(h, matrix_state, sequence.lengths)
+            mixed, matrix_state, recent = self.matrix_mixer(
+                h, matrix_state, recent, sequence.lengths
+            )
         if self.reads_hidden:
             retrieval, associations = self.retrieve(h, sequence, associations)
         pointer = None
@@ -184,7 +189,7 @@ class UniMatrixBlock(nn.Module):
         x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))
         if sequence.modulation is not None:
             x = x * sequence.modulation
-        return x, DepthCarry(matrix_state, associations), pointer
+        return x, DepthCarry(matrix_state, recent, associations), pointer
 
 
 def _add_gated(mixed: Tensor | None, gate: Tensor, context: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def scan_matrix_state(
 ) -> tuple[Tensor, Tensor]:
     """Write each token into the matrix state, then read it.
 
-    Equation: E1 to E4 and E2b, spelt out in ``reference.py``.
+    Equation: E1 to E4 and E18, spelt out in ``reference.py``.
 
     Args:
         q: [B, T, H, N] any float; what is read.
@@ -128,7 +128,7 @@ def scan_matrix_state(
         log_retention: [B, T, H] natural log of retention, <= 0 (-inf: forget all).
         rule_weights: [B, T, H, 3] weights of the outer, diagonal and symmetric rule, summing to 1;
             None: the outer rule alone.
-        write_strength: [B, T, H] in 0..1, the delta rule instead of the others (E2b): so much of
+        write_strength: [B, T, H] in 0..1, the delta rule instead of the others (E18): so much of
             what the address held is replaced. Needs |v| <= 1, or the state may grow without bound.
         initial_state: [B, H, N, N], payload by address; None: zeros.
         lengths: [B] int64 in 0..T, the leading real tokens of each row; None: all are real.

@@ -21,7 +21,7 @@ from unimatrix.ops.matrix_state.reference import TokenInputs
 
 @numba.njit(**OPTIONS)
 def replace_and_read(width, source, target, retention, strength, q, k, v, held, written, out):
-    """Replace what the address held (E2b) and read (E4), both of one token.
+    """Replace what the address held (E18) and read (E4), both of one token.
 
     ``held`` becomes S v before the token, ``written`` the payload added, ``out`` the readout.
     """
@@ -182,7 +182,7 @@ class _DeltaScan(torch.autograd.Function):
 def scan_delta_native(
     tokens: TokenInputs, *, initial_state: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute E2b and E4 with compiled loops on the CPU; arguments as in ``scan_matrix_state``.
+    """Compute E18 and E4 with compiled loops on the CPU; arguments as in ``scan_matrix_state``.
 
     Cost: as ``native.scan_native``.
     """

@@ -17,7 +17,7 @@ from unimatrix.ops.matrix_state.reference import TokenInputs
 def scan_delta_parallel(
     tokens: TokenInputs, *, initial_state: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute E2b and E4 by chunks; arguments as in ``scan_matrix_state``.
+    """Compute E18 and E4 by chunks; arguments as in ``scan_matrix_state``.
 
     Padded positions must hold zeros: they write nothing, retain everything and read zero.
     """

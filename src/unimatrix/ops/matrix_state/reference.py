@@ -33,7 +33,7 @@ def scan_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute the matrix state token by token; arguments as in ``scan_matrix_state``.
 
-    Equation: E1 (write rules and their mixing), E2 (retention), E2b (delta rule), E3 (norm guard),
+    Equation: E1 (write rules and their mixing), E2 (retention), E18 (delta rule), E3 (norm guard),
     E4 (readout).
     """
     q, k, v, d, log_retention, rule_weights, write_strength = tokens

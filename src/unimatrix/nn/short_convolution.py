@@ -1,0 +1,64 @@
+"""A causal convolution over the last few tokens, one filter a channel."""
+
+import torch
+from torch import Tensor, nn
+
+_FIRST_STD = 0.3
+
+
+class ShortConvolution(nn.Module):
+    """Mix each channel over the last tokens, the current one included.
+
+    Equation: E19.
+    Source: the short convolution of Mamba (arXiv:2312.00752), here one for queries, keys and
+    values together and without an activation.
+
+    Args:
+        width: D, channels.
+        kernel: tokens that a filter sees, at least 2.
+    """
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.weight = nn.Parameter(torch.empty(kernel, width))
+
+    def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the filters' start: the current token, and a little of those before."""
+        start = _FIRST_STD * torch.randn(self.weight.shape)
+        start[-1] += 1.0
+        return [(self.weight, start)]
+
+    def forward(
+        self, h: Tensor, recent: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mixed features and what the next call needs.
+
+        Args:
+            h: [B, T, D], real tokens first in each row.
+            recent: [B, kernel - 1, D], features of the tokens before; ``None`` is zeros.
+            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+
+        Returns:
+            [B, T, D]; [B, kernel - 1, D], the features of the last real tokens.
+        """
+        num_tokens, num_recent = h.shape[1], self.kernel - 1
+        if recent is None:
+            recent = h.new_zeros(h.shape[0], num_recent, h.shape[2])
+        stream = torch.cat([recent.to(h.dtype), h], dim=1)  # [B, kernel - 1 + T, D]
+        mixed = h * self.weight[-1]
+        for back in range(1, self.kernel):
+            first = num_recent - back
+            mixed = torch.addcmul(
+                mixed, stream[:, first : first + num_tokens], self.weight[-1 - back]
+            )
+        return mixed, _take_last(stream, num_recent, lengths)
+
+
+def _take_last(stream: Tensor, num_recent: int, lengths: Tensor | None) -> Tensor:
+    """Return the last real positions of a stream with ``num_recent`` earlier ones in front."""
+    if lengths is None:
+        # Copied: a view would keep the whole stream in memory.
+        return stream[:, stream.shape[1] - num_recent :].clone()
+    last = lengths.unsqueeze(1) + torch.arange(num_recent, device=stream.device)  # [B, kernel - 1]
+    return stream.gather(1, last.unsqueeze(-1).expand(-1, -1, stream.shape[2]))
