@@ -36,6 +36,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "identity_values": False,
         "slot_key_size": 7,
     },
+    "sparsepointer+two-hops": {
+        "slot_hops": 2,
+        "product_key_codes": 3,
+        "identity_lookup": False,
+        "slot_key_size": 6,
+    },
+    "unimatrix+two-hops": {
+        "slot_key_patterns": [[0]],
+        "slot_read_offsets": [0, 1],
+        "slot_hops": 2,
+        "num_slots": 4,
+        "bounded_training": False,
+    },
     "sparsepointer+automaton": {"residual_path": "suffix_automaton", "write_gate": False},
     "unimatrix+small": {
         "num_slots": 3,

@@ -135,6 +135,11 @@ class UniMatrixConfig(PreTrainedConfig):
         slots_per_read: K, best-scoring pairs that a read mixes.
         identity_lookup: queries and keys are the source itself, without projections; needs C = D.
         identity_values: values are the source itself, without a projection.
+        product_key_codes: entries of each of two codebooks; the halves of a slot's learned key are
+            replaced by their nearest entries. 0 leaves keys as they are.
+        slot_hops: reads in a row of the slots. In ``slots`` the second asks with what the first
+            returned added to the query; in ``selective``, whose keys must then be single tokens, it
+            asks for the token that the first found.
         match_threshold: cosine above which a write overwrites the slot it matches.
         strength_floor: a slot counts as filled while its strength exceeds this.
         write_gate: learn the strength of a write; otherwise it is 1.
@@ -206,6 +211,8 @@ class UniMatrixConfig(PreTrainedConfig):
         slots_per_read: int = 4,
         identity_lookup: bool = False,
         identity_values: bool = False,
+        product_key_codes: int = 0,
+        slot_hops: int = 1,
         match_threshold: float = 0.85,
         strength_floor: float = 0.05,
         write_gate: bool = True,
@@ -258,6 +265,8 @@ class UniMatrixConfig(PreTrainedConfig):
         self.slots_per_read = slots_per_read
         self.identity_lookup = identity_lookup
         self.identity_values = identity_values
+        self.product_key_codes = product_key_codes
+        self.slot_hops = slot_hops
         self.match_threshold = match_threshold
         self.strength_floor = strength_floor
         self.write_gate = write_gate
@@ -331,6 +340,7 @@ class UniMatrixConfig(PreTrainedConfig):
             "slot_key_size",
             "num_slots",
             "slots_per_read",
+            "slot_hops",
         )
         for name in positive:
             _require_integer(name, getattr(self, name), minimum=1)
@@ -358,6 +368,7 @@ class UniMatrixConfig(PreTrainedConfig):
                 f"identity_lookup needs slot_key_size equal to hidden_size ({self.hidden_size}), "
                 f"not {self.slot_key_size}; leave slot_key_size out"
             )
+        self._validate_slot_options()
         if self.pointer and self.associative_memory not in ("slots", "selective"):
             raise InputError(
                 "pointer=True needs associative_memory='slots' or 'selective', not "
@@ -395,6 +406,29 @@ class UniMatrixConfig(PreTrainedConfig):
             )
         if self.norm_guard:
             raise InputError("update_rules='delta' keeps its state bounded; leave norm_guard out")
+
+    def _validate_slot_options(self) -> None:
+        """Raise ``InputError`` for product keys or hops on a memory that cannot have them."""
+        _require_integer("product_key_codes", self.product_key_codes, minimum=0)
+        if self.product_key_codes:
+            if self.associative_memory != "slots" or self.identity_lookup:
+                raise InputError(
+                    f"product_key_codes is {self.product_key_codes}, and needs "
+                    "associative_memory='slots' with identity_lookup=False; pass 0"
+                )
+            if self.slot_key_size % 2:
+                raise InputError(
+                    f"product_key_codes halves the keys, and slot_key_size is {self.slot_key_size};"
+                    " make it even"
+                )
+        if self.slot_hops == 1:
+            return
+        by_token = self.associative_memory == "selective" and self.slot_key_patterns == [[0]]
+        if not (self.associative_memory == "slots" or by_token):
+            raise InputError(
+                f"slot_hops is {self.slot_hops}, and needs associative_memory='slots', or "
+                "'selective' with slot_key_patterns [[0]]; pass 1"
+            )
 
     def _validate_selective(self) -> None:
         """Raise ``InputError`` for contexts that selective slots cannot have."""

@@ -122,6 +122,9 @@ RECIPES: Mapping[str, RecallRecipe] = {
         task="mqar-compositional",
         **(_MQAR | {"overrides": _SLOTS_ALONE | {"slot_key_patterns": [[0, 1]]}}),
     ),
+    "mqar-chained": RecallRecipe(
+        task="mqar-chained", **(_MQAR | {"overrides": _SLOTS_ALONE | {"slot_hops": 2}})
+    ),
     "noisy-keys": RecallRecipe(
         task="noisy-keys",
         **(_COSINE | {"steps": 300}),

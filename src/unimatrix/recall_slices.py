@@ -8,6 +8,7 @@ from unimatrix.errors import InputError
 from unimatrix.recall_recipe import RecallRecipe
 from unimatrix.tasks import (
     AssociativeRecall,
+    ChainedRecall,
     CompositionalRecall,
     MultiQueryRecall,
     Needle,
@@ -23,6 +24,7 @@ _GRID_B_TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1
 # Two-token keys need 5 P tokens.
 _TWO_TOKEN_TRAIN = ((64, 4), (128, 8), (256, 16), (256, 32), (512, 64))
 _TWO_TOKEN_TEST = ((64, 4), (64, 8), (128, 16), (256, 32), (512, 64), (1024, 128))
+_CHAINED = ((64, 4), (128, 8), (256, 16), (256, 32))
 _NUM_REBOUND = 4
 _NEEDLE_TRAIN_BYTES = 1024
 
@@ -53,6 +55,9 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
         length = {} if recipe.test_tokens is None else {"window_tokens": recipe.test_tokens}
         tests = {str(pairs): AssociativeRecall(pairs, **length) for pairs in recipe.test_pairs}
         return RecallSlices(train=(AssociativeRecall(recipe.num_pairs),), test=tests)
+    if task == "mqar-chained":
+        chained = {_name(*shape): ChainedRecall(*shape) for shape in _CHAINED}
+        return RecallSlices(train=tuple(chained.values()), test=chained)
     if task == "mqar-compositional":
         return RecallSlices(
             train=tuple(CompositionalRecall(*shape) for shape in _TWO_TOKEN_TRAIN),
@@ -80,6 +85,8 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
 
 def count_pairs(task: SeededTask) -> int:
     """Return how many bindings an example of a task has."""
+    if isinstance(task, ChainedRecall):
+        return 2 * task.num_pairs
     if isinstance(task, (AssociativeRecall, MultiQueryRecall, CompositionalRecall, NoisyKeys)):
         return task.num_pairs
     raise InputError("test_slots 0 is as many slots as pairs; this task has none, so give a number")

@@ -13,6 +13,7 @@ from unimatrix.ops.selective_slots import (
     CODES_PER_NAT,
     MAX_CODE,
     MIN_CODE,
+    NO_KEY,
     SelectiveSlots,
     SlotLookup,
     SlotScan,
@@ -60,7 +61,7 @@ class SelectiveRead(NamedTuple):
 class SelectiveMixer(nn.Module):
     """Look the recent contexts up, and offer the one before to the slots.
 
-    Equation: E13 to E16.
+    Equation: E13 to E16, E21.
     Source: this project.
 
     Args:
@@ -91,7 +92,8 @@ class SelectiveMixer(nn.Module):
         # A write's context ends one token back, a read's as many as its offset.
         self.num_recent = farthest + max(1, *self.read_offsets)
         width, num_patterns = config.hidden_size, len(self.patterns)
-        self.num_reads = num_patterns * len(self.read_offsets)
+        self.num_hops = config.slot_hops
+        self.num_reads = num_patterns * len(self.read_offsets) * self.num_hops
         gate_inputs = (3 if self.reads_hidden else 2) * width
         self.gate_up = nn.Linear(gate_inputs, width // 2)
         self.gate_down = nn.Linear(width // 2, num_patterns)
@@ -147,9 +149,9 @@ class SelectiveMixer(nn.Module):
         codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
         write_keys = self._ending(keys, 1)
 
-        def scan(bounded: bool) -> SlotScan:
+        def scan(read_keys: Tensor, bounded: bool) -> SlotScan:
             return scan_selective_slots(
-                torch.cat([self._ending(keys, offset) for offset in self.read_offsets], dim=-1),
+                read_keys,
                 write_keys,
                 token_ids,
                 codes,
@@ -163,20 +165,28 @@ class SelectiveMixer(nn.Module):
                 backend=self.backend,
             )
 
-        scanned = scan(bounded=self.bounded_training or not self.training)
+        read_keys = torch.cat([self._ending(keys, offset) for offset in self.read_offsets], dim=-1)
+        bounded = self.bounded_training or not self.training
+        scanned = scan(read_keys, bounded)
+        lookups = [scanned.lookup]
+        for _ in range(self.num_hops - 1):
+            # What was found is asked for in turn; what is written does not depend on it.
+            asked = lookups[-1].value_ids.masked_fill(lookups[-1].entries < 0, NO_KEY)
+            lookups.append(scan(asked, bounded).lookup)
+        lookup = SlotLookup(*(torch.cat(parts, dim=-1) for parts in zip(*lookups, strict=True)))
         held_logits = logits.new_zeros(batch, self.num_slots)
         if state is not None and state.logits is not None:
             held_logits = state.logits
         entries = torch.cat([held_logits, logits.flatten(1)], dim=1)  # [B, M + T N]
         kept = None
         if keeps_state:
-            final = scan(bounded=True) if scanned.slots is None else scanned
+            final = scan(read_keys, bounded=True) if scanned.slots is None else scanned
             assert final.slots is not None
             assert final.writers is not None
             behind = entries.gather(1, final.writers) if entries.requires_grad else None
             kept = SelectiveState(final.slots, self._take_recent(stream, lengths), behind)
         offered = (write_keys >= 0) & find_real_tokens(lengths, token_ids).unsqueeze(-1)
-        return self._read(embed, scanned.lookup, entries, logits, offered), kept
+        return self._read(embed, lookup, entries, logits, offered), kept
 
     def _weigh_writes(self, embed: nn.Embedding, stream: Tensor, hidden: Tensor | None) -> Tensor:
         """Return the logit of each write's strength, [B, T, N]."""

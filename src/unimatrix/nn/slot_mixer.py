@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.associative_projections import AssociativeProjections
+from unimatrix.nn.product_keys import ProductKeys
 from unimatrix.nn.shift import shift_to_previous
 from unimatrix.ops.slots import SlotRead, SlotState, empty_slots, scan_slots
 
@@ -12,11 +13,12 @@ from unimatrix.ops.slots import SlotRead, SlotState, empty_slots, scan_slots
 class SlotMixer(AssociativeProjections):
     """Read exact bindings from M slots, then write (key of t - 1, value of t).
 
-    Equation: E6 to E9.
+    Equation: E6 to E9, E20, E21.
     Source: paper, section on SparsePointer; ``docs/deviations.md`` D2 to D5.
 
     Args:
-        config: uses D, C, M, K, thresholds, ``write_gate`` and ``pointer``.
+        config: uses D, C, M, K, thresholds, ``write_gate``, ``pointer``, ``product_key_codes`` and
+            ``slot_hops``.
     """
 
     def __init__(self, config: UniMatrixConfig) -> None:
@@ -27,6 +29,13 @@ class SlotMixer(AssociativeProjections):
         self.strength_floor = config.strength_floor
         self.write_gate = nn.Linear(2 * config.hidden_size, 1) if config.write_gate else None
         self.pointer_gate = nn.Linear(config.hidden_size, 1) if config.pointer else None
+        self.product_keys = None
+        if config.product_key_codes:
+            self.product_keys = ProductKeys(self.key_size, config.product_key_codes)
+        self.hop_projs = nn.ModuleList(
+            nn.Linear(config.hidden_size, self.key_size, bias=False)
+            for _ in range(config.slot_hops - 1)
+        )
 
     def retrieve(
         self,
@@ -66,20 +75,33 @@ class SlotMixer(AssociativeProjections):
                 dtype=torch.promote_types(source.dtype, torch.float32),
                 device=source.device,
             )
-        return scan_slots(
-            self.query_proj(source),
-            self.key_proj(before),
-            self.value_proj(source),
-            strengths,
-            token_ids,
-            writable=writable,
-            slots_per_read=self.slots_per_read,
-            initial=slots,
-            match_threshold=self.match_threshold,
-            strength_floor=self.strength_floor,
-            lengths=lengths,
-            backend=self.backend,
-        )
+        keys = self.key_proj(before)
+        if self.product_keys is not None:
+            keys = self.product_keys(keys)
+        values = self.value_proj(source)
+
+        def scan(queries: Tensor) -> tuple[SlotRead, SlotState]:
+            return scan_slots(
+                queries,
+                keys,
+                values,
+                strengths,
+                token_ids,
+                writable=writable,
+                slots_per_read=self.slots_per_read,
+                initial=slots,
+                match_threshold=self.match_threshold,
+                strength_floor=self.strength_floor,
+                lengths=lengths,
+                backend=self.backend,
+            )
+
+        queries = self.query_proj(source)
+        read, final = scan(queries)
+        for hop_proj in self.hop_projs:  # what is written does not depend on what is asked
+            queries = queries + hop_proj(read.context)
+            read, _ = scan(queries)
+        return read, final
 
     def weigh_pointer(self, h: Tensor, read: SlotRead) -> tuple[Tensor, Tensor] | None:
         """Return the ids that vote on the logits and their gated weights, both [B, T, K].

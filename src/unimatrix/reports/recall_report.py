@@ -29,6 +29,7 @@ _TITLES = {
     "mqar-b": "Multi-query recall, grid B",
     "mqar-forgetting": "Multi-query recall with keys bound again",
     "mqar-compositional": "Multi-query recall with two-token keys",
+    "mqar-chained": "Multi-query recall through a chain of two bindings",
     "noisy-keys": "Recall by a key with one wrong letter",
     "needle": "A needle in book text",
     "triple": "Triple interaction",

@@ -1,6 +1,7 @@
 """Synthetic tasks: one frozen object each, seeded, knowing no model."""
 
 from unimatrix.tasks.associative import AssociativeRecall
+from unimatrix.tasks.chained import ChainedRecall
 from unimatrix.tasks.compositional import CompositionalRecall
 from unimatrix.tasks.mixed import RotatingDataset
 from unimatrix.tasks.mqar import MultiQueryRecall
@@ -11,6 +12,7 @@ from unimatrix.tasks.triple import TripleInteraction
 
 __all__ = [
     "AssociativeRecall",
+    "ChainedRecall",
     "CompositionalRecall",
     "MultiQueryRecall",
     "Needle",

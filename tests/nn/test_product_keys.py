@@ -1,0 +1,32 @@
+"""Product keys (E20): the nearest entries, and gradients to keys and codebooks."""
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from unimatrix.nn.product_keys import ProductKeys
+
+
+def test_each_half_becomes_its_nearest_entry() -> None:
+    product_keys = ProductKeys(6, 4).double()
+    keys = torch.randn(2, 5, 6, dtype=torch.float64)
+    quantised = product_keys(keys)
+    for b, t, half in [(b, t, half) for b in range(2) for t in range(5) for half in range(2)]:
+        part = slice(3 * half, 3 * half + 3)
+        table = product_keys.codebooks[half].weight
+        cosines = [cosine_similarity(keys[b, t, part], entry, dim=0).item() for entry in table]
+        nearest = table[cosines.index(max(cosines))]
+        torch.testing.assert_close(quantised[b, t, part], nearest / nearest.norm())
+
+
+def test_equal_codes_give_equal_keys() -> None:
+    product_keys = ProductKeys(4, 2)
+    keys = torch.randn(1, 50, 4)
+    assert len(product_keys(keys)[0].detach().unique(dim=0)) <= 4
+
+
+def test_keys_and_codebooks_learn() -> None:
+    product_keys = ProductKeys(6, 4)
+    keys = torch.randn(1, 5, 6, requires_grad=True)
+    (product_keys(keys) * torch.randn(6)).sum().backward()
+    for tensor in (keys, *(codebook.weight for codebook in product_keys.codebooks)):
+        assert tensor.grad.abs().sum() > 0
