@@ -280,32 +280,33 @@ def _has_room(test: str) -> bool:
 
 
 def _tabulate_language(records: Mapping[str, Record]) -> str:
-    """Return bits per byte of models that differ in one part, at equal steps."""
+    """Return bits per byte of models that differ in one part, at equal steps: mean over seeds."""
     rows = []
-    for name, record in _select(records, "language/").items():
-        results = record["results"]
-        corpus, _, variant = name.partition("/")
+    for group, members in _group_seeds(records, "language/").items():
+        corpus, _, variant = group.partition("/")
+        results = [member["results"] for member in members]
+        found = [result["bits_per_byte"] for result in results]
         rows.append(
             [
                 corpus,
                 variant,
-                f"{results['bits_per_byte']:.3f}",
-                f"{results['xz_bits_per_byte']:.3f}",
-                f"{results['parameters']:,}",
-                f"{record['num_optim_steps']:,}",
-                f"{record['train_s']:.0f}",
-                str(record["seed"]),
+                f"{statistics.mean(found):.3f}",
+                ", ".join(f"{value:.3f}" for value in found),
+                f"{results[0]['xz_bits_per_byte']:.3f}",
+                f"{results[0]['parameters']:,}",
+                f"{members[0]['num_optim_steps']:,}",
+                f"{statistics.mean(member['train_s'] for member in members):.0f}",
             ]
         )
     header = [
         "corpus",
         "model",
         "bits per byte",
+        "each seed",
         "`xz -9e`",
         "parameters",
         "steps",
         "training s",
-        "seed",
     ]
     return _format_table(header, rows)
 
