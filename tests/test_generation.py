@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from tests.byte_models import build_byte_model, prefer
+from tests.tolerances import error, limit
 from unimatrix import generation
 from unimatrix.errors import InputError
-from unimatrix.generation import generate_bytes, resolve_new_bytes
+from unimatrix.generation import generate_bytes, read_prompt, resolve_new_bytes
 from unimatrix.sampling import DEFAULT_NEW_BYTES, Sampling
 from unimatrix.tokenization import BOS_ID, EOS_ID, PAD_ID
 
@@ -40,6 +41,33 @@ def test_long_prompts_are_read_in_parts(monkeypatch, chunk) -> None:
     expected = generate_bytes(model, EVERY_BYTE, max_new_bytes=8, sampling=GREEDY).data
     monkeypatch.setattr(generation, "PREFILL_TOKENS", chunk)
     assert generate_bytes(model, EVERY_BYTE, max_new_bytes=8, sampling=GREEDY).data == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_prompt_read_in_parts_leaves_the_same_cache(monkeypatch, batch, window, chunk) -> None:
+    model = build_byte_model("unimatrix", automaton_window=window).double()
+    ids = torch.tensor([list(EVERY_BYTE[:50] * 3), list(b"abc" * 50)])[:batch]
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", chunk)
+    before = read_prompt(model.eval(), ids[:, :61])
+    assert before is not None
+    held = {name: tensor.clone() for name, tensor in before.tensors().items()}
+    cache = read_prompt(model, ids[:, 61:], before)
+    assert cache is not None
+    for name, tensor in before.tensors().items():
+        assert torch.equal(tensor, held[name]), name
+    assert cache.num_columns == ids.shape[1]
+    with torch.no_grad():
+        whole = model(ids, use_cache=True).past_key_values
+        following = ids[:, 20:60]
+        expected = model(following, past_key_values=whole).logits
+        continued = model(following, past_key_values=cache).logits
+    assert error(continued, expected) <= limit("model", torch.float64, "value")
+
+
+def test_an_empty_prompt_leaves_no_cache() -> None:
+    assert read_prompt(build_byte_model(), torch.zeros(1, 0, dtype=torch.int64)) is None
 
 
 def test_bytes_come_one_by_one() -> None:

@@ -94,7 +94,8 @@ def generate_bytes(
     streamer = ByteStreamer(on_bytes)
     start = time.perf_counter()
     with suspend_training(model), _seed_draws(sampling.seed, model.device):
-        cache = _read_prompt(model, input_ids)
+        # The last id is read by `generate`, which needs its logits.
+        cache = read_prompt(model, input_ids[:, :-1])
         with _limit_threads(model):
             model.generate(
                 input_ids,
@@ -142,19 +143,39 @@ def resolve_new_bytes(
     return min(DEFAULT_NEW_BYTES, room) if max_new_bytes is None else max_new_bytes
 
 
+def read_prompt(
+    model: UniMatrixForCausalLM, input_ids: Tensor, cache: UniMatrixCache | None = None
+) -> UniMatrixCache | None:
+    """Read tokens in parts of ``PREFILL_TOKENS``, so that peak bytes do not grow with them.
+
+    Args:
+        model: computes without gradients; its mode is the caller's (``suspend_training``).
+        input_ids: [B, T] int64, without padding.
+        cache: what to continue from, left as it was; ``None`` is an empty stream.
+
+    Returns:
+        the cache after all tokens; ``cache`` where T is 0.
+
+    Raises:
+        InputError: as in ``UniMatrixModel.forward``.
+
+    Cost:
+        O(T) time. Beside the ids and the cache, the bytes of one part's activations.
+    """
+    is_ours = False
+    for start in range(0, input_ids.shape[1], PREFILL_TOKENS):
+        chunk = input_ids[:, start : start + PREFILL_TOKENS]
+        with torch.no_grad():
+            output = model.model(
+                chunk, past_key_values=cache, use_cache=True, gives_up_cache=is_ours
+            )
+        cache, is_ours = output.past_key_values, True
+    return cache
+
+
 def _encode_prompt(prompt: bytes) -> Tensor:
     """Return BOS and the prompt's bytes as ids [1, T]."""
     return torch.from_numpy(np.concatenate([[BOS_ID], encode_bytes(prompt)])).unsqueeze(0)
-
-
-def _read_prompt(model: UniMatrixForCausalLM, input_ids: Tensor) -> UniMatrixCache | None:
-    """Read the prompt [1, T] but for its last id, in parts, so that peak bytes stay flat."""
-    cache, last = None, input_ids.shape[1] - 1
-    for start in range(0, last, PREFILL_TOKENS):
-        chunk = input_ids[:, start : min(start + PREFILL_TOKENS, last)]
-        output = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-    return cache
 
 
 def _choose_options(sampling: Sampling, vocab_size: int) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        gives_up_cache: bool = False,
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
 
@@ -78,10 +79,12 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             input_ids: [B, T] int64, T >= 1.
             attention_mask: [B, T] or [B, past + T], 0 at padding, which may stand anywhere and
                 leaves everything carried untouched; ``None`` is no padding.
-            past_key_values: the cache to continue from; never altered.
+            past_key_values: the cache to continue from; not altered unless it is given up.
             use_cache: return a cache; ``None`` is ``config.use_cache`` outside training.
             output_hidden_states: return the stream before every depth step.
             return_dict: return a tuple if ``False``.
+            gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton,
+                whose copy may take longer than the tokens, is changed in place.
 
         Returns:
             a ``UniMatrixModelOutput``.
@@ -105,7 +108,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         x = self.dropout(self._add_positions(token_features, past, lengths))
 
         # 3. What depends on token ids and their embeddings alone is computed once.
-        sequence, automaton = self._prepare_sequence(ids, past, lengths)
+        sequence, automaton = self._prepare_sequence(ids, past, lengths, gives_up_cache)
         retrieval, associations = None, past.associations
         if not self.block.reads_hidden and self.block.selective_mixer is None:
             retrieval, associations = self.block.retrieve(token_features, sequence, associations)
@@ -161,7 +164,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         return located
 
     def _prepare_sequence(
-        self, ids: Tensor, past: UniMatrixCache, lengths: Tensor | None
+        self, ids: Tensor, past: UniMatrixCache, lengths: Tensor | None, gives_up_cache: bool
     ) -> tuple[Sequence, AutomatonState | None]:
         """Return what every depth step sees of the tokens, and the automaton after them."""
         writable = torch.ones_like(ids, dtype=torch.bool)  # [B, T]
@@ -169,7 +172,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         context, automaton, modulation, match = None, None, None, None
         if self.residual_context is not None:
             context, automaton, match = self.residual_context(
-                ids, past.last_token_ids, past.automaton, lengths
+                ids, past.last_token_ids, past.automaton, lengths, in_place=gives_up_cache
             )
         if self.token_modulation is not None:
             modulation = self.token_modulation(ids)
@@ -297,6 +300,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool = False,
         logits_at: Tensor | None = None,
+        gives_up_cache: bool = False,
     ) -> UniMatrixCausalLMOutput | tuple[Any, ...]:
         """Return the logits of every position, and the loss where labels are given.
 
@@ -316,6 +320,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
                 targets does not pay for a vocabulary's logits at every position.
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
                 by row. Rules over ``logits_to_keep``.
+            gives_up_cache: as in ``UniMatrixModel.forward``.
 
         Returns:
             a ``UniMatrixCausalLMOutput``.
@@ -331,6 +336,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            gives_up_cache=gives_up_cache,
         )
         # 5. The one shift.
         if shift_labels is None and labels is not None:

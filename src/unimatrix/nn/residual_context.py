@@ -33,6 +33,8 @@ class ResidualContext(nn.Module):
         last_token_ids: Tensor | None,
         automaton: AutomatonState | None,
         lengths: Tensor | None,
+        *,
+        in_place: bool = False,
     ) -> tuple[Tensor, AutomatonState | None, tuple[Tensor, Tensor] | None]:
         """Return the context of every position and the automaton after the last real token.
 
@@ -42,6 +44,7 @@ class ResidualContext(nn.Module):
                 none anywhere.
             automaton: the automaton so far; ``None`` is empty.
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+            in_place: change the tensors of ``automaton``, which the caller then gives up.
 
         Returns:
             [B, T, D], zero where nothing matched; the automaton; its predicted ids and match
@@ -57,6 +60,7 @@ class ResidualContext(nn.Module):
             lengths=None if lengths is None else lengths.cpu(),
             initial=automaton,
             window=self.window,
+            in_place=in_place,
             backend=self.backend,
         )
         predicted_ids = prediction.predicted_ids.to(input_ids.device)  # [B, T]
