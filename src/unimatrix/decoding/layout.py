@@ -64,11 +64,12 @@ NUM_WEIGHTS = 32
     NUM_READS,  # what the slots answer with, K or Q
     NUM_SLOT_SCORES,  # Q if the mixture weighs them, else 0
     AUTOMATON_SCORE,  # whether the automaton's token is in the mixture
+    NUM_LENGTH_BUCKETS,
     MARGIN,
     KEEP_FIRST,
     FADE_TOKENS,
-) = range(23)
-NUM_SIZES = 23
+) = range(24)
+NUM_SIZES = 24
 NO_CONTEXT, PREVIOUS_TOKEN, AUTOMATON = range(3)
 NO_ASSOCIATIONS, SLOTS, SELECTIVE = range(3)
 

@@ -121,6 +121,8 @@ def build_plan(model: Any) -> Plan:
         weights, starts = packer.join()
     sizes = _list_sizes(config, block)
     sizes[layout.NUM_PROJECTED] = num_projected
+    if config.automaton_pointer:
+        sizes[layout.NUM_LENGTH_BUCKETS] = inner.pointer_mixture.length_score.num_embeddings
     numbers = np.array(
         [config.layer_norm_eps, config.match_threshold, config.strength_floor], dtype=np.float64
     )

@@ -75,5 +75,8 @@ class AutomatonStream:
 def copy_automaton(automaton: AutomatonState) -> AutomatonState:
     """Return a copy that shares nothing, contiguous on the CPU."""
     return AutomatonState(
-        *(tensor.to("cpu", copy=True, memory_format=torch.contiguous_format) for tensor in automaton)
+        *(
+            tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for tensor in automaton
+        )
     )
