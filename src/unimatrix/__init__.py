@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unimatrix.cache import UniMatrixCache
     from unimatrix.configuration import PRESETS, UniMatrixConfig
+    from unimatrix.decoding.decoder import Decoder
     from unimatrix.errors import InputError
     from unimatrix.modeling import UniMatrixForCausalLM, UniMatrixModel
     from unimatrix.published import from_published
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Decoder": "decoding.decoder",
     "InputError": "errors",
     "PRESETS": "configuration",
     "UniMatrixCache": "cache",
@@ -37,6 +39,7 @@ _HOMES = {
 }
 _MODEL_NAMES = frozenset(
     {
+        "Decoder",
         "UniMatrixCache",
         "UniMatrixConfig",
         "UniMatrixForCausalLM",
@@ -49,6 +52,7 @@ _MODEL_NAMES = frozenset(
 
 __all__ = [
     "PRESETS",
+    "Decoder",
     "InputError",
     "UniMatrixCache",
     "UniMatrixConfig",

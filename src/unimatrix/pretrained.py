@@ -8,6 +8,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from unimatrix.cache import UniMatrixCache
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.decoding.loop import choose_loop, sample_tokens
 from unimatrix.errors import InputError
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.matrix_mixer import MatrixMixer
@@ -109,7 +110,32 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
 
 
 class UniMatrixGenerationMixin(GenerationMixin):
-    """``generate`` with a recurrent cache."""
+    """``generate`` with a recurrent cache and, where it can, the compiled step."""
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Take tokens one after the other, greedily or by sampling; called by ``generate``.
+
+        The arguments are those of ``GenerationMixin._sample``, which runs where ``choose_loop`` is
+        false.
+        """
+        prepared = {
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "streamer": streamer,
+        }
+        if choose_loop(self, generation_config, synced_gpus):
+            return sample_tokens(self, input_ids, **prepared, **model_kwargs)
+        return super()._sample(input_ids, synced_gpus=synced_gpus, **prepared, **model_kwargs)
 
     def prepare_inputs_for_generation(
         self,

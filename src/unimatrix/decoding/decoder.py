@@ -1,0 +1,106 @@
+"""A model that reads one token of every row at a time, compiled."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimatrix.cache import UniMatrixCache, start_cache
+from unimatrix.decoding.native import advance
+from unimatrix.decoding.plan import build_plan
+from unimatrix.decoding.state import read_cache, write_cache
+from unimatrix.decoding.support import explain_unusable
+from unimatrix.errors import InputError
+
+_NO_MATCH = np.full((0, 1), -1, dtype=np.int64)
+
+
+class Decoder:
+    """Streams of tokens through a model, in constant time and bytes a token.
+
+    The same logits as the model's ``forward`` with T = 1, in one compiled call. Not in constant
+    bytes are the suffix automaton without a window, and in constant time only on average its
+    work: see ``predict_from_suffix``.
+
+    Args:
+        model: a ``UniMatrixForCausalLM`` on the CPU, in evaluation mode; its weights are copied.
+        cache: where the streams stand, from the model's ``forward``; not altered. ``None`` starts
+            new ones.
+        batch_size: B of new streams.
+
+    Raises:
+        InputError: if there is no compiled step for the model, or the cache is another's.
+    """
+
+    def __init__(
+        self, model: Any, cache: UniMatrixCache | None = None, *, batch_size: int = 1
+    ) -> None:
+        reason = explain_unusable(model)
+        if reason is not None:
+            raise InputError(f"there is no compiled step: {reason}; call the model instead")
+        if cache is None:
+            cache = start_cache(model.config, torch.empty(batch_size, 0, dtype=torch.int64))
+        cache.check(model.config, cache.batch_size)
+        self._plan = build_plan(model)
+        mixer = model.model.block.selective_mixer
+        num_recent = 0 if mixer is None else mixer.num_recent
+        self._state = read_cache(cache, model.config, num_recent, self._plan.dtype)
+        self._most_tokens = int(cache.num_tokens.max())
+        self._carried = self._state.arrays
+        stream = self._state.automaton
+        self._match = (_NO_MATCH, _NO_MATCH)
+        if stream is not None:
+            self._match = (stream.predicted_ids, stream.match_lengths)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, B."""
+        return int(self._state.counters.shape[0])
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Read one token of every row.
+
+        Args:
+            token_ids: [B] int64.
+
+        Returns:
+            [B, V], the logits of the next, in the model's type.
+
+        Raises:
+            InputError: if there is not one token a row, one is not of the vocabulary, or the
+                position table has no row left.
+        """
+        config = self._plan.config
+        ids = np.ascontiguousarray(token_ids.detach().numpy())
+        if ids.shape != (self.batch_size,) or ids.dtype != np.int64:
+            raise InputError(
+                f"token_ids has shape {list(token_ids.shape)} and type {token_ids.dtype}; pass "
+                f"[{self.batch_size}] of torch.int64"
+            )
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise InputError(
+                f"token_ids holds {ids.tolist()}; pass ids in 0..{config.vocab_size - 1}"
+            )
+        limit = config.max_position_embeddings
+        if limit is not None and self._most_tokens >= limit:
+            raise InputError(
+                f"the input reaches {self._most_tokens + 1} tokens and the position table has "
+                f"{limit}; pass fewer, or train a model with max_position_embeddings=None, which "
+                "has no table"
+            )
+        logits = np.empty((len(ids), config.vocab_size), dtype=self._plan.arrays[0].dtype)
+        if self._state.automaton is not None:
+            self._state.automaton.push(ids)
+        advance(ids, self._plan.arrays, self._carried, self._match, logits)
+        self._most_tokens += 1
+        self._state.num_columns += 1
+        return torch.from_numpy(logits)
+
+    def cache(self) -> UniMatrixCache:
+        """Return where the streams stand, to save it or go on with the model; shares nothing."""
+        return write_cache(self._state, self._plan.config)
+
+    def num_bytes(self) -> int:
+        """Return the bytes that the streams carry, as allocated."""
+        return self._state.num_bytes()

@@ -1,0 +1,91 @@
+"""Where the compiled step finds what: numbers of columns, shared by ``plan.py`` and ``native.py``.
+
+Weights lie one after the other in a single array; a matrix is stored [inputs, outputs], so that a
+product is a sum of rows. Kernels hold these numbers, and are compiled anew only if ``native.py``
+changes: touch it with this file.
+"""
+
+# Starts in the array of weights, -1 for what a model lacks.
+(
+    EMBED,  # [V, D]
+    POSITIONS,  # [P, D]
+    DEPTH,  # [L, D]
+    MODULATION,  # [V, D], the factors themselves
+    CONTEXT,  # [V, D], residual context
+    NORM,  # [D]
+    NORM_BIAS,  # [D]
+    INPUT,  # [D, J], everything that is projected from the normalised stream
+    INPUT_BIAS,  # [J]
+    OUTPUT,  # [H N, D], of the matrix mixer
+    FFN_NORM,  # [D]
+    FFN_NORM_BIAS,  # [D]
+    UP,  # [D, F], or [D, 2 F] with the gate's half first
+    UP_BIAS,  # [F]
+    DOWN,  # [F, D]
+    DOWN_BIAS,  # [D]
+    FINAL_NORM,  # [D]
+    FINAL_NORM_BIAS,  # [D]
+    HEAD,  # [D, V]
+    QUERY,  # [D, C], of the slots
+    KEY,  # [D, C]
+    VALUE,  # [D, D], of the slots or the selective slots
+    WRITE_GATE,  # [2 D, 1]
+    WRITE_GATE_BIAS,  # [1]
+    GATE_UP,  # [2 D or 3 D, D / 2], of the selective slots
+    GATE_UP_BIAS,  # [D / 2]
+    GATE_DOWN,  # [D / 2, patterns]
+    GATE_DOWN_BIAS,  # [patterns]
+    READ_SCORE,  # [Q]
+    MIXTURE,  # [D, Q + 1], scores of the reads and of the automaton
+    MIXTURE_BIAS,  # [Q + 1]
+    LENGTH_SCORE,  # [buckets]
+) = range(32)
+NUM_WEIGHTS = 32
+
+# Sizes and choices.
+(
+    NUM_DEPTH_STEPS,
+    NUM_HEADS,
+    HEAD_DIM,
+    INNER_SIZE,
+    NUM_PROJECTED,  # J
+    NUM_POSITIONS,  # rows of the position table, 0 without
+    LAYER_NORM,  # otherwise the root mean square
+    GATED,  # SwiGLU
+    HAS_MATRIX,
+    MIXES_RULES,
+    NORM_GUARD,
+    NORMALIZED_KEYS,
+    CONTEXT_PATH,  # one of NO_CONTEXT, PREVIOUS_TOKEN, AUTOMATON
+    PAD_ID,
+    ASSOCIATIONS,  # one of NO_ASSOCIATIONS, SLOTS, SELECTIVE
+    FROM_HIDDEN,  # their source, or what their gate sees
+    POINTER_VOTES,
+    NUM_READS,  # what the slots answer with, K or Q
+    NUM_SLOT_SCORES,  # Q if the mixture weighs them, else 0
+    AUTOMATON_SCORE,  # whether the automaton's token is in the mixture
+    NUM_LENGTH_BUCKETS,
+    MARGIN,
+    KEEP_FIRST,
+    FADE_TOKENS,
+) = range(24)
+NUM_SIZES = 24
+NO_CONTEXT, PREVIOUS_TOKEN, AUTOMATON = range(3)
+NO_ASSOCIATIONS, SLOTS, SELECTIVE = range(3)
+
+# First column of each part of what is projected from the normalised stream, -1 for what is absent.
+(
+    QKVD,  # queries, keys, values and, with rules, what the diagonal rule writes, [H, N] each
+    RETENTION,  # [H]
+    RULES,  # [H, R]
+    MATRIX_GATE,  # [D]
+    READ_GATE,  # [D]
+    CONTEXT_GATE,  # [D]
+    POINTER_GATE,  # [1]
+) = range(7)
+
+# Numbers.
+NORM_EPS, MATCH_THRESHOLD, STRENGTH_FLOOR = range(3)
+
+# What is counted for each row.
+NUM_TOKENS, LAST_TOKEN_ID = range(2)

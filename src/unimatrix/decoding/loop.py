@@ -1,0 +1,228 @@
+"""The token loop of ``generate`` around the compiled step: the same tokens, no copies that grow.
+
+transformers' own loop copies all ids at every token and calls ``forward`` for each; here a token
+costs the compiled step and the samplers. Which tokens come out is decided by the same processors,
+the same draw and the same stopping criteria, in the same order.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+from unimatrix.cache import UniMatrixCache
+from unimatrix.decoding.support import explain_unusable
+
+_logger = logging.get_logger(__name__)
+_MIN_ROOM = 1024
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+def choose_loop(model: Any, generation_config: Any, synced_gpus: bool) -> bool:
+    """Return whether ``sample_tokens`` takes over from transformers' loop, and log it once.
+
+    It does not where there is no compiled step (``explain_unusable``), without a cache, on several
+    synchronised devices, with a prompt to be read in chunks, or where attentions or hidden states
+    are to be returned. Beams and assisted generation never ask.
+
+    Args:
+        model: a ``UniMatrixForCausalLM``.
+        generation_config: as ``generate`` has prepared it.
+        synced_gpus: whether all devices must take the same number of steps.
+    """
+    reason = explain_unusable(model) or _explain_arguments(generation_config, synced_gpus)
+    if reason is None:
+        _logger.info_once("generate decodes with the compiled step")
+    else:
+        _logger.info_once(f"generate decodes without the compiled step: {reason}")
+    return reason is None
+
+
+def _explain_arguments(generation_config: Any, synced_gpus: bool) -> str | None:
+    """Return which argument of ``generate`` the loop here does not know."""
+    if not generation_config.use_cache:
+        return "use_cache is False"
+    if synced_gpus:
+        return "synced_gpus is True"
+    if generation_config.prefill_chunk_size is not None:
+        return "prefill_chunk_size is given"
+    if generation_config.return_dict_in_generate:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name):
+                return f"{name} is True"
+    return None
+
+
+@dataclass
+class _Text:
+    """Token ids [B, T] that grow without being copied at every token."""
+
+    room: Tensor
+    length: int
+
+    @classmethod
+    def start(cls, input_ids: Tensor) -> "_Text":
+        """Return the text of a prompt."""
+        text = cls(input_ids, input_ids.shape[1])
+        text._grow()
+        return text
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids so far, [B, T], contiguous; a view for a single row."""
+        return self.room[:, : self.length].contiguous()
+
+    def append(self, token_ids: Tensor) -> None:
+        """Add one token to every row."""
+        if self.length == self.room.shape[1]:
+            self._grow()
+        self.room[:, self.length] = token_ids
+        self.length += 1
+
+    def _grow(self) -> None:
+        used = self.room[:, : self.length]
+        room = used.new_zeros(used.shape[0], 2 * self.length + _MIN_ROOM)
+        room[:, : self.length] = used
+        self.room = room
+
+
+@dataclass
+class _Records:
+    """What ``return_dict_in_generate`` asks for, one tensor [B, V] a token."""
+
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
+
+    @classmethod
+    def start(cls, generation_config: Any) -> "_Records":
+        """Return empty records of what is wanted."""
+        wanted = generation_config.return_dict_in_generate
+        return cls(
+            () if wanted and generation_config.output_scores else None,
+            () if wanted and generation_config.output_logits else None,
+        )
+
+    def add(self, scores: Tensor, logits: Tensor) -> None:
+        """Record one token's."""
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+
+
+@dataclass
+class _Stream:
+    """Logits of the next token, from the prompt's forward pass and then from the compiled step.
+
+    The step is set up with the second token, so that the first does not wait for it.
+    """
+
+    model: Any
+    past_key_values: UniMatrixCache
+    decoder: Any = field(default=None)
+
+    def advance(self, token_ids: Tensor) -> Tensor:
+        """Return the logits [B, V] after one more token of every row."""
+        if self.decoder is None:
+            from unimatrix.decoding.decoder import Decoder  # loads the compiler
+
+            self.decoder = Decoder(self.model, self.past_key_values)
+        logits: Tensor = self.decoder.step(token_ids)
+        return logits
+
+    def cache(self) -> UniMatrixCache:
+        """Return the cache after what was read."""
+        if self.decoder is None:
+            return self.past_key_values
+        cache: UniMatrixCache = self.decoder.cache()
+        return cache
+
+
+def sample_tokens(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Continue a prompt greedily or by sampling, as ``GenerationMixin._sample``.
+
+    Args:
+        model: a ``UniMatrixForCausalLM`` for which ``choose_loop`` is true.
+        input_ids: [B, T] int64, the whole sequence so far.
+        logits_processor: as ``generate`` has prepared it.
+        stopping_criteria: likewise.
+        generation_config: likewise.
+        streamer: is handed every token; ``None`` is nobody.
+        model_kwargs: for the prompt's forward pass.
+
+    Returns:
+        ids [B, T + new], or with ``return_dict_in_generate`` what transformers returns, its cache
+        covering all but the last token.
+    """
+    inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
+    output = model(**inputs, return_dict=True)
+    logits, stream = output.logits[:, -1], _Stream(model, output.past_key_values)
+    process = _join_processors(logits_processor)
+    text, records = _Text.start(input_ids), _Records.start(generation_config)
+    pad_token_id = generation_config._pad_token_tensor
+    may_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.int64)
+    while True:
+        # A copy, since processors may write into it.
+        logits = logits.to(torch.float32, copy=True)
+        scores = process(text.ids, logits) if process is not None else logits
+        records.add(scores, logits)
+        if generation_config.do_sample:
+            token_ids = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            token_ids = scores.argmax(dim=-1)
+        if may_end:
+            token_ids = token_ids * unfinished + pad_token_id * (1 - unfinished)
+        text.append(token_ids)
+        unfinished = unfinished & ~stopping_criteria(text.ids, records.scores)
+        if streamer is not None:
+            streamer.put(token_ids)
+        if not unfinished.any():
+            break
+        logits = stream.advance(token_ids)
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return text.ids.clone()
+    return GenerateDecoderOnlyOutput(
+        sequences=text.ids.clone(),
+        scores=records.scores,
+        logits=records.logits,
+        past_key_values=stream.cache(),
+    )
+
+
+def _join_processors(processors: Any) -> Processor | None:
+    """Return the processors as one, ``None`` if there is none.
+
+    The list looks at the signature of each at every token, which takes as long as the processor;
+    here that happens once.
+    """
+    if len(processors) == 0:
+        return None
+    for processor in processors:
+        if len(inspect.signature(processor.__call__).parameters) > 2:
+            whole: Processor = processors  # which says what is missing
+            return whole
+
+    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
+        for processor in processors:
+            scores = processor(input_ids, scores)
+        return scores
+
+    return process

@@ -1,0 +1,369 @@
+"""One decode step in Numba: from a token id of every row to the logits, the state in place.
+
+The steps are those of ``docs/forward.md`` with T = 1. What is projected from the normalised stream
+is one product, and so is everything else that shares its input.
+
+Numba compiles this module anew if it changes, not if a kernel that it calls changes in another file
+(``ops``, ``native_parts``, ``layout``): touch this file with them.
+"""
+# mypy: allow-untyped-defs
+
+import math
+
+import numba
+import numpy as np
+
+from unimatrix.decoding import layout as at
+from unimatrix.decoding.native_parts import (
+    NUM_RULES,
+    OPTIONS,
+    add_gated,
+    add_log,
+    bound,
+    gelu,
+    get_row,
+    log_sigmoid,
+    normalize,
+    project,
+    scale_to_unit_square,
+    sigmoid,
+    softmax_rules,
+)
+from unimatrix.ops.matrix_state.native_step import advance_matrix
+from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
+from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
+from unimatrix.ops.slots.native_step import advance_slots
+
+# As in ``nn.matrix_mixer``.
+_READOUT_EPS = 1e-6
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _mix_matrix(projected, sizes, parts, S, y):
+    """Advance the matrix states of one row [H, N, N] and write the readouts to y [H N]."""
+    num_heads, size = sizes[at.NUM_HEADS], sizes[at.HEAD_DIM]
+    inner = num_heads * size
+    num_vectors = 4 if sizes[at.MIXES_RULES] else 3
+    first = parts[at.QKVD]
+    bound(projected[first : first + num_vectors * inner], size, sizes[at.NORMALIZED_KEYS] != 0)
+    rules = projected[:0]
+    if sizes[at.MIXES_RULES]:
+        rules = projected[parts[at.RULES] : parts[at.RULES] + num_heads * NUM_RULES]
+        softmax_rules(rules)
+    for h in range(num_heads):
+        q = projected[first + h * size : first + (h + 1) * size]
+        k = projected[first + inner + h * size : first + inner + (h + 1) * size]
+        v = projected[first + 2 * inner + h * size : first + 2 * inner + (h + 1) * size]
+        d = q
+        if sizes[at.MIXES_RULES]:
+            d = projected[first + 3 * inner + h * size : first + 3 * inner + (h + 1) * size]
+        readout = y[h * size : (h + 1) * size]
+        advance_matrix(
+            S[h], q, k, v, d, projected[parts[at.RETENTION] + h],
+            rules[h * NUM_RULES : (h + 1) * NUM_RULES], sizes[at.NORM_GUARD] != 0, readout,
+        )  # fmt: skip
+        if sizes[at.NORMALIZED_KEYS]:
+            scale_to_unit_square(readout, _READOUT_EPS)
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _retrieve_slots(
+    source, token_ids, counters, weights, offsets, numbers, slots, group, context, read_ids, votes
+):
+    """Read and write the slots with source features [B, D]: ``SlotMixer.retrieve``."""
+    keys, values, strengths, previous, units, ranks, ages, held_ids = slots
+    batch, width = source.shape
+    queries, new_keys, new_values = source, previous[group].copy(), source
+    if offsets[at.QUERY] >= 0:
+        queries = np.empty((batch, keys.shape[3]), source.dtype)
+        project(weights, offsets[at.QUERY], -1, source, queries)
+        new_keys = np.empty((batch, keys.shape[3]), source.dtype)
+        project(weights, offsets[at.KEY], -1, previous[group], new_keys)
+    if offsets[at.VALUE] >= 0:
+        new_values = np.empty((batch, width), source.dtype)
+        project(weights, offsets[at.VALUE], -1, source, new_values)
+    new_strengths = np.ones((batch, 1), source.dtype)
+    if offsets[at.WRITE_GATE] >= 0:
+        pair = np.empty((batch, 2 * width), source.dtype)
+        pair[:, :width] = previous[group]
+        pair[:, width:] = source
+        project(weights, offsets[at.WRITE_GATE], offsets[at.WRITE_GATE_BIAS], pair, new_strengths)
+        for b in range(batch):
+            new_strengths[b, 0] = sigmoid(new_strengths[b, 0])
+    for b in range(batch):
+        advance_slots(
+            b, queries, new_keys, new_values, new_strengths[:, 0].copy(), token_ids[b],
+            counters[b, at.NUM_TOKENS] > 0, numbers[at.MATCH_THRESHOLD], numbers[at.STRENGTH_FLOOR],
+            keys[group, b], values[group, b], strengths[group, b], units[group, b],
+            ranks[group, b], ages[group, b], held_ids[group, b],
+            context[b], read_ids[b], votes[b],
+        )  # fmt: skip
+    previous[group] = source
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _weigh_writes(token_ids, hidden, weights, offsets, sizes, counters, width, logits):
+    """Write the gate's logits [B, N] of this token's writes."""
+    batch = token_ids.shape[0]
+    inputs = np.zeros((batch, (3 if sizes[at.FROM_HIDDEN] else 2) * width), weights.dtype)
+    # What ``rms_norm`` adds where nothing is said: the machine's epsilon.
+    eps = np.float64(np.finfo(weights.dtype).eps)
+    for b in range(batch):
+        before = counters[b, at.LAST_TOKEN_ID]
+        if before >= 0:
+            inputs[b, :width] = get_row(weights, offsets[at.EMBED], before, width)
+        inputs[b, width : 2 * width] = get_row(weights, offsets[at.EMBED], token_ids[b], width)
+        if sizes[at.FROM_HIDDEN]:
+            inputs[b, 2 * width :] = hidden[b]
+        for first in range(0, inputs.shape[1], width):
+            scale_to_unit_square(inputs[b, first : first + width], eps)
+    inner = np.empty((batch, width // 2), weights.dtype)
+    project(weights, offsets[at.GATE_UP], offsets[at.GATE_UP_BIAS], inputs, inner)
+    for b in range(batch):
+        for i in range(inner.shape[1]):
+            inner[b, i] = gelu(inner[b, i])
+    project(weights, offsets[at.GATE_DOWN], offsets[at.GATE_DOWN_BIAS], inner, logits)
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _retrieve_selective(
+    token_ids, hidden, counters, weights, offsets, sizes, patterns, selective, context, read_ids,
+    log_strengths,
+):  # fmt: skip
+    """Look contexts up and offer the last one: ``SelectiveMixer.retrieve``."""
+    read_patterns, write_patterns, read_offsets = patterns
+    keys, values, codes, recent = selective
+    batch, width = context.shape
+    num_patterns, num_writes = read_patterns.shape[0], write_patterns.shape[0]
+    num_reads, num_recent = read_ids.shape[1], recent.shape[1]
+    logits = np.empty((batch, num_writes), weights.dtype)
+    _weigh_writes(token_ids, hidden, weights, offsets, sizes, counters, width, logits)
+    read_keys = np.empty((batch, 1, num_reads), np.int64)
+    write_keys = np.empty((batch, 1, num_writes), np.int64)
+    write_codes = np.empty((batch, 1, num_writes), np.int64)
+    stream = np.empty(num_recent + 1, np.int64)
+    for b in range(batch):
+        stream[:num_recent] = recent[b]
+        stream[num_recent] = token_ids[b]
+        for i in range(read_offsets.shape[0]):
+            for n in range(num_patterns):
+                read_keys[b, 0, i * num_patterns + n] = hash_context(
+                    stream, num_recent - read_offsets[i], read_patterns, n
+                )
+        for n in range(num_writes):
+            write_keys[b, 0, n] = hash_context(stream, num_recent - 1, write_patterns, n)
+            code = np.rint(logits[b, n] * CODES_PER_NAT)
+            write_codes[b, 0, n] = np.int64(min(max(code, MIN_CODE), MAX_CODE))
+        recent[b] = stream[1:]
+    found = np.full((batch, 1, num_reads), -1, np.int64)
+    found_codes = np.zeros((batch, 1, num_reads), np.int64)
+    found_values = np.zeros((batch, 1, num_reads), np.int64)
+    scan_token(
+        0, batch, read_keys, write_keys, token_ids.reshape(batch, 1), write_codes,
+        counters[:, at.NUM_TOKENS].copy(), np.ones(batch, np.int64), sizes[at.MARGIN],
+        sizes[at.KEEP_FIRST] != 0, sizes[at.FADE_TOKENS], keys, values, codes, np.empty_like(keys),
+        found, found_codes, found_values,
+    )  # fmt: skip
+    eps = np.float64(np.finfo(weights.dtype).eps)
+    mixed = np.zeros((batch, width), weights.dtype)
+    shares = np.empty(num_reads, weights.dtype)
+    value = np.empty(width, weights.dtype)
+    for b in range(batch):
+        largest, total = 0.0, 0.0
+        for n in range(num_reads):
+            log_strengths[b, n] = -np.inf
+            if found[b, 0, n] >= 0:
+                log_strengths[b, n] = log_sigmoid(found_codes[b, 0, n] / CODES_PER_NAT)
+            read_ids[b, n] = found_values[b, 0, n]
+            shares[n] = weights[offsets[at.READ_SCORE] + n] + log_strengths[b, n]
+            largest = max(largest, shares[n])
+        for n in range(num_reads):
+            shares[n] = math.exp(shares[n] - largest)
+            total += shares[n]
+        total += math.exp(-largest)
+        for n in range(num_reads):
+            if shares[n] == 0:
+                continue
+            value[:] = get_row(weights, offsets[at.EMBED], read_ids[b, n], width)
+            scale_to_unit_square(value, eps)
+            share = weights.dtype.type(shares[n] / total)
+            for i in range(width):
+                mixed[b, i] += share * value[i]
+    project(weights, offsets[at.VALUE], -1, mixed, context)
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _feed_forward(h, weights, offsets, sizes, x):
+    """Add the feed-forward network of h [B, D] to the stream x [B, D]."""
+    batch, size = h.shape[0], sizes[at.INNER_SIZE]
+    inner = np.empty((batch, size), h.dtype)
+    if sizes[at.GATED]:
+        both = np.empty((batch, 2 * size), h.dtype)
+        project(weights, offsets[at.UP], -1, h, both)
+        for b in range(batch):
+            for i in range(size):
+                gate = both[b, i]
+                inner[b, i] = gate * sigmoid(gate) * both[b, size + i]
+    else:
+        project(weights, offsets[at.UP], offsets[at.UP_BIAS], h, inner)
+        for b in range(batch):
+            for i in range(size):
+                inner[b, i] = gelu(inner[b, i])
+    output = np.empty_like(x)
+    project(weights, offsets[at.DOWN], offsets[at.DOWN_BIAS], inner, output)
+    x += output
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, sizes):
+    """Turn logits [B, V] into ln of the mixture's probabilities: ``nn.pointer_mixture``."""
+    predicted_ids, match_lengths = match
+    batch = h.shape[0]
+    num_reads = sizes[at.NUM_SLOT_SCORES]
+    num_scores = num_reads + sizes[at.AUTOMATON_SCORE]
+    scores = np.empty((batch, num_scores), h.dtype)
+    project(weights, offsets[at.MIXTURE], offsets[at.MIXTURE_BIAS], h, scores)
+    ids = np.empty(num_scores, np.int64)
+    for b in range(batch):
+        ids[:num_reads] = read_ids[b, :num_reads]
+        for n in range(num_reads):
+            scores[b, n] += log_strengths[b, n]
+        if sizes[at.AUTOMATON_SCORE]:
+            bucket, length = 0, 2 * match_lengths[b, 0] - 1
+            while length > 1 and bucket < sizes[at.NUM_LENGTH_BUCKETS] - 1:
+                length >>= 1
+                bucket += 1
+            scores[b, num_reads] += weights[offsets[at.LENGTH_SCORE] + bucket]
+            ids[num_reads] = predicted_ids[b, 0]
+            if predicted_ids[b, 0] < 0:
+                scores[b, num_reads] = -np.inf
+        sharing = 0.0  # ln of the sum over the vocabulary, whose score is 0, and the others
+        for n in range(num_scores):
+            sharing = add_log(sharing, np.float64(scores[b, n]))
+        largest = np.float64(logits[b].max())
+        total = 0.0
+        for number in logits[b]:
+            total += math.exp(number - largest)
+        shift = weights.dtype.type(largest + math.log(total) + sharing)
+        for i in range(logits.shape[1]):
+            logits[b, i] -= shift
+        for n in range(num_scores):
+            if scores[b, n] > -np.inf:
+                token_id = ids[n]
+                logits[b, token_id] = add_log(
+                    np.float64(logits[b, token_id]), np.float64(scores[b, n]) - sharing
+                )
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _embed(token_ids, weights, offsets, counters, source, x):
+    """Write the token features and the start of the stream, [B, D] each."""
+    width = x.shape[1]
+    for b in range(x.shape[0]):
+        source[b] = get_row(weights, offsets[at.EMBED], token_ids[b], width)
+        x[b] = source[b]
+        if offsets[at.POSITIONS] >= 0:
+            x[b] += get_row(weights, offsets[at.POSITIONS], counters[b, at.NUM_TOKENS], width)
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _find_context(weights, offsets, sizes, counters, match, context):
+    """Write the residual context [B, D]: ``nn.residual_context``."""
+    for b in range(context.shape[0]):
+        followed = match[0][b, 0]
+        if sizes[at.CONTEXT_PATH] == at.PREVIOUS_TOKEN:
+            followed = counters[b, at.LAST_TOKEN_ID]
+            if followed < 0:
+                followed = sizes[at.PAD_ID]
+        if followed >= 0:
+            context[b] = get_row(weights, offsets[at.CONTEXT], followed, context.shape[1])
+
+
+@numba.njit(cache=True, **OPTIONS)
+def advance(token_ids, plan, carried, match, logits):
+    """Read one token of every row.
+
+    Args:
+        token_ids: [B] int64, in 0..V-1.
+        plan: weights, and where they lie (``plan.py``).
+        carried: what the rows carry, changed in place (``state.py``).
+        match: the automaton's predicted ids and match lengths after the token, [B, 1] each.
+        logits: [B, V], written here.
+    """
+    weights, offsets, sizes, parts, numbers, patterns = plan
+    matrix_states, slots, selective, counters = carried
+    batch, width = token_ids.shape[0], slots[3].shape[2]
+    source, x, h, mixed, readout = (
+        np.empty((batch, width), weights.dtype),
+        np.empty((batch, width), weights.dtype),
+        np.empty((batch, width), weights.dtype),
+        np.empty((batch, width), weights.dtype),
+        np.empty((batch, width), weights.dtype),
+    )
+    _embed(token_ids, weights, offsets, counters, source, x)
+    followed = np.zeros((batch, width), weights.dtype)
+    if sizes[at.CONTEXT_PATH] != at.NO_CONTEXT:
+        _find_context(weights, offsets, sizes, counters, match, followed)
+    read_context = np.zeros((batch, width), weights.dtype)
+    num_reads = sizes[at.NUM_READS]
+    has_slots = sizes[at.ASSOCIATIONS] == at.SLOTS
+    read_ids = np.zeros((batch, num_reads), np.int64)
+    votes = np.zeros((batch, num_reads), weights.dtype)
+    from_hidden = sizes[at.FROM_HIDDEN] != 0
+    centered, eps = sizes[at.LAYER_NORM] != 0, numbers[at.NORM_EPS]
+    if has_slots and not from_hidden:
+        _retrieve_slots(
+            source, token_ids, counters, weights, offsets, numbers, slots, 0, read_context,
+            read_ids, votes,
+        )  # fmt: skip
+    inner = sizes[at.NUM_HEADS] * sizes[at.HEAD_DIM]
+    projected = np.empty((batch, sizes[at.NUM_PROJECTED]), weights.dtype)
+    y = np.empty((batch, inner), weights.dtype)
+    num_depth_steps = sizes[at.NUM_DEPTH_STEPS]
+    has_read = has_slots
+    for depth_step in range(num_depth_steps):
+        if sizes[at.ASSOCIATIONS] == at.SELECTIVE and depth_step == sizes[at.FROM_HIDDEN]:
+            _retrieve_selective(
+                token_ids, x, counters, weights, offsets, sizes, patterns, selective, read_context,
+                read_ids, votes,
+            )  # fmt: skip
+            has_read = True
+        if offsets[at.DEPTH] >= 0:
+            for b in range(batch):
+                x[b] += get_row(weights, offsets[at.DEPTH], depth_step, width)
+        normalize(x, weights, offsets[at.NORM], offsets[at.NORM_BIAS], centered, eps, h)
+        project(weights, offsets[at.INPUT], offsets[at.INPUT_BIAS], h, projected)
+        mixed[:] = 0.0
+        if sizes[at.HAS_MATRIX]:
+            for b in range(batch):
+                _mix_matrix(projected[b], sizes, parts, matrix_states[depth_step, b], y[b])
+            project(weights, offsets[at.OUTPUT], -1, y, readout)
+        if has_slots and from_hidden:
+            _retrieve_slots(
+                h, token_ids, counters, weights, offsets, numbers, slots, depth_step, read_context,
+                read_ids, votes,
+            )  # fmt: skip
+        for b in range(batch):
+            if sizes[at.HAS_MATRIX]:
+                add_gated(projected[b, parts[at.MATRIX_GATE] :], readout[b], mixed[b])
+            if has_read:
+                add_gated(projected[b, parts[at.READ_GATE] :], read_context[b], mixed[b])
+            if sizes[at.CONTEXT_PATH] != at.NO_CONTEXT:
+                add_gated(projected[b, parts[at.CONTEXT_GATE] :], followed[b], mixed[b])
+        x += mixed
+        normalize(x, weights, offsets[at.FFN_NORM], offsets[at.FFN_NORM_BIAS], centered, eps, h)
+        _feed_forward(h, weights, offsets, sizes, x)
+        if offsets[at.MODULATION] >= 0:
+            for b in range(batch):
+                x[b] *= get_row(weights, offsets[at.MODULATION], token_ids[b], width)
+    normalize(x, weights, offsets[at.FINAL_NORM], offsets[at.FINAL_NORM_BIAS], centered, eps, h)
+    project(weights, offsets[at.HEAD], -1, h, logits)
+    if offsets[at.MIXTURE] >= 0:
+        _mix_logits(h, logits, read_ids, votes, match, weights, offsets, sizes)
+    for b in range(batch):
+        if sizes[at.POINTER_VOTES]:
+            gate = weights.dtype.type(sigmoid(projected[b, parts[at.POINTER_GATE]]))
+            for n in range(num_reads):
+                logits[b, read_ids[b, n]] += gate * votes[b, n]
+        counters[b, at.NUM_TOKENS] += 1
+        counters[b, at.LAST_TOKEN_ID] = token_ids[b]

@@ -1,0 +1,148 @@
+"""What the compiled step can run: everything named here, and nothing that is not."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from unimatrix.configuration import UniMatrixConfig, list_config_fields
+from unimatrix.nn.associative_projections import AssociativeProjections
+from unimatrix.nn.block import UniMatrixBlock
+from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
+from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.pointer_mixture import PointerMixture
+from unimatrix.nn.residual_context import ResidualContext
+from unimatrix.nn.selective_mixer import SelectiveMixer
+from unimatrix.nn.slot_mixer import SlotMixer
+from unimatrix.nn.token_modulation import TokenModulation
+
+_ANY = None
+# Field -> the values that the step knows; any value where it is a size or a number, or where it
+# matters in training alone.
+_KNOWN: dict[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+            "intermediate_size",
+            "dropout",
+            "max_position_embeddings",
+            "norm_guard",
+            "normalized_keys",
+            "longest_retention",
+            "depth_step_embedding",
+            "modulation_size",
+            "slot_key_size",
+            "num_slots",
+            "slots_per_read",
+            "identity_lookup",
+            "identity_values",
+            "match_threshold",
+            "strength_floor",
+            "write_gate",
+            "pointer",
+            "slot_key_patterns",
+            "slot_read_offsets",
+            "bounded_training",
+            "slot_margin",
+            "slot_fade_tokens",
+            "hindsight",
+            "hindsight_share",
+            "hindsight_floor",
+            "hindsight_weight",
+            "automaton_window",
+            "automaton_pointer",
+            "initializer_range",
+            "layer_norm_eps",
+            "use_cache",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+            "tie_word_embeddings",
+            "format_version",
+        ),
+        _ANY,
+    ),
+    "norm_type": ("layer_norm", "rms_norm"),
+    "feed_forward_type": ("gelu", "swiglu"),
+    "residual_path": ("none", "previous_token", "suffix_automaton"),
+    "update_rules": ("outer", "mixed", "none"),
+    "associative_memory": ("none", "slots", "selective"),
+    "slot_source": ("token", "hidden"),
+    "repeated_key": ("last", "first"),
+}
+_MODULES = (
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Dropout,
+    nn.Identity,
+    AssociativeProjections,
+    FeedForward,
+    GatedFeedForward,
+    MatrixMixer,
+    PointerMixture,
+    ResidualContext,
+    SelectiveMixer,
+    SlotMixer,
+    TokenModulation,
+    UniMatrixBlock,
+)
+
+
+def explain_unsupported(config: UniMatrixConfig) -> str | None:
+    """Return why no compiled step exists for a configuration, ``None`` if one does.
+
+    The list is one of what is allowed: a field that is not on it must have its default. Not on it
+    is the dense associative memory, which grows with the stream.
+
+    Args:
+        config: of any model.
+    """
+    parameters = inspect.signature(UniMatrixConfig.__init__).parameters
+    for name in list_config_fields():
+        value = getattr(config, name)
+        allowed = _KNOWN[name] if name in _KNOWN else (parameters[name].default,)
+        if allowed is not _ANY and value not in allowed:
+            return f"{name} is {value!r}"
+    return None
+
+
+def explain_unusable(model: PreTrainedModel) -> str | None:
+    """Return why the compiled step cannot stand for a model as it is, ``None`` if it can.
+
+    Beside the configuration: it runs on the CPU in float32 and float64, in evaluation mode, with
+    the modules as they were built (an adapter or a quantised layer is another module, and a hook
+    expects to be called), and with back ends left to ``auto``.
+
+    Args:
+        model: a ``UniMatrixForCausalLM``.
+    """
+    reason = explain_unsupported(model.config)
+    if reason is not None:
+        return reason
+    if model.training:
+        return "the model is in training mode"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    for name, module in model.named_modules():
+        own = type(module).__module__ == "unimatrix.modeling"
+        if type(module) not in _MODULES and not own:
+            return f"{name} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name or 'the model'} has a hook"
+        if vars(module).get("backend", "auto") != "auto":
+            return f"the back end of {name} is {module.backend!r}"
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    if len(kinds) > 1:
+        return "its parameters differ in device or type"
+    ((device, dtype),) = kinds
+    if device != "cpu" or dtype not in (torch.float32, torch.float64):
+        return f"its parameters are {str(dtype).removeprefix('torch.')} on {device}"
+    return None

@@ -1,0 +1,48 @@
+"""The contexts of one more token as integers: ``keys.hash_contexts`` at one position."""
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from unimatrix.ops.selective_slots.keys import _MASK, _MIX, _STEP
+from unimatrix.ops.selective_slots.native import _scan_rows
+from unimatrix.ops.selective_slots.state import NO_KEY
+
+__all__ = ["hash_context", "scan_token"]
+
+Array = np.ndarray[Any, Any]
+
+scan_token = _scan_rows
+"""E13 and E14 over rows of one token each, the slots changed in place."""
+
+
+@numba.njit(nogil=True, cache=True)
+def hash_context(stream: Array, last: int, patterns: Array, number: int) -> int:
+    """Hash the tokens at a pattern's distances before ``stream[last]``.
+
+    Args:
+        stream: [n] int64, -1 where there is no token.
+        last: where the context ends.
+        patterns: [N, P] int64, distances back, -1 behind the last of each.
+        number: the pattern.
+
+    Returns:
+        what ``hash_contexts`` returns at that position.
+    """
+    hashed = np.int64(number + 1)
+    token = np.int64(NO_KEY)
+    length = 0
+    for distance in patterns[number]:
+        if distance < 0:
+            break
+        length += 1
+        place = last - distance
+        token = stream[place] if place >= 0 else np.int64(NO_KEY)
+        if token < 0:
+            return NO_KEY
+        hashed = (hashed ^ (token + 1)) * np.int64(_STEP)
+        hashed = (hashed ^ ((hashed >> 29) & np.int64(2**35 - 1))) * np.int64(_MIX)
+    if patterns.shape[0] == 1 and length == 1:
+        return int(token)
+    return int((hashed ^ ((hashed >> 32) & np.int64(2**32 - 1))) & np.int64(_MASK))

@@ -1,0 +1,82 @@
+"""The suffix automaton of a stream that goes on token by token, in place and without copies."""
+
+import numpy as np
+import torch
+
+from unimatrix.ops.suffix_automaton.native import (
+    _DONE,
+    _EDGES_WANTED,
+    _NODES_WANTED,
+    SPLAY_LENGTH,
+    _grow_index,
+    _reserve_tokens,
+    _scan_rows,
+)
+from unimatrix.ops.suffix_automaton.storage import NUM_HELD, WINDOW, AutomatonState
+
+
+class AutomatonStream:
+    """An automaton that one token of every row is pushed to at a time.
+
+    Equation: E10, as ``predict_from_suffix``.
+
+    Args:
+        automaton: contiguous and on the CPU; changed in place or outgrown, so the caller gives it
+            up.
+
+    Attributes:
+        automaton: what it has become.
+        predicted_ids: [B, 1] int64 after the last token, -1 for no match; overwritten by the next.
+        match_lengths: [B, 1] int64, 0 for no match; likewise.
+    """
+
+    def __init__(self, automaton: AutomatonState) -> None:
+        batch = automaton.counters.shape[0]
+        self.predicted_ids = np.full((batch, 1), -1, dtype=np.int64)
+        self.match_lengths = np.zeros((batch, 1), dtype=np.int64)
+        self._lengths = np.ones(batch, dtype=np.int64)
+        self._progress = np.zeros((batch, 4), dtype=np.int64)
+        self._hold(automaton)
+
+    def _hold(self, automaton: AutomatonState) -> None:
+        self.automaton = automaton
+        self._arrays = [tensor.numpy() for tensor in automaton]
+        held, window = automaton.counters[:, [NUM_HELD, WINDOW]].amax(0).tolist()
+        # With a window the kernel makes room itself.
+        self._room = automaton.tokens.shape[1] - held if window == 0 else None
+
+    def push(self, token_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        """Predict after one more token of every row.
+
+        Args:
+            token_ids: [B] int64.
+        """
+        if self._room is not None:
+            if self._room == 0:
+                self._hold(_reserve_tokens(self.automaton, 1))
+                assert self._room is not None
+            self._room -= 1
+        self.predicted_ids.fill(-1)
+        self.match_lengths.fill(0)
+        progress = self._progress
+        progress.fill(0)
+        call = (token_ids.reshape(-1, 1), self._lengths, self.predicted_ids, self.match_lengths)
+        while True:
+            _scan_rows(0, len(token_ids), *call, progress, *self._arrays, SPLAY_LENGTH)
+            if progress[:, _DONE].all():
+                return
+            num_nodes = int(progress[:, _NODES_WANTED].max())
+            num_edges = int(progress[:, _EDGES_WANTED].max())
+            room = self._room
+            self._hold(_grow_index(self.automaton, num_nodes, num_edges))
+            self._room = room
+
+
+def copy_automaton(automaton: AutomatonState) -> AutomatonState:
+    """Return a copy that shares nothing, contiguous on the CPU."""
+    return AutomatonState(
+        *(
+            tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for tensor in automaton
+        )
+    )
