@@ -39,8 +39,10 @@ changes: touch it with this file.
     MIXTURE,  # [D, Q + 1], scores of the reads and of the automaton
     MIXTURE_BIAS,  # [Q + 1]
     LENGTH_SCORE,  # [buckets]
-) = range(32)
-NUM_WEIGHTS = 32
+    CONV,  # [K, D], of the short convolution
+    VECTORS,  # [D, 3 H N or 4 H N], queries, keys and values of what was convolved
+) = range(34)
+NUM_WEIGHTS = 34
 
 # Sizes and choices.
 (
@@ -68,21 +70,25 @@ NUM_WEIGHTS = 32
     MARGIN,
     KEEP_FIRST,
     FADE_TOKENS,
-) = range(24)
-NUM_SIZES = 24
+    CONV_KERNEL,  # 0 without
+    USES_DELTA,
+) = range(26)
+NUM_SIZES = 26
 NO_CONTEXT, PREVIOUS_TOKEN, AUTOMATON = range(3)
 NO_ASSOCIATIONS, SLOTS, SELECTIVE = range(3)
 
 # First column of each part of what is projected from the normalised stream, -1 for what is absent.
 (
-    QKVD,  # queries, keys, values and, with rules, what the diagonal rule writes, [H, N] each
+    QKVD,  # queries, keys, values and, with rules, what the diagonal rule writes, [H, N] each;
+    #        absent with a short convolution, which they are projected from
     RETENTION,  # [H]
     RULES,  # [H, R]
     MATRIX_GATE,  # [D]
     READ_GATE,  # [D]
     CONTEXT_GATE,  # [D]
     POINTER_GATE,  # [1]
-) = range(7)
+    WRITE_STRENGTH,  # [H], with the delta rule
+) = range(8)
 
 # Numbers.
 NORM_EPS, MATCH_THRESHOLD, STRENGTH_FLOOR = range(3)

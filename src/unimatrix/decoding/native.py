@@ -29,7 +29,7 @@ from unimatrix.decoding.native_parts import (
     sigmoid,
     softmax_rules,
 )
-from unimatrix.ops.matrix_state.native_step import advance_matrix
+from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
 from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 from unimatrix.ops.slots.native_step import advance_slots
@@ -39,29 +39,56 @@ _READOUT_EPS = 1e-6
 
 
 @numba.njit(cache=True, **OPTIONS)
-def _mix_matrix(projected, sizes, parts, S, y):
+def _convolve(h, weights, start, recent, source):
+    """Mix the streams of the last tokens: ``nn.short_convolution``.
+
+    h [B, D] is what comes in, recent [B, K - 1, D] what came before, source [B, D] what comes out.
+    """
+    batch, width = h.shape
+    num_recent = recent.shape[1]
+    for b in range(batch):
+        row = get_row(weights, start, num_recent, width)
+        for i in range(width):
+            source[b, i] = h[b, i] * row[i]
+        for n in range(num_recent):
+            row = get_row(weights, start, n, width)
+            for i in range(width):
+                source[b, i] += recent[b, n, i] * row[i]
+        for n in range(num_recent - 1):
+            recent[b, n] = recent[b, n + 1]
+        recent[b, num_recent - 1] = h[b]
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _mix_matrix(projected, vectors, sizes, parts, S, y):
     """Advance the matrix states of one row [H, N, N] and write the readouts to y [H N]."""
     num_heads, size = sizes[at.NUM_HEADS], sizes[at.HEAD_DIM]
     inner = num_heads * size
     num_vectors = 4 if sizes[at.MIXES_RULES] else 3
-    first = parts[at.QKVD]
-    bound(projected[first : first + num_vectors * inner], size, sizes[at.NORMALIZED_KEYS] != 0)
+    for i in range(num_vectors):
+        if i != 1 or not sizes[at.USES_DELTA]:  # the payload of the delta rule has no bound
+            bound(vectors[i * inner : (i + 1) * inner], size, sizes[at.NORMALIZED_KEYS] != 0)
     rules = projected[:0]
     if sizes[at.MIXES_RULES]:
         rules = projected[parts[at.RULES] : parts[at.RULES] + num_heads * NUM_RULES]
         softmax_rules(rules)
     for h in range(num_heads):
-        q = projected[first + h * size : first + (h + 1) * size]
-        k = projected[first + inner + h * size : first + inner + (h + 1) * size]
-        v = projected[first + 2 * inner + h * size : first + 2 * inner + (h + 1) * size]
+        q = vectors[h * size : (h + 1) * size]
+        k = vectors[inner + h * size : inner + (h + 1) * size]
+        v = vectors[2 * inner + h * size : 2 * inner + (h + 1) * size]
         d = q
         if sizes[at.MIXES_RULES]:
-            d = projected[first + 3 * inner + h * size : first + 3 * inner + (h + 1) * size]
+            d = vectors[3 * inner + h * size : 3 * inner + (h + 1) * size]
         readout = y[h * size : (h + 1) * size]
-        advance_matrix(
-            S[h], q, k, v, d, projected[parts[at.RETENTION] + h],
-            rules[h * NUM_RULES : (h + 1) * NUM_RULES], sizes[at.NORM_GUARD] != 0, readout,
-        )  # fmt: skip
+        log_odds = projected[parts[at.RETENTION] + h]
+        if sizes[at.USES_DELTA]:
+            strength = sigmoid(projected[parts[at.WRITE_STRENGTH] + h])
+            advance_delta(S[h], q, k, v, log_odds, strength, readout)
+        else:
+            advance_matrix(
+                S[h], q, k, v, d, log_odds, rules[h * NUM_RULES : (h + 1) * NUM_RULES],
+                sizes[at.NORM_GUARD] != 0, readout,
+            )  # fmt: skip
         if sizes[at.NORMALIZED_KEYS]:
             scale_to_unit_square(readout, _READOUT_EPS)
 
@@ -291,7 +318,7 @@ def advance(token_ids, plan, carried, match, logits):
         logits: [B, V], written here.
     """
     weights, offsets, sizes, parts, numbers, patterns = plan
-    matrix_states, slots, selective, counters = carried
+    matrix_states, recents, slots, selective, counters = carried
     batch, width = token_ids.shape[0], slots[3].shape[2]
     source, x, h, mixed, readout = (
         np.empty((batch, width), weights.dtype),
@@ -318,6 +345,8 @@ def advance(token_ids, plan, carried, match, logits):
         )  # fmt: skip
     inner = sizes[at.NUM_HEADS] * sizes[at.HEAD_DIM]
     projected = np.empty((batch, sizes[at.NUM_PROJECTED]), weights.dtype)
+    num_vectors = 4 if sizes[at.MIXES_RULES] else 3
+    vectors = np.empty((batch, num_vectors * inner), weights.dtype)
     y = np.empty((batch, inner), weights.dtype)
     num_depth_steps = sizes[at.NUM_DEPTH_STEPS]
     has_read = has_slots
@@ -335,8 +364,16 @@ def advance(token_ids, plan, carried, match, logits):
         project(weights, offsets[at.INPUT], offsets[at.INPUT_BIAS], h, projected)
         mixed[:] = 0.0
         if sizes[at.HAS_MATRIX]:
+            if sizes[at.CONV_KERNEL]:
+                _convolve(h, weights, offsets[at.CONV], recents[depth_step], readout)
+                project(weights, offsets[at.VECTORS], -1, readout, vectors)
+            else:
+                first = parts[at.QKVD]
+                vectors[:] = projected[:, first : first + num_vectors * inner]
             for b in range(batch):
-                _mix_matrix(projected[b], sizes, parts, matrix_states[depth_step, b], y[b])
+                _mix_matrix(
+                    projected[b], vectors[b], sizes, parts, matrix_states[depth_step, b], y[b]
+                )
             project(weights, offsets[at.OUTPUT], -1, y, readout)
         if has_slots and from_hidden:
             _retrieve_slots(

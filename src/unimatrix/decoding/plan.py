@@ -143,6 +143,8 @@ def _add_block(packer: _Packer, block: UniMatrixBlock) -> None:
     packer.add_linear(layout.DOWN, layout.DOWN_BIAS, network.down_proj)
     if block.matrix_mixer is not None:
         packer.add_linear(layout.OUTPUT, None, block.matrix_mixer.out_proj)
+        if block.matrix_mixer.short_conv is not None:
+            packer.add(layout.CONV, block.matrix_mixer.short_conv.weight)
     slots: Any = block.slot_mixer
     if slots is not None:
         for index, linear in (
@@ -177,14 +179,20 @@ def _add_projections(packer: _Packer, block: UniMatrixBlock) -> tuple[Array, int
     named: dict[int, list[nn.Linear]] = {}
     matrix = block.matrix_mixer
     if matrix is not None:
-        named[layout.QKVD] = [matrix.q_proj, matrix.k_proj, matrix.v_proj]
+        vectors = [matrix.q_proj, matrix.k_proj, matrix.v_proj]
         named[layout.RETENTION] = [matrix.retention_proj]
         named[layout.MATRIX_GATE] = [matrix.residual_gate]
-        if matrix.mixes_rules:
-            named[layout.QKVD].append(matrix.diag_proj)
+        if matrix.write_proj is not None:
+            named[layout.WRITE_STRENGTH] = [matrix.write_proj]
+        elif matrix.mixes_rules:
+            vectors.append(matrix.diag_proj)
             named[layout.RULES] = [matrix.rule_proj]
         else:
             packer.take(matrix.diag_proj.weight)  # which nothing reads
+        if matrix.short_conv is None:
+            named[layout.QKVD] = vectors
+        else:
+            packer.add_linear(layout.VECTORS, None, *vectors)
     mixer = block.slot_mixer or block.selective_mixer
     if mixer is not None:
         named[layout.READ_GATE] = [mixer.read_gate]
@@ -192,7 +200,7 @@ def _add_projections(packer: _Packer, block: UniMatrixBlock) -> tuple[Array, int
         named[layout.CONTEXT_GATE] = [block.context_gate]
     if block.slot_mixer is not None and block.slot_mixer.pointer_gate is not None:
         named[layout.POINTER_GATE] = [block.slot_mixer.pointer_gate]
-    parts = np.full(layout.POINTER_GATE + 1, -1, dtype=np.int64)
+    parts = np.full(layout.WRITE_STRENGTH + 1, -1, dtype=np.int64)
     position = 0
     for index, linears in named.items():
         parts[index] = position
@@ -234,6 +242,8 @@ def _list_sizes(config: UniMatrixConfig, block: UniMatrixBlock) -> Array:
         layout.MARGIN: round(config.slot_margin * CODES_PER_NAT),
         layout.KEEP_FIRST: config.repeated_key == "first",
         layout.FADE_TOKENS: config.slot_fade_tokens or 0,
+        layout.CONV_KERNEL: config.conv_kernel if block.matrix_mixer is not None else 0,
+        layout.USES_DELTA: config.update_rules == "delta",
     }
     array = np.zeros(layout.NUM_SIZES, dtype=np.int64)
     array[list(sizes)] = [int(size) for size in sizes.values()]

@@ -27,6 +27,8 @@ class StepState:
     Attributes:
         num_columns: columns consumed so far, padding included.
         matrix_states: [L, B, H, N, N], address by payload; no depth steps without matrix state.
+        recents: [L, B, K - 1, D], normalised streams of the last tokens; no depth steps without a
+            short convolution.
         slots: keys [G, B, M, C], values [G, B, M, D], strengths [G, B, M], previous [G, B, D] and,
             in float64, units [G, B, M, C] and offsets [G, B, M] of the keys; ages and token ids
             [G, B, M] int64. G is 1 with the token source, L with the hidden one and 0 without.
@@ -37,6 +39,7 @@ class StepState:
 
     num_columns: int
     matrix_states: Array
+    recents: Array
     slots: tuple[Array, ...]
     selective: tuple[Array, ...]
     counters: Array
@@ -45,11 +48,11 @@ class StepState:
     @property
     def arrays(self) -> tuple[Any, ...]:
         """What the kernel takes."""
-        return self.matrix_states, self.slots, self.selective, self.counters
+        return self.matrix_states, self.recents, self.slots, self.selective, self.counters
 
     def num_bytes(self) -> int:
         """Return the bytes of everything here, as allocated."""
-        arrays = (self.matrix_states, *self.slots, *self.selective, self.counters)
+        arrays = (self.matrix_states, self.recents, *self.slots, *self.selective, self.counters)
         num_bytes = sum(array.nbytes for array in arrays)
         if self.automaton is not None:
             num_bytes += sum(t.numel() * t.element_size() for t in self.automaton.automaton)
@@ -79,6 +82,7 @@ def read_cache(
     return StepState(
         num_columns=cache.num_columns,
         matrix_states=_read_matrix_states(cache, config, dtype),
+        recents=_read_recents(cache, config, dtype),
         slots=_read_slots(cache, config, dtype),
         selective=_read_selective(cache, config, num_recent),
         counters=_copy(counters, torch.int64),
@@ -101,6 +105,19 @@ def _read_matrix_states(
     empty = torch.zeros(cache.batch_size, heads, size, size)
     states = [empty if c.matrix_state is None else c.matrix_state for c in cache.depth]
     return _copy(torch.stack(states).mT, dtype)
+
+
+def _read_recents(cache: UniMatrixCache, config: UniMatrixConfig, dtype: torch.dtype) -> Array:
+    num_recent = max(config.conv_kernel - 1, 0)
+    empty = torch.zeros(cache.batch_size, num_recent, config.hidden_size)
+    if not has_recents(config):
+        return _copy(empty[None, :, :0][:0], dtype)
+    return _copy(torch.stack([empty if c.recent is None else c.recent for c in cache.depth]), dtype)
+
+
+def has_recents(config: UniMatrixConfig) -> bool:
+    """Return whether depth steps carry the streams of the last tokens."""
+    return config.conv_kernel > 0 and config.update_rules != "none"
 
 
 def _read_slots(
@@ -152,6 +169,9 @@ def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
     if config.update_rules != "none":
         copied = torch.from_numpy(state.matrix_states.copy()).mT.contiguous()
         matrix_states = list(copied.unbind())
+    recents: list[Tensor | None] = [None] * config.num_hidden_layers
+    if has_recents(config):
+        recents = list(torch.from_numpy(state.recents.copy()).unbind())
     groups = _write_slots(state)
     shared, own = Associations(), [Associations()] * config.num_hidden_layers
     if config.associative_memory == "slots" and config.slot_source == "hidden":
@@ -168,7 +188,7 @@ def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
         num_columns=state.num_columns,
         num_tokens=num_tokens.contiguous(),
         last_token_ids=last_token_ids.contiguous(),
-        depth=tuple(DepthCarry(*pair) for pair in zip(matrix_states, own, strict=True)),
+        depth=tuple(DepthCarry(*carry) for carry in zip(matrix_states, recents, own, strict=True)),
         associations=shared,
         automaton=automaton,
     )

@@ -15,6 +15,7 @@ from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
+from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.nn.slot_mixer import SlotMixer
 from unimatrix.nn.token_modulation import TokenModulation
 
@@ -29,6 +30,7 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
             "num_hidden_layers",
             "num_attention_heads",
             "head_dim",
+            "conv_kernel",
             "intermediate_size",
             "dropout",
             "max_position_embeddings",
@@ -71,7 +73,7 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "norm_type": ("layer_norm", "rms_norm"),
     "feed_forward_type": ("gelu", "swiglu"),
     "residual_path": ("none", "previous_token", "suffix_automaton"),
-    "update_rules": ("outer", "mixed", "none"),
+    "update_rules": ("outer", "mixed", "delta", "none"),
     "associative_memory": ("none", "slots", "selective"),
     "slot_source": ("token", "hidden"),
     "repeated_key": ("last", "first"),
@@ -83,6 +85,7 @@ _MODULES = (
     nn.RMSNorm,
     nn.Dropout,
     nn.Identity,
+    nn.ModuleList,
     AssociativeProjections,
     FeedForward,
     GatedFeedForward,
@@ -90,6 +93,7 @@ _MODULES = (
     PointerMixture,
     ResidualContext,
     SelectiveMixer,
+    ShortConvolution,
     SlotMixer,
     TokenModulation,
     UniMatrixBlock,

@@ -1,4 +1,4 @@
-"""One token of one head's matrix state, in place: E1 to E4 without a loop over tokens."""
+"""One token of one head's matrix state, in place: E1 to E4, E18 without a loop over tokens."""
 
 import math
 from typing import Any
@@ -49,6 +49,37 @@ def advance_matrix(
             for a in range(size):
                 for p in range(size):
                     S[a, p] *= scale
+    y[:] = 0.0
+    for a in range(size):
+        asked = q[a]
+        for p in range(size):
+            y[p] += asked * S[a, p]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def advance_delta(
+    S: Array,  # [N, N], address by payload
+    q: Array,  # [N]
+    k: Array,  # [N]
+    v: Array,  # [N]
+    log_odds: float,  # of the retention
+    strength: float,  # of the write
+    y: Array,  # [N], written here
+) -> None:
+    """Replace what the address held, then read S."""
+    size = S.shape[0]
+    kind = S.dtype.type
+    rho, beta = kind(1.0 / (1.0 + math.exp(-log_odds))), kind(strength)
+    y[:] = 0.0  # first what the address holds
+    for a in range(size):
+        for p in range(size):
+            S[a, p] *= rho
+            y[p] += v[a] * S[a, p]
+    for p in range(size):
+        y[p] = beta * (k[p] - y[p])
+    for a in range(size):
+        for p in range(size):
+            S[a, p] += v[a] * y[p]
     y[:] = 0.0
     for a in range(size):
         asked = q[a]
