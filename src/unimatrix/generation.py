@@ -94,7 +94,7 @@ def generate_bytes(
     streamer = ByteStreamer(on_bytes)
     start = time.perf_counter()
     with suspend_training(model), _seed_draws(sampling.seed, model.device):
-        cache = _read_prompt(model, input_ids)
+        cache = read_prompt(model, input_ids)
         with _limit_threads(model):
             model.generate(
                 input_ids,
@@ -147,8 +147,18 @@ def _encode_prompt(prompt: bytes) -> Tensor:
     return torch.from_numpy(np.concatenate([[BOS_ID], encode_bytes(prompt)])).unsqueeze(0)
 
 
-def _read_prompt(model: UniMatrixForCausalLM, input_ids: Tensor) -> UniMatrixCache | None:
-    """Read the prompt [1, T] but for its last id, in parts, so that peak bytes stay flat."""
+def read_prompt(model: UniMatrixForCausalLM, input_ids: Tensor) -> UniMatrixCache | None:
+    """Read a prompt but for its last id, which ``generate`` reads itself.
+
+    It is read in parts of ``PREFILL_TOKENS``, so that peak bytes stay flat.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        input_ids: [B, T] int64, no padding.
+
+    Returns:
+        the cache after T - 1 tokens; ``None`` for T = 1.
+    """
     cache, last = None, input_ids.shape[1] - 1
     for start in range(0, last, PREFILL_TOKENS):
         chunk = input_ids[:, start : min(start + PREFILL_TOKENS, last)]
