@@ -50,8 +50,7 @@ def test_a_model_that_fails_says_why() -> None:
     assert "position table" in found.failure
 
 
-def test_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LEAST_SHARE_S", 0.0)
+def test_time_runs_out() -> None:
     slow = Setting(text=SETTING.text, seed=0, device="cpu", num_threads=1, budget_s=1e-4)
     found = probe(make_cell("decode", 9000), slow)
     assert found.failure is not None

@@ -106,6 +106,7 @@ def test_what_is_wrong_is_refused_with_one_sentence(monkeypatch: pytest.MonkeyPa
 
 def test_defaults() -> None:
     assert bench._choose_lengths(None, quick=False)[-1] == 2**20
+    assert bench._choose_lengths(None, quick=True) == [128, 1024]
     assert bench._choose_lengths([30, 2], quick=True) == [2, 30]
     assert bench._choose_peers(None, "cpu") == ["llama", "mamba2", "rwkv"]
     assert "gla" in bench._choose_peers(None, "cuda")

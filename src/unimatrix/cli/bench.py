@@ -25,10 +25,11 @@ _MODES = ("train", "forward", "prefill", "decode", "step")
 _PRESETS = ("core", "sparsepointer", "unimatrix")
 _PEERS = ("llama", "mamba2", "rwkv")
 _GPU_PEERS = ("gla", "gated-deltanet")
+_QUICK_MODES = ("train", "prefill", "decode")
 _LENGTHS = (64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
-_QUICK_LENGTHS = (64, 1024)
+_QUICK_LENGTHS = (128, 1024)
 _ROUNDS, _QUICK_ROUNDS = 20, 3
-_BUDGET_S, _QUICK_BUDGET_S = 20.0, 0.5
+_BUDGET_S, _QUICK_BUDGET_S = 20.0, 2.0
 
 
 def run(
@@ -98,7 +99,10 @@ def run(
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all cores]")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two lengths, a few rounds: two minutes on two cores.")
+        bool,
+        typer.Option(
+            "--quick", help="Three modes, two lengths, three rounds: two minutes on two cores."
+        ),
     ] = False,
     out: Annotated[
         Path | None,
@@ -117,7 +121,7 @@ def run(
     """
     place = pick_device(device)
     names = {
-        "modes": _choose("mode", mode, _MODES, _MODES),
+        "modes": _choose("mode", mode, _MODES, _QUICK_MODES if quick else _MODES),
         "peers": _choose_peers(peer, place),
     }
     settings = {
