@@ -215,6 +215,7 @@ def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
 
     if out is not None:
         create_run_folder(out, "bench")
+    start = describe_run(plan.device)
     log = make_log()
     total = sum(len(plan.list_cells(mode)) for mode in plan.modes)
     with hide_progress(), Progress(console=log, transient=True) as progress:
@@ -230,7 +231,7 @@ def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
             log.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(1) from None
     if out is not None:
-        write_record(out, {**describe_run(plan.device), "seed": plan.seed, "results": result})
+        write_record(out, {**start, "seed": plan.seed, "results": result})
         write_bench_plots(result["rows"], out)
     return result
 

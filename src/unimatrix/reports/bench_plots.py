@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from unimatrix.evaluation.units import format_bytes
 from unimatrix.reports.recall_plots import render_png
@@ -67,9 +67,9 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
         chosen = [row for row in rows if row["mode"] == mode]
         _draw_lines(axes, chosen, "tokens_per_s")
         _set_axes(axes, chosen, _TITLES.get(mode, mode))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_count(value)))
-    panels[0].set_ylabel("tokens per second")
-    _finish(figure, panels, rows)
+    _finish(figure, panels, rows, "tokens per second")
     return figure
 
 
@@ -95,17 +95,17 @@ def plot_bytes(rows: Sequence[Row]) -> Figure:
         _set_axes(axes, chosen, f"Peak of a process: {_TITLES[mode].lower()}")
     for axes in panels:
         _set_byte_ticks(axes)
-    panels[0].set_ylabel("bytes")
-    _finish(figure, panels, rows)
+    _finish(figure, panels, rows, "bytes")
     return figure
 
 
 def _start_figure(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels in rows of at most three."""
-    columns = min(num_panels, _MOST_COLUMNS)
+    columns = 2 if num_panels == 4 else min(num_panels, _MOST_COLUMNS)
     lines = math.ceil(num_panels / columns)
     size = (max(1.6, columns) * _PANEL_INCHES[0], lines * _PANEL_INCHES[1] + 1.3)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(hspace=0.07, wspace=0.03)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(lines, columns, squeeze=False)
     panels = list(grid.flat)
     for axes in panels[num_panels:]:
@@ -159,7 +159,6 @@ def _set_axes(axes: Axes, rows: Sequence[Row], title: str) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, loc="left", fontsize=17, color=_INK, pad=10)
     axes.set_xlabel("length in tokens", fontsize=14, color=_INK)
-    axes.yaxis.label.set_fontsize(14)
     axes.tick_params(labelsize=13, colors=_INK)
     axes.grid(color=_GRID, linewidth=0.9)
     axes.set_axisbelow(True)
@@ -190,8 +189,11 @@ def _set_byte_ticks(axes: Axes) -> None:
     axes.set_ylim(low, high)
 
 
-def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row]) -> None:
-    """Draw one legend for all panels, models in the order of the rows."""
+def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], label: str) -> None:
+    """Label y in the first column and draw one legend, models in the order of the rows."""
+    for axes in panels:
+        if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            axes.set_ylabel(label, fontsize=14, color=_INK)
     found: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
