@@ -61,7 +61,14 @@ def test_decoding_continues_the_prompt_as_without_a_cache(name: str) -> None:
     spec, model = build(name)
     ids = draw_ids(1, 12)
     workload = MODES["decode"].build(spec, model, ids)
+    seen = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
     written = workload.run(workload.prepare())
+    hook.remove()
+    # Some configurations say use_cache=False, which would read everything again for every token.
+    assert seen == [1] * NEW_TOKENS
     assert written.shape == (1, 12 + NEW_TOKENS)
     assert written[:, :12].equal(ids)
     # A second run starts from the same cache.

@@ -178,8 +178,8 @@ def _build_decode(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Work
     carried = prefill(spec, model, ids)
 
     def run(cache: Any) -> Tensor:
-        options = {spec.cache_name: cache, "do_sample": False, "max_new_tokens": NEW_TOKENS}
-        written: Tensor = model.generate(ids, **options)
+        options = {"use_cache": True, "do_sample": False, "max_new_tokens": NEW_TOKENS}
+        written: Tensor = model.generate(ids, **{spec.cache_name: cache}, **options)
         return written
 
     # Some caches are written in place.

@@ -92,7 +92,7 @@ def drop_empty_columns(
     header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
     """Return header and rows without the columns that no row fills."""
-    filled = [i for i in range(len(header)) if any(cells[i] for cells in rows)]
+    filled = [i for i in range(len(header)) if not rows or any(cells[i] for cells in rows)]
     return [header[i] for i in filled], [[cells[i] for i in filled] for cells in rows]
 
 
