@@ -176,11 +176,14 @@ def _build_decode(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Work
     # All write as many tokens, without a processor that forbids the end.
     model.generation_config.eos_token_id = None
     carried = prefill(spec, model, ids)
+    # Only a cache that counts its tokens tells `generate` how many of the prompt it has read.
+    counts = spec.cache_name == "past_key_values"
+    prompt = ids if counts else ids[:, -1:]
 
     def run(cache: Any) -> Tensor:
         options = {"use_cache": True, "do_sample": False, "max_new_tokens": NEW_TOKENS}
-        written: Tensor = model.generate(ids, **{spec.cache_name: cache}, **options)
-        return written
+        written: Tensor = model.generate(prompt, **{spec.cache_name: cache}, **options)
+        return written[:, prompt.shape[1] :]
 
     # Some caches are written in place.
     return Workload(lambda: copy.deepcopy(carried), run)
