@@ -1,1 +1,1 @@
-"""Timing, side by side in one process."""
+"""Speed and bytes of models, side by side in one process and one run."""

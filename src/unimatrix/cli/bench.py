@@ -1,91 +1,275 @@
-"""``unimatrix bench``: milliseconds of a train step beside a Transformer of the same size."""
+"""``unimatrix bench``: speed and bytes of presets beside the models of other libraries."""
 
-import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unimatrix.cli.common import JsonOption, emit, make_log
-from unimatrix.errors import InputError
+from unimatrix.cli.common import (
+    DeviceOption,
+    JsonOption,
+    SeedOption,
+    emit,
+    make_log,
+    parse_overrides,
+    pick_device,
+)
+from unimatrix.errors import InputError, suggest
+from unimatrix.field_types import NOTHING
+
+if TYPE_CHECKING:
+    from unimatrix.bench.run import BenchPlan
+
+_MODES = ("train", "forward", "prefill", "decode", "step")
+_PRESETS = ("core", "sparsepointer", "unimatrix")
+_PEERS = ("llama", "mamba2", "rwkv")
+_GPU_PEERS = ("gla", "gated-deltanet")
+_QUICK_MODES = ("train", "prefill", "decode")
+_LENGTHS = (64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+_QUICK_LENGTHS = (128, 1024)
+_ROUNDS, _QUICK_ROUNDS = 20, 3
+_BUDGET_S, _QUICK_BUDGET_S = 20.0, 2.0
 
 
 def run(
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mode",
+            help="What to time: train (a step: forward, backward, AdamW), forward, prefill, decode "
+            "(a token through generate) or step (a token through forward). Repeatable. "
+            "[default: all]",
+        ),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            help="Tokens of a sequence, or before the tokens decoded. Repeatable. "
+            "[default: 64 to 1048576, each 4 times the last]",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Sequences of a train step or forward pass. [default: as many as make 2048 "
+            "tokens, at least one]",
+        ),
+    ] = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option("--preset", help="Preset to time; repeat for several. [default: all]"),
+        typer.Option(
+            "--preset",
+            help=f"Preset to time, or none. Repeatable. [default: {', '.join(_PRESETS)}]",
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens a sequence.")] = 128,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Sequences a train step.")
-    ] = 16,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            help=f"Model of another library to time: {', '.join(_PEERS + _GPU_PEERS)}, or none. "
+            f"Repeatable. [default: {', '.join(_PEERS)}; on a GPU all]",
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change a field of every model's configuration, such as hidden_size=512; peers "
+            "take the sizes. Repeatable.",
+        ),
+    ] = None,
     rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Rounds counted; each times every model once.")
-    ] = 30,
+        int | None, typer.Option("--rounds", min=1, help=f"Rounds timed. [default: {_ROUNDS}]")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            "--budget",
+            min=0.0,
+            help="Seconds for a model at a length: fewer rounds where they would take longer, and "
+            f"skipped where one run would. [default: {_BUDGET_S:g}]",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all cores]")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Three modes, two lengths, three rounds: two minutes on two cores."
+        ),
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="New folder to write record.json to.")
+        Path | None,
+        typer.Option("--out", help="New folder to write record.json and plots as PNG to."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of weights and tokens.")] = 0,
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Time a train step of presets and of a Llama of the same width and depth, interleaved.
+    """Time presets beside a Llama, Mamba-2 and RWKV-4 of the same width and depth, interleaved.
 
-    Published size, float32, dropout 0, on the CPU. The ratio is to the Llama's time in the same
-    round, so it holds when the machine's speed drifts.
+    Float32, dropout 0, no position table, the same text for all. Each cell first runs once in a
+    process of its own, which tells its peak bytes and whether it can be timed; then all models run
+    in turn, so ratios hold when the machine's speed drifts. Nothing is timed whose fast path does
+    not compute what its reference does.
     """
+    place = pick_device(device)
+    names = {
+        "modes": _choose("mode", mode, _MODES, _QUICK_MODES if quick else _MODES),
+        "peers": _choose_peers(peer, place),
+    }
+    settings = {
+        "lengths": _choose_lengths(length, quick=quick),
+        "batch_size": batch_size,
+        "num_rounds": rounds or (_QUICK_ROUNDS if quick else _ROUNDS),
+        "budget_s": budget if budget is not None else (_QUICK_BUDGET_S if quick else _BUDGET_S),
+        "seed": seed or 0,
+        "device": place,
+        "num_threads": threads,
+    }
+    plan = _make_plan(names, _choose_presets(preset), assignments or [], settings)
+    result = _run_visibly(plan, out)
+    emit(result, as_json, _render)
+
+
+def _choose_lengths(given: list[int] | None, *, quick: bool) -> list[int]:
+    """Return the lengths in rising order."""
+    lengths = sorted(given or (_QUICK_LENGTHS if quick else _LENGTHS))
+    if lengths[0] < 2:
+        raise InputError(f"--length {lengths[0]} is too short; time sequences of at least 2 tokens")
+    _require_once("length", lengths)
+    return lengths
+
+
+def _choose(
+    option: str, given: list[str] | None, known: Iterable[str], default: Iterable[str]
+) -> list[str]:
+    """Return the names given, or the default; ``none`` is no name."""
+    names, known = list(given or default), list(known)
+    if names and all(name in NOTHING for name in names):
+        return []
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"unknown {option} {name!r}; choose from {', '.join(known)}.{suggest(name, known)}"
+            )
+    _require_once(option, names)
+    return names
+
+
+def _choose_presets(given: list[str] | None) -> list[str]:
+    """Return the presets to time."""
+    from unimatrix.configuration import PRESETS
+
+    return _choose("preset", given, PRESETS, _PRESETS)
+
+
+def _choose_peers(given: list[str] | None, device: str) -> list[str]:
+    """Return the peers to time; those that need a GPU come by themselves only where one is."""
+    known = (*_PEERS, *_GPU_PEERS)
+    return _choose("peer", given, known, known if device == "cuda" else _PEERS)
+
+
+def _require_once(option: str, values: list[Any]) -> None:
+    if len(set(values)) < len(values):
+        text = ", ".join(map(str, values))
+        raise InputError(f"--{option} {text} names one twice; name each once")
+
+
+def _make_plan(
+    names: dict[str, list[str]],
+    presets: list[str],
+    assignments: list[str],
+    settings: dict[str, Any],
+) -> "BenchPlan":
+    """Return what to time; every configuration is made once, so that a bad one is refused first."""
+    from unimatrix.bench.models import BenchModel
+    from unimatrix.bench.run import BenchPlan
+
+    overrides = parse_overrides(assignments)
+    chosen = [*presets, *names["peers"]]
+    if not chosen or not names["modes"]:
+        raise InputError("nothing is left to time; name a --mode, and a --preset or a --peer")
+    models = [BenchModel(name=name, overrides=overrides) for name in chosen]
+    for model in models:
+        model.make_config()
+    return BenchPlan(modes=names["modes"], models=models, **settings)
+
+
+def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
+    """Run the plan with a progress bar; keep record and plots if wanted."""
+    from rich.markup import escape
     from rich.progress import Progress
 
-    from unimatrix.configuration import PRESETS, UniMatrixConfig
-
-    names = preset or list(PRESETS)
-    for name in names:
-        UniMatrixConfig.preset(name)
-    if len(set(names)) < len(names):
-        raise InputError(f"--preset {', '.join(names)} names a preset twice; name each once")
-
-    import torch
-
-    from unimatrix.bench.train_step import time_train_steps
+    from unimatrix.bench.equivalence import EquivalenceError
+    from unimatrix.bench.run import run_bench
+    from unimatrix.checkpoints import hide_progress
+    from unimatrix.reports.bench_plots import write_bench_plots
     from unimatrix.run_folder import create_run_folder, describe_run, write_record
 
     if out is not None:
         create_run_folder(out, "bench")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with Progress(console=make_log(), transient=True) as progress:
-        bar = progress.add_task("timing", total=rounds + 2)
-        timings = time_train_steps(
-            names,
-            tokens,
-            batch_size,
-            num_rounds=rounds,
-            seed=seed,
-            on_round=lambda done: progress.update(bar, completed=done),
-        )
-    result = {
-        "threads": torch.get_num_threads(),
-        "rounds": rounds,
-        "train_step": [dataclasses.asdict(timing) for timing in timings],
-    }
+    start = describe_run(plan.device)
+    log = make_log()
+    total = sum(len(plan.list_cells(mode)) for mode in plan.modes)
+    with hide_progress(), Progress(console=log, transient=True) as progress:
+        bar = progress.add_task("checking", total=total)
+
+        def show(text: str, done: int) -> None:
+            progress.update(bar, description=text, completed=done)
+
+        try:
+            result = run_bench(plan, show)
+        except EquivalenceError as error:
+            progress.stop()
+            log.print(f"[bold red]error:[/] {escape(str(error))}")
+            raise typer.Exit(1) from None
     if out is not None:
-        write_record(out, {**describe_run("cpu"), "seed": seed, "results": result})
-    emit(result, as_json, _render)
+        write_record(out, {**start, "seed": plan.seed, "results": result})
+        write_bench_plots(result["rows"], out)
+    return result
 
 
 def _render(result: dict[str, Any]) -> str:
-    """Return the timings as an aligned table."""
-    first = result["train_step"][0]
-    lines = [
-        f"train step, {first['num_tokens']} tokens x {first['batch_size']}, float32, dropout 0, "
-        f"{result['threads']} threads, {result['rounds']} interleaved rounds",
-        f"{'model':<18}{'parameters':>11}{'median ms':>11}{'fastest':>9}{'slowest':>9}{'ratio':>8}",
+    """Return a table a mode."""
+    from rich.table import Table
+
+    from unimatrix.bench.workloads import MODES
+    from unimatrix.cli.terminal import to_text
+    from unimatrix.reports.bench_tables import SHORT_HEADER, describe_rows, drop_empty_columns
+
+    gigaflops = result["matmul_peak_flops_per_s"] / 1e9
+    errors = [check["error"] for check in result["checks"]]
+    checked = f"; {len(errors)} fast paths within {max(errors):.0e} of theirs" if errors else ""
+    parts: list[Any] = [
+        f"float32, dropout 0, {result['threads']} threads; matmul peak {gigaflops:,.0f} GFLOP/s"
+        + checked
     ]
-    lines += [
-        f"{row['model']:<18}{row['parameters']:>11,}{row['median_ms']:>11.1f}"
-        f"{row['fastest_ms']:>9.1f}{row['slowest_ms']:>9.1f}{row['ratio']:>8.2f}"
-        for row in result["train_step"]
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        chosen = [row for row in result["rows"] if row["mode"] == mode]
+        header, lines = drop_empty_columns(SHORT_HEADER, describe_rows(chosen))
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for index, column in enumerate(header):
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        for cells in lines:
+            table.add_row(*cells)
+        parts += ["", f"[bold]{MODES[mode].title}[/]", table]
+    reasons = [
+        f"skipped: {row['mode']}, {row['model']} at {row['num_tokens']:,}: {row['skipped']}"
+        for row in result["rows"]
+        if row["skipped"]
     ]
-    return "\n".join(lines)
+    parts += [
+        "",
+        "ms: median of n interleaved rounds; /Llama, /first: median over rounds of the ratio to "
+        "the Llama and to the shortest length; floor: ms of the arithmetic at the matmul peak; "
+        "peak: bytes of a process, net; state: bytes carried on by one sequence",
+        *reasons,
+    ]
+    return to_text(*parts)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.recipe import Recipe, override
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -73,3 +74,22 @@ def emit(result: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]
     """
     sys.stdout.write((json.dumps(result) if as_json else render(result)) + "\n")
     sys.stdout.flush()
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, Any]:
+    """Return configuration fields by name, of the types that the configuration declares.
+
+    Args:
+        assignments: ``FIELD=VALUE``, or ``model.FIELD=VALUE`` as ``unimatrix train`` has it.
+
+    Raises:
+        InputError: for an assignment without ``=``, an unknown field or an unusable value.
+    """
+    fields = [assignment.strip().removeprefix("model.") for assignment in assignments]
+    for assignment in fields:
+        name, equals, _ = assignment.partition("=")
+        if not equals:
+            raise InputError(f"{assignment!r} sets nothing; write FIELD=VALUE")
+        if name.strip() in ("preset", "init"):
+            raise InputError(f"--set {assignment} is no field of the configuration; use --preset")
+    return override(Recipe(), [f"model.{field}" for field in fields]).model.overrides

@@ -6,11 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, make_log, pick_device
-from unimatrix.errors import InputError
+from unimatrix.cli.common import (
+    DeviceOption,
+    JsonOption,
+    SeedOption,
+    emit,
+    make_log,
+    parse_overrides,
+    pick_device,
+)
 from unimatrix.field_types import read_field_docs
 from unimatrix.recall_recipe import TASKS, RecallRecipe, find_recipe
-from unimatrix.recipe import Recipe, override
 
 _DOCS = read_field_docs(RecallRecipe)
 
@@ -114,7 +120,7 @@ def run(
         "test_data": tuple(test_data) if test_data else None,
         "test_windows": tuple(test_window) if test_window else None,
         "seed": seed,
-        "overrides": {**recipe.overrides, **_parse_overrides(assignments or [])},
+        "overrides": {**recipe.overrides, **parse_overrides(assignments or [])},
     }
     recipe = replace(recipe, **{name: x for name, x in given.items() if x is not None})
     if report is not None:
@@ -125,21 +131,6 @@ def run(
     if report is not None:
         write_recall_report([result], report)
     emit(result, as_json, _render)
-
-
-def _parse_overrides(assignments: list[str]) -> dict[str, Any]:
-    """Return configuration fields by name, of the types that the configuration declares.
-
-    Raises:
-        InputError: for an assignment without ``=``, an unknown field or an unusable value.
-    """
-    for assignment in assignments:
-        name, equals, _ = assignment.partition("=")
-        if not equals:
-            raise InputError(f"{assignment!r} sets nothing; write FIELD=VALUE")
-        if name.strip() in ("preset", "init"):
-            raise InputError(f"--set {assignment} is no field of the configuration; use --preset")
-    return override(Recipe(), [f"model.{assignment}" for assignment in assignments]).model.overrides
 
 
 def _run_visibly(recipe: RecallRecipe, out: Path | None, device: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The one place where nats become bits."""
+"""Units: the one place where nats become bits, and bytes as people read them."""
 
 import math
 
@@ -12,3 +12,15 @@ def to_bits_per_byte(nats: float, num_bytes: int) -> float:
     """
     assert num_bytes >= 1, num_bytes
     return nats / (math.log(2) * num_bytes)
+
+
+def format_bytes(value: float) -> str:
+    """Return bytes in the largest unit that keeps the number at 1 or more.
+
+    Args:
+        value: bytes.
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"

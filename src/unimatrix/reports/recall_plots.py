@@ -1,4 +1,4 @@
-"""Figures of recall results; the one module of the reports that loads matplotlib."""
+"""Figures of recall results."""
 
 import io
 import statistics
@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from unimatrix.evaluation.units import format_bytes
 from unimatrix.reports.recall_results import (
     INFORMATION_LIMIT_BYTES,
     PUBLISHED_MQAR_B,
@@ -141,14 +142,6 @@ def render_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def format_bytes(value: float, _position: int = 0) -> str:
-    """Return bytes in the largest unit that keeps the number at 1 or more."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
 def _label(text: str) -> str:
     """Return text of the caller for a figure: wrapped, and with no dollar that starts a formula."""
     return textwrap.fill(text.replace("$", r"\$"), _LEGEND_CHARACTERS)
@@ -267,7 +260,7 @@ def _set_state_axis(axes: Axes, ours: Sequence[int]) -> None:
     axes.set_xlim(left, right)
     axes.xaxis.set_major_locator(FixedLocator([4**power for power in range(20)]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(format_bytes))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
 
 
 def _set_stretched_axis(axes: Axes, lowest: float) -> None:

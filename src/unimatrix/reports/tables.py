@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.reports.bench_tables import summarize_speed, tabulate_mode
 from unimatrix.reports.recall_results import find_copy_rules
 
 Record = dict[str, Any]
@@ -174,23 +175,19 @@ def _tabulate_recall(records: Mapping[str, Record]) -> str:
     return _format_table(header, rows)
 
 
-def _tabulate_train_step(records: Mapping[str, Record]) -> str:
-    """Return the milliseconds of a train step."""
-    rows = []
-    for record in _select(records, "bench/").values():
-        rows += [
-            [
-                row["model"],
-                f"{row['num_tokens']:,} x {row['batch_size']}",
-                f"{row['parameters']:,}",
-                f"{row['median_ms']:.1f}",
-                f"{row['fastest_ms']:.1f} to {row['slowest_ms']:.1f}",
-                f"{row['ratio']:.2f}",
-            ]
-            for row in record["results"]["train_step"]
-        ]
-    header = ["model", "tokens x batch", "parameters", "median ms", "range", "ratio to Llama"]
-    return _format_table(header, rows)
+def _read_bench_runs(records: Mapping[str, Record]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of every recorded benchmark by the name of its folder."""
+    return {name: record["results"]["rows"] for name, record in _select(records, "bench/").items()}
+
+
+def _tabulate_bench(records: Mapping[str, Record], mode: str) -> str:
+    """Return everything that was timed in one mode."""
+    return _format_table(*tabulate_mode(_read_bench_runs(records), mode))
+
+
+def _tabulate_speed(records: Mapping[str, Record]) -> str:
+    """Return train steps and decoding in short."""
+    return _format_table(*summarize_speed(_read_bench_runs(records)))
 
 
 def _format_percent(fraction: float) -> str:
@@ -312,6 +309,11 @@ def _tabulate_language(records: Mapping[str, Record]) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    "bench-decode": functools.partial(_tabulate_bench, mode="decode"),
+    "bench-forward": functools.partial(_tabulate_bench, mode="forward"),
+    "bench-prefill": functools.partial(_tabulate_bench, mode="prefill"),
+    "bench-step": functools.partial(_tabulate_bench, mode="step"),
+    "bench-train": functools.partial(_tabulate_bench, mode="train"),
     "default-run": _tabulate_default,
     "lab-associative": functools.partial(_tabulate_lab, prefix="lab/associative/"),
     "lab-mqar": functools.partial(_tabulate_lab, prefix="lab/mqar/"),
@@ -321,5 +323,5 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "language": _tabulate_language,
     "pilot": _tabulate_pilot,
     "recall": _tabulate_recall,
-    "train-step": _tabulate_train_step,
+    "speed-summary": _tabulate_speed,
 }

@@ -1,0 +1,99 @@
+"""Interleaved timing: in every round each workload runs once, so drift slows all of them."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Workload(NamedTuple):
+    """Something that is timed again and again.
+
+    Attributes:
+        prepare: makes what one run consumes; not timed.
+        run: is timed; given what ``prepare`` made.
+    """
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+
+class Spread(NamedTuple):
+    """The seconds of one workload over its rounds.
+
+    Attributes:
+        median: of all rounds.
+        fastest: round.
+        slowest: round.
+        rounds: how many there are.
+    """
+
+    median: float
+    fastest: float
+    slowest: float
+    rounds: int
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def time_once(workload: Workload, device: str) -> float:
+    """Return the seconds of one run."""
+    prepared = workload.prepare()
+    synchronize(device)
+    start = time.perf_counter()
+    workload.run(prepared)
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def time_interleaved(
+    workloads: Mapping[Key, Workload],
+    num_rounds: Mapping[Key, int],
+    *,
+    device: str,
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[Key, list[float]]:
+    """Time workloads in turn, round after round, after one run of each that does not count.
+
+    Every round starts with another workload, so that none always follows the same one.
+
+    Args:
+        workloads: by any key.
+        num_rounds: how many rounds each takes part in, from the first on; at least 1.
+        device: cpu, cuda or mps.
+        on_round: called before every round, the uncounted one included.
+
+    Returns:
+        the seconds of each workload, round by round.
+    """
+    seconds: dict[Key, list[float]] = {key: [] for key in workloads}
+    on_round()
+    for workload in workloads.values():
+        time_once(workload, device)
+    for index in range(max(num_rounds.values(), default=0)):
+        on_round()
+        due = [key for key in workloads if index < num_rounds[key]]
+        first = index % len(due)
+        for key in due[first:] + due[:first]:
+            seconds[key].append(time_once(workloads[key], device))
+    return seconds
+
+
+def summarize(seconds: list[float]) -> Spread:
+    """Return median and range of at least one round."""
+    return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def compare_rounds(ours: list[float], theirs: list[float]) -> float:
+    """Return the median of ours over theirs, over the rounds that both took part in."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=False))

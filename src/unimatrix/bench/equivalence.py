@@ -1,0 +1,147 @@
+"""No operator is timed before its fast back end has met its reference, at the sizes to be timed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unimatrix.bench.models import BenchModel
+from unimatrix.bench.workloads import cut_rows, prefill, step_once
+from unimatrix.modeling import UniMatrixForCausalLM
+
+LIMIT = 1e-4
+"""Largest error in float32, as a share of the largest number compared."""
+_ROWS, _TOKENS, _NEW_TOKENS = 2, 33, 4
+_DECODING = "decoding"
+
+
+class EquivalenceError(RuntimeError):
+    """A fast path that does not compute what its reference does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """How far a fast path was from its reference.
+
+    Attributes:
+        model: the preset.
+        op: the operator, or ``decoding``.
+        backend: what was compared with the reference.
+        error: largest difference of logits and of gradients, as a share of the largest of them.
+    """
+
+    model: str
+    op: str
+    backend: str
+    error: float
+
+
+def check_model(
+    spec: BenchModel, *, seed: int, device: str, backends: Mapping[str, str] | None = None
+) -> list[Check]:
+    """Compare every fast back end that a model would use with the reference, one at a time.
+
+    Logits and the gradient of the loss are those of the whole model, in float32, once with the fast
+    back end everywhere and once with the reference in one operator. Then single steps through the
+    cache, and the bytes that ``generate`` chooses, are compared with full passes.
+
+    Args:
+        spec: a preset at the sizes to be timed.
+        seed: of the weights.
+        device: cpu, cuda or mps.
+        backends: the back end of each operator; ``None`` is what the model chooses.
+
+    Raises:
+        EquivalenceError: if one differs by more than ``LIMIT``.
+    """
+    model = spec.build(max_tokens=_TOKENS + _NEW_TOKENS, seed=seed, device=device).eval()
+    assert isinstance(model, UniMatrixForCausalLM)
+    _strengthen(model, seed)
+    ids = _draw_repetitive_ids(model.config.vocab_size).to(device)
+    fast = dict(backends or model.name_backends(_TOKENS))
+    model.set_backend(fast)
+    logits, gradient = _differentiate(model, ids)
+    checks = []
+    for op, backend in fast.items():
+        if backend == "reference":
+            continue
+        model.set_backend({**fast, op: "reference"})
+        expected_logits, expected_gradient = _differentiate(model, ids)
+        errors = (_measure(logits, expected_logits), _measure(gradient, expected_gradient))
+        checks.append(Check(model=spec.name, op=op, backend=backend, error=max(errors)))
+    model.set_backend(dict.fromkeys(fast, "auto"))
+    error = _compare_decoding(spec, model, ids[:1])
+    checks.append(Check(model=spec.name, op=_DECODING, backend="cache", error=error))
+    for check in checks:
+        _require_small(check)
+    return checks
+
+
+def _require_small(check: Check) -> None:
+    """Raise ``EquivalenceError`` unless the error is within the limit; NaN is not."""
+    if check.error <= LIMIT:
+        return
+    subject = "a full pass" if check.op == _DECODING else f"the reference back end of {check.op}"
+    raise EquivalenceError(
+        f"{check.model}: {check.op} ({check.backend}) differs from {subject} by "
+        f"{check.error:.1e} of the largest number, more than {LIMIT:.0e}; it is not timed"
+    )
+
+
+@torch.no_grad()
+def _strengthen(model: UniMatrixForCausalLM, seed: int) -> None:
+    """Draw weights at which every part moves the output; fresh ones leave most of it to a few."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            parameter.copy_(drawn)
+
+
+def _draw_repetitive_ids(vocab_size: int) -> Tensor:
+    """Return [B, T] ids that repeat, so that slots and automaton find something."""
+    phrase = b"the key is 4711, the key is 47"
+    text = (phrase * (1 + _ROWS * _TOKENS // len(phrase)))[: _ROWS * _TOKENS]
+    return cut_rows(text, _ROWS, _TOKENS, vocab_size)
+
+
+def _differentiate(model: UniMatrixForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits, and the loss's gradient in all parameters as one vector."""
+    model.zero_grad(set_to_none=True)
+    output = model(input_ids=ids, labels=ids, use_cache=False)
+    assert output.loss is not None
+    output.loss.backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return output.logits.detach(), torch.cat(gradients)
+
+
+@torch.no_grad()
+def _compare_decoding(spec: BenchModel, model: UniMatrixForCausalLM, ids: Tensor) -> float:
+    """Return how far cached steps and the choices of ``generate`` are from full passes."""
+    half = ids.shape[1] // 2
+    carried, stepped = prefill(spec, model, ids[:, : half + 1]), []
+    for t in range(half, ids.shape[1]):
+        token = ids[:, t : t + 1]
+        output = model(input_ids=token, past_key_values=carried, use_cache=True)
+        stepped.append(output.logits[:, -1])
+        carried = step_once(spec, model, token, carried)
+    full = model(input_ids=ids, use_cache=False).logits
+    error = _measure(torch.stack(stepped, dim=1), full[:, half:])
+    written = model.generate(
+        ids, past_key_values=prefill(spec, model, ids), do_sample=False, max_new_tokens=_NEW_TOKENS
+    )
+    logits = model(input_ids=written[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :]
+    chosen = logits.gather(-1, written[:, ids.shape[1] :].unsqueeze(-1)).squeeze(-1)
+    # A tie may fall either way; what counts is that no better byte was passed over.
+    return max(error, _measure(chosen, logits.max(dim=-1).values))
+
+
+def _measure(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a share of the largest number; infinite for NaN."""
+    difference = (actual.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    if difference != difference:
+        return float("inf")
+    return difference / scale if scale > 0 else difference

@@ -1,0 +1,306 @@
+"""One run of the benchmark: checks, then every cell probed alone and timed beside the others."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Module
+from transformers.utils import logging
+
+from unimatrix.allocator import keep_freed_memory
+from unimatrix.baselines.peers import LLAMA
+from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, count_model
+from unimatrix.bench.clock import Spread, Workload, compare_rounds, summarize, time_interleaved
+from unimatrix.bench.equivalence import check_model
+from unimatrix.bench.matmul_peak import MatmulPeak
+from unimatrix.bench.models import BenchModel
+from unimatrix.bench.probe import Cell, Probe, Setting, count_positions, probe
+from unimatrix.bench.workloads import MODES, NEW_TOKENS, choose_batch_size, cut_rows, load_text
+from unimatrix.ops.threads import flush_denormals
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchPlan:
+    """What is to be timed.
+
+    Attributes:
+        modes: keys of ``MODES``.
+        lengths: T, in rising order.
+        models: presets and peers.
+        batch_size: B of train steps and forward passes; ``None`` fills 2,048 tokens.
+        num_rounds: rounds of a cell, if they fit the budget.
+        budget_s: seconds that one run may take, and that all rounds of a cell may.
+        seed: of the weights.
+        device: cpu, cuda or mps.
+        num_threads: CPU threads; ``None`` is what torch has.
+    """
+
+    modes: Sequence[str]
+    lengths: Sequence[int]
+    models: Sequence[BenchModel]
+    batch_size: int | None
+    num_rounds: int
+    budget_s: float
+    seed: int
+    device: str
+    num_threads: int | None = None
+
+    def list_cells(self, mode: str) -> list[Cell]:
+        """Return the cells of a mode, lengths rising and models in turn."""
+        return [
+            Cell(
+                mode=mode,
+                model=model,
+                num_tokens=num_tokens,
+                batch_size=choose_batch_size(mode, num_tokens, self.batch_size),
+            )
+            for num_tokens in self.lengths
+            for model in self.models
+        ]
+
+    def count_text_bytes(self) -> int:
+        """Return the bytes of text that the largest cell reads."""
+        cells = [cell for mode in self.modes for cell in self.list_cells(mode)]
+        return max(cell.batch_size * (cell.num_tokens + 1) for cell in cells)
+
+
+class _Ready(NamedTuple):
+    """A cell that is about to be timed, or was.
+
+    Attributes:
+        probe: what its run in a process of its own showed.
+        model: the model here.
+        workload: what is timed.
+    """
+
+    probe: Probe
+    model: Module
+    workload: Workload
+
+
+def run_bench(
+    plan: BenchPlan, on_progress: Callable[[str, int], None] = lambda _text, _done: None
+) -> dict[str, Any]:
+    """Check, probe and time everything that is planned.
+
+    Args:
+        plan: what to time.
+        on_progress: called with what happens now and the number of cells finished.
+
+    Returns:
+        threads, peak, models, checks and rows, as JSON types.
+
+    Raises:
+        EquivalenceError: if a fast path of a preset does not compute what its reference does.
+        InputError: for a model that no configuration describes.
+    """
+    if plan.num_threads is not None:
+        torch.set_num_threads(plan.num_threads)
+    if plan.device == "cpu":
+        keep_freed_memory()
+    with _silence_transformers():
+        return _run_plan(plan, on_progress)
+
+
+@contextlib.contextmanager
+def _silence_transformers() -> Iterator[None]:
+    """Keep off the terminal what transformers has to say about every model that is built."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[str, Any]:
+    """Do what ``run_bench`` says."""
+    checks = []
+    for spec in plan.models:
+        if not spec.is_peer:
+            on_progress(f"checking {spec.name}", 0)
+            checks += check_model(spec, seed=plan.seed, device=plan.device)
+    setting = Setting(
+        text=load_text(plan.count_text_bytes()),
+        seed=plan.seed,
+        device=plan.device,
+        num_threads=torch.get_num_threads(),
+        budget_s=plan.budget_s,
+    )
+    peak = MatmulPeak(plan.device)
+    rows: list[Row] = []
+    for mode in plan.modes:
+        show = functools.partial(_show_from, len(rows), on_progress)
+        rows += _run_mode(plan, mode, setting, peak, show)
+    for row in rows:
+        _add_floor(row, peak.flops_per_s)
+    return {
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "rounds": plan.num_rounds,
+        "budget_s": plan.budget_s,
+        "matmul_peak_flops_per_s": peak.flops_per_s,
+        "models": [_describe(spec) for spec in plan.models],
+        "checks": [asdict(check) for check in checks],
+        "rows": rows,
+    }
+
+
+def _show_from(num_before: int, show: Callable[[str, int], None], text: str, done: int) -> None:
+    """Add the cells of the modes before to those finished in this one."""
+    show(text, num_before + done)
+
+
+def _describe(spec: BenchModel) -> dict[str, Any]:
+    """Return a model's fields and what its train step optimizes."""
+    return {
+        "name": spec.name,
+        "overrides": dict(spec.overrides),
+        "training": spec.describe_training(),
+    }
+
+
+def _run_mode(
+    plan: BenchPlan,
+    mode: str,
+    setting: Setting,
+    peak: MatmulPeak,
+    on_progress: Callable[[str, int], None],
+) -> list[Row]:
+    """Return a row a cell, lengths rising."""
+    cells = plan.list_cells(mode)
+    probes = _probe_cells(cells, setting, on_progress)
+    # Tokens at different positions are compared with each other, so they are timed together.
+    groups = [cells]
+    if not MODES[mode].per_token:
+        groups = [[c for c in cells if c.num_tokens == length] for length in plan.lengths]
+    rows: list[Row] = []
+    for group in groups:
+        on_progress(f"timing {mode}, {group[0].num_tokens:,} tokens", len(cells))
+        rows += _time_group(plan, group, probes, setting, peak)
+    return rows
+
+
+def _probe_cells(
+    cells: Sequence[Cell], setting: Setting, on_progress: Callable[[str, int], None]
+) -> list[tuple[Cell, Probe]]:
+    """Return what a run of each cell alone showed; a model that failed is not tried at more."""
+    failed: dict[str, Cell] = {}
+    probes = []
+    for index, cell in enumerate(cells):
+        name = cell.model.name
+        on_progress(f"{cell.mode}, {cell.num_tokens:,} tokens: {name}", index)
+        absence = cell.model.explain_absence(cell.num_tokens, setting.device)
+        if absence is not None:
+            found = Probe(failure=absence)
+        elif name in failed:
+            found = Probe(failure=f"not tried: it failed at {failed[name].num_tokens:,} tokens")
+        else:
+            found = probe(cell, setting)
+            if found.failure is not None:
+                failed[name] = cell
+        probes.append((cell, found))
+    return probes
+
+
+def _time_group(
+    plan: BenchPlan,
+    group: Sequence[Cell],
+    probes: Sequence[tuple[Cell, Probe]],
+    setting: Setting,
+    peak: MatmulPeak,
+) -> list[Row]:
+    """Time the cells of a group in turn and return a row for each, timed or not."""
+    found = {_name(cell): result for cell, result in probes}
+    ready = {
+        _name(cell): _prepare(cell, found[_name(cell)], setting)
+        for cell in group
+        if found[_name(cell)].failure is None
+    }
+    num_rounds = {
+        key: min(plan.num_rounds, max(1, int(plan.budget_s / max(one.probe.run_s, 1e-9))))
+        for key, one in ready.items()
+    }
+    flushing = flush_denormals() if group[0].mode == "train" else contextlib.nullcontext()
+    with flushing:
+        seconds = time_interleaved(
+            {key: one.workload for key, one in ready.items()},
+            num_rounds,
+            device=plan.device,
+            on_round=peak.sample,
+        )
+    return [_make_row(cell, found[_name(cell)], ready.get(_name(cell)), seconds) for cell in group]
+
+
+def _name(cell: Cell) -> tuple[str, int]:
+    return cell.model.name, cell.num_tokens
+
+
+def _prepare(cell: Cell, found: Probe, setting: Setting) -> _Ready:
+    """Build a cell in this process."""
+    model = cell.model.build(
+        max_tokens=count_positions(cell), seed=setting.seed, device=setting.device
+    )
+    ids = cut_rows(setting.text, cell.batch_size, cell.num_tokens + 1, model.config.vocab_size)
+    workload = MODES[cell.mode].build(cell.model, model, ids.to(setting.device))
+    return _Ready(found, model, workload)
+
+
+def _make_row(
+    cell: Cell,
+    found: Probe,
+    ready: _Ready | None,
+    seconds: Mapping[tuple[str, int], list[float]],
+) -> Row:
+    """Return a cell as JSON types."""
+    row: Row = {
+        "mode": cell.mode,
+        "model": cell.model.name,
+        "num_tokens": cell.num_tokens,
+        "batch_size": cell.batch_size,
+        "skipped": found.failure,
+    }
+    if ready is None:
+        return row
+    mode, mine = MODES[cell.mode], seconds[_name(cell)]
+    spread = summarize(mine)
+    per_run = NEW_TOKENS if mode.per_token else 1
+    num_tokens = NEW_TOKENS if mode.per_token else cell.batch_size * cell.num_tokens
+    cost = count_model(cell.model.name, ready.model)
+    baseline = seconds.get((LLAMA, cell.num_tokens))
+    shortest = seconds.get((cell.model.name, min(length for _, length in seconds)))
+    return row | {
+        "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
+        **_to_milliseconds(spread, per_run),
+        "tokens_per_s": num_tokens / spread.median,
+        "ratio_to_llama": None if baseline is None else compare_rounds(mine, baseline),
+        "ratio_to_shortest": compare_rounds(mine, shortest)
+        if mode.per_token and shortest is not None
+        else None,
+        "multiply_adds": cell.batch_size * mode.cost_of(cost, cell.num_tokens),
+        "peak_bytes": found.peak_bytes,
+        "state_bytes": found.state_bytes,
+    }
+
+
+def _to_milliseconds(spread: Spread, per_run: int) -> Row:
+    """Return the spread of one run, or of one token of several, in milliseconds."""
+    return {
+        "rounds": spread.rounds,
+        "median_ms": 1e3 * spread.median / per_run,
+        "fastest_ms": 1e3 * spread.fastest / per_run,
+        "slowest_ms": 1e3 * spread.slowest / per_run,
+    }
+
+
+def _add_floor(row: Row, flops_per_s: float) -> None:
+    """Add what the row's arithmetic takes at the machine's peak, once that is known."""
+    if row["skipped"] is None:
+        floor_s = FLOPS_PER_MULTIPLY_ADD * row["multiply_adds"] / flops_per_s
+        row["floor_ms"] = 1e3 * floor_s
+        row["peak_share"] = row["floor_ms"] / row["median_ms"]

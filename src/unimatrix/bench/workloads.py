@@ -1,0 +1,221 @@
+"""What is timed: a train step, a forward pass, a prompt read, bytes decoded, single steps."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unimatrix.bench.arithmetic import TokenCost
+from unimatrix.bench.clock import Workload
+from unimatrix.bench.models import BenchModel
+from unimatrix.data.corpora import load_corpus
+from unimatrix.decoding import explain_unusable
+from unimatrix.generation import read_prompt
+from unimatrix.modeling import UniMatrixForCausalLM
+
+NEW_TOKENS = 64
+"""Tokens decoded in one run."""
+TOKENS_PER_BATCH = 2048
+"""Tokens of a train step or forward pass where no batch size is given, if they fit a sequence."""
+
+
+class Mode(NamedTuple):
+    """One kind of work.
+
+    Attributes:
+        title: what it is, in a few words.
+        batched: whether several sequences run together.
+        per_token: whether a run is ``NEW_TOKENS`` tokens and the time of one is reported; its
+            lengths are then timed together, so that they can be compared.
+        build: ``build(spec, model, ids)`` returns the workload, with ids [B, T + 1].
+        cost_of: ``cost_of(cost, num_tokens)`` returns the multiply-adds of one sequence, or token.
+    """
+
+    title: str
+    batched: bool
+    per_token: bool
+    build: Callable[[BenchModel, PreTrainedModel, Tensor], Workload]
+    cost_of: Callable[[TokenCost, int], int]
+
+
+def choose_batch_size(mode: str, num_tokens: int, batch_size: int | None) -> int:
+    """Return B of a cell.
+
+    Args:
+        mode: a key of ``MODES``.
+        num_tokens: T.
+        batch_size: what was asked for; ``None`` fills ``TOKENS_PER_BATCH``.
+    """
+    if not MODES[mode].batched:
+        return 1
+    return max(1, TOKENS_PER_BATCH // num_tokens) if batch_size is None else batch_size
+
+
+def load_text(num_bytes: int) -> bytes:
+    """Return the first bytes of the standard library's sources, repeated where it is shorter.
+
+    Args:
+        num_bytes: how many.
+    """
+    stream = load_corpus("pystdlib").train
+    text = stream.read(0, min(num_bytes, len(stream))).tobytes()
+    return (text * -(-num_bytes // len(text)))[:num_bytes]
+
+
+def cut_rows(text: bytes, batch_size: int, num_tokens: int, vocab_size: int) -> Tensor:
+    """Return [B, T] int64, one row of the text after the other; ids modulo the vocabulary.
+
+    Args:
+        text: at least B x T bytes.
+        batch_size: B.
+        num_tokens: T.
+        vocab_size: V.
+    """
+    ids = np.frombuffer(text, dtype=np.uint8, count=batch_size * num_tokens).astype(np.int64)
+    return torch.from_numpy(ids % vocab_size).view(batch_size, num_tokens)
+
+
+def count_cache_bytes(carried: Any) -> int:
+    """Return the bytes of all tensors in a cache of any library, as allocated.
+
+    Args:
+        carried: a cache, state, or nested containers of them.
+    """
+    seen: dict[int, Tensor] = {}
+    _collect_tensors(carried, seen, set())
+    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+
+
+def _collect_tensors(value: Any, seen: dict[int, Tensor], visited: set[int]) -> None:
+    """Add every tensor below ``value`` once; configurations and classes hold none."""
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    if isinstance(value, Tensor):
+        seen[id(value)] = value
+    elif isinstance(value, dict):
+        for part in value.values():
+            _collect_tensors(part, seen, visited)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _collect_tensors(part, seen, visited)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+        _collect_tensors(vars(value), seen, visited)
+
+
+@torch.no_grad()
+def prefill(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Any:
+    """Read all of ``ids`` but the last, and return what is carried on.
+
+    A UniMatrix reads as ``unimatrix generate`` does; a peer in one forward pass that makes the
+    logits of the last position only, where it can.
+
+    Args:
+        spec: which model it is.
+        model: in evaluation mode.
+        ids: [B, T + 1] int64, T >= 1.
+    """
+    if isinstance(model, UniMatrixForCausalLM):
+        return read_prompt(model, ids[:, :-1])
+    options = {"logits_to_keep": 1} if spec.cache_name == "past_key_values" else {}
+    output = model(input_ids=ids[:, :-1], use_cache=True, **options)
+    return getattr(output, spec.cache_name)
+
+
+@torch.no_grad()
+def step_once(spec: BenchModel, model: PreTrainedModel, token: Tensor, carried: Any) -> Any:
+    """Read one token [B, 1] and return what is carried on."""
+    output = model(input_ids=token, use_cache=True, **{spec.cache_name: carried})
+    return getattr(output, spec.cache_name)
+
+
+def _build_train(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
+    """Forward, backward and AdamW, as ``unimatrix train`` does them."""
+    model.train()
+    optimizer = torch.optim.AdamW(
+        (parameter for parameter in model.parameters() if parameter.requires_grad),
+        lr=1e-4,
+        fused=True,
+    )
+    # Both take unshifted labels and drop the same last position; ours is spared the logits.
+    options = {} if spec.is_peer else {"loss_only": True}
+    inputs = ids[:, :-1]
+
+    def run(_: None) -> None:
+        model(input_ids=inputs, labels=inputs, use_cache=False, **options).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Workload(lambda: None, run)
+
+
+def _build_forward(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
+    """One pass with the logits of all positions."""
+    model.eval()
+    inputs = ids[:, :-1]
+
+    @torch.no_grad()
+    def run(_: None) -> None:
+        model(input_ids=inputs, use_cache=False)
+
+    return Workload(lambda: None, run)
+
+
+def _build_prefill(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
+    """Read a prompt."""
+    model.eval()
+    return Workload(lambda: None, lambda _: prefill(spec, model, ids))
+
+
+def _build_decode(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
+    """Continue a prompt that was read, greedily, through ``generate``."""
+    model.eval()
+    # All write as many tokens, without a processor that forbids the end.
+    model.generation_config.eos_token_id = None
+    carried = prefill(spec, model, ids)
+    # Only a cache that counts its tokens tells `generate` how many of the prompt it has read.
+    counts = spec.cache_name == "past_key_values"
+    prompt = ids if counts else ids[:, -1:]
+
+    def run(cache: Any) -> Tensor:
+        options = {"use_cache": True, "do_sample": False, "max_new_tokens": NEW_TOKENS}
+        written: Tensor = model.generate(prompt, **{spec.cache_name: cache}, **options)
+        return written[:, prompt.shape[1] :]
+
+    # Some caches are written in place.
+    return Workload(lambda: copy.deepcopy(carried), run)
+
+
+def _build_step(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
+    """Read single tokens after a prompt, each with one call: ours with the compiled step."""
+    model.eval()
+    carried = prefill(spec, model, ids)
+    if isinstance(model, UniMatrixForCausalLM) and explain_unusable(model) is None:
+        from unimatrix.decoding.decoder import Decoder  # loads the compiler
+
+        decoder = Decoder(model, carried)
+
+        def advance(_: None) -> None:
+            for _ in range(NEW_TOKENS):
+                decoder.step(ids[:, -1])
+
+        return Workload(lambda: None, advance)
+
+    def run(cache: Any) -> None:
+        for _ in range(NEW_TOKENS):
+            cache = step_once(spec, model, ids[:, -1:], cache)
+
+    return Workload(lambda: copy.deepcopy(carried), run)
+
+
+MODES = {
+    "train": Mode("train step", True, False, _build_train, TokenCost.count_train_step),
+    "forward": Mode("forward pass", True, False, _build_forward, TokenCost.count_forward),
+    "prefill": Mode("prefill", False, False, _build_prefill, TokenCost.count_prefill),
+    "decode": Mode("decoding a token", False, True, _build_decode, TokenCost.count_token),
+    "step": Mode("one step", False, True, _build_step, TokenCost.count_token),
+}

@@ -1,0 +1,228 @@
+"""Figures of the benchmark: speed against length, and bytes against length."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from unimatrix.evaluation.units import format_bytes
+from unimatrix.reports.recall_plots import render_png
+
+Row = Mapping[str, Any]
+
+SPEED_FILE, BYTES_FILE = "tokens_per_s.png", "bytes.png"
+_TITLES = {
+    "train": "Train step",
+    "forward": "Forward pass",
+    "prefill": "Reading a prompt",
+    "decode": "Decoding through generate",
+    "step": "One token through forward",
+}
+# Okabe and Ito's palette, which the colour-blind can tell apart; shapes differ as well.
+_STYLES = {
+    "unimatrix": ("#D55E00", "*"),
+    "sparsepointer": ("#E69F00", "D"),
+    "core": ("#CC79A7", "o"),
+    "llama": ("#222222", "s"),
+    "mamba2": ("#0072B2", "^"),
+    "rwkv": ("#56B4E9", "v"),
+    "gla": ("#009E73", "P"),
+    "gated-deltanet": ("#7A7A7A", "X"),
+}
+_OTHER_COLORS = ("#8C564B", "#B8860B", "#6A3D9A", "#1B7837", "#A50026", "#4D4D4D")
+_OTHER_MARKERS = ("<", ">", "p", "h", "d", "H")
+_NAMES = {"llama": "Llama (SDPA)", "mamba2": "Mamba-2", "rwkv": "RWKV-4", "gla": "GLA"}
+_INK, _GRID = "#222222", "#e6e6e6"
+_PANEL_INCHES = (6.1, 4.6)
+_MOST_COLUMNS = 3
+
+
+def write_bench_plots(rows: Sequence[Row], folder: Path) -> None:
+    """Write both figures as PNG; without a row that was timed, nothing.
+
+    Args:
+        rows: as ``run_bench`` returns them.
+        folder: where they go.
+    """
+    timed = [row for row in rows if row["skipped"] is None]
+    if timed:
+        (folder / SPEED_FILE).write_bytes(render_png(plot_speed(timed)))
+        (folder / BYTES_FILE).write_bytes(render_png(plot_bytes(timed)))
+
+
+def plot_speed(rows: Sequence[Row]) -> Figure:
+    """Draw tokens a second against length, a panel a mode.
+
+    Args:
+        rows: those that were timed, at least one.
+    """
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    figure, panels = _start_figure(len(modes), "Tokens per second against length")
+    for mode, axes in zip(modes, panels, strict=True):
+        chosen = [row for row in rows if row["mode"] == mode]
+        _draw_lines(axes, chosen, "tokens_per_s")
+        _set_axes(axes, chosen, _TITLES.get(mode, mode))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_count(value)))
+    _finish(figure, panels, rows, "tokens per second")
+    return figure
+
+
+def plot_bytes(rows: Sequence[Row]) -> Figure:
+    """Draw what one sequence carries, and the peak of a process in each mode, against length.
+
+    Args:
+        rows: those that were timed, at least one.
+    """
+    modes = [
+        mode
+        for mode in dict.fromkeys(row["mode"] for row in rows)
+        if mode in ("train", "forward", "prefill")
+        and any(row["mode"] == mode and row["peak_bytes"] for row in rows)
+    ]
+    figure, panels = _start_figure(1 + len(modes), "Bytes against length")
+    states = [row for row in rows if row["state_bytes"]]
+    _draw_lines(panels[0], states, "state_bytes")
+    _set_axes(panels[0], states or rows, "State or cache of one sequence")
+    for mode, axes in zip(modes, panels[1:], strict=True):
+        chosen = [row for row in rows if row["mode"] == mode and row["peak_bytes"]]
+        _draw_lines(axes, chosen, "peak_bytes")
+        _set_axes(axes, chosen, f"Peak of a process: {_TITLES[mode].lower()}")
+    for axes in panels:
+        _set_byte_ticks(axes)
+    _finish(figure, panels, rows, "bytes")
+    return figure
+
+
+def _start_figure(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its panels in rows of at most three."""
+    columns = 2 if num_panels == 4 else min(num_panels, _MOST_COLUMNS)
+    lines = math.ceil(num_panels / columns)
+    size = (max(1.6, columns) * _PANEL_INCHES[0], lines * _PANEL_INCHES[1] + 1.3)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(hspace=0.07, wspace=0.03)  # type: ignore[union-attr, call-arg]
+    grid = figure.subplots(lines, columns, squeeze=False)
+    panels = list(grid.flat)
+    for axes in panels[num_panels:]:
+        axes.remove()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=22, color=_INK)
+    return figure, panels[:num_panels]
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Row], column: str) -> None:
+    """Draw a line a model through the values of a column; several of one length show the last."""
+    for name in dict.fromkeys(row["model"] for row in rows):
+        points = {row["num_tokens"]: row[column] for row in rows if row["model"] == name}
+        lengths = sorted(points)
+        color, marker = _find_style(name)
+        ours = name not in _NAMES
+        axes.plot(
+            lengths,
+            [points[length] for length in lengths],
+            color=color,
+            marker=marker,
+            markersize=15 if marker == "*" else 9,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            linewidth=3.2 if name == "unimatrix" else 2.2,
+            linestyle="-" if ours else (0, (5, 2)),
+            zorder=4 if ours else 3,
+            label=_NAMES.get(name, name),
+        )
+
+
+def _find_style(name: str) -> tuple[str, str]:
+    """Return the color and the marker of a model, the same in every figure."""
+    if name in _STYLES:
+        return _STYLES[name]
+    number = sum(name.encode())
+    return (
+        _OTHER_COLORS[number % len(_OTHER_COLORS)],
+        _OTHER_MARKERS[number % len(_OTHER_MARKERS)],
+    )
+
+
+def _set_axes(axes: Axes, rows: Sequence[Row], title: str) -> None:
+    """Make both axes logarithmic, with a tick at every length that was timed."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    lengths = sorted({row["num_tokens"] for row in rows})
+    axes.xaxis.set_major_locator(FixedLocator(_thin_out(lengths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_length(value)))
+    axes.set_xlim(lengths[0] / 1.6, lengths[-1] * 1.6)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(title, loc="left", fontsize=17, color=_INK, pad=10)
+    axes.set_xlabel("length in tokens", fontsize=14, color=_INK)
+    axes.tick_params(labelsize=13, colors=_INK)
+    axes.grid(color=_GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#8c8c8c")
+
+
+def _thin_out(lengths: Sequence[int]) -> list[int]:
+    """Return lengths at least 1.9 times apart, so that their labels do not touch."""
+    kept: list[int] = []
+    for length in lengths:
+        if not kept or length >= 1.9 * kept[-1]:
+            kept.append(length)
+    return kept
+
+
+def _set_byte_ticks(axes: Axes) -> None:
+    """Put the ticks of y at powers of two that read well."""
+    low, high = axes.get_ylim()
+    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+    spacing = max(1, math.ceil((last - first) / 7))
+    axes.yaxis.set_major_locator(
+        FixedLocator([2.0**power for power in range(first, last + 1, spacing)])
+    )
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    axes.set_ylim(low, high)
+
+
+def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], label: str) -> None:
+    """Label y in the first column and draw one legend, models in the order of the rows."""
+    for axes in panels:
+        if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            axes.set_ylabel(label, fontsize=14, color=_INK)
+    found: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    order = [_NAMES.get(name, name) for name in dict.fromkeys(row["model"] for row in rows)]
+    labels = [label for label in order if label in found]
+    figure.legend(
+        [found[label] for label in labels],
+        labels,
+        loc="outside lower left",
+        ncols=min(len(labels), 6),
+        frameon=False,
+        fontsize=15,
+        labelcolor=_INK,
+        handlelength=2.8,
+    )
+
+
+def _format_length(value: float) -> str:
+    """Return a length with a binary prefix where it is a whole number of them."""
+    for suffix, size in (("M", 2**20), ("k", 2**10)):
+        if value >= size and value % size == 0:
+            return f"{value / size:.0f}{suffix}"
+    return f"{value:,.0f}"
+
+
+def _format_count(value: float) -> str:
+    """Return a rate with a decimal prefix."""
+    for suffix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{suffix}"
+    return f"{value:g}"

@@ -1,0 +1,128 @@
+"""Rows of the benchmark as text: one set of columns for terminal and documents."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unimatrix.evaluation.units import format_bytes
+
+Row = Mapping[str, Any]
+
+HEADER = (
+    "model",
+    "tokens x batch",
+    "ms",
+    "range",
+    "rounds",
+    "tokens/s",
+    "ratio to Llama",
+    "ratio to the first length",
+    "floor ms",
+    "share of peak",
+    "peak bytes",
+    "state bytes",
+)
+SHORT_HEADER = (
+    "model",
+    "tokens",
+    "ms",
+    "range",
+    "n",
+    "tokens/s",
+    "/Llama",
+    "/first",
+    "floor",
+    "of peak",
+    "peak",
+    "state",
+)
+_SUMMARY_MODES = ("train", "decode")
+
+
+def describe_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the cells of ``HEADER`` for every row; a skipped one has its reason in no column.
+
+    Args:
+        rows: as ``run_bench`` returns them.
+    """
+    return [_describe_row(row) for row in rows]
+
+
+def _describe_row(row: Row) -> list[str]:
+    tokens = f"{row['num_tokens']:,}"
+    if row["batch_size"] > 1:
+        tokens += f" x {row['batch_size']}"
+    if row["skipped"] is not None:
+        return [row["model"], tokens, "skipped", *[""] * (len(HEADER) - 3)]
+    return [
+        row["model"],
+        tokens,
+        _format_ms(row["median_ms"]),
+        f"{_format_ms(row['fastest_ms'])}-{_format_ms(row['slowest_ms'])}",
+        str(row["rounds"]),
+        f"{row['tokens_per_s']:,.0f}",
+        _format_ratio(row["ratio_to_llama"]),
+        _format_ratio(row["ratio_to_shortest"]),
+        _format_ms(row["floor_ms"]),
+        f"{100 * row['peak_share']:.2g} %",
+        _format_bytes(row["peak_bytes"]),
+        _format_bytes(row["state_bytes"]),
+    ]
+
+
+def tabulate_mode(
+    runs: Mapping[str, Sequence[Row]], mode: str
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of one mode over all recorded runs, columns nobody fills left out.
+
+    Args:
+        runs: rows by the name of their run.
+        mode: such as ``train``.
+    """
+    rows = []
+    for name, members in runs.items():
+        chosen = [row for row in members if row["mode"] == mode]
+        for row, cells in zip(chosen, describe_rows(chosen), strict=True):
+            if row["skipped"] is not None:
+                cells[2] = f"skipped: {row['skipped']}"
+            rows.append([name, *cells])
+    return drop_empty_columns(["run", *HEADER], rows)
+
+
+def drop_empty_columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows without the columns that no row fills."""
+    filled = [i for i in range(len(header)) if not rows or any(cells[i] for cells in rows)]
+    return [header[i] for i in filled], [[cells[i] for i in filled] for cells in rows]
+
+
+def summarize_speed(runs: Mapping[str, Sequence[Row]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what a reader wants first: train steps and decoding beside Llama's.
+
+    Args:
+        runs: rows by the name of their run.
+    """
+    rows = [
+        [
+            {"train": "train step", "decode": "decoding a token"}[row["mode"]],
+            *(cells[i] for i in (0, 1, 2, 6, 11)),
+        ]
+        for members in runs.values()
+        for row, cells in zip(members, describe_rows(members), strict=True)
+        if row["mode"] in _SUMMARY_MODES and row["skipped"] is None
+    ]
+    return ["what", "model", "tokens x batch", "ms", "ratio to Llama", "state bytes"], rows
+
+
+def _format_ms(value: float) -> str:
+    """Return milliseconds with three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _format_ratio(value: float | None) -> str:
+    """Return a ratio with three digits; nothing where there is none."""
+    return "" if value is None else f"{value:.3g}"
+
+
+def _format_bytes(value: int | None) -> str:
+    return "" if value is None else format_bytes(value)

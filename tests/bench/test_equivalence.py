@@ -1,0 +1,54 @@
+"""What is wrong is not timed."""
+
+import pytest
+import torch
+
+from unimatrix.bench import equivalence
+from unimatrix.bench.equivalence import LIMIT, EquivalenceError, check_model
+from unimatrix.bench.models import BenchModel
+from unimatrix.nn import matrix_mixer
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("core", ["matrix_state", "decoding"]),
+        ("sparsepointer", ["matrix_state", "slots", "decoding"]),
+        ("unimatrix", ["matrix_state", "selective_slots", "suffix_automaton", "decoding"]),
+    ],
+)
+def test_every_fast_path_of_a_preset_is_checked(name: str, ops: list[str]) -> None:
+    checks = check_model(BenchModel(name=name, overrides=SMALL), seed=0, device="cpu")
+    assert [check.op for check in checks] == ops
+    assert all(0 <= check.error <= LIMIT for check in checks)
+
+
+def test_a_wrong_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = matrix_mixer.scan_matrix_state
+
+    def scan_wrongly(*args, backend, **options):
+        y, state = scan(*args, backend=backend, **options)
+        return (y * 1.01 if backend == "native" else y), state
+
+    monkeypatch.setattr(matrix_mixer, "scan_matrix_state", scan_wrongly)
+    with pytest.raises(EquivalenceError, match=r"core: matrix_state \(native\) differs from the"):
+        check_model(BenchModel(name="core", overrides=SMALL), seed=0, device="cpu")
+
+
+def test_wrong_decoding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(spec, model, token, carried):
+        return carried
+
+    monkeypatch.setattr(equivalence, "step_once", forget)
+    with pytest.raises(
+        EquivalenceError, match=r"core: decoding \(cache\) differs from a full pass"
+    ):
+        check_model(BenchModel(name="core", overrides=SMALL), seed=0, device="cpu")
+
+
+def test_nan_is_an_error() -> None:
+    nan = torch.tensor([float("nan")])
+    assert equivalence._measure(nan, torch.ones(1)) == float("inf")
+    assert equivalence._measure(torch.ones(1), torch.zeros(1)) == 1.0

@@ -1,0 +1,113 @@
+"""``unimatrix bench``: refusals, the table, and what a run leaves in its folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import assert_refused, run_command
+from unimatrix.bench import run
+from unimatrix.bench.equivalence import EquivalenceError
+from unimatrix.bench.probe import Probe
+from unimatrix.cli import bench
+from unimatrix.reports.bench_plots import BYTES_FILE, SPEED_FILE
+
+SIZES = ("hidden_size=16", "num_hidden_layers=2", "num_attention_heads=2", "model.head_dim=8")
+SMALL = [part for size in SIZES for part in ("--set", size)]
+QUICKLY = ("--rounds", 1, "--threads", 1, "--device", "cpu", *SMALL)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the place of the runs in processes of their own, which have tests of their own."""
+
+    def probe(cell, setting) -> Probe:
+        if cell.model.name == "rwkv":
+            return Probe(failure="one run took longer than 5 s")
+        return Probe(run_s=1e-3, peak_bytes=4096, state_bytes=2048)
+
+    monkeypatch.setattr(run, "probe", probe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--mode", "trian"], ["unknown mode 'trian'", "Did you mean 'train'?"]),
+        (["--peer", "lama"], ["unknown peer 'lama'", "Did you mean 'llama'?"]),
+        (["--preset", "cores"], ["unknown preset 'cores'", "Did you mean 'core'?"]),
+        (["--length", 1], ["--length 1 is too short"]),
+        (["--length", 8, "--length", 8], ["--length 8, 8", "name each once"]),
+        (["--preset", "none", "--peer", "none"], ["nothing is left to time"]),
+        (["--set", "hidden_sizes=3"], ["hidden_sizes", "Did you mean 'hidden_size'"]),
+        (["--set", "preset=core"], ["--set preset=core", "--preset"]),
+        (["--set", "hidden_size=0"], ["hidden_size is 0"]),
+        (["--device", "gpu"], ["unknown device 'gpu'"]),
+    ],
+)
+def test_refusals(tmp_path: Path, arguments: list[object], parts: list[str]) -> None:
+    out = tmp_path / "new"
+    assert_refused(run_command("bench", "--out", out, *arguments), *parts)
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    answer = run_command("bench", "--out", tmp_path, "--mode", "train", "--length", 8)
+    assert_refused(answer, "already exists and is not empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_run_leaves_a_record_and_plots_and_prints_a_table(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    models = ("--preset", "core", "--peer", "llama", "--peer", "rwkv")
+    answer = run_command(
+        "bench", "--mode", "train", "--mode", "prefill", "--length", 8, "--length", 16,
+        *models, "--out", out, *QUICKLY,
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.stderr
+    lines = answer.text.splitlines()
+    assert lines[0].startswith("float32, dropout 0, 1 threads; matmul peak ")
+    assert sum(line.startswith("core ") for line in lines) == 4
+    assert "skipped: train, rwkv at 8: one run took longer than 5 s" in lines
+    assert all(len(line) <= 100 for line in lines)
+
+    record = json.loads((out / "record.json").read_text(encoding="utf-8"))
+    assert {"commit", "hardware", "versions", "seed", "device"} <= set(record)
+    rows = record["results"]["rows"]
+    assert len(rows) == 12
+    assert {row["model"] for row in rows if row["skipped"]} == {"rwkv"}
+    assert record["results"]["models"][0]["overrides"] == {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    for name in (SPEED_FILE, BYTES_FILE):
+        assert (out / name).read_bytes().startswith(PNG)
+
+
+def test_json_and_one_model_alone() -> None:
+    answer = run_command(
+        "bench", "--mode", "forward", "--length", 8, "--batch-size", 3, "--preset", "core",
+        "--peer", "none", "--json", *QUICKLY,
+    )  # fmt: skip
+    (row,) = answer.result["rows"]
+    assert (row["model"], row["batch_size"], row["ratio_to_llama"]) == ("core", 3, None)
+
+
+def test_what_is_wrong_is_refused_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args, **kwargs):
+        raise EquivalenceError("core: slots (native) differs from the reference")
+
+    monkeypatch.setattr(run, "check_model", refuse)
+    answer = run_command("bench", "--mode", "train", "--length", 8, "--preset", "core", *QUICKLY)
+    assert answer.exit_code == 1
+    assert answer.stdout == b""
+    assert "error: core: slots (native) differs from the reference" in answer.stderr
+
+
+def test_defaults() -> None:
+    assert bench._choose_lengths(None, quick=False)[-1] == 2**20
+    assert bench._choose_lengths(None, quick=True) == [128, 1024]
+    assert bench._choose_lengths([30, 2], quick=True) == [2, 30]
+    assert bench._choose_peers(None, "cpu") == ["llama", "mamba2", "rwkv"]
+    assert "gla" in bench._choose_peers(None, "cuda")
+    assert bench._choose_peers(["none"], "cpu") == []
