@@ -177,7 +177,7 @@ def _tabulate_recall(records: Mapping[str, Record]) -> str:
 def _tabulate_train_step(records: Mapping[str, Record]) -> str:
     """Return the milliseconds of a train step."""
     rows = []
-    for record in _select(records, "bench/").values():
+    for record in _select(records, "bench/train-step").values():
         rows += [
             [
                 row["model"],
