@@ -90,11 +90,12 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     """Count a UniMatrix by its parts; the letters are those of ``configuration``.
 
     A depth step costs: the matrix mixer's projections D (3 H N + H + D) + H N D (with mixed rules
-    D (H N + 3 H) more, with the delta rule D H), 3 H N^2 for its states (H N^2 more for the symmetric
-    rule, the delta rule and the norm guard each), K D for a short convolution, a read gate of D^2, a context gate of D^2, and a feed-forward network of 2 D F
-    or, gated, 3 D F. What retrieves is counted once, or at each depth step with the hidden source:
-    slots score M C (a choice), and read K (C + D), at each hop; product keys score C for each entry of
-    a codebook; dense memory scores C an earlier pair.
+    D (H N + 3 H) more, with the delta rule D H), 3 H N^2 for its states (H N^2 more for the
+    symmetric rule, the delta rule and the norm guard each), K D for a short convolution, a read
+    gate of D^2, a context gate of D^2, and a feed-forward network of 2 D F or, gated, 3 D F. What
+    retrieves is counted once, or at each depth step with the hidden source: slots score M C (a
+    choice) and read K (C + D) at each hop, product keys score C for an entry of both codebooks;
+    dense memory scores C an earlier pair.
 
     Args:
         config: of any preset.

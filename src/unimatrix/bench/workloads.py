@@ -200,7 +200,7 @@ def _build_step(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Worklo
         decoder = Decoder(model, carried)
 
         def advance(_: None) -> None:
-            for _ in range(NEW_TOKENS):
+            for _token in range(NEW_TOKENS):
                 decoder.step(ids[:, -1])
 
         return Workload(lambda: None, advance)
