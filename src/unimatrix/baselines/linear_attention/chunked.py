@@ -97,7 +97,7 @@ def _cut(x: Tensor, chunk: int) -> Tensor:
     """Return [B, T, H, F] as [B, H, n, C, F]; padding zeros neither write nor forget."""
     missing = -x.shape[1] % chunk
     x = pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-    return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).permute(0, 3, 1, 2, 4)
 
 
 def _join(y: Tensor, num_tokens: int) -> Tensor:

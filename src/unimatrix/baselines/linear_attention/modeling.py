@@ -91,12 +91,8 @@ class LayerCarry:
     conv_tail: Tensor | None
 
 
-class LinearAttentionCache(tuple[LayerCarry, ...]):
-    """What every layer carries, the first layer's first; ``forward`` alters none."""
-
-    def tensors(self) -> list[Tensor]:
-        """Return every tensor that is carried."""
-        return [x for carry in self for x in (carry.state, carry.conv_tail) if x is not None]
+LinearAttentionCache = tuple[LayerCarry, ...]
+"""What every layer carries, the first layer's first; ``forward`` alters none."""
 
 
 class LinearAttentionMixer(nn.Module):
@@ -106,7 +102,7 @@ class LinearAttentionMixer(nn.Module):
         super().__init__()
         self.config = config
         width, num_heads = config.hidden_size, config.num_attention_heads
-        self.sizes = (config.key_head_dim, config.key_head_dim, config.value_head_dim)
+        self.sizes = [config.key_head_dim, config.key_head_dim, config.value_head_dim]
         num_channels = num_heads * sum(self.sizes)
         self.qkv_proj = nn.Linear(width, num_channels, bias=False)
         self.conv = None
@@ -118,7 +114,7 @@ class LinearAttentionMixer(nn.Module):
         self.output_norm = nn.RMSNorm(config.value_head_dim, eps=_NORM_EPS)
         self.out_proj = nn.Linear(num_heads * config.value_head_dim, width, bias=False)
         if config.rule == "gated":
-            self.retention_proj = nn.Sequential(
+            self.retention_proj: nn.Module = nn.Sequential(
                 nn.Linear(width, _RETENTION_RANK, bias=False),
                 nn.Linear(_RETENTION_RANK, num_heads * config.key_head_dim),
             )
@@ -137,13 +133,13 @@ class LinearAttentionMixer(nn.Module):
         """
         channels, tail = self._convolve(self.qkv_proj(h), carry)
         num_heads = self.config.num_attention_heads
-        q, k, v = channels.unflatten(-1, (num_heads, -1)).split(self.sizes, dim=-1)
+        by_head = (*h.shape[:2], num_heads, -1)
+        q, k, v = torch.split(channels.view(by_head), self.sizes, dim=-1)
         state = None if carry is None else carry.state
         scale = self.config.key_head_dim**-0.5
         if self.config.rule == "gated":
             log_retention = logsigmoid(self.retention_proj(h)) / _RETENTION_TEMPERATURE
-            log_retention = log_retention.unflatten(-1, (num_heads, -1))  # [B, T, H, K]
-            y, state = chunk_gated(scale * q, k, v, log_retention, state)
+            y, state = chunk_gated(scale * q, k, v, log_retention.view(by_head), state)
         else:
             rate = softplus(self.retention_proj(h) + self.rate_bias)  # [B, T, H]
             y, state = chunk_gated_delta(
@@ -265,5 +261,5 @@ class LinearAttentionForCausalLM(PreTrainedModel):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=LinearAttentionCache(carries) if use_cache else None,
+            past_key_values=tuple(carries) if use_cache else None,
         )
