@@ -16,6 +16,7 @@ COMMANDS = typer.main.get_command(app).commands
 # The options of every verb. A new one is a decision: change this list with it.
 OPTIONS = {
     "bench": "batch-size help json out preset rounds seed threads tokens",
+    "compare": "data device help json only out quick report",
     "eval": "data device help json limit-bytes seed split valid-data",
     "generate": "device help json max-new-bytes prompt-file seed temperature top-k top-p",
     "info": "device help json seed",

@@ -103,9 +103,8 @@ def run_cell(
         record = _train(cell, path, model, record, device, callbacks, on_metrics)
     except NonFiniteError as error:
         record |= {"status": "failed", "error": str(error), "results": None}
-        write_record(path, record)
         _tidy(path)
-        return record
+        return keep_record(path, record)
     start = time.perf_counter()
     model.to(device).eval()
     results = cell.judge(model)
@@ -115,9 +114,17 @@ def run_cell(
     }
     with hide_progress():
         model.save_pretrained(path)
-    write_record(path, record)
+    record = keep_record(path, record)
     _tidy(path)
     return record
+
+
+def keep_record(path: Path, record: Record) -> Record:
+    """Write a record and return it as it will be read back."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_record(path, record)
+    kept: Record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
+    return kept
 
 
 def read_cell(path: Path, asked: dict[str, Any]) -> Record | None:
@@ -157,9 +164,7 @@ def _start(cell: Cell, path: Path, model: PreTrainedModel, device: str) -> Recor
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_s": 0.0,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    write_record(path, record)
-    return record
+    return keep_record(path, record)
 
 
 def _train(
@@ -187,7 +192,7 @@ def _train(
     )
     record = record | {"train_s": round(record["train_s"] + trained.train_s, 3)}
     if trained.interrupted:
-        write_record(path, record | {"status": "interrupted"})
+        keep_record(path, record | {"status": "interrupted"})
         raise StoppedError(cell.name)
     tokens_per_step = cell.make_dataset(1)[0]["input_ids"].numel() * cell.train.batch_size
     record |= {
@@ -196,8 +201,7 @@ def _train(
         "tokens_per_s": round(num_steps * tokens_per_step / record["train_s"], 1),
         "loss_curve": _read_curve(path),
     }
-    write_record(path, record)
-    return record
+    return keep_record(path, record)
 
 
 def _read_curve(path: Path) -> list[list[float]]:

@@ -230,7 +230,7 @@ def shorten(comparison: Comparison) -> Comparison:
     return replace(
         comparison,
         name=f"{comparison.name}-quick",
-        text=replace(comparison.text, steps=40, minutes=0.1, eval_bytes=8192, prime_bytes=2**18),
+        text=replace(comparison.text, steps=20, minutes=0.05, eval_bytes=8192, prime_bytes=2**18),
         sweep=replace(
             comparison.sweep,
             learning_rates=comparison.sweep.learning_rates[1:3] or comparison.sweep.learning_rates,
@@ -240,12 +240,21 @@ def shorten(comparison: Comparison) -> Comparison:
         ),
         recall=replace(
             comparison.recall,
-            steps=40,
-            minutes=0.1,
+            steps=20,
+            minutes=0.05,
             test_examples=64,
             test_tokens=comparison.recall.test_tokens[:2],
             length_examples=32,
         ),
+    )
+
+
+def choose_corpora(comparison: Comparison, specs: list[str]) -> Comparison:
+    """Return a comparison on other corpora; the first is what learning rates are chosen on."""
+    return replace(
+        comparison,
+        text=replace(comparison.text, corpora=tuple(specs)),
+        sweep=replace(comparison.sweep, corpus=specs[0]),
     )
 
 

@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, TrainerCallback
 
-from unimatrix.compare.cells import Cell, Record, StoppedError, read_cell, run_cell
+from unimatrix.compare.cells import (
+    Cell,
+    Record,
+    StoppedError,
+    keep_record,
+    read_cell,
+    run_cell,
+)
 from unimatrix.compare.models import ModelMaker, plan_models
 from unimatrix.compare.recipe import Comparison
 from unimatrix.data import Corpus, WindowDataset, load_corpus
@@ -21,7 +28,7 @@ from unimatrix.evaluation.carried_bytes import measure_carried_bytes
 from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.evaluation.units import to_bits_per_byte
-from unimatrix.run_folder import describe_run, write_record
+from unimatrix.run_folder import describe_run
 from unimatrix.tasks import AssociativeRecall, RotatingDataset
 from unimatrix.training_callbacks import StopOnSignal
 
@@ -297,9 +304,7 @@ def run_compressors(comparison: Comparison, text: Text, path: Path) -> Record:
         **describe_run("cpu"),
         "results": results,
     }
-    path.mkdir(parents=True, exist_ok=True)
-    write_record(path, record)
-    return record
+    return keep_record(path, record)
 
 
 def average_by_position(nats: NDArray[np.float32]) -> list[list[float]]:

@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.reports.compare_results import (
+    TABLE_TITLES,
+    Table,
+    list_text_tables,
+    tabulate_compressors,
+    tabulate_recall,
+    tabulate_text,
+)
 from unimatrix.reports.recall_results import find_copy_rules
 
 Record = dict[str, Any]
@@ -20,6 +28,7 @@ Record = dict[str, Any]
 PILOT_PUBLISHED = {"core": (5.084, 5.0745), "rosa": (5.083, 5.087), "discovery": (5.112, 5.115)}
 RECALL_PUBLISHED = {"core": 0.134, "sparsepointer-dropout": 0.756, "sparsepointer": 0.992}
 
+_NO_COMPARISON = "No comparison is recorded yet."
 _SLOTS_OF_TEST = re.compile(r"(\d+) in (\d+) slots$")
 _MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -310,7 +319,51 @@ def _tabulate_language(records: Mapping[str, Record]) -> str:
     return _format_table(header, rows)
 
 
+def _split_comparisons(records: Mapping[str, Record]) -> dict[str, dict[str, Record]]:
+    """Return the records below ``compare/`` by comparison."""
+    found: dict[str, dict[str, Record]] = {}
+    for name, record in _select(records, "compare/").items():
+        comparison, _, cell = name.partition("/")
+        found.setdefault(comparison, {})[cell] = record
+    return found
+
+
+def _tabulate_comparison(records: Mapping[str, Record], table: str) -> str:
+    """Return a table of language modelling of every comparison, one corpus after the other."""
+    rows: list[list[str]] = []
+    header = ["comparison", "corpus"]
+    for comparison, cells in _split_comparisons(records).items():
+        for kind, corpus in list_text_tables(cells):
+            if kind == table:
+                found = tabulate_text(cells, table, corpus)
+                header = ["comparison", "corpus", *found.header]
+                rows += [[comparison, corpus, *row] for row in found.rows]
+    return _format_table(header, rows) if rows else _NO_COMPARISON
+
+
+def _tabulate_of_comparisons(
+    records: Mapping[str, Record], tabulate: Callable[[Mapping[str, Record]], Table]
+) -> str:
+    """Return a table that each comparison has once, one comparison after the other."""
+    rows: list[list[str]] = []
+    header = ["comparison"]
+    for comparison, cells in _split_comparisons(records).items():
+        found = tabulate(cells)
+        if found.rows:
+            header = ["comparison", *found.header]
+            rows += [[comparison, *row] for row in found.rows]
+    return _format_table(header, rows) if rows else _NO_COMPARISON
+
+
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    **{
+        f"compare-{table}": functools.partial(_tabulate_comparison, table=table)
+        for table in TABLE_TITLES
+    },
+    "compare-compressors": functools.partial(
+        _tabulate_of_comparisons, tabulate=tabulate_compressors
+    ),
+    "compare-recall": functools.partial(_tabulate_of_comparisons, tabulate=tabulate_recall),
     "default-run": _tabulate_default,
     "lab-associative": functools.partial(_tabulate_lab, prefix="lab/associative/"),
     "lab-mqar": functools.partial(_tabulate_lab, prefix="lab/mqar/"),
