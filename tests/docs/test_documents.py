@@ -23,6 +23,7 @@ OPTIONS = {
     "recall": "batch-size data device dropout help json lr out pairs preset quick report seed set "
     "slots steps test-data test-examples test-pairs test-slots test-tokens test-window "
     "weight-decay",
+    "reproduce": "check data device help json only out quick valid-data",
     "train": "data device dry-run help init json minutes out preset resume seed set steps "
     "valid-data",
 }
