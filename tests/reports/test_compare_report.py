@@ -42,6 +42,7 @@ def make_cell(model: str, *, bits: float | None = 2.0, steps: int = 100, **asked
             "size": {"hidden_size": 64, "inner_size": 99},
             "learning_rate": 2e-3,
             "steps": 100,
+            "minutes": 1.0,
         }
         | asked,
         "num_optim_steps": steps,
@@ -101,7 +102,11 @@ def test_the_best_stands_first_and_the_diverged_last() -> None:
     ]
     assert all(len(row) == len(table.header) for row in table.rows)
     (timed,) = tabulate_text(make_records(), "time", "words").rows
-    assert timed[4] == "300"
+    assert timed[4:6] == ["300", "61"]
+    busy = make_records()
+    busy["time/words/a"]["train_s"] = 80.0
+    (timed,) = tabulate_text(busy, "time", "words").rows
+    assert timed[5] == "80 (planned 60)"
 
 
 def test_the_other_tables() -> None:

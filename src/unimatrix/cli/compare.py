@@ -22,6 +22,8 @@ from unimatrix.compare.recipe import (
 from unimatrix.run_folder import DEFAULT_PARENT
 
 REPORT_FILE = "report.html"
+# Columns that a terminal has no room for.
+_REPORT_ONLY = ("context", "learning rate", "state bytes at 1,024")
 
 
 def run(
@@ -157,10 +159,11 @@ def _render(records: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
     tables.append(("compressors, bits per byte", tabulate_compressors(records)))
     parts = []
     for title, content in tables:
+        kept = [i for i, name in enumerate(content.header) if name not in _REPORT_ONLY]
         shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for index, name in enumerate(content.header):
-            shown.add_column(name, justify="left" if index == 0 else "right")
+        for index in kept:
+            shown.add_column(content.header[index], justify="right" if index else "left")
         for row in content.rows:
-            shown.add_row(*map(escape, row))
+            shown.add_row(*(escape(row[index]) for index in kept))
         parts.append(to_text(shown))
     return "\n\n".join([*parts, f"report  {result['report']}"])

@@ -107,9 +107,14 @@ def _write_tables(records: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def _check(out: Path) -> None:
-    """Exit with 1 unless the tables are what the records give."""
+    """Exit with 1 unless the tables, and the documents beside them, are what the records give."""
+    from unimatrix.reports.tables import DOCUMENTS, find_stale_documents
+
+    records, root = _read(out), out.absolute().parent
     stale = []
-    for name, text in _write_tables(_read(out)).items():
+    if out.name == "results" and all((root / name).is_file() for name in DOCUMENTS):
+        stale += [str(path) for path in find_stale_documents(root, records)]
+    for name, text in _write_tables(records).items():
         if not (out / name).is_file():
             raise InputError(f"there is no {out / name} to check; run reproduce without --check")
         if (out / name).read_text(encoding="utf-8") != text:
@@ -117,7 +122,7 @@ def _check(out: Path) -> None:
     if stale:
         make_log().print(f"[bold red]error:[/] differs from the records: {', '.join(stale)}")
         raise typer.Exit(1)
-    sys.stdout.write(f"{out / SUMMARY_FILE} and {out / MARKDOWN_FILE} are what the records say\n")
+    sys.stdout.write(f"the tables in {out} are what the records say\n")
 
 
 def _summarize(

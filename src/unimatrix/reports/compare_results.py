@@ -12,6 +12,7 @@ TABLE_TITLES = {
 }
 _TEXT_CELL = re.compile(r"(parameters|time)/([^/]+)/([^/]+)")
 _DIVERGED = "diverged"
+_TIME_TOLERANCE = 0.15
 
 
 class Table(NamedTuple):
@@ -187,7 +188,7 @@ def _write_row(
         _bits(results["test_bits_per_byte"]) if "test_bits_per_byte" in results else "",
         f"{cell['parameters']:,}",
         _steps(cell, cell["asked"]["steps"]),
-        f"{cell['train_s']:.0f}",
+        _seconds(cell),
         f"{cell['tokens_per_s']:,.0f}",
         rate,
         *(f"{results['state_bytes'][length]:,}" for length in lengths),
@@ -200,6 +201,16 @@ def _steps(cell: dict[str, Any], asked: int | None) -> str:
     """Return the steps taken, and those asked for where there was no time for all."""
     taken = cell["num_optim_steps"]
     return f"{taken:,}" if asked is None or taken == asked else f"{taken:,} of {asked:,}"
+
+
+def _seconds(cell: dict[str, Any]) -> str:
+    """Return the seconds taken, and those planned where a busy machine made them differ."""
+    taken = cell["train_s"]
+    planned = 60 * cell["asked"]["minutes"]
+    is_timed = cell["asked"]["steps"] is None
+    if is_timed and abs(taken - planned) > _TIME_TOLERANCE * planned:
+        return f"{taken:.0f} (planned {planned:.0f})"
+    return f"{taken:.0f}"
 
 
 def _bits(value: float | None) -> str:

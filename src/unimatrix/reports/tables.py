@@ -26,6 +26,9 @@ from unimatrix.reproduce.claims import GROUPS, Claim, judge_claims, load_claims
 
 Record = dict[str, Any]
 
+DOCUMENTS = ("README.md", "docs/results.md", "docs/hindsight.md")
+"""Documents of the checkout that hold tables."""
+
 _NO_COMPARISON = "No comparison is recorded yet."
 _SLOTS_OF_TEST = re.compile(r"(\d+) in (\d+) slots$")
 _MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -67,6 +70,22 @@ def render_document(text: str, records: Mapping[str, Record]) -> str:
         return f"{match[1]}{TABLES[name](records)}\n{match[3]}"
 
     return _MARK.sub(replace, text)
+
+
+def find_stale_documents(root: Path, records: Mapping[str, Record]) -> dict[Path, str]:
+    """Return the documents of a checkout that the records give another text, with that text.
+
+    Args:
+        root: of the checkout.
+        records: by folder, from ``read_records``.
+    """
+    stale = {}
+    for document in (root / name for name in DOCUMENTS):
+        text = document.read_text(encoding="utf-8")
+        rendered = render_document(text, records)
+        if rendered != text:
+            stale[document] = rendered
+    return stale
 
 
 def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
