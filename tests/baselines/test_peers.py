@@ -52,6 +52,18 @@ def test_the_papers_transformer_has_the_published_size(vocab_size, expected) -> 
     assert model.num_parameters() == expected
 
 
+def test_the_papers_transformer_starts_as_published() -> None:
+    torch.manual_seed(0)
+    model = PEERS["gelu-transformer"].build(UniMatrixConfig(), max_tokens=128)
+    multi_head = torch.nn.MultiheadAttention(64, 4)
+    for block in model.transformer.h:
+        expected = multi_head.in_proj_weight.std().item()
+        assert block.attn.c_attn.weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert block.attn.c_attn.bias.abs().max() == 0
+        for weight in (block.attn.c_proj.weight, block.mlp.c_proj.weight, block.mlp.c_fc.weight):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_one_layer_serves_every_depth_step(tmp_path) -> None:
     deep, shallow = (build_peer("universal-transformer", num_hidden_layers=n) for n in (3, 1))
     assert deep.num_parameters() == shallow.num_parameters()

@@ -1,5 +1,6 @@
 """The paper's Transformer: separate layers, learned positions, GELU. It is GPT-2's architecture."""
 
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from unimatrix.configuration import UniMatrixConfig
@@ -11,15 +12,16 @@ def build_gelu_transformer(
     """Return the Transformer that the paper compares with.
 
     Source: paper, baseline; pre-norm, multi-head attention with biases, exact GELU, final norm,
-    tied head: 174,848 parameters at the published size. GPT-2 draws its residual projections
-    smaller by the square root of 2 L.
+    tied head: 174,848 parameters at the published size. Its queries, keys and values start as in
+    ``torch.nn.MultiheadAttention``, which the published code uses, everything else at a standard
+    deviation of 0.02; GPT-2 would start the residual projections lower.
 
     Args:
         config: uses V, D, L, H, dropout and the special tokens.
         max_tokens: rows of the position table.
         inner_size: F; ``None`` is 4 D.
     """
-    return GPT2LMHeadModel(
+    model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,
             n_embd=config.hidden_size,
@@ -38,3 +40,8 @@ def build_gelu_transformer(
             eos_token_id=config.eos_token_id,
         )
     )
+    for block in model.transformer.h:
+        nn.init.xavier_uniform_(block.attn.c_attn.weight)
+        for projection in (block.attn.c_proj, block.mlp.c_proj):
+            nn.init.normal_(projection.weight, std=config.initializer_range)
+    return model

@@ -46,6 +46,22 @@ class StoppedError(Exception):
     """The user asked to stop; finished runs are kept."""
 
 
+class Abort(TrainerCallback):
+    """End a training at once where a stop was asked for: nothing of it is kept.
+
+    Args:
+        stop: what takes the signal.
+    """
+
+    def __init__(self, stop: StopOnSignal) -> None:
+        self.stop = stop
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_unused: Any) -> None:
+        """Raise ``KeyboardInterrupt`` if a stop was asked for."""
+        if self.stop.requested:
+            raise KeyboardInterrupt
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is run.
@@ -129,7 +145,7 @@ def _run(
     """Run a cell with a seed; of its folder only the record is kept."""
     # What an interrupted run left; each takes a minute and starts anew.
     shutil.rmtree(path, ignore_errors=True)
-    callbacks = [stop]
+    callbacks = [Abort(stop)]
     try:
         if cell.folder == "sizes":
             _keep(path, seed, "cpu", {"parameters": count_parameters(), "train_s": 0.0})
@@ -151,9 +167,6 @@ def _run(
     except KeyboardInterrupt:
         shutil.rmtree(path, ignore_errors=True)
         raise StoppedError(name_run(cell, seed)) from None
-    if stop.requested:
-        shutil.rmtree(path, ignore_errors=True)
-        raise StoppedError(name_run(cell, seed))
     record = read_finished(path)
     assert record is not None, path
     for part in path.iterdir():
@@ -209,8 +222,8 @@ def _run_pilot(
 ) -> None:
     run = prepare_run(load_pilot(cell.model, seed, plan), path, device)
     start_run(run, lambda _: None)
-    if not train_run(run, callbacks=callbacks).interrupted:
-        judge_run(run)
+    train_run(run, callbacks=callbacks)
+    judge_run(run)
 
 
 def _run_transformer_pilot(
@@ -304,8 +317,6 @@ def _run_triple(
             callbacks=callbacks,
             device=device,
         )
-        if trained.interrupted:
-            return
         train_s += trained.train_s
         accuracy[rule] = measure_recall(
             model.to(device), task, _TRIPLE_EXAMPLES, stage_seed + _TEST_SEED_OFFSET
