@@ -22,7 +22,7 @@ LAYERS = (
     ("field_types", "recipe", "recall_recipe", "run_folder", "checkpoints"),
     ("sampling", "generation", "evaluation"),
     ("training_callbacks", "training", "training_run", "recall_slices", "recall_run"),
-    ("bench", "reports"),
+    ("bench", "compare", "reports", "reproduce"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from unimatrix.baselines.peers import PEERS
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, TokenCost, count_model
 from unimatrix.bench.models import BenchModel
+from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.configuration import PRESETS
 
 B, T = 2, 12
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-NAMES = [*PRESETS, *(name for name, peer in PEERS.items() if not peer.needs)]
+NAMES = [*PRESETS, *(name for name, peer in TIMED_PEERS.items() if not peer.needs)]
 
 
 def build(name: str):

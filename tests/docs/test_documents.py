@@ -17,12 +17,14 @@ COMMANDS = typer.main.get_command(app).commands
 OPTIONS = {
     "bench": "batch-size budget device help json length mode out peer preset quick rounds seed set "
     "threads",
+    "compare": "data device help json only out quick report",
     "eval": "data device help json limit-bytes seed split valid-data",
     "generate": "device help json max-new-bytes prompt-file seed temperature top-k top-p",
     "info": "device help json seed",
     "recall": "batch-size data device dropout help json lr out pairs preset quick report seed set "
     "slots steps test-data test-examples test-pairs test-slots test-tokens test-window "
     "weight-decay",
+    "reproduce": "check data device help json only out quick valid-data",
     "train": "data device dry-run help init json minutes out preset resume seed set steps "
     "valid-data",
 }

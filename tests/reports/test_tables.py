@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from unimatrix.errors import InputError
-from unimatrix.reports.__main__ import DOCUMENTS
-from unimatrix.reports.tables import TABLES, read_records, render_document
+from unimatrix.reports.tables import DOCUMENTS, TABLES, read_records, render_document
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,25 +6,25 @@ from unimatrix.configuration import UniMatrixConfig
 
 
 def build_llama(
-    config: UniMatrixConfig, *, max_tokens: int, intermediate_size: int | None = None
+    config: UniMatrixConfig, *, max_tokens: int, inner_size: int | None = None
 ) -> LlamaForCausalLM:
     """Return a Llama with the width, depth, heads and vocabulary of a UniMatrix.
 
-    It has no dropout.
+    Its gated feed-forward has three matrices, so 8 D / 3 makes it as large as ours of 4 D. It has
+    no dropout.
 
     Args:
         config: uses V, D, L, H and the special tokens.
         max_tokens: the longest sequence it will see.
-        intermediate_size: F; ``None`` is 8 D / 3: its gated feed-forward has three matrices, which
-            makes it as large as ours of 4 D.
+        inner_size: F; ``None`` is 8 D / 3.
     """
-    if intermediate_size is None:
-        intermediate_size = round(8 * config.hidden_size / 3)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
-            intermediate_size=intermediate_size,
+            intermediate_size=round(8 * config.hidden_size / 3)
+            if inner_size is None
+            else inner_size,
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_attention_heads,

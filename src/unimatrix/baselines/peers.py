@@ -1,98 +1,50 @@
-"""The models of other libraries, by name: how one is built, continued and counted."""
+"""Every peer by its name in a comparison."""
 
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from torch import nn
+from transformers import PreTrainedModel
 
-from unimatrix.baselines.flash_linear_attention import build_gated_deltanet, build_gla
+from unimatrix.baselines.gated_linear_attention import (
+    build_gated_deltanet,
+    build_gated_linear_attention,
+)
+from unimatrix.baselines.gelu_transformer import build_gelu_transformer
 from unimatrix.baselines.llama import build_llama
 from unimatrix.baselines.mamba2 import build_mamba2
 from unimatrix.baselines.rwkv import build_rwkv
+from unimatrix.baselines.universal_transformer import build_universal_transformer
+from unimatrix.configuration import UniMatrixConfig
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPeer(Protocol):
+    """Build a peer of some width, depth and heads."""
+
+    def __call__(
+        self, config: UniMatrixConfig, *, max_tokens: int, inner_size: int | None = None
+    ) -> PreTrainedModel:
+        """Return the model with fresh weights."""
+
+
+@dataclass(frozen=True)
 class Peer:
-    """A model of another library.
+    """A model from elsewhere."""
 
-    Attributes:
-        build: makes it: ``build(config, max_tokens=..., intermediate_size=...)``.
-        cache_name: under which name it takes and returns what it carries from call to call.
-        count_mixing: multiply-adds of one token in one layer besides those of its Linear layers,
-            whatever came before, from its configuration.
-        attends: whether each earlier token costs 2 D multiply-adds more in every layer.
-        needs: a package that it comes from and that runs on a GPU alone; empty is transformers.
-    """
-
-    build: Callable[..., Any]
-    cache_name: str = "past_key_values"
-    count_mixing: Callable[[Any], int]
-    attends: bool = False
-    needs: str = ""
-
-    def explain_absence(self, device: str) -> str | None:
-        """Return why the model cannot run here, ``None`` if it can.
-
-        Args:
-            device: cpu, cuda or mps.
-        """
-        if not self.needs:
-            return None
-        if device != "cuda":
-            return f"its library runs on a CUDA device only, not on {device}"
-        if importlib.util.find_spec(self.needs) is None:
-            return "flash-linear-attention is not installed"
-        return None
+    build: BuildPeer
+    """Builds it."""
+    inner_ratio: float
+    """Its usual inner width, as a multiple of D."""
+    width_multiple: int
+    """D is a multiple of this times H."""
 
 
-def count_linear(model: nn.Module, head: nn.Module) -> int:
-    """Return the multiply-adds of one token in all Linear layers but the head, each used once.
-
-    Args:
-        model: a peer.
-        head: its output layer.
-    """
-    return sum(
-        module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
-
-
-def _count_mamba2(config: Any) -> int:
-    """Count the convolution, and decay, write and read of a state of N x N in every head."""
-    inner = config.num_heads * config.head_dim
-    convolved = inner + 2 * config.n_groups * config.state_size
-    return int(config.conv_kernel * convolved + 3 * inner * config.state_size)
-
-
-def _count_rwkv(config: Any) -> int:
-    """Count numerator and denominator of each channel: decay, write, and the current token."""
-    return int(2 * 3 * config.attention_hidden_size)
-
-
-def _count_gla(config: Any) -> int:
-    """Count decay, write and read of a matrix of keys by values."""
-    keys, values = config.expand_k * config.hidden_size, config.expand_v * config.hidden_size
-    return int(3 * keys * values / config.num_heads)
-
-
-def _count_gated_deltanet(config: Any) -> int:
-    """Count decay, correction, write and read of a matrix a head, and the convolutions."""
-    keys = config.num_heads * config.head_dim
-    values = int(config.expand_v * keys)
-    return int(4 * keys * values / config.num_heads + config.conv_size * (2 * keys + values))
-
-
-LLAMA = "llama"
-PEERS: dict[str, Peer] = {
-    LLAMA: Peer(build=build_llama, count_mixing=lambda _: 0, attends=True),
-    "mamba2": Peer(build=build_mamba2, cache_name="cache_params", count_mixing=_count_mamba2),
-    "rwkv": Peer(build=build_rwkv, cache_name="state", count_mixing=_count_rwkv),
-    "gla": Peer(build=build_gla, count_mixing=_count_gla, needs="fla"),
-    "gated-deltanet": Peer(
-        build=build_gated_deltanet, count_mixing=_count_gated_deltanet, needs="fla"
-    ),
+PEERS: Mapping[str, Peer] = {
+    "llama": Peer(build_llama, 8 / 3, 2),
+    "gelu-transformer": Peer(build_gelu_transformer, 4, 1),
+    "universal-transformer": Peer(build_universal_transformer, 8 / 3, 2),
+    "mamba2": Peer(build_mamba2, 1 / 2, 2),
+    "rwkv": Peer(build_rwkv, 4, 1),
+    "gated-linear-attention": Peer(build_gated_linear_attention, 8 / 3, 2),
+    "gated-deltanet": Peer(build_gated_deltanet, 8 / 3, 4),
 }

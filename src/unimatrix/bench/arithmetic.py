@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from unimatrix.baselines.peers import PEERS, count_linear
+from unimatrix.bench.peers import TIMED_PEERS, count_linear
 from unimatrix.configuration import UniMatrixConfig
 
 FLOPS_PER_MULTIPLY_ADD = 2
@@ -71,10 +71,10 @@ def count_peer(name: str, model: Any) -> TokenCost:
     """Count a model of another library.
 
     Args:
-        name: a key of ``PEERS``.
+        name: a key of ``TIMED_PEERS``.
         model: one that it built.
     """
-    peer, config = PEERS[name], model.config
+    peer, config = TIMED_PEERS[name], model.config
     head = model.get_output_embeddings()
     layers = int(config.num_hidden_layers)
     attended = 2 * config.hidden_size if peer.attends else 0
@@ -169,7 +169,7 @@ def count_model(name: str, model: nn.Module) -> TokenCost:
     """Count a peer or a preset.
 
     Args:
-        name: a key of ``PEERS``, or anything else for a UniMatrix.
+        name: a key of ``TIMED_PEERS``, or anything else for a UniMatrix.
         model: the model of that name.
     """
-    return count_peer(name, model) if name in PEERS else count_unimatrix(model.config)  # type: ignore[arg-type]
+    return count_peer(name, model) if name in TIMED_PEERS else count_unimatrix(model.config)  # type: ignore[arg-type]

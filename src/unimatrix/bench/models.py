@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from unimatrix.baselines.peers import PEERS
+from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.modeling import UniMatrixForCausalLM
 
@@ -20,7 +20,7 @@ class BenchModel:
     """A model to be timed.
 
     Attributes:
-        name: a preset, or a key of ``PEERS``.
+        name: a preset, or a key of ``TIMED_PEERS``.
         overrides: configuration fields of a UniMatrix; peers take the sizes among them.
     """
 
@@ -30,12 +30,12 @@ class BenchModel:
     @property
     def is_peer(self) -> bool:
         """Whether another library ships it."""
-        return self.name in PEERS
+        return self.name in TIMED_PEERS
 
     @property
     def cache_name(self) -> str:
         """Under which name it takes and returns what it carries from call to call."""
-        return PEERS[self.name].cache_name if self.is_peer else "past_key_values"
+        return TIMED_PEERS[self.name].cache_name if self.is_peer else "past_key_values"
 
     def make_config(self) -> UniMatrixConfig:
         """Return the configuration; of a peer, that of the UniMatrix whose sizes it shares.
@@ -61,9 +61,10 @@ class BenchModel:
             torch.manual_seed(seed)
             if not self.is_peer:
                 return UniMatrixForCausalLM(config).to(device)
-            intermediate_size = self.overrides.get("intermediate_size")
-            model: PreTrainedModel = PEERS[self.name].build(
-                config, max_tokens=max_tokens, intermediate_size=intermediate_size
+            peer = TIMED_PEERS[self.name]
+            inner_size = self.overrides.get("intermediate_size") if peer.feeds_forward else None
+            model: PreTrainedModel = peer.build(
+                config, max_tokens=max_tokens, inner_size=inner_size
             )
         return model.to(device)
 
@@ -75,7 +76,7 @@ class BenchModel:
             device: cpu, cuda or mps.
         """
         if self.is_peer:
-            return PEERS[self.name].explain_absence(device)
+            return TIMED_PEERS[self.name].explain_absence(device)
         rows = self.make_config().max_position_embeddings
         if rows is not None and num_tokens > rows:
             return f"its position table has {rows:,} rows"

@@ -11,12 +11,12 @@ from torch.nn import Module
 from transformers.utils import logging
 
 from unimatrix.allocator import keep_freed_memory
-from unimatrix.baselines.peers import LLAMA
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, count_model
 from unimatrix.bench.clock import Spread, Workload, compare_rounds, summarize, time_interleaved
 from unimatrix.bench.equivalence import check_model
 from unimatrix.bench.matmul_peak import MatmulPeak
 from unimatrix.bench.models import BenchModel
+from unimatrix.bench.peers import LLAMA
 from unimatrix.bench.probe import Cell, Probe, Setting, count_positions, probe
 from unimatrix.bench.workloads import MODES, NEW_TOKENS, choose_batch_size, cut_rows, load_text
 from unimatrix.ops.threads import flush_denormals

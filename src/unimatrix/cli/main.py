@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 import unimatrix
-from unimatrix.cli import bench, evaluate, generate, info, recall, train
+from unimatrix.cli import bench, compare, evaluate, generate, info, recall, reproduce, train
 from unimatrix.cli.common import make_log
 from unimatrix.errors import InputError
 
@@ -29,6 +29,8 @@ app.command("generate")(generate.run)
 app.command("eval")(evaluate.run)
 app.command("info")(info.run)
 app.command("recall")(recall.run)
+app.command("compare")(compare.run)
+app.command("reproduce")(reproduce.run)
 app.command("bench")(bench.run)
 
 

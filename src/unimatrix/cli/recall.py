@@ -124,7 +124,8 @@ def run(
     }
     recipe = replace(recipe, **{name: x for name, x in given.items() if x is not None})
     if report is not None:
-        from unimatrix.reports.recall_report import require_report_path, write_recall_report
+        from unimatrix.reports.page import require_report_path
+        from unimatrix.reports.recall_report import write_recall_report
 
         require_report_path(report)
     result = _run_visibly(recipe, out, pick_device(device))

@@ -26,7 +26,8 @@ def measure_consecutive_windows(
     with suspend_training(model):
         for batch in DataLoader(windows, batch_size=batch_size):
             placed = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            loss = model(**placed, use_cache=False).loss
+            # Models of transformers compute a loss only where there are labels.
+            loss = model(**placed, labels=placed["shift_labels"], use_cache=False).loss
             assert isinstance(loss, torch.Tensor)
             nats += loss.item() * batch["shift_labels"].numel()
             num_labels += batch["shift_labels"].numel()

@@ -7,9 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from unimatrix.reports.tables import read_records, render_document
-
-DOCUMENTS = ("README.md", "docs/results.md", "docs/hindsight.md")
+from unimatrix.reports.tables import find_stale_documents, read_records
 
 
 def main() -> int:
@@ -17,18 +15,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m unimatrix.reports", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
     check = parser.parse_args().check
-    records = read_records(Path("results"))
-    stale = []
-    for document in map(Path, DOCUMENTS):
-        text = document.read_text(encoding="utf-8")
-        rendered = render_document(text, records)
-        if rendered != text:
-            stale.append(str(document))
-            if not check:
-                document.write_text(rendered, encoding="utf-8")
+    root = Path()
+    stale = find_stale_documents(root, read_records(root / "results"))
     if check and stale:
-        sys.stderr.write(f"differs from the records: {', '.join(stale)}\n")
+        sys.stderr.write(f"differs from the records: {', '.join(map(str, stale))}\n")
         return 1
+    for document, text in stale.items():
+        document.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.reports.recall_plots import render_png
+from unimatrix.reports.figures import render_png
 
 Row = Mapping[str, Any]
 

@@ -1,8 +1,6 @@
 """Figures of recall results."""
 
-import io
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from unimatrix.evaluation.units import format_bytes
+from unimatrix.reports.figures import INK, set_look, wrap_label
 from unimatrix.reports.recall_results import (
     INFORMATION_LIMIT_BYTES,
     PUBLISHED_MQAR_B,
@@ -40,9 +39,6 @@ _OUR_MARKERS = ("*", "o", "D", "s", "^", "v", "P", "X")
 _RULE_GREYS = ("#4a4a4a", "#8c8c8c", "#c8c8c8")
 _RULE_INKS = ("#1a1a1a", "#7a7a7a", "#7a7a7a")
 _RULE_DASHES = ((7.0, 3.0), (3.5, 3.5), (1.5, 2.5))
-_INK = "#222222"
-_DPI = 200
-_LEGEND_CHARACTERS = 34
 # The published accuracies are known to 0.005: that much is where the stretching stops.
 _RESOLUTION = 0.005
 _TOP = 1.0013
@@ -70,13 +66,13 @@ def plot_state_against_accuracy(configurations: Sequence[Configuration]) -> Figu
     axes.set_xlabel("state of one sequence (log scale)")
     axes.set_ylabel(f"accuracy, mean of {num_slices} slices (stretched towards 1)")
     axes.set_title(
-        "Exact recall against the state that holds it", loc="left", pad=16, fontsize=20, color=_INK
+        "Exact recall against the state that holds it", loc="left", pad=16, fontsize=20, color=INK
     )
     axes.grid(color="#e6e6e6", linewidth=0.9)
     _draw_limit(axes)
     if len(configurations) == 1:
         _draw_reached(axes, configurations[0])
-    _set_look(axes)
+    set_look(axes)
     groups: dict[str, Sequence[Artist]] = {
         "This project": ours,
         "Copy rules, no parameters": rules,
@@ -107,7 +103,7 @@ def plot_slices(configurations: Sequence[Configuration], slice_label: str) -> Fi
     for index, one in enumerate(configurations):
         colour = _OUR_COLOURS[index % len(_OUR_COLOURS)]
         _draw_our_bars(axes, one, slices, offset=offsets[index], width=width, colour=colour)
-        ours.append(Patch(color=colour, label=_label(one.name)))
+        ours.append(Patch(color=colour, label=wrap_label(one.name)))
     copied = [
         _draw_copied_bars(axes, configurations, index, offset, width)
         for index, offset in enumerate(offsets[len(configurations) :])
@@ -119,32 +115,13 @@ def plot_slices(configurations: Sequence[Configuration], slice_label: str) -> Fi
         loc="left",
         pad=16,
         fontsize=20,
-        color=_INK,
+        color=INK,
     )
-    _set_look(axes)
+    set_look(axes)
     _draw_legend(
         axes, {"This project, mean and worst run": ours, "Copy rules, no parameters": copied}
     )
     return figure
-
-
-def render_png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG, the same for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(
-        buffer,
-        format="png",
-        dpi=_DPI,
-        bbox_inches="tight",
-        pad_inches=0.25,
-        metadata={"Software": None},
-    )
-    return buffer.getvalue()
-
-
-def _label(text: str) -> str:
-    """Return text of the caller for a figure: wrapped, and with no dollar that starts a formula."""
-    return textwrap.fill(text.replace("$", r"\$"), _LEGEND_CHARACTERS)
 
 
 def _draw_ours(axes: Axes, one: Configuration, index: int) -> Artist:
@@ -171,11 +148,11 @@ def _draw_ours(axes: Axes, one: Configuration, index: int) -> Artist:
         color=colour,
         marker=marker,
         markersize=24 if marker == "*" else 15,
-        markeredgecolor=_INK,
+        markeredgecolor=INK,
         markeredgewidth=1.2,
         linestyle="none",
         zorder=5,
-        label=f"{_label(one.name)}\n{reached}",
+        label=f"{wrap_label(one.name)}\n{reached}",
     )
     return points
 
@@ -209,7 +186,7 @@ def _draw_rule_lines(axes: Axes, configurations: Sequence[Configuration]) -> lis
             color=_RULE_INKS[index % len(_RULE_INKS)],
             linewidth=2,
             zorder=1.5,
-            label=f"{_label(name_rule(rule))} {format_fraction(accuracy)}",
+            label=f"{wrap_label(name_rule(rule))} {format_fraction(accuracy)}",
         )
         # Shifted against each other, so that two rules at one height both show.
         line.set_linestyle((9.0 * index, _RULE_DASHES[index % len(_RULE_DASHES)]))
@@ -236,7 +213,7 @@ def _draw_published(axes: Axes) -> list[Artist]:
 
 def _draw_limit(axes: Axes) -> None:
     """Draw the fewest bytes that list all bindings of the longest slice."""
-    axes.axvline(INFORMATION_LIMIT_BYTES, color=_INK, linewidth=1.5, linestyle=":", zorder=1)
+    axes.axvline(INFORMATION_LIMIT_BYTES, color=INK, linewidth=1.5, linestyle=":", zorder=1)
     axes.annotate(
         f"{INFORMATION_LIMIT_BYTES} bytes list 256 pairs of 12 + 12 bits",
         (INFORMATION_LIMIT_BYTES, 0.02),
@@ -247,7 +224,7 @@ def _draw_limit(axes: Axes) -> None:
         ha="right",
         va="bottom",
         fontsize=12,
-        color=_INK,
+        color=INK,
     )
 
 
@@ -297,8 +274,8 @@ def _draw_our_bars(
         mean, x = statistics.mean(found), slices.index(name) + offset
         _draw_bar(axes, x, mean, width, colour)
         if min(found) < mean:
-            axes.plot([x, x], [min(found), mean], color=_INK, linewidth=1.8, zorder=4)
-            axes.plot([x], [min(found)], color=_INK, marker="_", markersize=9, zorder=4)
+            axes.plot([x, x], [min(found), mean], color=INK, linewidth=1.8, zorder=4)
+            axes.plot([x], [min(found)], color=INK, marker="_", markersize=9, zorder=4)
 
 
 def _draw_copied_bars(
@@ -311,7 +288,7 @@ def _draw_copied_bars(
         height = average_copy_rule(configurations, rule, [name])
         if height is not None:
             _draw_bar(axes, place + offset, height, width, grey)
-    return Patch(color=grey, label=_label(name_rule(rule)))
+    return Patch(color=grey, label=wrap_label(name_rule(rule)))
 
 
 def _draw_bar(axes: Axes, x: float, height: float, width: float, colour: str) -> None:
@@ -329,33 +306,20 @@ def _draw_bar(axes: Axes, x: float, height: float, width: float, colour: str) ->
         ha="center",
         va="bottom",
         fontsize=12,
-        color="white" if is_dark and not is_short else _INK,
+        color="white" if is_dark and not is_short else INK,
         zorder=5,
     )
 
 
 def _set_slice_axes(axes: Axes, slices: Sequence[str]) -> None:
     """Give every slice a place on x, and all of 0 to 1 to y."""
-    axes.set_xticks(range(len(slices)), [_label(name) for name in slices])
+    axes.set_xticks(range(len(slices)), [wrap_label(name) for name in slices])
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(slices) - 0.4)
     axes.set_ylim(0, 1.04)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set_ylabel("accuracy")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.9)
-
-
-def _set_look(axes: Axes) -> None:
-    """Set fonts that are read from the last row, and take the box away."""
-    axes.set_axisbelow(True)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set_fontsize(14)
-        axis.label.set_color(_INK)
-        axis.labelpad = 9
-    axes.tick_params(labelsize=13, colors=_INK)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#8c8c8c")
 
 
 def _draw_legend(axes: Axes, groups: Mapping[str, Sequence[Artist]]) -> None:
@@ -373,7 +337,7 @@ def _draw_legend(axes: Axes, groups: Mapping[str, Sequence[Artist]]) -> None:
         bbox_to_anchor=(1.01, 1.02),
         frameon=False,
         fontsize=12,
-        labelcolor=_INK,
+        labelcolor=INK,
         labelspacing=0.55,
         handlelength=2.6,
         markerscale=0.7,

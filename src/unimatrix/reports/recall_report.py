@@ -1,14 +1,17 @@
 """Recall runs as one HTML file that needs nothing but itself, and its main plot as PNG."""
 
-import base64
 import html
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimatrix.errors import InputError
+from unimatrix.reports.page import (
+    render_page,
+    render_picture,
+    render_table,
+    require_report_path,
+)
 from unimatrix.reports.recall_results import (
     INFORMATION_LIMIT_BYTES,
     PUBLISHED_MQAR_B,
@@ -54,21 +57,6 @@ _NEEDLE_NOTE = (
     "Here an example counts for the model only when the whole answer is right, and for the copy "
     "rules by the share of its labels."
 )
-_STYLE = """
-body{font:17px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#fff;
-max-width:70rem;margin:2.5rem auto;padding:0 1.5rem}
-h1{font-size:2.1rem;line-height:1.2;margin-bottom:.4rem}h2{font-size:1.5rem;margin-top:3rem;
-border-top:1px solid #ddd;padding-top:1.5rem}h3{font-size:1.1rem;margin:2rem 0 .5rem}
-.lede{font-size:1.15rem;color:#444;max-width:48rem}.note{color:#555;max-width:48rem;font-size:.92rem}
-figure{margin:1.5rem 0}img{max-width:100%;height:auto}
-table{border-collapse:collapse;margin:.6rem 0 1.2rem;font-variant-numeric:tabular-nums}
-th,td{padding:.35rem .9rem;text-align:right;border-bottom:1px solid #e4e4e4}
-th:first-child,td:first-child{text-align:left}thead th{border-bottom:2px solid #888;font-weight:600}
-td.ours{font-weight:700;color:#9c4400}td.wins{background:#fff0c2}
-tr.total td{font-weight:700;border-top:2px solid #888}
-.tables{display:flex;flex-wrap:wrap;gap:0 3rem;align-items:flex-start}
-details{margin:.4rem 0}code{font-size:.85rem;overflow-wrap:anywhere}
-"""
 
 
 def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -94,29 +82,11 @@ def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> Non
     path.write_text(_render_page(sections, len(results)), encoding="utf-8")
 
 
-def require_report_path(path: Path) -> None:
-    """Raise ``InputError`` unless a report can go there: a file ending in .html, in a folder.
-
-    Args:
-        path: of the HTML file; missing folders are no hindrance, and nothing is made.
-    """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"the report's path is {str(path)!r}; give it a name ending in .html")
-    if path.is_dir():
-        raise InputError(f"the report's path {str(path)!r} is a folder; give it another name")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"the report cannot go into {str(parent)!r}; give it another folder")
-
-
 def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:
     """Return the plot of a task as PNG."""
     # Loaded here: whoever writes no report does not wait for matplotlib.
-    from unimatrix.reports.recall_plots import (
-        plot_slices,
-        plot_state_against_accuracy,
-        render_png,
-    )
+    from unimatrix.reports.figures import render_png
+    from unimatrix.reports.recall_plots import plot_slices, plot_state_against_accuracy
 
     if task == _MAIN_TASK:
         return render_png(plot_state_against_accuracy(configurations))
@@ -125,23 +95,22 @@ def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:
 
 def _render_page(sections: Sequence[str], num_runs: int) -> str:
     runs = "1 run" if num_runs == 1 else f"{num_runs} runs"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Exact recall</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>Exact recall in constant state</h1>\n<p class="lede">{_LEDE} From {runs}.</p>\n'
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
+    return render_page(
+        "Exact recall",
+        [
+            "<h1>Exact recall in constant state</h1>",
+            f'<p class="lede">{_LEDE} From {runs}.</p>',
+            *sections,
+        ],
     )
 
 
 def _render_task(task: str, configurations: Sequence[Configuration], png: bytes) -> str:
     """Return the section of a task: its plot, then the tables of each configuration."""
     title = html.escape(_TITLES.get(task, task))
-    image = base64.b64encode(png).decode("ascii")
     parts = [
         f"<section>\n<h2>{title} <code>{html.escape(task)}</code></h2>",
-        f'<figure><img alt="Plot of {title}" src="data:image/png;base64,{image}"></figure>',
+        render_picture(png, f"Plot of {title}"),
     ]
     if task == _MAIN_TASK:
         parts.append(_render_published())
@@ -173,8 +142,8 @@ def _render_configuration(task: str, one: Configuration) -> str:
             f"<h3>{html.escape(one.name)}</h3>",
             _render_accuracies(task, one),
             '<div class="tables">',
-            _render_table(["run", ""], facts),
-            _render_table(["state by part", "bytes"], by_part, last_is_total=True),
+            render_table(["run", ""], facts),
+            render_table(["state by part", "bytes"], by_part, last_is_total=True),
             "</div>",
             f"<details><summary>Recipe</summary><code>{html.escape(settings)}</code></details>",
         ]
@@ -195,7 +164,7 @@ def _render_accuracies(task: str, one: Configuration) -> str:
         rows.append([name, format_fraction(mean), format_fraction(min(found)), *cells])
         wins = ["wins" if value is not None and value >= mean else "" for value in copied]
         classes.append(["", "ours", "", *wins])
-    return _render_table(
+    return render_table(
         [*header, *map(name_rule, rules)], rows, classes=classes, last_is_total=True
     )
 
@@ -214,34 +183,5 @@ def _render_published() -> str:
         f"{INFORMATION_LIMIT_BYTES} bytes is what a list of 256 pairs of a 12-bit key and a 12-bit "
         "value takes; dashed lines are the copy rules.</p>\n"
         "<details><summary>Published points</summary>"
-        f"{_render_table(['model', 'accuracy and state'], rows)}</details>"
+        f"{render_table(['model', 'accuracy and state'], rows)}</details>"
     )
-
-
-def _render_table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    classes: Sequence[Sequence[str]] = (),
-    last_is_total: bool = False,
-) -> str:
-    """Return an HTML table with every cell escaped.
-
-    Args:
-        header: one text a column.
-        rows: one text a cell.
-        classes: the style class of each cell, ``""`` for none; empty styles no cell.
-        last_is_total: set the last row apart.
-    """
-    lines = ["<table><thead><tr>"]
-    lines += [f"<th>{html.escape(text)}</th>" for text in header]
-    lines.append("</tr></thead><tbody>")
-    for index, row in enumerate(rows):
-        is_total = last_is_total and index == len(rows) - 1
-        lines.append('<tr class="total">' if is_total else "<tr>")
-        names = classes[index] if classes else [""] * len(row)
-        for text, name in zip(row, names, strict=True):
-            style = f' class="{name}"' if name else ""
-            lines.append(f"<td{style}>{html.escape(text)}</td>")
-        lines.append("</tr>")
-    return "".join([*lines, "</tbody></table>"])

@@ -13,14 +13,24 @@ from typing import Any
 
 from unimatrix.errors import InputError, suggest
 from unimatrix.reports.bench_tables import summarize_speed, tabulate_mode
+from unimatrix.reports.claims_report import CLAIMS_HEADER, tabulate_claims, tabulate_throughput
+from unimatrix.reports.compare_results import (
+    TABLE_TITLES,
+    Table,
+    list_text_tables,
+    tabulate_compressors,
+    tabulate_recall,
+    tabulate_text,
+)
 from unimatrix.reports.recall_results import find_copy_rules
+from unimatrix.reproduce.claims import GROUPS, Claim, judge_claims, load_claims
 
 Record = dict[str, Any]
 
-# Published bits per byte, and those of the published code made causal (one seed each).
-PILOT_PUBLISHED = {"core": (5.084, 5.0745), "rosa": (5.083, 5.087), "discovery": (5.112, 5.115)}
-RECALL_PUBLISHED = {"core": 0.134, "sparsepointer-dropout": 0.756, "sparsepointer": 0.992}
+DOCUMENTS = ("README.md", "docs/results.md", "docs/hindsight.md")
+"""Documents of the checkout that hold tables."""
 
+_NO_COMPARISON = "No comparison is recorded yet."
 _SLOTS_OF_TEST = re.compile(r"(\d+) in (\d+) slots$")
 _MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -61,6 +71,22 @@ def render_document(text: str, records: Mapping[str, Record]) -> str:
         return f"{match[1]}{TABLES[name](records)}\n{match[3]}"
 
     return _MARK.sub(replace, text)
+
+
+def find_stale_documents(root: Path, records: Mapping[str, Record]) -> dict[Path, str]:
+    """Return the documents of a checkout that the records give another text, with that text.
+
+    Args:
+        root: of the checkout.
+        records: by folder, from ``read_records``.
+    """
+    stale = {}
+    for document in (root / name for name in DOCUMENTS):
+        text = document.read_text(encoding="utf-8")
+        rendered = render_document(text, records)
+        if rendered != text:
+            stale[document] = rendered
+    return stale
 
 
 def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -107,18 +133,27 @@ def _group_seeds(records: Mapping[str, Record], prefix: str) -> dict[str, list[R
     return groups
 
 
+def _find_claim(cell: str) -> Claim | None:
+    """Return the first claim about a cell, if there is one."""
+    _, claims = load_claims()
+    return next((claim for claim in claims if claim.cell == cell), None)
+
+
 def _tabulate_pilot(records: Mapping[str, Record]) -> str:
     """Return the byte-level pilot over seeds beside what was published."""
     rows = []
     for preset, members in _group_seeds(records, "pilot/").items():
-        published, causal = PILOT_PUBLISHED[preset]
+        claim = _find_claim(f"pilot/{preset}")
+        assert claim is not None, preset
+        # The published models leak the future: what counts is their code made causal.
+        causal = claim.published if claim.causal_code is None else claim.causal_code
         found = [member["results"]["bits_per_byte"] for member in members]
         mean = statistics.mean(found)
         rows.append(
             [
                 preset,
-                f"{published:.3f}",
-                f"{causal:.4f}",
+                f"{claim.published:.3f}",
+                "" if claim.causal_code is None else f"{causal:.4f}",
                 ", ".join(f"{value:.4f}" for value in found),
                 f"{mean:.4f}",
                 f"{mean - causal:+.4f}",
@@ -147,13 +182,13 @@ def _tabulate_recall(records: Mapping[str, Record]) -> str:
             for pairs in ("4", "6", "8")
         }
         four = by_pairs["4"]
-        published = RECALL_PUBLISHED.get(group)
+        claim = _find_claim(f"recall/{group}")
         rows.append(
             [
                 recipe["preset"],
                 f"{recipe['dropout']:g}",
                 str(recipe["steps"]),
-                "" if published is None else f"{100 * published:.1f}",
+                "" if claim is None else f"{100 * claim.published:.1f}",
                 ", ".join(f"{100 * value:.1f}" for value in four),
                 f"{100 * statistics.median(four):.1f}",
                 f"{100 * min(four):.1f}",
@@ -308,12 +343,73 @@ def _tabulate_language(records: Mapping[str, Record]) -> str:
     return _format_table(header, rows)
 
 
+def _split_comparisons(records: Mapping[str, Record]) -> dict[str, dict[str, Record]]:
+    """Return the records below ``compare/`` by comparison."""
+    found: dict[str, dict[str, Record]] = {}
+    for name, record in _select(records, "compare/").items():
+        comparison, _, cell = name.partition("/")
+        found.setdefault(comparison, {})[cell] = record
+    return found
+
+
+def _tabulate_comparison(records: Mapping[str, Record], table: str) -> str:
+    """Return a table of language modelling of every comparison, one corpus after the other."""
+    rows: list[list[str]] = []
+    header = ["comparison", "corpus"]
+    for comparison, cells in _split_comparisons(records).items():
+        for kind, corpus in list_text_tables(cells):
+            if kind == table:
+                found = tabulate_text(cells, table, corpus)
+                header = ["comparison", "corpus", *found.header]
+                rows += [[comparison, corpus, *row] for row in found.rows]
+    return _format_table(header, rows) if rows else _NO_COMPARISON
+
+
+def _tabulate_of_comparisons(
+    records: Mapping[str, Record], tabulate: Callable[[Mapping[str, Record]], Table]
+) -> str:
+    """Return a table that each comparison has once, one comparison after the other."""
+    rows: list[list[str]] = []
+    header = ["comparison"]
+    for comparison, cells in _split_comparisons(records).items():
+        found = tabulate(cells)
+        if found.rows:
+            header = ["comparison", *found.header]
+            rows += [[comparison, *row] for row in found.rows]
+    return _format_table(header, rows) if rows else _NO_COMPARISON
+
+
+def tabulate_claims_group(records: Mapping[str, Record], group: str) -> str:
+    """Return the claims of one of the paper's tables, with our values and verdicts.
+
+    Args:
+        records: by folder, from ``read_records``.
+        group: one of the groups of ``unimatrix reproduce``.
+    """
+    text = _format_table(CLAIMS_HEADER, tabulate_claims(judge_claims(records, [group])))
+    header, speeds = tabulate_throughput(records)
+    if group == "throughput" and speeds:
+        text += "\n\n" + _format_table(header, speeds)
+    return text
+
+
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "bench-decode": functools.partial(_tabulate_bench, mode="decode"),
     "bench-forward": functools.partial(_tabulate_bench, mode="forward"),
     "bench-prefill": functools.partial(_tabulate_bench, mode="prefill"),
     "bench-step": functools.partial(_tabulate_bench, mode="step"),
     "bench-train": functools.partial(_tabulate_bench, mode="train"),
+    **{
+        f"claims-{group}": functools.partial(tabulate_claims_group, group=group) for group in GROUPS
+    },
+    **{
+        f"compare-{table}": functools.partial(_tabulate_comparison, table=table)
+        for table in TABLE_TITLES
+    },
+    "compare-compressors": functools.partial(
+        _tabulate_of_comparisons, tabulate=tabulate_compressors
+    ),
+    "compare-recall": functools.partial(_tabulate_of_comparisons, tabulate=tabulate_recall),
     "default-run": _tabulate_default,
     "lab-associative": functools.partial(_tabulate_lab, prefix="lab/associative/"),
     "lab-mqar": functools.partial(_tabulate_lab, prefix="lab/mqar/"),

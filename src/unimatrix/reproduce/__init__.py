@@ -1,0 +1,1 @@
+"""The paper's claims: published value, recipe, our value, verdict."""
