@@ -78,8 +78,10 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
     if task == "needle":
         return _build_needle(recipe)
     rules = TripleInteraction.RULES
+    # The simplest rule every other step: what it teaches to retrieve, the others have to combine.
     return RecallSlices(
-        train=(TripleInteraction(),), test={rule: TripleInteraction(rule) for rule in rules}
+        train=(TripleInteraction("copy"), TripleInteraction()),
+        test={rule: TripleInteraction(rule) for rule in rules},
     )
 
 
