@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "slot_key_patterns": [[0], [0, 2]],
         "slot_margin": 0.25,
         "automaton_window": 16,
+        "update_rules": "delta",
         "conv_kernel": 2,
     },
     "unimatrix+hidden": {
@@ -66,13 +67,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "slot_key_patterns": [[0, 1]],
         "slot_read_offsets": [0],
         "slot_fade_tokens": 5,
+        "update_rules": "delta",
         "repeated_key": "first",
     },
     "unimatrix+no-automaton": {
         "residual_path": "none",
         "automaton_pointer": False,
         "slot_key_patterns": [[0]],
-        "update_rules": "mixed",
+        "update_rules": "delta",
         "conv_kernel": 0,
         "modulation_size": 4,
     },

@@ -60,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm_type": "rms_norm",
         "feed_forward_type": "swiglu",
         "intermediate_size": 171,
-        "update_rules": "delta",
+        "update_rules": "mixed",
         "conv_kernel": 4,
         "normalized_keys": True,
         "longest_retention": 512,

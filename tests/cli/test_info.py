@@ -15,7 +15,7 @@ PARAMETERS = {
     "rosa-assoc-hard": 120_324,
     "discovery-assoc": 131_632,
     "sparsepointer": 87_494,
-    "unimatrix": 104_214,
+    "unimatrix": 108_830,
 }
 
 
