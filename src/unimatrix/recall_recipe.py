@@ -150,11 +150,11 @@ RECIPES: Mapping[str, RecallRecipe] = {
         dropout=0.0,
         steps=2000,
         batch_size=64,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         schedule="cosine",
         warmup_fraction=0.03,
-        # A record reaches over seven tokens: the convolution ties values to their tag, which no slot
-        # of one key does. A wide feed-forward has to hold the rules.
+        # A record reaches over seven tokens: the convolution ties values to their tag, which slots
+        # of one key cannot. A wide feed-forward has to hold the rules.
         overrides=_BY_TOKEN
         | {
             "associative_memory": "none",

@@ -93,7 +93,14 @@ def run_recall(
     num_examples = recipe.steps * recipe.batch_size
     trained = train_model(
         model,
-        RotatingDataset(slices.train, recipe.seed, num_examples, recipe.batch_size),
+        RotatingDataset(
+            slices.train,
+            recipe.seed,
+            num_examples,
+            recipe.batch_size,
+            first=slices.first,
+            num_first=recipe.steps // 4,
+        ),
         recipe.to_train_section(),
         out,
         callbacks=callbacks,

@@ -37,6 +37,8 @@ class RecallSlices:
     """Tasks that the optimiser steps take in turn."""
     test: Mapping[str, SeededTask]
     """Tests by name."""
+    first: SeededTask | None = None
+    """Task of the first quarter of the steps, if they have one of their own."""
     whole_answer: bool = False
     """An example counts when all its labels are right; otherwise by the share that is."""
 
@@ -78,10 +80,11 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
     if task == "needle":
         return _build_needle(recipe)
     rules = TripleInteraction.RULES
-    # The simplest rule every other step: what it teaches to retrieve, the others have to combine.
     return RecallSlices(
-        train=(TripleInteraction("copy"), TripleInteraction()),
+        train=(TripleInteraction(),),
         test={rule: TripleInteraction(rule) for rule in rules},
+        # What the simplest rule teaches to retrieve, the others have to combine.
+        first=TripleInteraction("copy"),
     )
 
 

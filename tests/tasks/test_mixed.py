@@ -56,3 +56,12 @@ def test_what_cannot_be_built_is_refused() -> None:
         build().build_batch(np.arange(3, 5))
     with pytest.raises(IndexError, match="item 30 of a dataset of 30"):
         build()[30]
+
+
+def test_the_first_batches_are_of_the_first_task():
+    first, then = AssociativeRecall(4), AssociativeRecall(6)
+    dataset = RotatingDataset((then,), 0, 12, 3, first=first, num_first=2)
+    for batch in range(4):
+        indices = np.arange(3 * batch, 3 * batch + 3)
+        expected = (first if batch < 2 else then).build_batch(0, indices)
+        assert torch.equal(dataset.build_batch(indices)["input_ids"], expected["input_ids"])

@@ -19,16 +19,27 @@ class RotatingDataset(IndexedDataset):
         seed: of the examples; item i is example i of its task.
         num_examples: how many items.
         batch_size: consecutive items of one task.
+        first: a task that has all of the first batches; ``None`` is none.
+        num_first: how many those are.
     """
 
     def __init__(
-        self, tasks: Sequence[SeededTask], seed: int, num_examples: int, batch_size: int
+        self,
+        tasks: Sequence[SeededTask],
+        seed: int,
+        num_examples: int,
+        batch_size: int,
+        *,
+        first: SeededTask | None = None,
+        num_first: int = 0,
     ) -> None:
         if num_examples < 1:
             raise InputError(f"num_examples is {num_examples}; ask for at least 1.")
         self.tasks = tuple(tasks)
         self.seed = seed
         self.batch_size = batch_size
+        self.first = first
+        self.num_first = 0 if first is None else num_first
         self._num_examples = num_examples
 
     def __len__(self) -> int:
@@ -36,7 +47,13 @@ class RotatingDataset(IndexedDataset):
 
     def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build the items of ``indices`` [n], which are all of one batch."""
-        numbers = np.unique(indices // self.batch_size % len(self.tasks))
-        if len(numbers) > 1:
-            raise ValueError(f"items of batches of different tasks: {numbers.tolist()}")
-        return self.tasks[int(numbers[0])].build_batch(self.seed, indices)
+        batches = indices // self.batch_size
+        # The first task stands behind the others.
+        numbers = np.where(batches < self.num_first, len(self.tasks), batches % len(self.tasks))
+        found = np.unique(numbers)
+        if len(found) > 1:
+            raise ValueError(f"items of batches of different tasks: {found.tolist()}")
+        number = int(found[0])
+        task = self.first if number == len(self.tasks) else self.tasks[number]
+        assert task is not None
+        return task.build_batch(self.seed, indices)
