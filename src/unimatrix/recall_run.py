@@ -123,8 +123,8 @@ def _check(recipe: RecallRecipe, slices: RecallSlices, config: UniMatrixConfig) 
             raise InputError(f"test_slots holds {num_slots}; give at least 1, or 0 for the pairs")
     if recipe.test_slots and config.associative_memory != "selective":
         raise InputError(
-            f"test_slots is {list(recipe.test_slots)} and preset {recipe.preset!r} has no "
-            "selective slots; leave it out"
+            f"test_slots is {list(recipe.test_slots)} and the model of {recipe.task} with preset "
+            f"{recipe.preset!r} has no selective slots; leave it out"
         )
     for task in slices.test.values():
         _list_slots(recipe, task)

@@ -88,7 +88,8 @@ def test_text() -> None:
         (("needle", "--preset", "core"), "leave --preset out"),
         (("--preset", "sparsepointer", "--test-slots", 4), "has no selective slots"),
         (("--test-slots", -1), "test_slots holds -1"),
-        (("triple", "--test-slots", 0), "this task has none"),
+        (("needle", "--test-slots", 0), "this task has none"),
+        (("triple", "--test-slots", 3), "triple with preset 'unimatrix' has no selective slots"),
         (("--preset", "core", "--test-tokens", 200), "an example has 200 tokens"),
         (("--test-tokens", 9), "window_tokens is 9, too short"),
         (("--set", "slot_key_patterns=[[0,0]]"), "none twice"),
@@ -121,6 +122,6 @@ def test_report(tmp_path) -> None:
 
 
 def test_another_task() -> None:
-    text = run_command("recall", "triple", *QUICK, "--test-slots", 3).text
-    assert text.startswith("triple recall: unimatrix, 2 steps of 4")
+    text = run_command("recall", "noisy-keys", *QUICK, "--test-slots", 3).text
+    assert text.startswith("noisy-keys recall: unimatrix, 2 steps of 4")
     assert " in 3 slots" in text
