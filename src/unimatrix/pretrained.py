@@ -11,12 +11,16 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.decoding.loop import choose_loop, sample_tokens
 from unimatrix.errors import InputError
 from unimatrix.nn.block import UniMatrixBlock
+from unimatrix.nn.feed_forward import GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.norm import RowNorm
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops import matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
+
+_USE_FUSED_PASSES = (UniMatrixBlock, RowNorm, GatedFeedForward, ShortConvolution)
 
 
 class UniMatrixPreTrainedModel(PreTrainedModel):
@@ -60,6 +64,9 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             InputError: if an operator of this model has no such back end.
         """
         chosen = dict.fromkeys(BACKENDS, backend) if isinstance(backend, str) else backend
+        if backend == "parallel":
+            # Fused passes are no scan and have no such form: they stay as they are.
+            chosen = {op: name for op, name in chosen.items() if op != "fused_passes"}
         blocks = [module for module in self.modules() if isinstance(module, UniMatrixBlock)]
         contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
         users: dict[str, list[nn.Module | None]] = {
@@ -68,6 +75,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             "selective_slots": [block.selective_mixer for block in blocks],
             "dense_memory": [block.dense_mixer for block in blocks],
             "suffix_automaton": [context for context in contexts if context.uses_automaton],
+            "fused_passes": [m for m in self.modules() if isinstance(m, _USE_FUSED_PASSES)],
         }
         for op, name in chosen.items():
             if op not in users:
@@ -103,6 +111,8 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             chosen["dense_memory"] = block.dense_mixer, "parallel"
         if contexts and contexts[0].uses_automaton:
             chosen["suffix_automaton"] = contexts[0], "native"
+        native = place.type == "cpu" and num_tokens > 1
+        chosen["fused_passes"] = block, "native" if native else "reference"
         return {
             op: auto if module.backend == "auto" else str(module.backend)
             for op, (module, auto) in chosen.items()

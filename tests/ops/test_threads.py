@@ -4,6 +4,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -24,13 +25,30 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     torch.set_num_threads(before)
 
 
+@numba.njit(nogil=True)
 def _count_up(first_row: int, last_row: int, counts: np.ndarray, add: int) -> None:
     counts[first_row:last_row] += add
 
 
+@numba.njit(nogil=True)
 def _refuse(first_row: int, last_row: int) -> None:
     if last_row == 7:
-        raise ValueError(f"rows {first_row} to {last_row}")
+        raise ValueError("the last rows")
+
+
+@numba.njit(nogil=True)
+def _fill_table(
+    first_row: int,
+    last_row: int,
+    form: tuple[tuple[int, int], int],
+    flat: np.ndarray,
+    table: np.ndarray,
+    is_doubled: bool,
+) -> None:
+    for row in range(first_row, last_row):
+        for column in range(table.shape[1]):
+            value = flat[row] + form[0][0] * column + form[0][1] + form[1]
+            table[row, column] = 2 * value if is_doubled else value
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 100])
@@ -42,8 +60,20 @@ def test_every_row_is_covered_once(team: str, num_rows: int) -> None:
 
 
 def test_an_error_in_a_thread_reaches_the_caller(team: str) -> None:
-    with pytest.raises(ValueError, match="rows 5 to 7"):
+    failure = {"pool": (ValueError, "the last rows"), "libgomp": (RuntimeError, "1 of 4 spans")}
+    kind, message = failure[team]
+    with pytest.raises(kind, match=message):
         threads.map_rows(_refuse, 7)
+
+
+@pytest.mark.parametrize("is_doubled", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_arguments_of_every_kind(team: str, is_doubled: bool, stride: int) -> None:
+    flat = torch.arange(9.0).view(3, 3)
+    table = np.zeros((9, 5 * stride))[:, ::stride]
+    threads.map_rows(_fill_table, 9, ((10, 7), 100), flat, table, is_doubled)
+    expected = np.arange(9.0)[:, None] + 10 * np.arange(5.0) + 107
+    assert (table == expected * (2 if is_doubled else 1)).all()
 
 
 def _count_in_child(results: multiprocessing.Queue) -> None:

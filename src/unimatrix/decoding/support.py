@@ -12,6 +12,7 @@ from unimatrix.nn.associative_projections import AssociativeProjections
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.norm import RowNorm
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
@@ -82,7 +83,7 @@ _MODULES = (
     nn.Linear,
     nn.Embedding,
     nn.LayerNorm,
-    nn.RMSNorm,
+    RowNorm,
     nn.Dropout,
     nn.Identity,
     nn.ModuleList,

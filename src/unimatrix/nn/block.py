@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
@@ -10,10 +9,12 @@ from unimatrix.nn.dense_mixer import DenseMixer
 from unimatrix.nn.feed_forward import build_feed_forward
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.norm import build_norm
+from unimatrix.nn.packed_linear import apply_together
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead, SelectiveState
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.slot_mixer import SlotMixer
 from unimatrix.ops.dense_memory import DenseMemory
+from unimatrix.ops.fused_passes import sum_gated
 from unimatrix.ops.slots import SlotRead, SlotState
 
 
@@ -93,6 +94,7 @@ class UniMatrixBlock(nn.Module):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
+        self.backend = "auto"
         width = config.hidden_size
         self.norm = build_norm(config)
         self.matrix_mixer = MatrixMixer(config) if config.update_rules != "none" else None
@@ -168,31 +170,30 @@ class UniMatrixBlock(nn.Module):
         """
         h = self.norm(x)
         matrix_state, recent, associations = carry
-        mixed = None
+        gates, contexts = [], []
         if self.matrix_mixer is not None:
-            mixed, matrix_state, recent = self.matrix_mixer(
+            readout, matrix_state, recent = self.matrix_mixer(
                 h, matrix_state, recent, sequence.lengths
             )
+            gates.append(self.matrix_mixer.residual_gate)
+            contexts.append(readout)
         if self.reads_hidden:
             retrieval, associations = self.retrieve(h, sequence, associations)
         pointer = None
         if retrieval is not None:
             mixer = self.slot_mixer or self.dense_mixer or self.selective_mixer
             assert mixer is not None
-            mixed = _add_gated(mixed, mixer.read_gate(h), retrieval.context)
+            gates.append(mixer.read_gate)
+            contexts.append(retrieval.context)
             if is_last and self.slot_mixer is not None and retrieval.read is not None:
                 pointer = self.slot_mixer.weigh_pointer(h, retrieval.read)
         if self.context_gate is not None and sequence.residual_context is not None:
-            mixed = _add_gated(mixed, self.context_gate(h), sequence.residual_context)
-        if mixed is not None:
+            gates.append(self.context_gate)
+            contexts.append(sequence.residual_context)
+        if gates:
+            mixed = sum_gated(apply_together(gates, h), contexts, backend=self.backend)
             x = x + self.dropout(mixed)
         x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))
         if sequence.modulation is not None:
             x = x * sequence.modulation
         return x, DepthCarry(matrix_state, recent, associations), pointer
-
-
-def _add_gated(mixed: Tensor | None, gate: Tensor, context: Tensor) -> Tensor:
-    """Return mixed + sigmoid(gate) * context, all [B, T, D], in one pass fewer; ``None`` is 0."""
-    gate = torch.sigmoid(gate)
-    return gate * context if mixed is None else torch.addcmul(mixed, gate, context)

@@ -1,9 +1,11 @@
 """The feed-forward networks of a depth step."""
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.packed_linear import apply_together
+from unimatrix.ops.fused_passes import apply_gated_unit
 
 
 class FeedForward(nn.Module):
@@ -28,6 +30,7 @@ class FeedForward(nn.Module):
 class GatedFeedForward(nn.Module):
     """Apply Linear(D, F) * SiLU(Linear(D, F)), dropout, Linear(F, D), without biases.
 
+    Equation: E23.
     Source: Shazeer 2020 (arXiv:2002.05202), SwiGLU.
 
     Args:
@@ -36,6 +39,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
+        self.backend = "auto"
         width, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
@@ -44,7 +48,9 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the network's output, [B, T, D] for [B, T, D]."""
-        output: Tensor = self.down_proj(self.dropout(silu(self.gate_proj(h)) * self.up_proj(h)))
+        gate_and_up = apply_together([self.gate_proj, self.up_proj], h)  # [B, T, 2 F]
+        inner = apply_gated_unit(gate_and_up, backend=self.backend)  # [B, T, F]
+        output: Tensor = self.down_proj(self.dropout(inner))
         return output
 
 

@@ -1,24 +1,22 @@
-"""Projections and gate around the matrix state."""
+"""Projections around the matrix state."""
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, normalize, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.packed_linear import apply_together
 from unimatrix.nn.short_convolution import ShortConvolution
-from unimatrix.ops.matrix_state import scan_matrix_state
+from unimatrix.ops.matrix_state import scan_projected
 
 NUM_RULES = 3
-# Small beside the square of a read-out, which a long retention makes small.
-_READOUT_EPS = 1e-6
 
 
 class MatrixMixer(nn.Module):
     """Mix tokens through one matrix state per head.
 
-    Equation: E1 to E4, E18, E19, and the gate of E11.
+    Equation: E1 to E4, E18, E19, E24.
     Source: paper, section on the hybrid state update; ``docs/deviations.md`` D1 and D7.
 
     Args:
@@ -70,7 +68,7 @@ class MatrixMixer(nn.Module):
         recent: Tensor | None,
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gated readout, and the state after the last real token.
+        """Return the readout before its gate, and the state after the last real token.
 
         Args:
             h: [B, T, D], normalised stream of this depth step.
@@ -85,39 +83,20 @@ class MatrixMixer(nn.Module):
         source = h
         if self.short_conv is not None:
             source, recent = self.short_conv(h, recent, lengths)
-        heads = (*h.shape[:2], self.num_heads, self.head_dim)
-        q = self._bound(self.q_proj(source).view(heads))  # [B, T, H, N]
-        k = self.k_proj(source).view(heads)  # [B, T, H, N]
-        v = self._bound(self.v_proj(source).view(heads))  # [B, T, H, N]
-        d, rule_weights, write_strength = None, None, None
-        if self.write_proj is not None:
-            write_strength = torch.sigmoid(self.write_proj(h))  # [B, T, H]
-        else:
-            k = self._bound(k)
+        vectors, controls = [self.q_proj, self.k_proj, self.v_proj], [self.retention_proj]
         if self.mixes_rules:
-            d = self._bound(self.diag_proj(source).view(heads))  # [B, T, H, N]
-            rules = self.rule_proj(h).view(*h.shape[:2], self.num_heads, NUM_RULES)
-            rule_weights = rules.softmax(dim=-1)  # [B, T, H, R]
-        y, final_state = scan_matrix_state(
-            q,
-            k,
-            v,
-            d,
-            logsigmoid(self.retention_proj(h)),  # [B, T, H]
-            rule_weights,
-            write_strength=write_strength,
+            vectors, controls = [*vectors, self.diag_proj], [*controls, self.rule_proj]
+        if self.write_proj is not None:
+            controls.append(self.write_proj)
+        projected = apply_together(vectors, source)  # [B, T, P H N]
+        y, final_state = scan_projected(
+            projected.view(*h.shape[:2], len(vectors), self.num_heads, self.head_dim),
+            apply_together(controls, h),  # [B, T, C]
+            unit=self.normalized_keys,
+            delta=self.uses_delta,
+            norm_guard=self.norm_guard,
             initial_state=matrix_state,
             lengths=lengths,
-            norm_guard=self.norm_guard,
             backend=self.backend,
         )
-        if self.normalized_keys:
-            y = rms_norm(y, y.shape[-1:], eps=_READOUT_EPS)
-        readout = self.out_proj(y.flatten(2))  # [B, T, D]
-        return torch.sigmoid(self.residual_gate(h)) * readout, final_state, recent
-
-    def _bound(self, projected: Tensor) -> Tensor:
-        """Return unit vectors per head, or each number through tanh as in the paper."""
-        if self.normalized_keys:
-            return normalize(projected, dim=-1)
-        return torch.tanh(projected)
+        return self.out_proj(y.flatten(2)), final_state, recent

@@ -8,6 +8,7 @@ from torch.nn.functional import gelu, logsigmoid, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.ops.checks import find_real_tokens
+from unimatrix.ops.fused_passes import normalize_rows
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
     CODES_PER_NAT,
@@ -105,10 +106,6 @@ class SelectiveMixer(nn.Module):
         """Return the parameters that start elsewhere: a read is clearly above reading nothing."""
         return [(self.read_score, torch.full((self.num_reads,), _FIRST_READ_SCORE))]
 
-    def forward(self, h: Tensor, context: Tensor) -> Tensor:
-        """Return the gated context, [B, T, D] for h [B, T, D] and context [B, T, D]."""
-        return torch.sigmoid(self.read_gate(h)) * context
-
     def retrieve(
         self,
         embed: nn.Embedding,
@@ -192,10 +189,10 @@ class SelectiveMixer(nn.Module):
         """Return the logit of each write's strength, [B, T, N]."""
         pair = stream[:, self.num_recent - 1 :]  # [B, 1 + T]
         features = embed(pair.clamp_min(0)) * (pair >= 0).unsqueeze(-1)
-        features = rms_norm(features, features.shape[-1:])
+        features = normalize_rows(features, None, torch.finfo(features.dtype).eps)
         inputs = [features[:, :-1], features[:, 1:]]
         if hidden is not None:
-            inputs.append(rms_norm(hidden, hidden.shape[-1:]))
+            inputs.append(normalize_rows(hidden, None, torch.finfo(hidden.dtype).eps))
         logits: Tensor = self.gate_down(gelu(self.gate_up(torch.cat(inputs, dim=-1))))
         return logits
 

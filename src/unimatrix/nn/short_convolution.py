@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from unimatrix.ops.fused_passes import convolve_recent
+
 _FIRST_STD = 0.3
 
 
@@ -20,6 +22,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
+        self.backend = "auto"
         self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(kernel, width))
 
@@ -42,23 +45,19 @@ class ShortConvolution(nn.Module):
         Returns:
             [B, T, D]; [B, kernel - 1, D], the features of the last real tokens.
         """
-        num_tokens, num_recent = h.shape[1], self.kernel - 1
-        if recent is None:
-            recent = h.new_zeros(h.shape[0], num_recent, h.shape[2])
-        stream = torch.cat([recent.to(h.dtype), h], dim=1)  # [B, kernel - 1 + T, D]
-        mixed = h * self.weight[-1]
-        for back in range(1, self.kernel):
-            first = num_recent - back
-            mixed = torch.addcmul(
-                mixed, stream[:, first : first + num_tokens], self.weight[-1 - back]
-            )
+        num_recent = self.kernel - 1
+        mixed = convolve_recent(h, self.weight, recent, backend=self.backend)
+        if lengths is None and h.shape[1] >= num_recent:
+            # Copied: a view would keep the whole stream in memory.
+            return mixed, h[:, h.shape[1] - num_recent :].clone()
+        before = h.new_zeros(h.shape[0], num_recent, h.shape[2]) if recent is None else recent
+        stream = torch.cat([before.to(h.dtype), h], dim=1)  # [B, kernel - 1 + T, D]
         return mixed, _take_last(stream, num_recent, lengths)
 
 
 def _take_last(stream: Tensor, num_recent: int, lengths: Tensor | None) -> Tensor:
     """Return the last real positions of a stream with ``num_recent`` earlier ones in front."""
     if lengths is None:
-        # Copied: a view would keep the whole stream in memory.
-        return stream[:, stream.shape[1] - num_recent :].clone()
+        return stream[:, stream.shape[1] - num_recent :]
     last = lengths.unsqueeze(1) + torch.arange(num_recent, device=stream.device)  # [B, kernel - 1]
     return stream.gather(1, last.unsqueeze(-1).expand(-1, -1, stream.shape[2]))

@@ -12,6 +12,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "selective_slots": ("reference", "native"),
     "dense_memory": ("reference", "parallel"),
     "suffix_automaton": ("reference", "native"),
+    "fused_passes": ("reference", "native"),
 }
 
 

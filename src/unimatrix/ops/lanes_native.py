@@ -5,6 +5,7 @@ compiler cannot prove that the arrays do not overlap.
 """
 # mypy: allow-untyped-defs
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -48,6 +49,16 @@ def pointer(_: Any, array: Any, offset: Any) -> Any:
         return builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
 
     return types.CPointer(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def at(_: Any, pointer: Any, offset: Any) -> Any:
+    """Return the address so many numbers on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.intp), generate
 
 
 @intrinsic
@@ -102,6 +113,53 @@ def _define_arithmetic(instruction: str) -> Any:
 
 
 plus, times = _define_arithmetic("fadd"), _define_arithmetic("fmul")
+minus, over = _define_arithmetic("fsub"), _define_arithmetic("fdiv")
+
+
+# Of the exponential: terms of its series on |r| <= ln(2) / 2, bits of the mantissa, the exponent's
+# bias, and the largest argument with a finite result.
+_EXPONENTIAL = {32: (8, 23, 127, 87.0), 64: (14, 52, 1023, 708.0)}
+# ln 2 in two parts, the first of few bits, so that its multiples are exact.
+_LN_2 = (0.693359375, -2.12194440054690583e-4)
+
+
+@intrinsic
+def exponential(_: Any, lanes: Any) -> Any:
+    """Return e to the power of each lane, to the last bits; arguments are cut to a finite range.
+
+    e^x = 2^n e^r with n the nearest whole number to x / ln 2; e^r by its series. The order of
+    operations is kept where rounding depends on it.
+    """
+    terms, mantissa, bias, largest = _EXPONENTIAL[lanes.dtype.bitwidth]
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0].type
+        integers = ir.VectorType(ir.IntType(lanes.dtype.bitwidth), lanes.width)
+
+        def every(value: float) -> Any:
+            return ir.Constant(vector, [value] * lanes.width)
+
+        def whole(value: int) -> Any:
+            return ir.Constant(integers, [value] * lanes.width)
+
+        x = args[0]
+        x = builder.select(builder.fcmp_ordered(">", x, every(largest)), every(largest), x)
+        x = builder.select(builder.fcmp_ordered("<", x, every(-largest)), every(-largest), x)
+        shifted = builder.fadd(builder.fmul(x, every(1 / math.log(2))), every(0.5))
+        name = f"llvm.floor.v{lanes.width}f{lanes.dtype.bitwidth}"
+        floor = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(vector, [vector]))
+        n = builder.call(floor, [shifted])
+        r = builder.fsub(x, builder.fmul(n, every(_LN_2[0])))
+        r = builder.fsub(r, builder.fmul(n, every(_LN_2[1])))
+        result = every(1 / math.factorial(terms))
+        for k in range(terms - 1, -1, -1):
+            result = builder.fmul(result, r, flags=("contract",))
+            result = builder.fadd(result, every(1 / math.factorial(k)), flags=("contract",))
+        exponent = builder.add(builder.fptosi(n, integers), whole(bias))
+        power = builder.bitcast(builder.shl(exponent, whole(mantissa)), vector)
+        return builder.fmul(result, power)
+
+    return lanes(lanes), generate
 
 
 @intrinsic

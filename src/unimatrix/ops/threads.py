@@ -12,14 +12,20 @@ import ctypes
 import functools
 import itertools
 import os
+import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _ParallelBody = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+# ``team_native`` knows their calling conventions.
+_MACHINE_IS_KNOWN = platform.machine() in ("x86_64", "aarch64")
+_MIN_THREADED_WORK = 1 << 19  # multiply-adds; below, waking a thread costs more than it saves
 
 _thread = threading.local()
 _is_forked = False
@@ -42,21 +48,56 @@ def map_rows(kernel: Callable[..., Any], num_rows: int, *args: Any) -> None:
     Args:
         kernel: a ``nogil`` compiled function that handles rows ``first_row <= row < last_row``.
         num_rows: number of independent rows; split over as many threads as torch uses.
-        args: passed on unchanged; the kernel writes its results into them.
+        args: passed on unchanged: arrays, contiguous tensors (the kernel sees flat arrays), whole
+            numbers and tuples of them; the kernel writes its results into them.
     """
     num_threads = min(torch.get_num_threads(), num_rows)
     if num_threads <= 1:
-        kernel(0, num_rows, *args)
+        kernel(0, num_rows, *_to_arrays(args))
         return
     bounds = [num_rows * i // num_threads for i in range(num_threads + 1)]
-    calls = [
-        functools.partial(kernel, first, last, *args) for first, last in itertools.pairwise(bounds)
-    ]
     libgomp = None if _is_forked else _find_libgomp()
-    if libgomp is None:
-        _run_in_pool(calls)
+    if libgomp is not None and _MACHINE_IS_KNOWN:
+        # Imported here: it loads the compiler.
+        from unimatrix.ops.team_native import run_in_team
+
+        run_in_team(libgomp, kernel, bounds, args)
+        return
+    arrays = _to_arrays(args)
+    _run_in_pool(
+        [
+            functools.partial(kernel, first, last, *arrays)
+            for first, last in itertools.pairwise(bounds)
+        ]
+    )
+
+
+def run_rows(
+    kernel: Callable[..., None],
+    form: tuple[Any, ...],
+    num_rows: int,
+    work_per_row: int,
+    *args: Tensor | int,
+) -> None:
+    """Call ``kernel(first_row, last_row, form, *args)``, in threads if there is enough to do.
+
+    Args:
+        kernel: as in ``map_rows``; it sees tensors as flat arrays.
+        form: what the kernel is compiled for.
+        num_rows: number of independent rows.
+        work_per_row: multiply-adds of a row, roughly.
+        args: tensors and whole numbers; a tensor that is written must be contiguous.
+    """
+    given = [x.contiguous() if isinstance(x, Tensor) else x for x in args]
+    if num_rows * work_per_row < _MIN_THREADED_WORK:
+        kernel(0, num_rows, form, *_to_arrays(given))
     else:
-        _run_in_libgomp(libgomp, calls)
+        map_rows(kernel, num_rows, form, *given)
+
+
+def _to_arrays(args: Sequence[Any]) -> list[Any]:
+    """Return tensors as flat arrays; anything else as it is."""
+    return [x.detach().view(-1).numpy() if isinstance(x, Tensor) else x for x in args]
 
 
 @contextlib.contextmanager
@@ -103,7 +144,12 @@ def _find_libgomp() -> ctypes.CDLL | None:
     if not of_torch:
         return None
     libgomp = ctypes.CDLL(of_torch[0])
-    libgomp.GOMP_parallel.argtypes = [_ParallelBody, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    libgomp.GOMP_parallel.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    ]
     libgomp.GOMP_parallel.restype = None
     return libgomp
 
@@ -123,7 +169,8 @@ def _run_in_libgomp(libgomp: ctypes.CDLL, calls: Sequence[Callable[[], Any]]) ->
         except BaseException as error:
             errors.append(error)
 
-    libgomp.GOMP_parallel(_ParallelBody(work), None, len(calls), 0)
+    body = _ParallelBody(work)
+    libgomp.GOMP_parallel(ctypes.cast(body, ctypes.c_void_p), None, len(calls), 0)
     if errors:
         raise errors[0]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.lanes_native import OPTIONS, load, plus, pointer, store, times, total, zeros
-from unimatrix.ops.matrix_state.native import choose_interval, run_rows
+from unimatrix.ops.matrix_state.native import choose_interval
 from unimatrix.ops.matrix_state.reference import TokenInputs
+from unimatrix.ops.threads import run_rows
 
 
 @numba.njit(**OPTIONS)
@@ -160,7 +161,8 @@ class _DeltaScan(torch.autograd.Function):
         y = q.new_empty(q.shape) if lengths is None else q.new_zeros(q.shape)  # [B, T, H, N]
         final_state = q.new_empty(initial.shape)  # [B, H, N, N]
         outputs = (y, final_state, checkpoints)
-        run_rows(_scan_rows, width, *inputs, initial, counts, T, H, interval, *outputs)
+        given = (*inputs, initial, counts, T, H, interval)
+        run_rows(_scan_rows, width, B * H, T * N * N, *given, *outputs)
         ctx.save_for_backward(*inputs, counts, checkpoints)
         ctx.width, ctx.interval, ctx.padded = width, interval, lengths is not None
         return y, final_state
@@ -174,8 +176,9 @@ class _DeltaScan(torch.autograd.Function):
         grads = [allocate(q.shape) for _ in range(3)]  # [B, T, H, N]
         grads += [allocate(retention.shape) for _ in range(2)]  # [B, T, H]
         dinitial = q.new_empty(dfinal.shape)
-        given = (*inputs, counts, *q.shape[1:3], ctx.interval, checkpoints, dy, dfinal)
-        run_rows(_backward_rows, ctx.width, *given, *grads, dinitial)
+        B, T, H, N = q.shape
+        given = (*inputs, counts, T, H, ctx.interval, checkpoints, dy, dfinal)
+        run_rows(_backward_rows, ctx.width, B * H, T * N * N, *given, *grads, dinitial)
         return None, None, dinitial, *grads
 
 

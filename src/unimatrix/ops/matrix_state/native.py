@@ -11,7 +11,6 @@ The forward saves one state per few tokens and the backward recomputes the ones 
 # mypy: allow-untyped-defs
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -32,9 +31,7 @@ from unimatrix.ops.lanes_native import (
     zeros,
 )
 from unimatrix.ops.matrix_state.reference import TokenInputs
-from unimatrix.ops.threads import map_rows
-
-_MIN_THREADED_WORK = 1 << 19  # multiply-adds; below, waking a thread costs more than it saves
+from unimatrix.ops.threads import run_rows
 
 
 class _Form(NamedTuple):
@@ -46,7 +43,7 @@ class _Form(NamedTuple):
 
 
 @numba.njit(**OPTIONS)
-def _weigh_rules(form, write, pi):
+def weigh_rules(form, write, pi):
     """Return the factors of k v^T, v k^T and Diag(d) in (1 - rho) U."""
     outer, swapped, diagonal = 1.0, 0.0, 0.0
     if len(form.mixed):
@@ -56,7 +53,7 @@ def _weigh_rules(form, write, pi):
 
 
 @numba.njit(**OPTIONS)
-def _write_and_read(form, source, target, retention, factors, rows, columns, d, reader, out):
+def write_and_read(form, source, target, retention, factors, rows, columns, d, reader, out):
     """Write a token (E1, E2), divide by the norm (E3), read it (E4); return the norm."""
     N, width = len(form.width), form.width
     outer, swapped, diagonal = factors
@@ -102,7 +99,7 @@ def _read_gradient(form, G, after, norm, q, dy):
 
 
 @numba.njit(**OPTIONS)
-def _write_gradient(form, G, before, retention, factors, q, k, v, d, dy, dk, dv, dd):
+def write_gradient(form, G, before, retention, factors, q, k, v, d, dy, dk, dv, dd):
     """Set dk, dv, dd; carry G over the token; return d loss / d (retention, factors)."""
     N, width = len(form.width), form.width
     outer, swapped, diagonal = factors
@@ -151,9 +148,9 @@ def _scan_rows(
                         checkpoints[saved + i * N + j] = S[j * N + i]
             token = (b * num_tokens + t) * num_heads + h
             at = token * N
-            _write_and_read(
+            write_and_read(
                 form, pointer(S, 0), pointer(S, 0), retention[token],
-                _weigh_rules(form, write[token], pointer(rule_weights, 3 * token)),
+                weigh_rules(form, write[token], pointer(rule_weights, 3 * token)),
                 pointer(v, at), pointer(k, at), pointer(d, at),
                 pointer(q, at), pointer(y, at),
             )  # fmt: skip
@@ -185,9 +182,9 @@ def _backward_rows(
             for t in range(start, stop):
                 token = (b * num_tokens + t) * num_heads + h
                 at, now = token * N, (t - start) * size
-                norms[t - start] = _write_and_read(
+                norms[t - start] = write_and_read(
                     form, pointer(S, now), pointer(S, now + size), retention[token],
-                    _weigh_rules(form, write[token], pointer(rule_weights, 3 * token)),
+                    weigh_rules(form, write[token], pointer(rule_weights, 3 * token)),
                     pointer(k, at), pointer(v, at), pointer(d, at),
                     pointer(dy, at), pointer(dq, at),
                 )  # fmt: skip
@@ -198,8 +195,8 @@ def _backward_rows(
                 if len(form.norm_guard):
                     _read_gradient(form, G_, pointer(S, now + size), norms[t - start], q_t, dy_t)
                 rho, pi = retention[token], pointer(rule_weights, 3 * token)
-                kept, by_outer, by_swapped, by_diagonal = _write_gradient(
-                    form, G_, pointer(S, now), rho, _weigh_rules(form, write[token], pi),
+                kept, by_outer, by_swapped, by_diagonal = write_gradient(
+                    form, G_, pointer(S, now), rho, weigh_rules(form, write[token], pi),
                     q_t, pointer(k, at), pointer(v, at), pointer(d, at), dy_t,
                     pointer(dk, at), pointer(dv, at), pointer(dd, at),
                 )  # fmt: skip
@@ -217,20 +214,6 @@ def _backward_rows(
 def choose_interval(N: int) -> int:
     """Return the tokens between saved states: those recomputed in between have to fit in cache."""
     return max(16, min(64, (1 << 14) // (N * N)))
-
-
-def run_rows(
-    kernel: Callable[..., None], form: tuple[Any, ...], q: Tensor, *args: Tensor | int
-) -> None:
-    """Run ``kernel`` on q, ``args``: over the rows (B, H), in threads if there is enough to do."""
-    num_rows = q.shape[0] * q.shape[2]
-    flat = (
-        x if isinstance(x, int) else x.detach().contiguous().view(-1).numpy() for x in (q, *args)
-    )
-    if q.numel() * q.shape[3] < _MIN_THREADED_WORK:
-        kernel(0, num_rows, form, *flat)
-    else:
-        map_rows(kernel, num_rows, form, *flat)
 
 
 class _Scan(torch.autograd.Function):
@@ -253,7 +236,8 @@ class _Scan(torch.autograd.Function):
         y = q.new_empty(q.shape) if lengths is None else q.new_zeros(q.shape)  # [B, T, H, N]
         final_state = q.new_empty(initial.shape)  # [B, H, N, N]
         outputs = (y, final_state, checkpoints)
-        run_rows(_scan_rows, form, *inputs, initial, counts, T, H, interval, *outputs)
+        given = (*inputs, initial, counts, T, H, interval)
+        run_rows(_scan_rows, form, B * H, T * N * N, *given, *outputs)
         ctx.save_for_backward(*inputs, counts, checkpoints)
         ctx.form, ctx.interval, ctx.padded = form, interval, lengths is not None
         return y, final_state
@@ -270,8 +254,9 @@ class _Scan(torch.autograd.Function):
         if ctx.form.mixed:
             dd, drule_weights = allocate(q.shape), allocate(rule_weights.shape)
         grads = (dq, dk, dv, dd, dlog_retention, drule_weights)
-        given = (*inputs, counts, *q.shape[1:3], ctx.interval, checkpoints, dy, dfinal)
-        run_rows(_backward_rows, ctx.form, *given, *grads, dinitial)
+        B, T, H, N = q.shape
+        given = (*inputs, counts, T, H, ctx.interval, checkpoints, dy, dfinal)
+        run_rows(_backward_rows, ctx.form, B * H, T * N * N, *given, *grads, dinitial)
         if not ctx.form.mixed:
             return None, None, None, dinitial, dq, dk, dv, None, dlog_retention, None
         return None, None, None, dinitial, *grads

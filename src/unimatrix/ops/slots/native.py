@@ -100,7 +100,7 @@ def _allocate_rows(
     entry_filled: Array,  # [B, M + T] bool
     reads: Array,  # [B, T] bool
     writes: Array,  # [B, T] bool
-    threshold: float,
+    thresholds: Array,  # [1], the match threshold
     chosen: Array,  # [B, T, K] int64, filled with -1
     writers: Array,  # [B, M] int64, holds 0..M-1
     ages: Array,  # [B, M] int64, holds the initial ages
@@ -145,7 +145,7 @@ def _allocate_rows(
             for k in range(count):
                 chosen[b, t, k] = writers[b, best[k]]
             if writes[b, t]:
-                slot = _choose_slot(closest, match, filled, ages[b], threshold)
+                slot = _choose_slot(closest, match, filled, ages[b], thresholds[0])
                 for m in range(num_slots):
                     ages[b, m] += filled[m]
                 ages[b, slot] = 0
@@ -200,7 +200,7 @@ def allocate_native(
     )
     arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in inputs]
     results = [tensor.numpy() for tensor in (chosen, writers, ages)]
-    arguments = (*arrays, float(rules.match_threshold), *results)
+    arguments = (*arrays, np.array([rules.match_threshold]), *results)
     if 2 * queries.numel() * num_slots < _MIN_THREADED_WORK:
         _allocate_rows(0, batch, *arguments)
     else:

@@ -1,0 +1,148 @@
+"""What stands between matrix products, each in one pass forward and one backward on the CPU.
+
+Composed of tensor operations, a norm, a gated sum, a gated unit or a short convolution reads and
+writes its features ten to twenty times, and at the widths of small models that takes longer than
+the products. The native back end (float32 and float64 on the CPU, differentiable once) does each in
+one compiled loop; elsewhere, and for the few rows of a decoding step, the reference runs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unimatrix.errors import InputError
+from unimatrix.ops.backends import require_backend
+from unimatrix.ops.fused_passes import reference
+
+__all__ = ["apply_gated_unit", "convolve_recent", "normalize_rows", "sum_gated"]
+
+# Below, torch is as fast and needs no compiler.
+_FEWEST_ROWS = 17
+_MOST_CONTEXTS = 3
+
+
+def _runs_native(backend: str, *tensors: Tensor | None) -> bool:
+    """Return whether the compiled pass is asked for, or wanted and able to take the tensors.
+
+    Raises:
+        InputError: if the back end does not exist, or is ``native`` and cannot take them.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in given}
+    able = kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+    if backend == "auto":
+        return able and given[0].shape[:-1].numel() >= _FEWEST_ROWS
+    if require_backend("fused_passes", backend) == "native" and not able:
+        names = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+        raise InputError(
+            f"backend 'native' takes float32 or float64 on the CPU, not {names}; pass auto."
+        )
+    return backend == "native"
+
+
+def normalize_rows(
+    x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto"
+) -> Tensor:
+    """Divide each feature vector by the root of its mean square, and scale.
+
+    Equation: E22.
+
+    Args:
+        x: [..., D] any float.
+        weight: [D]; ``None`` is ones.
+        eps: added to the mean square.
+        backend: ``auto``, ``reference`` or ``native``.
+
+    Returns:
+        [..., D] in the dtype of x.
+    """
+    if not _runs_native(backend, x, weight):
+        return reference.normalize_rows(x, weight, eps)
+    from unimatrix.ops.fused_passes.row_norm_native import normalize_rows_native
+
+    return normalize_rows_native(x, weight, eps)
+
+
+def sum_gated(gates: Tensor, contexts: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
+    """Return the sum over i of sigmoid(gate_i) * context_i.
+
+    Equation: E11.
+
+    Args:
+        gates: [..., G D] any float, logits of the gates side by side.
+        contexts: one to three tensors [..., D].
+        backend: ``auto``, ``reference`` or ``native``.
+
+    Returns:
+        [..., D].
+
+    Raises:
+        InputError: if there are more contexts, or the widths do not fit.
+    """
+    width = contexts[0].shape[-1]
+    if len(contexts) > _MOST_CONTEXTS or gates.shape[-1] != len(contexts) * width:
+        raise InputError(
+            f"there are {len(contexts)} contexts of width {width} and {gates.shape[-1]} gate "
+            f"logits; pass at most {_MOST_CONTEXTS} contexts and a logit for each of their numbers"
+        )
+    if not _runs_native(backend, gates, *contexts):
+        return reference.sum_gated(gates, contexts)
+    from unimatrix.ops.fused_passes.gated_sum_native import sum_gated_native
+
+    return sum_gated_native(gates, contexts)
+
+
+def apply_gated_unit(gate_and_up: Tensor, *, backend: str = "auto") -> Tensor:
+    """Return SiLU of the first half of the features times the second.
+
+    Equation: E23.
+    Source: Shazeer 2020 (arXiv:2002.05202), SwiGLU.
+
+    Args:
+        gate_and_up: [..., 2 F] any float.
+        backend: ``auto``, ``reference`` or ``native``.
+
+    Returns:
+        [..., F].
+    """
+    if not _runs_native(backend, gate_and_up):
+        return reference.apply_gated_unit(gate_and_up)
+    from unimatrix.ops.fused_passes.gated_unit_native import apply_gated_unit_native
+
+    return apply_gated_unit_native(gate_and_up)
+
+
+def convolve_recent(
+    h: Tensor, weight: Tensor, recent: Tensor | None, *, backend: str = "auto"
+) -> Tensor:
+    """Mix each channel over the last K tokens, the current one included.
+
+    Equation: E19.
+    Source: the short convolution of Mamba (arXiv:2312.00752), without an activation.
+
+    Args:
+        h: [B, T, D] any float.
+        weight: [K, D], the current token's filter last.
+        recent: [B, K - 1, D], features of the tokens before; ``None`` is zeros.
+        backend: ``auto``, ``reference`` or ``native``.
+
+    Returns:
+        [B, T, D].
+
+    Raises:
+        InputError: if the shapes do not fit.
+    """
+    num_taps, width = weight.shape
+    if recent is None:
+        recent = h.new_zeros(h.shape[0], num_taps - 1, width)
+    if h.shape[2] != width or recent.shape != (h.shape[0], num_taps - 1, width):
+        raise InputError(
+            f"h is {list(h.shape)}, weight {list(weight.shape)} and recent {list(recent.shape)}; "
+            "pass [B, T, D], [K, D] and [B, K - 1, D]"
+        )
+    if not _runs_native(backend, h, weight, recent):
+        return reference.convolve_recent(h, weight, recent)
+    from unimatrix.ops.fused_passes.convolution_native import convolve_recent_native
+
+    return convolve_recent_native(h, weight, recent)

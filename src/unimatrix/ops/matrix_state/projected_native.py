@@ -1,0 +1,300 @@
+"""Matrix state from a layer's projections in Numba: activations, scan and norm in one pass.
+
+The scan is that of ``native.py``; a token's vectors are bound when the scan reaches it, so they
+never stand in memory. The backward keeps the units of a few tokens beside their states.
+"""
+# mypy: allow-untyped-defs
+
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, pointer, store, times, total
+from unimatrix.ops.matrix_state.native import (
+    choose_interval,
+    weigh_rules,
+    write_and_read,
+    write_gradient,
+)
+from unimatrix.ops.threads import run_rows
+
+_UNIT_EPS = 1e-12  # of torch's normalize
+_READOUT_EPS = 1e-6  # of ``projected.READOUT_EPS``
+
+
+class _Form(NamedTuple):
+    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+
+    width: tuple[int, ...]  # N zeros
+    mixed: tuple[int, ...]  # empty: the outer rule alone
+    norm_guard: tuple[int, ...]  # always empty
+    unit: tuple[int, ...]  # empty: the vectors come bound, and the readout stays as it is
+
+
+@numba.njit(**OPTIONS)
+def _logistic(x):
+    """Return the sigmoid of x and that of -x, both exact where they are small."""
+    fading = math.exp(-abs(x))
+    larger, smaller = 1 / (1 + fading), fading / (1 + fading)
+    return (larger, smaller) if x >= 0 else (smaller, larger)
+
+
+@numba.njit(**OPTIONS)
+def _weigh_token(form, controls, num_heads, h, weights):
+    """Set ``weights`` to retention, its complement and the three rules' weights."""
+    weights[0], weights[1] = _logistic(controls[h])
+    if len(form.mixed):
+        first = num_heads + 3 * h
+        outer, diagonal, symmetric = controls[first], controls[first + 1], controls[first + 2]
+        largest = max(outer, max(diagonal, symmetric))
+        weights[2], weights[3] = math.exp(outer - largest), math.exp(diagonal - largest)
+        weights[4] = math.exp(symmetric - largest)
+        share = 1 / (weights[2] + weights[3] + weights[4])
+        weights[2], weights[3], weights[4] = (
+            weights[2] * share, weights[3] * share, weights[4] * share,
+        )  # fmt: skip
+
+
+@numba.njit(**OPTIONS)
+def _bind(form, vector, unit):
+    """Set ``unit`` to the vector divided by its length; return the divisor's inverse."""
+    lanes = load(vector, 0, form.width)
+    inverse = 1 / max(math.sqrt(total(times(lanes, lanes))), _UNIT_EPS)
+    store(unit, 0, times(lanes, inverse))
+    return inverse
+
+
+@numba.njit(**OPTIONS)
+def _unbind(form, gradient, unit, inverse):
+    """Turn the gradient of a unit vector into that of the vector, in place."""
+    along, lanes = load(unit, 0, form.width), load(gradient, 0, form.width)
+    outward = total(times(along, lanes)) if inverse * _UNIT_EPS < 1 else 0.0
+    store(gradient, 0, times(plus(lanes, times(along, -outward)), inverse))
+
+
+@numba.njit(**OPTIONS)
+def _normalize_readout(form, y):
+    """Divide a readout by the root of its mean square; return the divisor's inverse."""
+    lanes = load(y, 0, form.width)
+    inverse = 1 / math.sqrt(total(times(lanes, lanes)) / len(form.width) + _READOUT_EPS)
+    store(y, 0, times(lanes, inverse))
+    return inverse
+
+
+@numba.njit(**OPTIONS)
+def _pass_readout(form, dy, y, inverse, out):
+    """Set ``out`` to the gradient of the readout before it was normalised."""
+    lanes, read = load(dy, 0, form.width), load(y, 0, form.width)
+    outward = total(times(lanes, read)) / len(form.width)
+    store(out, 0, times(plus(lanes, times(read, -outward)), inverse))
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _scan_rows(
+    first, last, form, projected, controls, initial, lengths,
+    num_tokens, num_heads, interval, y, final, checkpoints, weights, inverses,
+):  # fmt: skip
+    N = len(form.width)
+    num_vectors = 4 if len(form.mixed) else 3
+    num_controls = num_heads * (4 if len(form.mixed) else 1)
+    S = np.empty(N * N, final.dtype)  # [address, payload]
+    units = np.empty(4 * N, final.dtype)  # q, k, v, d
+    num_checkpoints = checkpoints.size // (lengths.size * num_heads * N * N)
+    for row in range(first, last):
+        b, h = row // num_heads, row % num_heads
+        for i in range(N):
+            for j in range(N):
+                S[j * N + i] = initial[(row * N + i) * N + j]
+        for t in range(lengths[b]):
+            if interval > 0 and t % interval == 0:
+                saved = (row * num_checkpoints + t // interval) * N * N
+                for i in range(N):
+                    for j in range(N):
+                        checkpoints[saved + i * N + j] = S[j * N + i]
+            position = b * num_tokens + t
+            token = position * num_heads + h
+            weigh = pointer(weights, 5 * token)
+            _weigh_token(form, pointer(controls, position * num_controls), num_heads, h, weigh)
+            apart = num_heads * N
+            vectors = pointer(projected, position * num_vectors * apart + h * N)
+            if len(form.unit):
+                for n in range(num_vectors):
+                    source = pointer(projected, (position * num_vectors + n) * apart + h * N)
+                    _bind(form, source, pointer(units, n * N))
+                vectors, apart = pointer(units, 0), N
+            q, k = at(vectors, 0), at(vectors, apart)
+            v, d = at(vectors, 2 * apart), at(vectors, (num_vectors - 1) * apart)
+            out = pointer(y, token * N)
+            write_and_read(
+                form, pointer(S, 0), pointer(S, 0), weigh[0],
+                weigh_rules(form, weigh[1], at(weigh, 2)), v, k, d, q, out,
+            )  # fmt: skip
+            if len(form.unit):
+                inverses[token] = _normalize_readout(form, out)
+        for i in range(N):
+            for j in range(N):
+                final[(row * N + i) * N + j] = S[j * N + i]
+
+
+@numba.njit(**OPTIONS)
+def _bind_token(form, vectors, apart, dy, y, inverse, kept):
+    """Keep a token's q, k, v, d and dy, bound, and their divisors' inverses."""
+    N = len(form.width)
+    num_vectors = 4 if len(form.mixed) else 3
+    if len(form.unit):
+        for n in range(num_vectors):
+            kept[5 * N + n] = _bind(form, at(vectors, n * apart), at(kept, n * N))
+        _pass_readout(form, dy, y, inverse, at(kept, 4 * N))
+    else:
+        for n in range(num_vectors):
+            store(kept, n * N, load(vectors, n * apart, form.width))
+        store(kept, 4 * N, load(dy, 0, form.width))
+
+
+@numba.njit(**OPTIONS)
+def _pass_controls(form, weights, by, num_heads, h, dcontrols):
+    """Set the gradients of a token's logits from those of retention and of the rules' factors."""
+    kept, by_outer, by_swapped, by_diagonal = by
+    rho, write = weights[0], weights[1]
+    if len(form.mixed):
+        outer, diagonal, symmetric = weights[2], weights[3], weights[4]
+        by_symmetric = (by_outer + by_swapped) / 2
+        mean = outer * by_outer + diagonal * by_diagonal + symmetric * by_symmetric
+        first = num_heads + 3 * h
+        dcontrols[first] = write * outer * (by_outer - mean)
+        dcontrols[first + 1] = write * diagonal * (by_diagonal - mean)
+        dcontrols[first + 2] = write * symmetric * (by_symmetric - mean)
+        by_outer = mean
+    dcontrols[h] = rho * write * (kept - by_outer)
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _backward_rows(
+    first, last, form, projected, weights, lengths, num_tokens, num_heads, interval,
+    checkpoints, y, inverses, dy, dfinal, dprojected, dcontrols, dinitial,
+):  # fmt: skip
+    N = len(form.width)
+    size, apart = N * N, num_heads * N
+    num_vectors = 4 if len(form.mixed) else 3
+    num_controls = num_heads * (4 if len(form.mixed) else 1)
+    G = np.empty(size, dprojected.dtype)  # d loss / d S of the token at hand, [payload, address]
+    S = np.empty((interval + 1) * size, dprojected.dtype)  # the states around a few tokens
+    num_kept = 5 * N + 4
+    kept = np.empty(interval * num_kept, dprojected.dtype)  # see _bind_token
+    num_checkpoints = checkpoints.size // (lengths.size * num_heads * size)
+    for row in range(first, last):
+        b, h = row // num_heads, row % num_heads
+        for n in range(size):
+            G[n] = dfinal[row * size + n]
+        for chunk in range((lengths[b] - 1) // interval, -1, -1):
+            start, stop = chunk * interval, min((chunk + 1) * interval, lengths[b])
+            for n in range(size):
+                S[n] = checkpoints[(row * num_checkpoints + chunk) * size + n]
+            for t in range(start, stop):
+                position = b * num_tokens + t
+                token, vectors = position * num_heads + h, position * num_vectors * apart + h * N
+                of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
+                _bind_token(
+                    form, pointer(projected, vectors), apart,
+                    pointer(dy, token * N), pointer(y, token * N), inverses[token], of_token,
+                )  # fmt: skip
+                weigh = pointer(weights, 5 * token)
+                write_and_read(
+                    form, pointer(S, now), pointer(S, now + size), weigh[0],
+                    weigh_rules(form, weigh[1], at(weigh, 2)), at(of_token, N),
+                    at(of_token, 2 * N), at(of_token, 3 * N),
+                    at(of_token, 4 * N), pointer(dprojected, vectors),
+                )  # fmt: skip
+            for t in range(stop - 1, start - 1, -1):
+                position = b * num_tokens + t
+                token, vectors = position * num_heads + h, position * num_vectors * apart + h * N
+                of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
+                weigh, grads = pointer(weights, 5 * token), pointer(dprojected, vectors)
+                by = write_gradient(
+                    form, pointer(G, 0), pointer(S, now), weigh[0],
+                    weigh_rules(form, weigh[1], at(weigh, 2)),
+                    of_token, at(of_token, N), at(of_token, 2 * N), at(of_token, 3 * N),
+                    at(of_token, 4 * N), at(grads, apart), at(grads, 2 * apart),
+                    at(grads, (num_vectors - 1) * apart),
+                )  # fmt: skip
+                if len(form.unit):
+                    for n in range(num_vectors):
+                        _unbind(
+                            form, at(grads, n * apart), at(of_token, n * N), of_token[5 * N + n]
+                        )
+                of_position = pointer(dcontrols, position * num_controls)
+                _pass_controls(form, weigh, by, num_heads, h, of_position)
+        for n in range(size):
+            dinitial[row * size + n] = G[n]
+
+
+class _ScanProjected(torch.autograd.Function):
+    """The scan with its backward kernel; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: bool,
+        saves: bool,
+        lengths: Tensor | None,
+        initial: Tensor,
+        projected: Tensor,
+        controls: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        B, T, P, H, N = projected.shape
+        form = _Form((0,) * N, (0,) * (P == 4), (), (0,) * unit)
+        interval = choose_interval(N) if saves else 0
+        allocate = projected.new_empty if lengths is None else projected.new_zeros
+        y, inverses = allocate(B, T, H, N), allocate(B, T, H)
+        weights = allocate(B, T, H, 5)
+        checkpoints = projected.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
+        final_state = torch.empty_like(initial)  # [B, H, N, N]
+        counts = torch.full((B,), T) if lengths is None else lengths
+        inputs = (projected, controls, initial, counts, T, H, interval)
+        results = (y, final_state, checkpoints, weights, inverses)
+        run_rows(_scan_rows, form, B * H, T * N * N, *inputs, *results)
+        if saves:
+            ctx.save_for_backward(projected, counts, checkpoints, weights, y, inverses)
+        ctx.form, ctx.interval, ctx.padded = form, interval, lengths is not None
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        projected, counts, checkpoints, weights, y, inverses = ctx.saved_tensors
+        B, T, P, H, N = projected.shape
+        allocate = projected.new_zeros if ctx.padded else projected.new_empty
+        dprojected = allocate(projected.shape)
+        dcontrols, dinitial = allocate(B, T, H * (4 if P == 4 else 1)), torch.empty_like(dfinal)
+        given = (projected, weights, counts, T, H, ctx.interval, checkpoints, y, inverses)
+        grads = (dprojected, dcontrols, dinitial)
+        run_rows(_backward_rows, ctx.form, B * H, T * N * N, *given, dy, dfinal, *grads)
+        return None, None, None, dinitial, dprojected, dcontrols
+
+
+def scan_projected_native(
+    projected: Tensor,
+    controls: Tensor,
+    *,
+    unit: bool,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Bind, scan and normalise with compiled loops on the CPU; arguments as in ``scan_projected``.
+
+    Cost: as ``scan_native``.
+    """
+    B, _, _, H, N = projected.shape
+    dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
+    bound = projected if unit else torch.tanh(projected)
+    if initial_state is None:
+        initial_state = projected.new_zeros(B, H, N, N, dtype=dtype)
+    tensors = (initial_state.to(dtype), bound.to(dtype), controls.to(dtype))
+    saves = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    y, final_state = _ScanProjected.apply(unit, saves, lengths, *tensors)
+    return y.to(projected.dtype), final_state

@@ -1,0 +1,149 @@
+"""Calls a compiled kernel from all threads of libgomp without the interpreter.
+
+A team's threads run a function of machine code. Handed a Python function, each first waits for the
+interpreter's lock, and a thread that has to wait for it sleeps: a kernel of 60 microseconds took
+100 on two threads. So the team runs ``_work`` below, which takes one span of rows after the other
+and calls the kernel's own entry point.
+
+That entry takes, behind two slots for its result and its exception, plain whole numbers: an array
+is its address among six or more (Numba's layout), a tuple as many as it has. ``_work`` reads them
+from a table and always passes ``_MOST_NUMBERS``; by the calling conventions of x86-64 and 64-bit
+Arm a function does not see arguments behind its own. Floats travel in other registers, so kernels
+take them in arrays.
+"""
+# mypy: allow-untyped-defs
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+_MOST_NUMBERS = 320
+# The table: next span, spans, entry point, failures; then the spans' bounds; then the arguments.
+_HEAD = 4
+
+
+@intrinsic
+def _take(_: Any, counter: Any) -> Any:
+    """Return ``counter[0]`` and add 1 to it, in one step for all threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "seq_cst")
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+@intrinsic
+def _enter(_: Any, address: Any, first: Any, last: Any, numbers: Any) -> Any:
+    """Call the entry point with two slots, two bounds and all numbers; return its status."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number, slot = ir.IntType(64), ir.IntType(8).as_pointer()
+        kinds = [slot.as_pointer()] * 2 + [number] * (2 + _MOST_NUMBERS)
+        entry = builder.inttoptr(args[0], ir.FunctionType(ir.IntType(32), kinds).as_pointer())
+        slots = [builder.alloca(slot) for _ in range(2)]
+        for one in slots:
+            builder.store(ir.Constant(slot, None), one)
+        given = [builder.load(builder.gep(args[3], [number(i)])) for i in range(_MOST_NUMBERS)]
+        return builder.call(entry, [*slots, args[1], args[2], *given])
+
+    numbers_type = types.CPointer(types.int64)
+    return types.int32(types.int64, types.int64, types.int64, numbers_type), generate
+
+
+@intrinsic
+def _skip(_: Any, numbers: Any, count: Any) -> Any:
+    """Return the address so many numbers on."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.gep(args[0], [args[1]])
+
+    return numbers(numbers, types.int64), generate
+
+
+@numba.cfunc("void(CPointer(int64))", cache=True)
+def _work(table):
+    """Take spans of rows until none is left."""
+    while True:
+        span = _take(table)
+        if span >= table[1]:
+            break
+        numbers = _skip(table, _HEAD + table[1] + 1)
+        if _enter(table[2], table[_HEAD + span], table[_HEAD + span + 1], numbers) != 0:
+            table[3] += 1
+
+
+_WORK = ctypes.c_void_p(_work.address)
+
+
+def run_in_team(
+    libgomp: ctypes.CDLL, kernel: Any, bounds: list[int], args: tuple[Any, ...]
+) -> None:
+    """Call ``kernel(first, last, *args)`` for every span between two bounds, a thread for each.
+
+    Args:
+        libgomp: with ``GOMP_parallel(function, data, num_threads, flags)``.
+        kernel: a compiled function.
+        bounds: rising row numbers.
+        args: arrays; contiguous tensors, which the kernel sees as flat arrays; whole numbers and
+            truth values; nested tuples of whole numbers.
+    """
+    num_spans = len(bounds) - 1
+    numbers: list[int] = [0, num_spans, _find_entry(kernel, args), 0, *bounds]
+    _flatten(args, numbers)
+    assert len(numbers) <= _HEAD + len(bounds) + _MOST_NUMBERS
+    table = (ctypes.c_int64 * (_HEAD + len(bounds) + _MOST_NUMBERS))(*numbers)
+    libgomp.GOMP_parallel(_WORK, table, num_spans, 0)
+    if table[3]:
+        raise RuntimeError(f"{kernel.__name__} failed in {table[3]} of {num_spans} spans")
+
+
+def _flatten(values: Iterable[Any], numbers: list[int]) -> None:
+    """Append what the values are as arguments of machine code."""
+    for value in values:
+        if isinstance(value, Tensor):
+            size, step = value.numel(), value.element_size()
+            numbers += (0, 0, size, step, value.data_ptr(), size, step)
+        elif isinstance(value, np.ndarray):
+            address = value.__array_interface__["data"][0]
+            numbers += (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
+        elif isinstance(value, tuple):
+            _flatten(value, numbers)
+        else:
+            assert not isinstance(value, float), "a kernel takes floats in an array"
+            numbers.append(int(value))
+
+
+_entries: dict[tuple[Any, ...], int] = {}
+
+
+def _find_entry(kernel: Any, args: tuple[Any, ...]) -> int:
+    """Return the address of the kernel compiled for such arguments."""
+    key = (
+        kernel,
+        *(value.dtype if isinstance(value, Tensor) else _describe(value) for value in args),
+    )
+    if key not in _entries:
+        arrays = (x.view(-1).numpy() if isinstance(x, Tensor) else x for x in args)
+        signature = (types.int64, types.int64, *map(numba.typeof, arrays))
+        kernel.compile(signature)
+        compiled = kernel.overloads[signature]
+        _entries[key] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return _entries[key]
+
+
+def _describe(value: Any) -> Any:
+    """Return what distinguishes the Numba types of two arguments."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    if isinstance(value, np.ndarray):
+        return value.dtype.char, value.ndim, value.flags.c_contiguous, value.flags.writeable
+    if isinstance(value, tuple):
+        return (type(value), *map(_describe, value))
+    return type(value)
