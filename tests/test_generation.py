@@ -35,6 +35,21 @@ def test_greedy_bytes_are_the_most_likely_ones(preset, prompt) -> None:
     assert written.seconds > 0
 
 
+@pytest.mark.parametrize("preset", ["core", "assoc"])
+def test_a_text_ends_where_the_caller_says(preset) -> None:
+    model = build_byte_model(preset, seed=3)
+    whole = generate_bytes(model, b"ab", max_new_bytes=12, sampling=GREEDY).data
+    seen: list[bytes] = []
+
+    def ends_at(data: bytes) -> bool:
+        seen.append(data)
+        return len(data) == 5
+
+    cut = generate_bytes(model, b"ab", max_new_bytes=12, sampling=GREEDY, ends_at=ends_at)
+    assert cut.data == whole[:5]
+    assert seen == [whole[:n] for n in range(1, 6)]
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 256])
 def test_long_prompts_are_read_in_parts(monkeypatch, chunk) -> None:
     model = build_byte_model("sparsepointer", seed=3)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from unimatrix.cache import UniMatrixCache
@@ -73,6 +74,7 @@ def generate_bytes(
     max_new_bytes: int | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
     on_bytes: Callable[[bytes], None] | None = None,
+    ends_at: Callable[[bytes], bool] | None = None,
 ) -> Continuation:
     """Continue a prompt, with BOS in front, until the model ends the text or a limit is there.
 
@@ -82,6 +84,7 @@ def generate_bytes(
         max_new_bytes: at most so many new bytes; ``None`` is 256, or what fits a position table.
         sampling: how bytes are chosen.
         on_bytes: called with every new byte as it comes.
+        ends_at: called with all new bytes after each; the text ends where it says so.
 
     Returns:
         the new bytes (PAD and BOS are never chosen), why they end and how long they took.
@@ -102,6 +105,7 @@ def generate_bytes(
                 past_key_values=cache,
                 max_new_tokens=num_new,
                 streamer=streamer,
+                stopping_criteria=_list_criteria(ends_at, input_ids.shape[1]),
                 **_choose_options(sampling, model.config.vocab_size),
             )
     seconds = time.perf_counter() - start
@@ -193,6 +197,20 @@ def _choose_options(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or 0,
     }
+
+
+def _list_criteria(
+    ends_at: Callable[[bytes], bool] | None, prompt_tokens: int
+) -> StoppingCriteriaList:
+    """Return what makes ``generate`` stop where ``ends_at`` says so of the new bytes."""
+    if ends_at is None:
+        return StoppingCriteriaList()
+
+    def stop(input_ids: Tensor, scores: Any, **_unused: Any) -> Tensor:
+        is_over = ends_at(decode_bytes(input_ids[0, prompt_tokens:].cpu()))
+        return torch.tensor([is_over], device=input_ids.device)
+
+    return StoppingCriteriaList([stop])
 
 
 @contextmanager

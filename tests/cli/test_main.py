@@ -10,7 +10,7 @@ from unimatrix.cli import main
 from unimatrix.cli.common import emit, pick_device
 from unimatrix.errors import InputError
 
-VERBS = ("train", "generate", "eval", "info", "recall", "bench")
+VERBS = ("train", "generate", "eval", "eval-long", "info", "recall", "bench")
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -19,6 +19,7 @@ OPTIONS = {
     "threads",
     "compare": "data device help json only out quick report",
     "eval": "data device help json limit-bytes seed split valid-data",
+    "eval-long": "data device examples help json length out quick report seed task",
     "generate": "device help json max-new-bytes prompt-file seed temperature top-k top-p",
     "info": "device help json seed",
     "recall": "batch-size data device dropout help json lr out pairs preset quick report seed set "

@@ -10,7 +10,17 @@ import typer
 from rich.markup import escape
 
 import unimatrix
-from unimatrix.cli import bench, compare, evaluate, generate, info, recall, reproduce, train
+from unimatrix.cli import (
+    bench,
+    compare,
+    eval_long,
+    evaluate,
+    generate,
+    info,
+    recall,
+    reproduce,
+    train,
+)
 from unimatrix.cli.common import make_log
 from unimatrix.errors import InputError
 
@@ -27,6 +37,7 @@ app = typer.Typer(
 app.command("train")(train.run)
 app.command("generate")(generate.run)
 app.command("eval")(evaluate.run)
+app.command("eval-long")(eval_long.run)
 app.command("info")(info.run)
 app.command("recall")(recall.run)
 app.command("compare")(compare.run)

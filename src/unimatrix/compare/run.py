@@ -26,8 +26,8 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.byte_costs import measure_byte_costs
 from unimatrix.evaluation.carried_bytes import measure_carried_bytes
 from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
+from unimatrix.evaluation.long_context import bin_by_position
 from unimatrix.evaluation.recall import measure_recall
-from unimatrix.evaluation.units import to_bits_per_byte
 from unimatrix.run_folder import describe_run
 from unimatrix.tasks import AssociativeRecall, RotatingDataset
 from unimatrix.training_callbacks import StopOnSignal
@@ -36,7 +36,6 @@ STATE_TOKENS = (1024, 65_536)
 """Lengths at which the bytes carried are counted."""
 # Added to the seed, so that no test ever meets a training example.
 _TEST_SEED_OFFSET = 2**32
-_FIRST_BIN_BYTES = 128
 _TOKENS_PER_BATCH = 2**15
 _MOST_PER_BATCH = 64
 
@@ -309,17 +308,8 @@ def run_compressors(comparison: Comparison, text: Text, path: Path) -> Record:
 
 def average_by_position(nats: NDArray[np.float32]) -> list[list[float]]:
     """Return [end of the bin in bytes, mean bits per byte in it], bins doubling in length."""
-    ends = [_FIRST_BIN_BYTES]
-    while ends[-1] < len(nats):
-        ends.append(2 * ends[-1])
-    bins, start = [], 0
-    for end in ends:
-        part = nats[start:end]
-        if len(part):
-            mean = to_bits_per_byte(float(part.sum(dtype=np.float64)), len(part))
-            bins.append([start + len(part), round(mean, 5)])
-        start = end
-    return bins
+    ends = np.arange(1, len(nats) + 1)
+    return [[end, bits] for _, end, bits in bin_by_position(nats, ends)]
 
 
 def _build_cell(

@@ -7,7 +7,7 @@ first window counts in full). So a byte of a Transformer sees between W / 2 and 
 twice the arithmetic; reading on past W would leave what it was trained for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ from unimatrix.tokenization import BOS_ID, encode_bytes
 
 CHUNK_TOKENS = 2048
 """Tokens of one forward pass; moves the result by rounding only."""
+
+Score = Callable[[Tensor, NDArray[np.int64]], NDArray[np.float32]]
 
 # What a model calls its state, as an argument and in its output.
 _STATE_NAMES = {
@@ -51,6 +53,20 @@ class ByteCosts(NamedTuple):
     def bits_per_byte(self) -> float:
         """Mean over all bytes."""
         return to_bits_per_byte(float(self.nats.sum(dtype=np.float64)), len(self.nats))
+
+
+def cost_targets(logits: Tensor, targets: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the cross entropy [B, T] of logits [B, T, V] with targets [B, T], in nats."""
+    labels = torch.from_numpy(np.ascontiguousarray(targets)).to(logits.device)
+    nats = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    costs: NDArray[np.float32] = nats.view(targets.shape).cpu().numpy()
+    return costs
+
+
+def hit_targets(logits: Tensor, targets: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return 1 where the target [B, T] has the largest of the logits [B, T, V], else 0."""
+    hits: NDArray[np.float32] = (logits.argmax(-1).cpu().numpy() == targets).astype(np.float32)
+    return hits
 
 
 def name_state(model: PreTrainedModel) -> str | None:
@@ -92,17 +108,41 @@ def measure_byte_costs(
     if num_bytes == 0:
         raise InputError(f"{stream.name} has no bytes to predict; give text with --data")
     data = encode_bytes(stream.read(0, num_bytes).data)
+    nats, context = score_tokens(model, data, first_id=BOS_ID, window_tokens=window_tokens)
+    return ByteCosts(nats, context)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    ids: NDArray[np.int64],
+    *,
+    first_id: int,
+    window_tokens: int,
+    score: Score = cost_targets,
+) -> tuple[NDArray[np.float32], str]:
+    """Score every token of a stream by the rule above.
+
+    Args:
+        model: a causal language model, on the device it is to run on.
+        ids: [n] int64, at least one, without BOS.
+        first_id: what stands in front of the stream and of every window: BOS.
+        window_tokens: W, even. Models with state ignore it.
+        score: turns logits [B, T, V] and targets [B, T] into a number each.
+
+    Returns:
+        [n] float32, and the context as in ``ByteCosts``.
+    """
     state_name = name_state(model)
     with suspend_training(model):
         if state_name is None:
-            parts = list(_read_windows(model, data, window_tokens))
+            parts = list(_read_windows(model, ids, first_id, window_tokens, score))
             context = f"windows of {window_tokens}, half overlapping"
         else:
-            parts = list(_read_on(model, data, state_name))
+            parts = list(_read_on(model, ids, first_id, score))
             context = "carried"
-    nats = np.concatenate(parts)
-    assert len(nats) == num_bytes, (len(nats), num_bytes)
-    return ByteCosts(nats, context)
+    scores = np.concatenate(parts)
+    assert len(scores) == len(ids), (len(scores), len(ids))
+    return scores, context
 
 
 def carry_state(model: PreTrainedModel, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -120,44 +160,38 @@ def carry_state(model: PreTrainedModel, ids: Tensor, state: Any) -> tuple[Tensor
 
 
 def _read_on(
-    model: PreTrainedModel, data: NDArray[np.int64], state_name: str
+    model: PreTrainedModel, data: NDArray[np.int64], first_id: int, score: Score
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield the nats of consecutive chunks of one stream."""
-    inputs = np.concatenate([[BOS_ID], data[:-1]])
+    """Yield the scores of consecutive chunks of one stream."""
+    inputs = np.concatenate([[first_id], data[:-1]])
     state: Any = None
     for start in range(0, len(data), CHUNK_TOKENS):
         ids = torch.from_numpy(inputs[None, start : start + CHUNK_TOKENS]).to(model.device)
         logits, state = carry_state(model, ids, state)
-        yield _cost(logits, data[None, start : start + CHUNK_TOKENS])[0]
+        yield score(logits, data[None, start : start + CHUNK_TOKENS])[0]
 
 
 def _read_windows(
-    model: PreTrainedModel, data: NDArray[np.int64], window_tokens: int
+    model: PreTrainedModel,
+    data: NDArray[np.int64],
+    first_id: int,
+    window_tokens: int,
+    score: Score,
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield the nats of the bytes that each window adds; whole windows several at a time."""
+    """Yield the scores of the tokens that each window adds; whole windows several at a time."""
     half = window_tokens // 2
-    first = data[None, :window_tokens]
-    yield _predict_window(model, first)[0]
+
+    def predict(targets: NDArray[np.int64]) -> NDArray[np.float32]:
+        starts = np.full((len(targets), 1), first_id, np.int64)
+        ids = torch.from_numpy(np.concatenate([starts, targets[:, :-1]], axis=1))
+        return score(model(input_ids=ids.to(model.device), use_cache=False).logits, targets)
+
+    yield predict(data[None, :window_tokens])[0]
     starts = np.arange(half, len(data) - half, half)
     whole = starts[starts + window_tokens <= len(data)]
     num_rows = max(1, CHUNK_TOKENS // window_tokens)
     for index in range(0, len(whole), num_rows):
         rows = whole[index : index + num_rows, None] + np.arange(window_tokens)
-        yield _predict_window(model, data[rows])[:, half:].reshape(-1)
+        yield predict(data[rows])[:, half:].reshape(-1)
     if len(starts) > len(whole):
-        yield _predict_window(model, data[None, starts[len(whole)] :])[0, half:]
-
-
-def _predict_window(model: PreTrainedModel, targets: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the nats [B, T] of windows that start with BOS."""
-    starts = np.full((len(targets), 1), BOS_ID, np.int64)
-    ids = torch.from_numpy(np.concatenate([starts, targets[:, :-1]], axis=1)).to(model.device)
-    return _cost(model(input_ids=ids, use_cache=False).logits, targets)
-
-
-def _cost(logits: Tensor, targets: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the cross entropy [B, T] of logits [B, T, V] in nats."""
-    labels = torch.from_numpy(np.ascontiguousarray(targets)).to(logits.device)
-    nats = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-    costs: NDArray[np.float32] = nats.view(targets.shape).cpu().numpy()
-    return costs
+        yield predict(data[None, starts[len(whole)] :])[0, half:]

@@ -22,6 +22,11 @@ from unimatrix.reports.compare_results import (
     tabulate_recall,
     tabulate_text,
 )
+from unimatrix.reports.long_context_results import (
+    tabulate_code,
+    tabulate_positions,
+    tabulate_tasks,
+)
 from unimatrix.reports.recall_results import find_copy_rules
 from unimatrix.reproduce.claims import GROUPS, Claim, judge_claims, load_claims
 
@@ -31,6 +36,7 @@ DOCUMENTS = ("README.md", "docs/results.md", "docs/hindsight.md")
 """Documents of the checkout that hold tables."""
 
 _NO_COMPARISON = "No comparison is recorded yet."
+_NO_EVALUATION = "No evaluation is recorded yet."
 _SLOTS_OF_TEST = re.compile(r"(\d+) in (\d+) slots$")
 _MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -379,6 +385,19 @@ def _tabulate_of_comparisons(
     return _format_table(header, rows) if rows else _NO_COMPARISON
 
 
+def _tabulate_eval_long(
+    records: Mapping[str, Record], tabulate: Callable[[Mapping[str, Any]], Table]
+) -> str:
+    """Return a table of every recorded long-context evaluation, one after the other."""
+    parts = []
+    for name, record in _select(records, "eval-long/").items():
+        found = tabulate(record)
+        if found.rows:
+            settings = f"{record['plan']['num_examples']} examples, seed {record['seed']}"
+            parts.append(f"`{name}`, {settings}:\n\n{_format_table(*found)}")
+    return "\n\n".join(parts) or _NO_EVALUATION
+
+
 def tabulate_claims_group(records: Mapping[str, Record], group: str) -> str:
     """Return the claims of one of the paper's tables, with our values and verdicts.
 
@@ -411,6 +430,9 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     ),
     "compare-recall": functools.partial(_tabulate_of_comparisons, tabulate=tabulate_recall),
     "default-run": _tabulate_default,
+    "eval-long": functools.partial(_tabulate_eval_long, tabulate=tabulate_tasks),
+    "eval-long-code": functools.partial(_tabulate_eval_long, tabulate=tabulate_code),
+    "eval-long-text": functools.partial(_tabulate_eval_long, tabulate=tabulate_positions),
     "lab-associative": functools.partial(_tabulate_lab, prefix="lab/associative/"),
     "lab-mqar": functools.partial(_tabulate_lab, prefix="lab/mqar/"),
     "lab-others": functools.partial(_tabulate_lab, prefix="lab/others/"),
