@@ -5,7 +5,9 @@ a head's matrix, L depth steps, M slots, C slot-key width, K pairs read per toke
 (3), V vocabulary, F feed-forward width, E modulation width.
 """
 
+import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, Self
 
 from transformers import PreTrainedConfig
@@ -459,10 +461,20 @@ class UniMatrixConfig(PreTrainedConfig):
             )
 
 
+@functools.cache
+def get_config_defaults() -> Mapping[str, Any]:
+    """Return the default of each of our own configuration fields, in order."""
+    parameters = inspect.signature(UniMatrixConfig.__init__).parameters
+    return {
+        name: p.default
+        for name, p in parameters.items()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
 def list_config_fields() -> list[str]:
     """Return the names of our own configuration fields, in order."""
-    parameters = inspect.signature(UniMatrixConfig.__init__).parameters
-    return [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return list(get_config_defaults())
 
 
 def _require_known_keys(extra: dict[str, Any]) -> None:

@@ -209,3 +209,32 @@ def test_unusable_models_and_caches() -> None:
     cache = read(build_model("core"), draw_ids(1, 4)).past_key_values
     with pytest.raises(InputError, match="another configuration"):
         Decoder(build_model("rosa"), cache)
+
+
+@pytest.mark.parametrize("end_ids", [(), (5,), (3, 4, 5, 6, 7)])
+@pytest.mark.parametrize("variant", ["core", "unimatrix", "sparsepointer+hidden"])
+def test_written_tokens_are_those_of_single_steps(variant: str, end_ids: tuple[int, ...]) -> None:
+    model = build_model(variant)
+    prompt = draw_ids(3, 20, seed=2)
+    cache = read(model, prompt).past_key_values
+    stepping, writing = Decoder(model, cache), Decoder(model, cache)
+    last, expected = prompt[:, -1], []
+    ended = torch.tensor([False, True, False])
+    for _ in range(30):
+        last = stepping.step(last).argmax(dim=-1)
+        if end_ids:
+            last = torch.where(ended, 9, last)
+            ended = ended | torch.isin(last, torch.tensor(end_ids))
+        expected.append(last)
+        if end_ids and ended.all():
+            break
+    first_ended = torch.tensor([False, True, False]).numpy() if end_ids else None
+    written = writing.write(prompt[:, -1], 30, end_ids=end_ids, pad_id=9, ended=first_ended)
+    assert torch.equal(written, torch.stack(expected, dim=1))
+    assert_same_streams(writing.cache(), stepping.cache(), torch.float64)
+
+
+def test_writing_stops_at_the_position_table() -> None:
+    decoder = Decoder(build_model("core", max_position_embeddings=6))
+    with pytest.raises(InputError, match="reaches 7 tokens"):
+        decoder.write(torch.tensor([3]), 20)

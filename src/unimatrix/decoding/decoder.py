@@ -1,5 +1,6 @@
 """A model that reads one token of every row at a time, compiled."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,20 +83,71 @@ class Decoder:
             raise InputError(
                 f"token_ids holds {ids.tolist()}; pass ids in 0..{config.vocab_size - 1}"
             )
-        limit = config.max_position_embeddings
+        self._require_room()
+        logits = self._allocate_logits()
+        self._read(ids, logits)
+        return torch.from_numpy(logits)
+
+    def write(
+        self,
+        token_ids: Tensor,
+        num_tokens: int,
+        *,
+        end_ids: Sequence[int] = (),
+        pad_id: int = 0,
+        ended: np.ndarray[Any, Any] | None = None,
+    ) -> Tensor:
+        """Read one token of every row, and go on greedily without a tensor operation a token.
+
+        Args:
+            token_ids: [B] int64.
+            num_tokens: most tokens to write, at least 1; all but the last are read as well.
+            end_ids: a row ends with one of these.
+            pad_id: what ended rows go on with, until all have ended.
+            ended: [B] bool, rows that ended before; ``None`` is none.
+
+        Returns:
+            [B, n] int64, n the tokens written.
+
+        Raises:
+            InputError: as ``step``.
+        """
+        ended = np.zeros(self.batch_size, dtype=bool) if ended is None else ended.copy()
+        written = np.empty((self.batch_size, num_tokens), dtype=np.int64)
+        logits = self.step(token_ids).numpy()
+        for n in range(num_tokens):
+            if n > 0:
+                self._require_room()
+                self._read(written[:, n - 1].copy(), logits)
+            written[:, n] = logits.argmax(axis=1)
+            if len(end_ids):
+                written[ended, n] = pad_id
+                ended |= np.isin(written[:, n], end_ids)
+                if ended.all():
+                    return torch.from_numpy(written[:, : n + 1])
+        return torch.from_numpy(written)
+
+    def _allocate_logits(self) -> np.ndarray[Any, Any]:
+        dtype = self._plan.arrays[0].dtype
+        return np.empty((self.batch_size, self._plan.config.vocab_size), dtype=dtype)
+
+    def _read(self, ids: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> None:
+        """Read valid ids [B] and write the logits [B, V] of the next."""
+        if self._state.automaton is not None:
+            self._state.automaton.push(ids)
+        advance(ids, self._plan.arrays, self._carried, self._match, logits)
+        self._most_tokens += 1
+        self._state.num_columns += 1
+
+    def _require_room(self) -> None:
+        """Raise ``InputError`` if the position table has no row left."""
+        limit = self._plan.config.max_position_embeddings
         if limit is not None and self._most_tokens >= limit:
             raise InputError(
                 f"the input reaches {self._most_tokens + 1} tokens and the position table has "
                 f"{limit}; pass fewer, or train a model with max_position_embeddings=None, which "
                 "has no table"
             )
-        logits = np.empty((len(ids), config.vocab_size), dtype=self._plan.arrays[0].dtype)
-        if self._state.automaton is not None:
-            self._state.automaton.push(ids)
-        advance(ids, self._plan.arrays, self._carried, self._match, logits)
-        self._most_tokens += 1
-        self._state.num_columns += 1
-        return torch.from_numpy(logits)
 
     def cache(self) -> UniMatrixCache:
         """Return where the streams stand, to save it or go on with the model; shares nothing."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
@@ -129,12 +130,20 @@ class _Stream:
 
     def advance(self, token_ids: Tensor) -> Tensor:
         """Return the logits [B, V] after one more token of every row."""
+        logits: Tensor = self._get_decoder().step(token_ids)
+        return logits
+
+    def write(self, token_ids: Tensor, num_tokens: int, **options: Any) -> Tensor:
+        """Return the tokens [B, n] that follow greedily; see ``Decoder.write``."""
+        written: Tensor = self._get_decoder().write(token_ids, num_tokens, **options)
+        return written
+
+    def _get_decoder(self) -> Any:
         if self.decoder is None:
             from unimatrix.decoding.decoder import Decoder  # loads the compiler
 
             self.decoder = Decoder(self.model, self.past_key_values)
-        logits: Tensor = self.decoder.step(token_ids)
-        return logits
+        return self.decoder
 
     def cache(self) -> UniMatrixCache:
         """Return the cache after what was read."""
@@ -169,9 +178,9 @@ def sample_tokens(
         ids [B, T + new], or with ``return_dict_in_generate`` what transformers returns, its cache
         covering all but the last token.
     """
-    inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
-    output = model(**inputs, return_dict=True)
-    logits, stream = output.logits[:, -1], _Stream(model, output.past_key_values)
+    logits, stream = _read_prompt(model, input_ids, model_kwargs)
+    if _is_plain(logits_processor, stopping_criteria, generation_config, streamer):
+        return _write_greedily(input_ids, logits, stream, stopping_criteria, generation_config)
     process = _join_processors(logits_processor)
     text, records = _Text.start(input_ids), _Records.start(generation_config)
     pad_token_id = generation_config._pad_token_tensor
@@ -205,6 +214,65 @@ def sample_tokens(
         logits=records.logits,
         past_key_values=stream.cache(),
     )
+
+
+def _read_prompt(
+    model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]
+) -> tuple[Tensor, _Stream]:
+    """Return the logits [B, V] after the prompt, and the streams that stand there."""
+    inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
+    past, mask = inputs["past_key_values"], inputs["attention_mask"]
+    if (
+        past is not None
+        and inputs["input_ids"].shape[1] == 1
+        and (mask is None or mask[:, -1].all())
+    ):
+        # One token after a cache is what the compiled step is for.
+        stream = _Stream(model, past)
+        return stream.advance(inputs["input_ids"][:, 0]), stream
+    output = model(**inputs, return_dict=True)
+    return output.logits[:, -1], _Stream(model, output.past_key_values)
+
+
+def _is_plain(processors: Any, criteria: Any, generation_config: Any, streamer: Any) -> bool:
+    """Return whether ids alone are wanted, greedily, up to a length or the end of every row."""
+    return (
+        len(processors) == 0
+        and not generation_config.do_sample
+        and not generation_config.return_dict_in_generate
+        and streamer is None
+        and all(type(one) in (MaxLengthCriteria, EosTokenCriteria) for one in criteria)
+        and any(type(one) is MaxLengthCriteria for one in criteria)
+    )
+
+
+def _write_greedily(
+    input_ids: Tensor, logits: Tensor, stream: _Stream, criteria: Any, generation_config: Any
+) -> Tensor:
+    """Return the ids [B, T + new], the tokens between criteria written in one call."""
+    num_tokens = (
+        min(one.max_length for one in criteria if isinstance(one, MaxLengthCriteria))
+        - input_ids.shape[1]
+    )
+    end_ids = [
+        int(token_id)
+        for one in criteria
+        if isinstance(one, EosTokenCriteria)
+        for token_id in one.eos_token_id
+    ]
+    first = logits.to(torch.float32).argmax(dim=-1)
+    ended = torch.isin(first, torch.tensor(end_ids, dtype=torch.int64))
+    if num_tokens <= 1 or bool(ended.all()):
+        return torch.cat([input_ids, first.unsqueeze(1)], dim=1)
+    pad_token = generation_config._pad_token_tensor
+    others = stream.write(
+        first,
+        num_tokens - 1,
+        end_ids=end_ids,
+        pad_id=0 if pad_token is None else int(pad_token),
+        ended=ended.numpy(),
+    )
+    return torch.cat([input_ids, first.unsqueeze(1), others], dim=1)
 
 
 def _join_processors(processors: Any) -> Processor | None:

@@ -1,13 +1,12 @@
 """What the compiled step can run: everything named here, and nothing that is not."""
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from unimatrix.configuration import UniMatrixConfig, list_config_fields
+from unimatrix.configuration import UniMatrixConfig, get_config_defaults
 from unimatrix.nn.associative_projections import AssociativeProjections
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
@@ -110,10 +109,9 @@ def explain_unsupported(config: UniMatrixConfig) -> str | None:
     Args:
         config: of any model.
     """
-    parameters = inspect.signature(UniMatrixConfig.__init__).parameters
-    for name in list_config_fields():
+    for name, default in get_config_defaults().items():
         value = getattr(config, name)
-        allowed = _KNOWN[name] if name in _KNOWN else (parameters[name].default,)
+        allowed = _KNOWN.get(name, (default,))
         if allowed is not _ANY and value not in allowed:
             return f"{name} is {value!r}"
     return None

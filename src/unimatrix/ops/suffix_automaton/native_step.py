@@ -63,7 +63,7 @@ class AutomatonStream:
         call = (token_ids.reshape(-1, 1), self._lengths, self.predicted_ids, self.match_lengths)
         while True:
             _scan_rows(0, len(token_ids), *call, progress, *self._arrays, SPLAY_LENGTH)
-            if progress[:, _DONE].all():
+            if progress[0, _DONE] and (len(progress) == 1 or progress[:, _DONE].all()):
                 return
             num_nodes = int(progress[:, _NODES_WANTED].max())
             num_edges = int(progress[:, _EDGES_WANTED].max())
