@@ -10,7 +10,7 @@ from unimatrix.configuration import UniMatrixConfig, get_config_defaults
 from unimatrix.nn.associative_projections import AssociativeProjections
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
-from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
 from unimatrix.nn.norm import RowNorm
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
@@ -92,6 +92,7 @@ _MODULES = (
     MatrixMixer,
     PointerMixture,
     ResidualContext,
+    RetentionProjection,
     SelectiveMixer,
     ShortConvolution,
     SlotMixer,
