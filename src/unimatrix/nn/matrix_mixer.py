@@ -99,7 +99,8 @@ class MatrixMixer(nn.Module):
         source = h
         if self.short_conv is not None:
             source, recent = self.short_conv(h, recent, lengths)
-        vectors, controls = [self.q_proj, self.k_proj, self.v_proj], [self.retention_proj]
+        vectors = [self.q_proj, self.k_proj, self.v_proj]
+        controls: list[nn.Linear] = [self.retention_proj]
         if self.mixes_rules:
             vectors, controls = [*vectors, self.diag_proj], [*controls, self.rule_proj]
         if self.write_proj is not None:
