@@ -92,13 +92,22 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
         contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
         chosen: dict[str, tuple[nn.Module, str]] = {}
         if block.matrix_mixer is not None:
-            guard = block.matrix_mixer.norm_guard
-            auto = matrix_state.choose_backend(num_tokens, place, norm_guard=guard)
+            auto = matrix_state.choose_backend(
+                num_tokens,
+                place,
+                norm_guard=block.matrix_mixer.norm_guard,
+                is_delta=block.matrix_mixer.uses_delta,
+                head_dim=block.matrix_mixer.head_dim,
+                is_double=self.dtype == torch.float64,
+            )
             chosen["matrix_state"] = block.matrix_mixer, auto
         if block.slot_mixer is not None:
-            chosen["slots"] = block.slot_mixer, slots.choose_backend(place, num_tokens)
+            num_slots, key_size = self.config.num_slots, self.config.slot_key_size
+            auto = slots.choose_backend(place, num_tokens, num_slots, key_size)
+            chosen["slots"] = block.slot_mixer, auto
         if block.selective_mixer is not None:
-            chosen["selective_slots"] = block.selective_mixer, selective_slots.choose_backend()
+            auto = selective_slots.choose_backend(place, self.config.num_slots)
+            chosen["selective_slots"] = block.selective_mixer, auto
         if block.dense_mixer is not None:
             chosen["dense_memory"] = block.dense_mixer, "parallel"
         if contexts and contexts[0].uses_automaton:
