@@ -194,10 +194,13 @@ def test_a_position_does_not_see_its_own_write() -> None:
 @pytest.mark.parametrize("compiles", [False, True])
 def test_auto_on_a_gpu(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selective_slots.scan, "compiles_triton", lambda device: compiles)
-    assert choose_backend(torch.device("cpu"), 8) == "native"
     cuda = torch.device("cuda")
     assert choose_backend(cuda, 4096) == ("triton" if compiles else "native")
     assert choose_backend(cuda, 4097) == "native"
+
+
+def test_auto_is_native_on_the_cpu() -> None:
+    assert choose_backend(torch.device("cpu"), 8) == "native"
 
 
 def test_a_slot_is_a_few_bytes() -> None:

@@ -74,7 +74,7 @@ def _read_states(
 ):  # fmt: skip
     """Store P columns of a chunk's readouts (E4)."""
     ACC: tl.constexpr = states.dtype.element_ty
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     column = tl.program_id(2) * P + tl.arange(0, P)
     start, token, exists, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
     rho, high, low, _, _ = load_retention(log_retention, start, token, real, C, ACC)
@@ -160,7 +160,7 @@ def _write_gradients(
     later. It is formed as such, without differences: what is forgotten has gradient 0.
     """
     ACC: tl.constexpr = grads.dtype.element_ty
-    chunk, row, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column, order = part * P + tl.arange(0, P), tl.arange(0, C)
     start, token, exists, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
     rho, high, low, to_end, kept = load_retention(log_retention, start, token, real, C, ACC)
@@ -296,7 +296,7 @@ class _Scan(torch.autograd.Function):
                 *tokens, initial.contiguous(), states, final, *sizes, **forms, **tiles,
                 **_in_turn(tiles["W"]),
             )  # fmt: skip
-            _read_states[num_chunks, B * H, parts](
+            _read_states[B * H, num_chunks, parts](
                 q, *tokens, states, y, *sizes, **forms, **tiles, **_AT_ONCE
             )
         ctx.save_for_backward(q, *tokens, states)
@@ -318,7 +318,7 @@ class _Scan(torch.autograd.Function):
                 q, dy, log_retention, lengths, dfinal.contiguous(), grads, dinitial, *ctx.sizes,
                 HAS_LENGTHS=lengths is not None, **tiles, **_in_turn(tiles["W"]),
             )  # fmt: skip
-            _write_gradients[ctx.sizes[2], B * H, parts](
+            _write_gradients[B * H, ctx.sizes[2], parts](
                 q, k, v, d, log_retention, rule_weights, lengths, states, grads, dy,
                 dq, dk, dv, dd, dlog, drules, *ctx.sizes, B * T * H, **ctx.forms, **tiles,
                 **_AT_ONCE,
