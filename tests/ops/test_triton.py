@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.ops import test_matrix_state, test_selective_slots, test_slots
+from tests.ops import test_matrix_state, test_selective_slots, test_slot_decisions, test_slots
 from tests.ops.oracle import Outputs, Run, compare_with_reference
 from tests.tolerances import error, limit
 from unimatrix.configuration import UniMatrixConfig
@@ -194,6 +196,26 @@ def test_low_precision_is_computed_in_float32(device: str) -> None:
 def test_slots_in_float32_and_sizes(device: str) -> None:
     compare_slots(device, 17, torch.float32)
     compare_slots(device, 17, torch.float64, batch=1, num_slots=3, key_size=3)
+
+
+@on_each_device
+@settings(max_examples=12)
+@given(
+    rows=test_slot_decisions.draw_rows(),
+    slots_per_read=st.integers(1, 7),
+    match_threshold=st.sampled_from([0.85, 0.95, 2.0, -2.0]),
+)
+def test_drawn_slot_decisions(
+    rows: list, slots_per_read: int, match_threshold: float, device: str
+) -> None:
+    tensors = test_slot_decisions.build_tensors(rows)
+    options = {"slots_per_read": slots_per_read, "match_threshold": match_threshold}
+    expected = test_slot_decisions.scan("reference", tensors, **options)
+    moved = {name: x.to(device) for name, x in tensors.items()}
+    actual = test_slot_decisions.scan("triton", moved, **options)
+    assert torch.equal(actual[0].pointer_token_ids.cpu(), expected[0].pointer_token_ids)
+    for name in ("slot_keys", "slot_strength", "slot_age", "slot_token_ids"):
+        assert torch.equal(getattr(actual[1], name).cpu(), getattr(expected[1], name)), name
 
 
 @on_each_device

@@ -83,7 +83,7 @@ def _allocate_row(
         key = tl.load(key_units + entry * C + component, mask=inside, other=0.0)
         cosine = tl.where(filled, tl.sum(held * key[None, :], 1), -float("inf"))
         closest = tl.max(cosine, 0)
-        match = _take_first(filled & (cosine == closest), slot, SLOTS)
+        match = _take_first(cosine == closest, slot, SLOTS)
         unfilled = _take_first(exists & (filled == 0), slot, SLOTS)
         oldest = _take_first(age == tl.max(age, 0), slot, SLOTS)
         target = tl.where(unfilled < SLOTS, unfilled, oldest)
