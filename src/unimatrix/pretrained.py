@@ -106,7 +106,8 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             auto = slots.choose_backend(place, num_tokens, num_slots, key_size)
             chosen["slots"] = block.slot_mixer, auto
         if block.selective_mixer is not None:
-            auto = selective_slots.choose_backend(place, self.config.num_slots)
+            bounded = block.selective_mixer.bounded_training or not self.training
+            auto = selective_slots.choose_backend(place, self.config.num_slots, bounded=bounded)
             chosen["selective_slots"] = block.selective_mixer, auto
         if block.dense_mixer is not None:
             chosen["dense_memory"] = block.dense_mixer, "parallel"

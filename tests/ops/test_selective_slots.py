@@ -197,6 +197,7 @@ def test_auto_on_a_gpu(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     assert choose_backend(cuda, 4096) == ("triton" if compiles else "native")
     assert choose_backend(cuda, 4097) == "native"
+    assert choose_backend(cuda, 8, bounded=False) == "native"
 
 
 def test_auto_is_native_on_the_cpu() -> None:

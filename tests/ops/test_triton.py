@@ -186,7 +186,9 @@ def test_low_precision_is_computed_in_float32(device: str) -> None:
     expected = test_matrix_state.scan("triton", **wide)
     # A GPU rounds to the nearest; the interpreter cuts off.
     assert error(out["y"], expected["y"]) <= (2**-7 if device == "cpu" else 2**-8)
-    assert torch.equal(out["final_state"], expected["final_state"])
+    assert out["final_state"].dtype == torch.float32
+    found = error(out["final_state"], expected["final_state"])
+    assert found <= limit("matrix_state", torch.float32, "value")
     for grad in torch.autograd.grad(out["y"].sum(), [*given.values()]):
         assert grad.dtype == torch.bfloat16
         assert grad.isfinite().all()

@@ -34,18 +34,21 @@ _SHAPES = {
 _MOST_TRITON_PLACES = 4096
 
 
-def choose_backend(device: torch.device, num_places: int) -> str:
+def choose_backend(device: torch.device, num_slots: int, *, bounded: bool = True) -> str:
     """Return what ``auto`` means.
 
     Args:
         device: where the tensors are.
-        num_places: M; without a bound, M and one for each write.
+        num_slots: M.
+        bounded: M slots; otherwise every offer finds a place, as in training.
 
     Returns:
-        ``native``, on the CPU whatever the device; on a GPU ``triton`` where it compiles and the
-        places are few enough, which then need not wait for the CPU.
+        ``native``, on the CPU whatever the device; on a GPU ``triton`` for M slots, where it
+        compiles and can hold them: nothing then waits for the CPU. Without a bound it compares
+        with every write where ``native`` has a hash table, so it must be asked for by name.
+        Neither choice has been timed on a GPU.
     """
-    fits = num_places <= _MOST_TRITON_PLACES and compiles_triton(device)
+    fits = bounded and num_slots <= _MOST_TRITON_PLACES and compiles_triton(device)
     return "triton" if fits else "native"
 
 
@@ -109,7 +112,9 @@ def scan_selective_slots(
     policy = SlotPolicy(bounded, margin, keep_first, fade_tokens or 0)
     num_slots = initial.slot_keys.shape[1]
     num_places = num_slots if bounded else num_slots + write_keys[0].numel()
-    name = choose_backend(read_keys.device, num_places) if backend == "auto" else backend
+    name = backend
+    if backend == "auto":
+        name = choose_backend(read_keys.device, num_slots, bounded=bounded)
     if require_backend("selective_slots", name) == "triton":
         return _scan_on_gpu(writes, initial, policy, num_places)
     return _scan_on_cpu(name, writes, initial, policy)
