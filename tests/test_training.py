@@ -1,4 +1,5 @@
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.small_training import (
     one_thread,
 )
 from tests.tolerances import error
+from unimatrix import training
 from unimatrix.data import WindowDataset
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
@@ -117,6 +119,23 @@ def test_items_are_read_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     read = [index for batch in batches for index in batch]
     assert read[0] == 0  # The size of a window is asked for first.
     assert read[1:13] == list(range(12))
+
+
+def test_a_data_loader_that_runs_the_automaton_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU; the data loader's processes get the collator by name."""
+    collator = pickle.loads(pickle.dumps(training.choose_collator(build_model(), "cuda")))
+    batch = collator([build_dataset(2)[i] for i in range(2)])
+    assert batch["suffix_match"].shape == (2, WINDOW_TOKENS, 2)
+    peer = build_model(residual_path="none")
+    for model, device in ((build_model(), "cpu"), (peer, "cuda"), (torch.nn.Linear(1, 1), "cuda")):
+        assert training.choose_collator(model, device) is training.collate
+    expected, model = build_model(), build_model()
+    train_model(expected, build_dataset(24), build_settings(), None)
+    monkeypatch.setattr(training, "choose_collator", lambda model, device: collator)
+    train_model(model, build_dataset(24), build_settings(), None)
+    assert have_equal_weights(model, expected)
 
 
 def test_loss_is_the_mean_over_the_labels_of_the_batch() -> None:

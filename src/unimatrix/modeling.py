@@ -72,6 +72,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         gives_up_cache: bool = False,
+        suffix_match: Tensor | None = None,
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
 
@@ -85,15 +86,24 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             return_dict: return a tuple if ``False``.
             gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton,
                 whose copy may take longer than the tokens, is changed in place.
+            suffix_match: [B, T, 2] int64, what the suffix automaton says of these rows, each a
+                stream of its own: predicted ids and match lengths. A data loader can find them
+                while a GPU trains; without, the GPU waits for the CPU here. ``None`` runs it.
 
         Returns:
             a ``UniMatrixModelOutput``.
 
         Raises:
             InputError: for ids that are no [B, T] of at least one token, a cache of another model,
-                or more tokens than the position table has rows.
+                more tokens than the position table has rows, or ``suffix_match`` beside a cache or
+                a mask, or for a model without a suffix automaton.
         """
         _require_token_ids(input_ids)
+        if suffix_match is not None:
+            self._require_match(
+                suffix_match, input_ids, (attention_mask, past_key_values), use_cache
+            )
+            use_cache = False
         if past_key_values is None:
             past = start_cache(self.config, input_ids)
         else:
@@ -108,7 +118,9 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         x = self.dropout(self._add_positions(token_features, past, lengths))
 
         # 3. What depends on token ids and their embeddings alone is computed once.
-        sequence, automaton = self._prepare_sequence(ids, past, lengths, gives_up_cache)
+        sequence, automaton = self._prepare_sequence(
+            ids, past, lengths, gives_up_cache, suffix_match
+        )
         retrieval, associations = None, past.associations
         if not self.block.reads_hidden and self.block.selective_mixer is None:
             retrieval, associations = self.block.retrieve(token_features, sequence, associations)
@@ -163,14 +175,37 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         located: Tensor = x + self.embed_positions(positions.clamp(max=num_rows - 1))  # [B, T, D]
         return located
 
+    def _require_match(
+        self, match: Tensor, input_ids: Tensor, carried: tuple[Any, Any], use_cache: bool | None
+    ) -> None:
+        """Raise unless what the automaton said may stand for running it."""
+        if self.residual_context is None or not self.residual_context.uses_automaton:
+            raise InputError("suffix_match is for models with residual_path 'suffix_automaton'")
+        if use_cache or any(x is not None for x in carried):
+            raise InputError("suffix_match is for whole rows; leave out cache and attention_mask")
+        shape = (*input_ids.shape, 2)
+        if match.shape != shape or match.dtype != torch.int64:
+            raise InputError(
+                f"suffix_match is {list(match.shape)} {match.dtype}; pass {list(shape)} torch.int64"
+            )
+
     def _prepare_sequence(
-        self, ids: Tensor, past: UniMatrixCache, lengths: Tensor | None, gives_up_cache: bool
+        self,
+        ids: Tensor,
+        past: UniMatrixCache,
+        lengths: Tensor | None,
+        gives_up_cache: bool,
+        suffix_match: Tensor | None,
     ) -> tuple[Sequence, AutomatonState | None]:
         """Return what every depth step sees of the tokens, and the automaton after them."""
         writable = torch.ones_like(ids, dtype=torch.bool)  # [B, T]
         writable[:, 0] = past.num_tokens > 0
         context, automaton, modulation, match = None, None, None, None
-        if self.residual_context is not None:
+        if suffix_match is not None:
+            assert self.residual_context is not None
+            match = suffix_match[..., 0], suffix_match[..., 1]
+            context = self.residual_context.embed_predicted(match[0])
+        elif self.residual_context is not None:
             context, automaton, match = self.residual_context(
                 ids, past.last_token_ids, past.automaton, lengths, in_place=gives_up_cache
             )
@@ -301,6 +336,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         loss_only: bool = False,
         logits_at: Tensor | None = None,
         gives_up_cache: bool = False,
+        suffix_match: Tensor | None = None,
     ) -> UniMatrixCausalLMOutput | tuple[Any, ...]:
         """Return the logits of every position, and the loss where labels are given.
 
@@ -321,6 +357,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
                 by row. Rules over ``logits_to_keep``.
             gives_up_cache: as in ``UniMatrixModel.forward``.
+            suffix_match: as in ``UniMatrixModel.forward``.
 
         Returns:
             a ``UniMatrixCausalLMOutput``.
@@ -337,6 +374,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             gives_up_cache=gives_up_cache,
+            suffix_match=suffix_match,
         )
         # 5. The one shift.
         if shift_labels is None and labels is not None:

@@ -64,8 +64,8 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             InputError: if an operator of this model has no such back end.
         """
         chosen = dict.fromkeys(BACKENDS, backend) if isinstance(backend, str) else backend
-        if backend == "parallel":
-            # Fused passes are no scan and have no such form: they stay as they are.
+        if backend not in ("auto", *BACKENDS["fused_passes"]):
+            # Fused passes are no scan and have no other form: they stay as they are.
             chosen = {op: name for op, name in chosen.items() if op != "fused_passes"}
         blocks = [module for module in self.modules() if isinstance(module, UniMatrixBlock)]
         contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
@@ -100,13 +100,23 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
         contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
         chosen: dict[str, tuple[nn.Module, str]] = {}
         if block.matrix_mixer is not None:
-            guard = block.matrix_mixer.norm_guard
-            auto = matrix_state.choose_backend(num_tokens, place, norm_guard=guard)
+            auto = matrix_state.choose_backend(
+                num_tokens,
+                place,
+                norm_guard=block.matrix_mixer.norm_guard,
+                is_delta=block.matrix_mixer.uses_delta,
+                head_dim=block.matrix_mixer.head_dim,
+                is_double=self.dtype == torch.float64,
+            )
             chosen["matrix_state"] = block.matrix_mixer, auto
         if block.slot_mixer is not None:
-            chosen["slots"] = block.slot_mixer, slots.choose_backend(place, num_tokens)
+            num_slots, key_size = self.config.num_slots, self.config.slot_key_size
+            auto = slots.choose_backend(place, num_tokens, num_slots, key_size)
+            chosen["slots"] = block.slot_mixer, auto
         if block.selective_mixer is not None:
-            chosen["selective_slots"] = block.selective_mixer, selective_slots.choose_backend()
+            bounded = block.selective_mixer.bounded_training or not self.training
+            auto = selective_slots.choose_backend(place, self.config.num_slots, bounded=bounded)
+            chosen["selective_slots"] = block.selective_mixer, auto
         if block.dense_mixer is not None:
             chosen["dense_memory"] = block.dense_mixer, "parallel"
         if contexts and contexts[0].uses_automaton:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from unimatrix.allocator import keep_freed_memory
 from unimatrix.checkpoints import hide_progress
 from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.ops.suffix_automaton import predict_from_suffix
 from unimatrix.ops.threads import flush_denormals
 from unimatrix.processes import count_processes, get_rank, is_main_process, join_processes
 from unimatrix.recipe import TrainSection
@@ -35,6 +37,7 @@ CHECKPOINTS_PER_RUN = 10
 """How many checkpoints a run writes where ``save_every_steps`` leaves it open."""
 BUDGET_SHARE = 0.97
 """The share of a budget in minutes that is planned; the rest is for checkpoints and stalls."""
+_NUM_GPU_LOADERS = 2
 _WARMUP_SHARE = 0.03
 _LONGEST_WARMUP_S = 4.0
 
@@ -157,7 +160,7 @@ def train_model(
             model=model,
             args=build_arguments(settings, folder, device, saves=out is not None),
             train_dataset=dataset,
-            data_collator=collate,
+            data_collator=choose_collator(model, device),
             callbacks=[FiniteGuard(out), log, *board, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
@@ -181,6 +184,27 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack items; the labels go under both names, because the Trainer counts ``labels``."""
     batch: dict[str, Tensor] = default_collate(list(items))
     return {**batch, "labels": batch["shift_labels"]}
+
+
+def collate_with_match(items: Sequence[dict[str, Tensor]], window: int | None) -> dict[str, Tensor]:
+    """Stack items, and run the suffix automaton over each, with a window or without."""
+    batch = collate(items)
+    prediction, _ = predict_from_suffix(batch["input_ids"], window=window)
+    return {**batch, "suffix_match": torch.stack(prediction, dim=-1)}
+
+
+def choose_collator(
+    model: nn.Module, device: str
+) -> Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]:
+    """Return what makes a batch of items.
+
+    On a GPU the suffix automaton runs here, in the data loader's processes: in the forward pass it
+    would wait for the ids, which come after everything queued before, and the GPU for it.
+    """
+    context = model.model.residual_context if isinstance(model, UniMatrixForCausalLM) else None
+    if device != "cuda" or context is None or not context.uses_automaton:
+        return collate
+    return functools.partial(collate_with_match, window=context.window)
 
 
 def build_arguments(
@@ -225,6 +249,7 @@ def build_arguments(
         ddp_backend="gloo" if device == "cpu" and count_processes() > 1 else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=device == "cuda",
+        dataloader_num_workers=_NUM_GPU_LOADERS if device == "cuda" else 0,
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.ops import oracle
 from tests.tolerances import error, limit
 from unimatrix.ops.backends import BACKENDS
 from unimatrix.published import convert_name, from_published
@@ -25,12 +26,14 @@ def list_backends(name: str) -> list[dict[str, str]]:
     """Return the choices of back ends that can run the file's preset."""
     config, _ = read(name)
     matrix = [
-        b for b in BACKENDS["matrix_state"] if not (config["use_spectral_norm"] and b == "parallel")
+        b
+        for b in oracle.list_backends("matrix_state")
+        if not (config["use_spectral_norm"] and b == "parallel")
     ]
     choices = [{"matrix_state": backend} for backend in matrix]
     if config["use_assoc_memory"]:
         op = "slots" if config["use_sparse_pointer"] else "dense_memory"
-        choices += [{op: backend} for backend in BACKENDS[op]]
+        choices += [{op: backend} for backend in oracle.list_backends(op)]
     return [dict.fromkeys(BACKENDS, "auto"), *choices]
 
 

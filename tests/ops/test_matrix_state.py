@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
-from tests.ops.oracle import Outputs, candidates, compare_with_reference
+from tests.ops.oracle import Outputs, candidates, compare_with_reference, list_backends
 from tests.tolerances import error, limit
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import BACKENDS
 from unimatrix.ops.matrix_state import choose_backend, scan_matrix_state, scan_projected
+from unimatrix.ops.matrix_state import scan as matrix_state
 
 B, H, N = 3, 2, 5  # one N nearly everywhere: kernels are compiled once for each
 LENGTHS = (1, 2, 63, 64, 65, 100)
@@ -25,7 +25,7 @@ FORMS = [
     (backend, rule, norm_guard)
     for norm_guard in (False, True)
     for rule in ("outer", "mixed", "delta")
-    for backend in BACKENDS["matrix_state"]
+    for backend in list_backends("matrix_state")
     if not (norm_guard and (backend == "parallel" or rule == "delta"))
 ]
 CANDIDATES = [form for form in FORMS if form[0] in candidates("matrix_state")]
@@ -127,7 +127,7 @@ def test_head_sizes_in_threads(n: int, rule: str) -> None:
         compare(backend, leaves)
 
 
-@pytest.mark.parametrize("backend", BACKENDS["matrix_state"])
+@pytest.mark.parametrize("backend", list_backends("matrix_state"))
 def test_one_write_by_hand(backend: str) -> None:
     """(E1, E2, E4): the payload k comes back along the address v, weighted by pi and 1 - rho."""
     k, v, d = torch.tensor([[1.0, 2.0], [3.0, -1.0], [5.0, 7.0]], dtype=torch.float64)
@@ -148,7 +148,7 @@ def test_one_write_by_hand(backend: str) -> None:
     torch.testing.assert_close(y[0, 0, 0], expected @ q)
 
 
-@pytest.mark.parametrize("backend", BACKENDS["matrix_state"])
+@pytest.mark.parametrize("backend", list_backends("matrix_state"))
 def test_delta_rule_replaces_what_the_address_held(backend: str) -> None:
     """(E18): a second payload at the same address takes the place of the first; others stay."""
     payloads = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_extreme_retention(backend: str, rule: str, norm_guard: bool, dtype: tor
         compare(backend, leaves, norm_guard=norm_guard)
 
 
-@pytest.mark.parametrize("backend", BACKENDS["matrix_state"])
+@pytest.mark.parametrize("backend", list_backends("matrix_state"))
 def test_full_retention_keeps_the_state(backend: str) -> None:
     leaves = draw_leaves(70) | {"log_retention": torch.zeros(B, 70, H, dtype=torch.float64)}
     assert torch.equal(scan(backend, **leaves)["final_state"], leaves["initial_state"])
@@ -374,13 +374,22 @@ def test_auto_is_the_chosen_backend() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_backend(1, cpu) == choose_backend(1, cuda) == "reference"
     assert choose_backend(2, cpu) == choose_backend(512, cpu, norm_guard=True) == "native"
-    assert choose_backend(512, cuda) == "parallel"
     assert choose_backend(512, cuda, norm_guard=True) == "reference"
     for num_tokens, norm_guard in itertools.product((1, 2, 65), (False, True)):
         leaves = draw_leaves(num_tokens)
         chosen = choose_backend(num_tokens, cpu, norm_guard=norm_guard)
         for name, value in scan("auto", **leaves, norm_guard=norm_guard).items():
             assert torch.equal(value, scan(chosen, **leaves, norm_guard=norm_guard)[name])
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_auto_on_a_gpu(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_state, "compiles_triton", lambda device: compiles)
+    cuda = torch.device("cuda")
+    assert choose_backend(512, cuda, head_dim=128) == ("triton" if compiles else "parallel")
+    assert choose_backend(512, cuda, head_dim=129) == "parallel"
+    assert choose_backend(512, cuda, is_delta=True) == "parallel"
+    assert choose_backend(512, cuda, is_double=True) == "parallel"
 
 
 def test_decoding_loads_no_compiler() -> None:
@@ -398,7 +407,8 @@ def test_decoding_loads_no_compiler() -> None:
     ("change", "message"),
     [
         ({"backend": "parallel", "norm_guard": True}, "no norm_guard"),
-        ({"backend": "triton"}, "'triton' is not available for matrix_state"),
+        ({"backend": "triton", "norm_guard": True}, "'triton' has no norm_guard"),
+        ({"backend": "tritn"}, "Did you mean 'triton'"),
         ({"backend": "parrallel"}, "Did you mean 'parallel'"),
         ({"d": None}, "rule_weights is given but d is None"),
         ({"rule_weights": None}, "d is given but rule_weights is None"),

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unimatrix.errors import InputError
+from unimatrix.ops import selective_slots
 from unimatrix.ops.selective_slots import (
     MAX_CODE,
     MIN_CODE,
     SelectiveSlots,
+    choose_backend,
     empty_selective_slots,
     hash_contexts,
     scan_selective_slots,
@@ -187,6 +189,19 @@ def test_a_position_does_not_see_its_own_write() -> None:
     )
     assert lookup.entries.tolist() == [[[-1], [2]]]
     assert lookup.value_ids.tolist() == [[[0], [9]]]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_auto_on_a_gpu(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selective_slots.scan, "compiles_triton", lambda device: compiles)
+    cuda = torch.device("cuda")
+    assert choose_backend(cuda, 4096) == ("triton" if compiles else "native")
+    assert choose_backend(cuda, 4097) == "native"
+    assert choose_backend(cuda, 8, bounded=False) == "native"
+
+
+def test_auto_is_native_on_the_cpu() -> None:
+    assert choose_backend(torch.device("cpu"), 8) == "native"
 
 
 def test_a_slot_is_a_few_bytes() -> None:

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unimatrix.ops.backends import BACKENDS
+from tests.ops.oracle import list_backends
 from unimatrix.ops.cosine_read import DECISION_EPSILON
 from unimatrix.ops.slots import SlotRead, SlotState, scan_slots
 
-ALL = BACKENDS["slots"]
+ALL = list_backends("slots")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CODEBOOK = [

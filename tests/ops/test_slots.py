@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.oracle import Outputs, candidates, compare_with_reference
+from tests.ops.oracle import Outputs, candidates, compare_with_reference, list_backends
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import BACKENDS
+from unimatrix.ops import slots
 from unimatrix.ops.slots import SlotRead, SlotState, choose_backend, empty_slots, scan_slots
 
-ALL = BACKENDS["slots"]
+ALL = list_backends("slots")
 LENGTHS = (1, 2, 63, 64, 65, 100)
 Leaves = dict[str, Tensor | None]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,10 +264,17 @@ def test_ties_go_to_the_lowest_slot() -> None:
         assert read.pointer_token_ids.tolist() == [[[0, 1, 2]]], backend
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_auto_on_a_gpu(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots.scan, "compiles_triton", lambda device: compiles)
+    cuda = torch.device("cuda")
+    assert choose_backend(cuda, 1) == "parallel"
+    assert choose_backend(cuda, 128, 256, 64) == ("triton" if compiles else "native")
+    assert choose_backend(cuda, 128, 257, 64) == "native"
+
+
 def test_auto_is_native_on_cpu() -> None:
     assert choose_backend(torch.device("cpu"), 1) == "native"
-    assert choose_backend(torch.device("cuda"), 128) == "native"
-    assert choose_backend(torch.device("cuda"), 1) == "parallel"
     leaves = draw_leaves(8, torch.float32)
     expected = run("native", **leaves)
     assert all(torch.equal(value, expected[name]) for name, value in run("auto", **leaves).items())
@@ -297,5 +304,5 @@ def test_unknown_numbers_and_names_raise() -> None:
     leaves = draw_leaves(4, torch.float32)
     with pytest.raises(InputError, match="slots_per_read is 0"):
         run("native", slots_per_read=0, **leaves)
-    with pytest.raises(InputError, match="'triton' is not available for slots"):
-        run("triton", **leaves)
+    with pytest.raises(InputError, match="'fused' is not available for slots"):
+        run("fused", **leaves)

@@ -63,8 +63,12 @@ class ResidualContext(nn.Module):
             in_place=in_place,
             backend=self.backend,
         )
-        predicted_ids = prediction.predicted_ids.to(input_ids.device)  # [B, T]
+        device = input_ids.device
+        match = prediction.predicted_ids.to(device), prediction.match_lengths.to(device)
+        return self.embed_predicted(match[0]), automaton, match
+
+    def embed_predicted(self, predicted_ids: Tensor) -> Tensor:
+        """Return the context [B, T, D] of the automaton's predicted ids [B, T], -1 for none."""
         known = (predicted_ids >= 0).unsqueeze(-1)
-        context = self.embed(predicted_ids.clamp(min=0))  # [B, T, D]
-        match = predicted_ids, prediction.match_lengths.to(input_ids.device)
-        return context * known, automaton, match
+        context: Tensor = self.embed(predicted_ids.clamp(min=0))  # [B, T, D]
+        return context * known

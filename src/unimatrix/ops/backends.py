@@ -4,16 +4,23 @@
 this table, so a back end added here is compared with its reference the same day.
 """
 
+import importlib.util
+
+import torch
+
 from unimatrix.errors import InputError, suggest
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "matrix_state": ("reference", "parallel", "native"),
-    "slots": ("reference", "parallel", "native"),
-    "selective_slots": ("reference", "native"),
+    "matrix_state": ("reference", "parallel", "native", "triton"),
+    "slots": ("reference", "parallel", "native", "triton"),
+    "selective_slots": ("reference", "native", "triton"),
     "dense_memory": ("reference", "parallel"),
     "suffix_automaton": ("reference", "native"),
     "fused_passes": ("reference", "native"),
 }
+
+# Of an NVIDIA GPU that Triton compiles for.
+_LOWEST_CAPABILITY = (8, 0)
 
 
 def require_backend(op: str, backend: str) -> str:
@@ -33,3 +40,35 @@ def require_backend(op: str, backend: str) -> str:
             f"{', '.join(known)}.{suggest(backend, known)}"
         )
     return backend
+
+
+def compiles_triton(device: torch.device) -> bool:
+    """Return whether ``auto`` may choose Triton: it is installed and compiles for the device.
+
+    Args:
+        device: where the inputs are.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    is_installed = importlib.util.find_spec("triton") is not None
+    return is_installed and torch.cuda.get_device_capability(device) >= _LOWEST_CAPABILITY
+
+
+def require_triton(device: torch.device) -> None:
+    """Check that Triton's kernels, asked for by name, can run.
+
+    Args:
+        device: where the inputs are.
+
+    Raises:
+        InputError: if Triton is not installed, or the device is no GPU and its kernels are not
+            interpreted (``TRITON_INTERPRET=1``, slow, for tests).
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("backend 'triton' needs Triton; pip install 'unimatrix-lm[gpu]'.")
+    if device.type == "cuda":
+        return
+    from unimatrix.ops.triton import INTERPRETED
+
+    if not INTERPRETED or device.type != "cpu":
+        raise InputError(f"backend 'triton' runs on a CUDA device, not on {device}; choose auto.")

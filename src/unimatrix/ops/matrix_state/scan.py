@@ -6,33 +6,49 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import require_backend
+from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.matrix_state.delta_parallel import scan_delta_parallel
 from unimatrix.ops.matrix_state.parallel import scan_parallel
 from unimatrix.ops.matrix_state.reference import TokenInputs, scan_reference
 
+LARGEST_TRITON_N = 128
 _LETTERS = {"log_retention": "B T H", "rule_weights": "B T H R", "write_strength": "B T H"}
 
 
-def choose_backend(num_tokens: int, device: torch.device, *, norm_guard: bool = False) -> str:
+def choose_backend(
+    num_tokens: int,
+    device: torch.device,
+    *,
+    norm_guard: bool = False,
+    is_delta: bool = False,
+    head_dim: int = 1,
+    is_double: bool = False,
+) -> str:
     """Return the back end that ``auto`` stands for.
 
     One token: the reference, since a few tensor operations cost about as much as calling a kernel
     and decoding then needs no compiler. More, on the CPU: the kernels, which in training were
     several times faster than the chunked form at N = 16 and 32 and about as fast at N = 128.
-    More, elsewhere: the chunked form or, with the norm guard, which it lacks, the reference.
+    More, elsewhere: with the norm guard, the reference; else Triton's kernels where they compile
+    and have the form, the chunked form where not. On a GPU none of them has been timed.
 
     Args:
         num_tokens: T.
         device: where the inputs are.
         norm_guard: whether S is divided by its norm.
+        is_delta: whether the delta rule is asked for.
+        head_dim: N.
+        is_double: whether the state is float64.
     """
     if num_tokens == 1:
         return "reference"
     if device.type == "cpu":
         return "native"
-    return "reference" if norm_guard else "parallel"
+    if norm_guard:
+        return "reference"
+    has_kernel = not is_delta and head_dim <= LARGEST_TRITON_N and not is_double
+    return "triton" if has_kernel and compiles_triton(device) else "parallel"
 
 
 def _require_tokens(tokens: TokenInputs) -> dict[str, int]:
@@ -69,18 +85,37 @@ def _require_lengths(lengths: Tensor, sizes: dict[str, int]) -> None:
             )
 
 
-def _require_backend(backend: str, q: Tensor, norm_guard: bool) -> str:
+def _require_backend(backend: str, tokens: TokenInputs, norm_guard: bool) -> str:
     """Return the back end to run, or raise InputError if the one named cannot."""
+    (_, num_tokens, _, head_dim), device = tokens.q.shape, tokens.q.device
+    is_delta = tokens.write_strength is not None
     if backend == "auto":
-        return choose_backend(q.shape[1], q.device, norm_guard=norm_guard)
+        is_double = tokens.q.dtype == torch.float64
+        return choose_backend(
+            num_tokens,
+            device,
+            norm_guard=norm_guard,
+            is_delta=is_delta,
+            head_dim=head_dim,
+            is_double=is_double,
+        )
     require_backend("matrix_state", backend)
-    if backend == "parallel" and norm_guard:
+    if backend in ("parallel", "triton") and norm_guard:
         raise InputError(
-            "backend 'parallel' has no norm_guard, which makes the recurrence nonlinear; "
+            f"backend {backend!r} has no norm_guard, which makes the recurrence nonlinear; "
             "choose reference or native."
         )
-    if backend == "native" and q.device.type != "cpu":
-        raise InputError(f"backend 'native' runs on the CPU, not on {q.device}; choose parallel.")
+    if backend == "native" and device.type != "cpu":
+        raise InputError(f"backend 'native' runs on the CPU, not on {device}; choose parallel.")
+    if backend == "triton":
+        if is_delta:
+            raise InputError("backend 'triton' has no delta rule; choose parallel.")
+        if head_dim > LARGEST_TRITON_N:
+            raise InputError(
+                f"backend 'triton' is for N up to {LARGEST_TRITON_N}, not {head_dim}; choose "
+                "parallel."
+            )
+        require_triton(device)
     return backend
 
 
@@ -131,8 +166,9 @@ def scan_matrix_state(
         initial_state: [B, H, N, N], payload by address; None: zeros.
         lengths: [B] int64 in 0..T, the leading real tokens of each row; None: all are real.
         norm_guard: divide S by its Frobenius norm wherever that exceeds 1.
-        chunk_size: tokens of a chunk in the parallel form, >= 1.
-        backend: ``auto`` (see ``choose_backend``), ``reference``, ``parallel`` or ``native``.
+        chunk_size: tokens of a chunk in the parallel form, >= 1; Triton's has 16 or 32.
+        backend: ``auto`` (see ``choose_backend``), ``reference``, ``parallel``, ``native`` or
+            ``triton`` (a GPU; no norm guard, no delta rule, N up to 128).
 
     Returns:
         y [B, T, H, N] in q's dtype, zero at padded positions; the state after each row's last real
@@ -141,7 +177,7 @@ def scan_matrix_state(
     Raises:
         InputError: if shapes do not fit, only one of d and rule_weights is given, rules or the norm
             guard come with write_strength, lengths leave 0..T (checked on the CPU), or the back end
-            cannot run this (norm guard, device).
+            cannot run this (norm guard, delta rule, N, device, Triton not installed).
 
     Cost: O(T N^2) time a head (parallel: O(T N (N + chunk_size))), in float32 at least, also under
         autocast. Memory linear in T, see each back end. Causal, and differentiable in all
@@ -155,12 +191,18 @@ def scan_matrix_state(
         raise InputError("norm_guard is for the other rules; leave it out with write_strength.")
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}; pass at least 1.")
-    chosen = _require_backend(backend, q, norm_guard)
+    chosen = _require_backend(backend, tokens, norm_guard)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
         initial_state = q.new_zeros((sizes["B"], sizes["H"], sizes["N"], sizes["N"]), dtype=dtype)
     require_shape("initial_state", initial_state, "B H N N", sizes)
     initial_state = initial_state.to(dtype)
+    if chosen == "triton":
+        from unimatrix.ops.matrix_state.triton import scan_triton
+
+        return scan_triton(
+            tokens, initial_state=initial_state, lengths=lengths, chunk_size=chunk_size
+        )
     tokens = tokens.replace_each(lambda x: x.to(dtype))
     if chosen == "native":
         y, final_state = _scan_native(tokens, initial_state, lengths, norm_guard)

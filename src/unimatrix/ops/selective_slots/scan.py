@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import require_backend
+from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import require_dtype, require_shape
 from unimatrix.ops.selective_slots.reference import scan_reference
 from unimatrix.ops.selective_slots.state import (
@@ -30,9 +30,26 @@ _SHAPES = {
 }
 
 
-def choose_backend() -> str:
-    """Return what ``auto`` means: ``native``, on the CPU whatever the device."""
-    return "native"
+# Places that a program of the GPU's kernel can hold: whole numbers in its registers.
+_MOST_TRITON_PLACES = 4096
+
+
+def choose_backend(device: torch.device, num_slots: int, *, bounded: bool = True) -> str:
+    """Return what ``auto`` means.
+
+    Args:
+        device: where the tensors are.
+        num_slots: M.
+        bounded: M slots; otherwise every offer finds a place, as in training.
+
+    Returns:
+        ``native``, on the CPU whatever the device; on a GPU ``triton`` for M slots, where it
+        compiles and can hold them: nothing then waits for the CPU. Without a bound it compares
+        with every write where ``native`` has a hash table, so it must be asked for by name.
+        Neither choice has been timed on a GPU.
+    """
+    fits = bounded and num_slots <= _MOST_TRITON_PLACES and compiles_triton(device)
+    return "triton" if fits else "native"
 
 
 def scan_selective_slots(
@@ -70,35 +87,70 @@ def scan_selective_slots(
             never.
         first_position: [B] int64, tokens of the stream before these; ``None`` is 0.
         lengths: [B] int64, leading real tokens of each row; ``None`` is T for all.
-        backend: ``auto``, ``reference`` or ``native``.
+        backend: ``auto`` (see ``choose_backend``), ``reference``, ``native`` or ``triton`` (a GPU;
+            M up to 4,096, without a bound M and all writes).
 
     Returns:
         what each position found; if ``bounded``, the slots after the last real token and which
         entry is in each. A position sees the writes of those before it, not its own.
 
     Raises:
-        InputError: if a shape or dtype does not fit, a code is out of range, or the back end is
-            unknown.
+        InputError: if a shape or dtype does not fit, a code is out of range (checked on the CPU),
+            or the back end is unknown or cannot run this.
 
     Cost:
-        O(B T (Q + N) M) integer comparisons on the CPU, whatever the device; nothing is
-        differentiable. Deterministic; any split of a stream finds the same.
+        O(B T (Q + N) M) integer comparisons, on the CPU whatever the device but with ``triton``;
+        nothing is differentiable. Deterministic; any split of a stream finds the same.
     """
-    device = read_keys.device
     batch, num_tokens = value_ids.shape[:2]
     if lengths is None:
-        lengths = torch.full((batch,), num_tokens, dtype=torch.int64)
+        lengths = torch.full((batch,), num_tokens, device=read_keys.device)
     if first_position is None:
-        first_position = torch.zeros(batch, dtype=torch.int64)
+        first_position = torch.zeros_like(lengths)
     writes = SlotWrites(read_keys, write_keys, value_ids, codes, first_position, lengths)
     _check(writes, initial)
     policy = SlotPolicy(bounded, margin, keep_first, fade_tokens or 0)
-    name = choose_backend() if backend == "auto" else backend
-    if require_backend("selective_slots", name) == "reference":
+    num_slots = initial.slot_keys.shape[1]
+    num_places = num_slots if bounded else num_slots + write_keys[0].numel()
+    name = backend
+    if backend == "auto":
+        name = choose_backend(read_keys.device, num_slots, bounded=bounded)
+    if require_backend("selective_slots", name) == "triton":
+        return _scan_on_gpu(writes, initial, policy, num_places)
+    return _scan_on_cpu(name, writes, initial, policy)
+
+
+def _scan_on_gpu(
+    writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy, num_places: int
+) -> SlotScan:
+    """Scan where the tensors are; nothing waits for the CPU."""
+    device = writes.read_keys.device
+    if num_places > _MOST_TRITON_PLACES:
+        raise InputError(
+            f"backend 'triton' is for {_MOST_TRITON_PLACES} places, and this takes {num_places}; "
+            "choose native."
+        )
+    require_triton(device)
+    from unimatrix.ops.selective_slots.triton import scan_triton
+
+    if device.type == "cpu":
+        _check_codes(writes.codes)
+    return scan_triton(
+        SlotWrites(*(tensor.detach().to(device) for tensor in writes)), initial, policy, num_places
+    )
+
+
+def _scan_on_cpu(
+    backend: str, writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
+) -> SlotScan:
+    """Scan copies on the CPU, and return to where the tensors were."""
+    if backend == "reference":
         scan = scan_reference
     else:
         from unimatrix.ops.selective_slots.native import scan_native as scan
+    device = writes.read_keys.device
     writes = SlotWrites(*(tensor.detach().cpu() for tensor in writes))
+    _check_codes(writes.codes)
     lookup, slots, writers = scan(
         writes, SelectiveSlots(*(tensor.cpu() for tensor in initial)), policy
     )
@@ -110,13 +162,17 @@ def scan_selective_slots(
 
 
 def _check(writes: SlotWrites, initial: SelectiveSlots) -> None:
-    """Raise unless every argument has its shape, dtype and range."""
+    """Raise unless every argument has its shape and dtype."""
     sizes: dict[str, int] = {}
     for name, tensor in (writes._asdict() | initial._asdict()).items():
         require_shape(name, tensor, _SHAPES[name], sizes)
     for name, tensor in writes._asdict().items():
         require_dtype(name, tensor, torch.int64)
-    smallest, largest = (int(bound) for bound in writes.codes.aminmax())
+
+
+def _check_codes(codes: Tensor) -> None:
+    """Raise unless the codes are strength codes."""
+    smallest, largest = (int(bound) for bound in codes.aminmax())
     if smallest < MIN_CODE or largest > MAX_CODE:
         raise InputError(
             f"codes holds {smallest if smallest < MIN_CODE else largest}; pass "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import require_backend
+from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
 from unimatrix.ops.slots.parallel import allocate_parallel
@@ -40,17 +40,36 @@ _DTYPES = {
 }
 
 
-def choose_backend(device: torch.device, num_tokens: int) -> str:
+# Numbers of the slots' keys that a program of the GPU's kernel can hold, M and C rounded up to
+# powers of two: 8 bytes each in its registers.
+_MOST_TRITON_NUMBERS = 1 << 14
+
+
+def choose_backend(
+    device: torch.device, num_tokens: int, num_slots: int = 1, key_size: int = 1
+) -> str:
     """Return what ``auto`` means.
 
     Args:
         device: where the tensors are.
         num_tokens: T.
+        num_slots: M.
+        key_size: C.
 
     Returns:
-        ``native``; ``parallel`` for a single token on a GPU, which then need not wait for the CPU.
+        ``native``; on a GPU ``parallel`` for a single token, which then need not wait for the CPU,
+        and for more ``triton``, where it compiles and can hold the slots.
     """
-    return "parallel" if device.type == "cuda" and num_tokens == 1 else "native"
+    if device.type == "cuda" and num_tokens == 1:
+        return "parallel"
+    fits = _fits_triton(num_slots, key_size) and compiles_triton(device)
+    return "triton" if fits else "native"
+
+
+def _fits_triton(num_slots: int, key_size: int) -> bool:
+    """Return whether a program of the GPU's kernel can hold the keys of the slots."""
+    bits = (num_slots - 1).bit_length() + (key_size - 1).bit_length()
+    return 1 << bits <= _MOST_TRITON_NUMBERS
 
 
 def scan_slots(
@@ -85,7 +104,8 @@ def scan_slots(
         match_threshold: the closest filled slot is overwritten if its cosine is above.
         strength_floor: a slot is filled if its strength is above.
         lengths: [B] int64, leading real tokens of each row; ``None`` is T for all.
-        backend: ``auto``, ``reference``, ``parallel`` or ``native``.
+        backend: ``auto`` (see ``choose_backend``), ``reference``, ``parallel``, ``native`` or
+            ``triton`` (a GPU).
 
     Returns:
         what each position read (in the dtype of ``values``, zero on padding; min(K, M) columns),
@@ -93,12 +113,14 @@ def scan_slots(
         in all floating arguments and in the floats of ``initial``; choices carry no gradient.
 
     Raises:
-        InputError: if a shape or dtype does not fit, T or K is 0, or the back end is unknown.
+        InputError: if a shape or dtype does not fit, T or K is 0, or the back end is unknown or
+            cannot run here.
 
     Cost:
         O(B T M C) for the choices, O(B T K (C + Dv)) for the read. Causal; the same choices on
         every back end and for every split (``ops.cosine_read``), in float32 up to the rounding of
-        what comes in. ``native`` chooses on the CPU, whatever the device.
+        what comes in. ``native`` chooses on the CPU, whatever the device. With ``triton`` the last
+        bits of the gradients vary, unless torch is told to be deterministic.
     """
     tokens = SlotTokens(
         queries, keys, values, strengths, token_ids, reads=writable, writes=writable
@@ -106,7 +128,7 @@ def scan_slots(
     _check(tokens, initial, lengths)
     if slots_per_read < 1:
         raise InputError(f"slots_per_read is {slots_per_read}; read at least one slot.")
-    scan = _find_scan(backend, queries)
+    scan = _find_scan(backend, queries, initial.slot_keys.shape[1])
     num_read = min(slots_per_read, initial.slot_keys.shape[1])
     rules = SlotRules(num_read, match_threshold, strength_floor)
     with torch.autocast(queries.device.type, enabled=False):
@@ -147,14 +169,25 @@ def _cast(
     return tokens, slots
 
 
-def _find_scan(backend: str, queries: Tensor) -> Scan:
-    """Return the scan of a back end; Numba is imported when first asked for."""
+def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
+    """Return the scan of a back end; Numba or Triton is imported when first asked for."""
+    _, num_tokens, key_size = queries.shape
     if backend == "auto":
-        backend = choose_backend(queries.device, queries.shape[1])
+        backend = choose_backend(queries.device, num_tokens, num_slots, key_size)
     if require_backend("slots", backend) == "reference":
         return scan_slots_reference
     if backend == "parallel":
         return functools.partial(scan_by_allocation, allocate_parallel, read_chosen)
+    if backend == "triton":
+        if not _fits_triton(num_slots, key_size):
+            raise InputError(
+                f"backend 'triton' holds no {num_slots} slots with keys of {key_size} numbers; "
+                "choose native."
+            )
+        require_triton(queries.device)
+        from unimatrix.ops.slots.triton import allocate_triton, read_triton
+
+        return functools.partial(scan_by_allocation, allocate_triton, read_triton)
     from unimatrix.ops.slots.native import allocate_native, read_native
 
     return functools.partial(scan_by_allocation, allocate_native, read_native)

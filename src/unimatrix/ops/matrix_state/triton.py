@@ -1,0 +1,345 @@
+"""Matrix state in Triton: the chunks of ``parallel.py``, fused, with their own backward.
+
+Four kernels. Two go over the chunks of a (row, head) one after another and leave the [N, N] state
+before each chunk or, from the end, its gradient after it. Two take all chunks at once. A program
+has P columns of what it stores; where it needs all N, it loads P at a time.
+
+With ρ retention, Λ its summed logarithm inside a chunk and E_ti = exp(Λ_t - Λ_i) for i <= t, a
+token i writes a_i k v^T + b_i v k^T + c_i Diag(d); a, b, c carry 1 - ρ_i and the rule weights.
+Nothing of size [T, N, N] exists: one state a chunk does.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.ops.matrix_state.reference import TokenInputs
+from unimatrix.ops.matrix_state.triton_tiles import (
+    apply_matrix,
+    compare_tokens,
+    load_columns,
+    load_retention,
+    load_rules,
+    locate_tokens,
+    retain_between,
+    store_columns,
+    weigh_rules,
+)
+
+_SMALLEST_TILE, _LARGEST_CHUNK, _MOST_COLUMNS = 16, 32, 32
+
+
+@triton.jit
+def _carry_states(
+    k, v, d, log_retention, rule_weights, lengths, initial, states, final, T, H, num_chunks,
+    N: tl.constexpr, C: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr, MIXED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Store the state before each chunk and after the last (E1, E2); P of its rows a program."""
+    ACC: tl.constexpr = states.dtype.element_ty
+    row = tl.program_id(0)
+    payload, address = tl.program_id(1) * P + tl.arange(0, P), tl.arange(0, W)
+    cell = payload[:, None] * N + address[None, :]
+    inside = (payload < N)[:, None] & (address < N)[None, :]
+    first = row.to(tl.int64) * N * N
+    S = tl.load(initial + first + cell, mask=inside, other=0.0)
+    for chunk in range(num_chunks):
+        tl.store(states + (first * num_chunks + chunk * N * N) + cell, S, mask=inside)
+        start, token, _, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
+        rho, _, _, to_end, kept = load_retention(log_retention, start, token, real, C, ACC)
+        _, a, b, c = weigh_rules(rho, rule_weights, start, token, real, MIXED, ACC)
+        k_p = load_columns(k, start, token, real, payload, N, ACC) * (a * to_end)[:, None]
+        v_w = load_columns(v, start, token, real, address, N, ACC)
+        S = tl.dot(tl.trans(k_p), v_w, S * kept, input_precision=PRECISION, out_dtype=ACC)
+        if MIXED:
+            v_p = load_columns(v, start, token, real, payload, N, ACC) * (b * to_end)[:, None]
+            k_w = load_columns(k, start, token, real, address, N, ACC)
+            S = tl.dot(tl.trans(v_p), k_w, S, input_precision=PRECISION, out_dtype=ACC)
+            d_p = load_columns(d, start, token, real, payload, N, ACC) * (c * to_end)[:, None]
+            corner = tl.sum(d_p, 0)  # [P]
+            S += tl.where(payload[:, None] == address[None, :], corner[:, None], 0.0)
+    tl.store(final + first + cell, S, mask=inside)
+
+
+@triton.jit
+def _read_states(
+    q, k, v, d, log_retention, rule_weights, lengths, states, y, T, H, num_chunks,
+    N: tl.constexpr, C: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr, MIXED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Store P columns of a chunk's readouts (E4)."""
+    ACC: tl.constexpr = states.dtype.element_ty
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    column = tl.program_id(2) * P + tl.arange(0, P)
+    start, token, exists, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
+    rho, high, low, _, _ = load_retention(log_retention, start, token, real, C, ACC)
+    _, a, b, c = weigh_rules(rho, rule_weights, start, token, real, MIXED, ACC)
+    E = retain_between(high, low, C)
+    S = states + (row.to(tl.int64) * num_chunks + chunk) * N * N
+    out = apply_matrix(q, S, column, True, start, token, real, N, C, W, P, PRECISION, ACC)
+    x = compare_tokens(q, v, start, token, real, N, C, W, P, PRECISION, ACC) * E
+    k_p = load_columns(k, start, token, real, column, N, ACC) * a[:, None]
+    out = out * tl.exp(high)[:, None]
+    out = tl.dot(x, k_p, out, input_precision=PRECISION, out_dtype=ACC)
+    if MIXED:
+        x = compare_tokens(q, k, start, token, real, N, C, W, P, PRECISION, ACC) * E
+        v_p = load_columns(v, start, token, real, column, N, ACC) * b[:, None]
+        out = tl.dot(x, v_p, out, input_precision=PRECISION, out_dtype=ACC)
+        d_p = load_columns(d, start, token, real, column, N, ACC) * c[:, None]
+        corner = tl.dot(E, d_p, input_precision=PRECISION, out_dtype=ACC)
+        out += load_columns(q, start, token, real, column, N, ACC) * corner
+    store_columns(y, out, start, token, exists, column, N)
+
+
+@triton.jit
+def _carry_gradients(
+    q, dy, log_retention, lengths, dfinal, grads, dinitial, T, H, num_chunks,
+    N: tl.constexpr, C: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Store the gradient of the state after each chunk and before the first, from the end."""
+    ACC: tl.constexpr = grads.dtype.element_ty
+    row = tl.program_id(0)
+    payload, address = tl.program_id(1) * P + tl.arange(0, P), tl.arange(0, W)
+    cell = payload[:, None] * N + address[None, :]
+    inside = (payload < N)[:, None] & (address < N)[None, :]
+    first = row.to(tl.int64) * N * N
+    G = tl.load(dfinal + first + cell, mask=inside, other=0.0)
+    for done in range(num_chunks):
+        chunk = num_chunks - 1 - done
+        tl.store(grads + (first * num_chunks + chunk * N * N) + cell, G, mask=inside)
+        start, token, _, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
+        _, high, _, _, kept = load_retention(log_retention, start, token, real, C, ACC)
+        dy_p = load_columns(dy, start, token, real, payload, N, ACC) * tl.exp(high)[:, None]
+        q_w = load_columns(q, start, token, real, address, N, ACC)
+        G = tl.dot(tl.trans(dy_p), q_w, G * kept, input_precision=PRECISION, out_dtype=ACC)
+    tl.store(dinitial + first + cell, G, mask=inside)
+
+
+@triton.jit
+def _sum_pairs(
+    q, k, v, d, dy, E, a, b, c, start, token, real,
+    N: tl.constexpr, C: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr, MIXED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Return for each t what is written before t and read at t or later in the chunk [C]."""
+    x = compare_tokens(q, v, start, token, real, N, C, W, P, PRECISION, ACC)
+    pairs = x * compare_tokens(dy, k, start, token, real, N, C, W, P, PRECISION, ACC) * a[None, :]
+    if MIXED:
+        x = compare_tokens(q, k, start, token, real, N, C, W, P, PRECISION, ACC)
+        x *= compare_tokens(dy, v, start, token, real, N, C, W, P, PRECISION, ACC)
+        pairs += x * b[None, :]
+        x = tl.zeros([C, C], dtype=ACC)
+        for first in range(0, W, P):
+            rows = first + tl.arange(0, P)
+            both = load_columns(q, start, token, real, rows, N, ACC)
+            both *= load_columns(dy, start, token, real, rows, N, ACC)
+            d_w = tl.trans(load_columns(d, start, token, real, rows, N, ACC))
+            x = tl.dot(both, d_w, x, input_precision=PRECISION, out_dtype=ACC)
+        pairs += x * c[None, :]
+    order = tl.arange(0, C)
+    later = tl.cumsum(pairs * E, 0, reverse=True)
+    return tl.sum(tl.where(order[:, None] > order[None, :], later, 0.0), 1)
+
+
+@triton.jit
+def _write_gradients(
+    q, k, v, d, log_retention, rule_weights, lengths, states, grads, dy,
+    dq, dk, dv, dd, dlog_retention, drule_weights, T, H, num_chunks, num_tokens,
+    N: tl.constexpr, C: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
+    PRECISION: tl.constexpr, MIXED: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Store the gradients of a chunk's tokens: P columns, and what these add to the scalars'.
+
+    The gradient of log retention at t is a sum over all that is written before t and read at t or
+    later. It is formed as such, without differences: what is forgotten has gradient 0.
+    """
+    ACC: tl.constexpr = grads.dtype.element_ty
+    row, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column, order = part * P + tl.arange(0, P), tl.arange(0, C)
+    start, token, exists, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
+    rho, high, low, to_end, kept = load_retention(log_retention, start, token, real, C, ACC)
+    write, a, b, c = weigh_rules(rho, rule_weights, start, token, real, MIXED, ACC)
+    E = retain_between(high, low, C)
+    S = states + (row.to(tl.int64) * num_chunks + chunk) * N * N
+    G = grads + (row.to(tl.int64) * num_chunks + chunk) * N * N
+
+    # dq, by what was written in the chunk and before it.
+    q_p = load_columns(q, start, token, real, column, N, ACC)
+    dq_p = apply_matrix(dy, S, column, False, start, token, real, N, C, W, P, PRECISION, ACC)
+    dq_p *= tl.exp(high)[:, None]
+    read_before = tl.sum(dq_p * q_p, 1)
+    y_k = compare_tokens(dy, k, start, token, real, N, C, W, P, PRECISION, ACC) * E
+    v_p = load_columns(v, start, token, real, column, N, ACC)
+    dq_p = tl.dot(y_k * a[None, :], v_p, dq_p, input_precision=PRECISION, out_dtype=ACC)
+    if MIXED:
+        y_v = compare_tokens(dy, v, start, token, real, N, C, W, P, PRECISION, ACC) * E
+        k_p = load_columns(k, start, token, real, column, N, ACC) * b[:, None]
+        dq_p = tl.dot(y_v, k_p, dq_p, input_precision=PRECISION, out_dtype=ACC)
+        d_p = load_columns(d, start, token, real, column, N, ACC) * c[:, None]
+        dy_p = load_columns(dy, start, token, real, column, N, ACC)
+        dq_p += dy_p * tl.dot(E, d_p, input_precision=PRECISION, out_dtype=ACC)
+    store_columns(dq, dq_p, start, token, exists, column, N)
+
+    # dv, by what is read after the chunk and in it; likewise dk and dd below.
+    to_v = apply_matrix(k, G, column, False, start, token, real, N, C, W, P, PRECISION, ACC)
+    to_v = tl.dot(
+        tl.trans(y_k), q_p, to_v * to_end[:, None], input_precision=PRECISION, out_dtype=ACC
+    )
+    dv_p = to_v * a[:, None]
+    if MIXED:
+        dy_p = load_columns(dy, start, token, real, column, N, ACC)
+        x_k = compare_tokens(q, k, start, token, real, N, C, W, P, PRECISION, ACC) * E
+        to_v = apply_matrix(k, G, column, True, start, token, real, N, C, W, P, PRECISION, ACC)
+        to_v = tl.dot(
+            tl.trans(x_k), dy_p, to_v * to_end[:, None], input_precision=PRECISION, out_dtype=ACC
+        )
+        dv_p += to_v * b[:, None]
+    store_columns(dv, dv_p, start, token, exists, column, N)
+
+    k_p = load_columns(k, start, token, real, column, N, ACC)
+    dy_p = load_columns(dy, start, token, real, column, N, ACC)
+    x_v = compare_tokens(q, v, start, token, real, N, C, W, P, PRECISION, ACC) * E
+    to_k = apply_matrix(v, G, column, True, start, token, real, N, C, W, P, PRECISION, ACC)
+    to_k *= to_end[:, None]
+    read_after = a * tl.sum(k_p * to_k, 1)
+    to_k = tl.dot(tl.trans(x_v), dy_p, to_k, input_precision=PRECISION, out_dtype=ACC)
+    dk_p, by_outer = to_k * a[:, None], tl.sum(k_p * to_k, 1)
+    by_write = by_outer
+    if MIXED:
+        to_k = apply_matrix(v, G, column, False, start, token, real, N, C, W, P, PRECISION, ACC)
+        to_k *= to_end[:, None]
+        read_after += b * tl.sum(k_p * to_k, 1)
+        y_v = compare_tokens(dy, v, start, token, real, N, C, W, P, PRECISION, ACC) * E
+        to_k = tl.dot(tl.trans(y_v), q_p, to_k, input_precision=PRECISION, out_dtype=ACC)
+        dk_p += to_k * b[:, None]
+        by_symmetric = (by_outer + tl.sum(k_p * to_k, 1)) * 0.5
+        d_p = load_columns(d, start, token, real, column, N, ACC)
+        on_diagonal = tl.load(G + column * (N + 1), mask=column < N, other=0.0)
+        to_d = on_diagonal[None, :] * to_end[:, None]
+        read_after += c * tl.sum(d_p * to_d, 1)
+        to_d = tl.dot(tl.trans(E), dy_p * q_p, to_d, input_precision=PRECISION, out_dtype=ACC)
+        store_columns(dd, to_d * c[:, None], start, token, exists, column, N)
+        by_diagonal = tl.sum(d_p * to_d, 1)
+        outer, diagonal, symmetric = load_rules(rule_weights, start, token, real, ACC)
+        by_write = outer * by_outer + diagonal * by_diagonal + symmetric * by_symmetric
+        at = drule_weights + (part * num_tokens + start + token) * 3
+        tl.store(at, write * by_outer, mask=exists)
+        tl.store(at + 1, write * by_diagonal, mask=exists)
+        tl.store(at + 2, write * by_symmetric, mask=exists)
+    store_columns(dk, dk_p, start, token, exists, column, N)
+
+    # Written before t, in the chunk or before it, and read at t or later, in it or after it.
+    retained = tl.sum(tl.where(order[:, None] > order[None, :], read_after[None, :], 0.0), 1)
+    retained += tl.cumsum(read_before, 0, reverse=True)
+    for first in range(0, W, P):
+        rows = first + tl.arange(0, P)
+        inside = (rows < N)[:, None] & (column < N)[None, :]
+        cell = rows[:, None] * N + column[None, :]
+        both = tl.load(S + cell, mask=inside, other=0.0) * tl.load(G + cell, mask=inside, other=0.0)
+        retained += kept * tl.sum(tl.sum(both, 1), 0)
+    if part == 0:
+        retained += _sum_pairs(
+            q, k, v, d, dy, E, a, b, c, start, token, real, N, C, W, P, PRECISION, MIXED, ACC
+        )
+    dlog = tl.where(real, retained - rho.to(ACC) * by_write, 0.0)
+    tl.store(dlog_retention + part * num_tokens + start + token, dlog, mask=exists)
+
+
+def _choose_tiles(N: int, chunk_size: int) -> dict[str, Any]:
+    """Return N, the tokens of a chunk, the padded N, a program's columns and the precision."""
+    width = max(_SMALLEST_TILE, triton.next_power_of_2(N))
+    chunk = min(_LARGEST_CHUNK, max(_SMALLEST_TILE, triton.next_power_of_2(chunk_size)))
+    # As in any float32 product on a GPU: what torch was told, float32 unless it was told otherwise.
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return {
+        "N": N,
+        "C": chunk,
+        "W": width,
+        "P": min(width, _MOST_COLUMNS),
+        "PRECISION": "tf32x3" if exact else "tf32",
+    }
+
+
+# One warp for each 16 tokens, the rows of a tensor core, in what takes a chunk at once.
+_AT_ONCE = {"num_warps": 2, "num_stages": 1}
+
+
+def _in_turn(width: int) -> dict[str, int]:
+    """Return the options of what goes over the chunks, and has P rows of S of that width."""
+    return {"num_warps": max(2, width // 32), "num_stages": 2}
+
+
+class _Scan(torch.autograd.Function):
+    """The scan with its backward kernels; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chunk_size: int, lengths: Tensor | None, initial: Tensor, *inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        q, *others = (None if x is None else x.contiguous() for x in inputs)
+        assert q is not None
+        B, T, H, N = q.shape
+        tiles = _choose_tiles(N, chunk_size)
+        parts, num_chunks = triton.cdiv(N, tiles["P"]), triton.cdiv(T, tiles["C"])
+        forms = {"MIXED": others[-1] is not None, "HAS_LENGTHS": lengths is not None}
+        states = initial.new_empty(B, H, num_chunks, N, N)
+        final, y = initial.new_empty(initial.shape), torch.empty_like(q)
+        tokens, sizes = (*others, lengths), (T, H, num_chunks)
+        with torch.cuda.device_of(q):
+            _carry_states[B * H, parts](
+                *tokens, initial.contiguous(), states, final, *sizes, **forms, **tiles,
+                **_in_turn(tiles["W"]),
+            )  # fmt: skip
+            _read_states[B * H, num_chunks, parts](
+                q, *tokens, states, y, *sizes, **forms, **tiles, **_AT_ONCE
+            )
+        ctx.save_for_backward(q, *tokens, states)
+        ctx.sizes, ctx.forms, ctx.tiles, ctx.parts = sizes, forms, tiles, parts
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, d, log_retention, rule_weights, lengths, states = ctx.saved_tensors
+        (B, T, H, _), parts, tiles = q.shape, ctx.parts, ctx.tiles
+        dy, grads, dinitial = dy.contiguous(), torch.empty_like(states), torch.empty_like(dfinal)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dd = None if d is None else torch.empty_like(d)
+        dlog = states.new_empty(parts, B, T, H)
+        drules = None if d is None else states.new_empty(parts, B, T, H, 3)
+        with torch.cuda.device_of(q):
+            _carry_gradients[B * H, parts](
+                q, dy, log_retention, lengths, dfinal.contiguous(), grads, dinitial, *ctx.sizes,
+                HAS_LENGTHS=lengths is not None, **tiles, **_in_turn(tiles["W"]),
+            )  # fmt: skip
+            _write_gradients[B * H, ctx.sizes[2], parts](
+                q, k, v, d, log_retention, rule_weights, lengths, states, grads, dy,
+                dq, dk, dv, dd, dlog, drules, *ctx.sizes, B * T * H, **ctx.forms, **tiles,
+                **_AT_ONCE,
+            )  # fmt: skip
+        dlog = dlog.sum(0).to(log_retention.dtype)
+        if drules is not None:
+            drules = drules.sum(0).to(rule_weights.dtype)
+        return None, None, dinitial, dq, dk, dv, dd, dlog, drules
+
+
+def scan_triton(
+    tokens: TokenInputs, *, initial_state: Tensor, lengths: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Compute E1, E2 and E4 in fused chunks on a GPU; arguments as in ``scan_matrix_state``.
+
+    The tokens are read in the dtypes they have; sums, and the state, are in that of
+    ``initial_state``. A chunk is ``chunk_size`` tokens, rounded up to a power of two within 16..32.
+    Products follow ``torch.set_float32_matmul_precision``.
+
+    Cost: O(T N (N + C)) time a head for C tokens a chunk; T / C states of scratch, which the
+        backward pass keeps, and as many again for their gradients while it runs.
+    """
+    outputs: tuple[Tensor, Tensor] = _Scan.apply(chunk_size, lengths, initial_state, *tokens[:-1])
+    return outputs

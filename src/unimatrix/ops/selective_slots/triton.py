@@ -1,0 +1,162 @@
+"""Selective slots in Triton, on a GPU: a program a row, its places one tile of whole numbers.
+
+Without a bound it is the same scan over as many places as there are writes: every comparison is
+then made with all of them, so it is for as many as a program can hold.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import torch
+import triton
+import triton.language as tl
+
+from unimatrix.ops.selective_slots.state import (
+    MAX_CODE,
+    MIN_CODE,
+    NO_KEY,
+    SelectiveSlots,
+    SlotLookup,
+    SlotPolicy,
+    SlotScan,
+    SlotWrites,
+)
+
+
+@triton.jit
+def _take_first(found, place, PLACES: tl.constexpr):
+    """Return the lowest place where ``found`` holds, ``PLACES`` for none."""
+    return tl.min(tl.where(found, place, PLACES), 0)
+
+
+@triton.jit
+def _take(x, place, chosen):
+    """Return what stands at one place, 0 if there is no such place."""
+    return tl.sum(tl.where(place == chosen, x, 0), 0)
+
+
+@triton.jit
+def _scan_row(
+    read_keys,  # [B, T, Q]
+    write_keys,  # [B, T, N]
+    value_ids,  # [B, T]
+    write_codes,  # [B, T, N]
+    first_position,  # [B]
+    lengths,  # [B]
+    slot_keys,  # [B, M], the initial slots
+    slot_values,
+    slot_codes,
+    found,  # [B, T, Q] int64, written here as all below; holds -1
+    found_codes,  # [B, T, Q] int64, holds 0
+    found_values,  # [B, T, Q] int64, holds 0
+    final_keys,  # [B, M]
+    final_values,
+    final_codes,
+    final_writers,  # [B, M] int64
+    T,
+    M: tl.constexpr,
+    Q: tl.constexpr,
+    N: tl.constexpr,
+    PLACES: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    MARGIN: tl.constexpr,
+    KEEP_FIRST: tl.constexpr,
+    FADE_TOKENS: tl.constexpr,
+    NO_KEY: tl.constexpr,
+    MIN_CODE: tl.constexpr,
+    ABOVE_ALL: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, PLACES)
+    is_slot, at = place < M, b * M + place
+    # With a bound, a place beyond M is neither empty nor the weakest, and holds no context.
+    beyond_key: tl.constexpr = NO_KEY - 1 if BOUNDED else NO_KEY
+    key = tl.load(slot_keys + at, mask=is_slot, other=beyond_key).to(tl.int32)
+    value = tl.load(slot_values + at, mask=is_slot, other=0).to(tl.int32)
+    code = tl.load(slot_codes + at, mask=is_slot, other=0).to(tl.int32)
+    code = tl.where(is_slot, code, ABOVE_ALL)
+    writer = place
+    position = tl.load(first_position + b)
+    for t in range(tl.minimum(tl.load(lengths + b), T).to(tl.int32)):
+        if FADE_TOKENS > 0:
+            fades = (position > 0) & (position % FADE_TOKENS == 0)
+            lower = tl.where(code > MIN_CODE, code - 1, MIN_CODE)
+            code = tl.where(fades & (code < ABOVE_ALL), lower, code)
+        token = b * T + t
+        for i in range(Q):
+            asked = tl.load(read_keys + token * Q + i).to(tl.int32)
+            holder = _take_first((key == asked) & (asked != NO_KEY), place, PLACES)
+            if holder < PLACES:
+                tl.store(found + token * Q + i, _take(writer, place, holder))
+                tl.store(found_codes + token * Q + i, _take(code, place, holder))
+                tl.store(found_values + token * Q + i, _take(value, place, holder))
+        new_value = tl.load(value_ids + token).to(tl.int32)
+        for n in range(N):
+            new_key = tl.load(write_keys + token * N + n).to(tl.int32)
+            new_code = tl.load(write_codes + token * N + n).to(tl.int32)
+            holder = _take_first(key == new_key, place, PLACES)
+            if KEEP_FIRST:
+                may_overwrite = new_code > _take(code, place, holder) + MARGIN
+            else:
+                may_overwrite = new_code >= _take(code, place, holder) - MARGIN
+            least = tl.min(code, 0)
+            weakest = tl.where(
+                new_code > least + MARGIN, _take_first(code == least, place, PLACES), PLACES
+            )
+            empty = _take_first(key == NO_KEY, place, PLACES)
+            target = tl.where(empty < PLACES, empty, weakest)
+            target = tl.where(holder < PLACES, tl.where(may_overwrite, holder, PLACES), target)
+            written = (place == target) & (new_key != NO_KEY)
+            key = tl.where(written, new_key, key)
+            value = tl.where(written, new_value, value)
+            code = tl.where(written, new_code, code)
+            writer = tl.where(written, M + t * N + n, writer)
+        position += 1
+    if BOUNDED:
+        tl.store(final_keys + at, key.to(final_keys.dtype.element_ty), mask=is_slot)
+        tl.store(final_values + at, value.to(final_values.dtype.element_ty), mask=is_slot)
+        tl.store(final_codes + at, code.to(final_codes.dtype.element_ty), mask=is_slot)
+        tl.store(final_writers + at, writer.to(tl.int64), mask=is_slot)
+
+
+def scan_triton(
+    writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy, num_places: int
+) -> SlotScan:
+    """Compute E13 and E14.
+
+    Args:
+        writes: what the tokens ask and offer, on the device.
+        initial: the M slots before the first token.
+        policy: the numbers that govern writing.
+        num_places: M; without a bound, M and one for each write.
+
+    Cost: T (Q + N) steps of O(places) work, all rows at once; no scratch.
+    """
+    (B, T, Q), N, M = writes.read_keys.shape, writes.write_keys.shape[2], initial[0].shape[1]
+    lookup = SlotLookup(
+        torch.full_like(writes.read_keys, -1),
+        torch.zeros_like(writes.read_keys),
+        torch.zeros_like(writes.read_keys),
+    )
+    slots = SelectiveSlots(*(torch.empty_like(tensor) for tensor in initial))
+    writers = torch.empty_like(initial.slot_keys, dtype=torch.int64)
+    places = triton.next_power_of_2(num_places)
+    with torch.cuda.device_of(writes.read_keys):
+        _scan_row[B,](
+            *(tensor.contiguous() for tensor in (*writes, *initial)),
+            *lookup,
+            *slots,
+            writers,
+            T,
+            M,
+            Q,
+            N,
+            places,
+            policy.bounded,
+            policy.margin,
+            policy.keep_first,
+            policy.fade_tokens,
+            NO_KEY,
+            MIN_CODE,
+            MAX_CODE + 1,
+            num_warps=min(8, max(1, places // 64)),
+        )
+    return SlotScan(lookup, slots, writers) if policy.bounded else SlotScan(lookup, None, None)
