@@ -67,6 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalized_keys": True,
         "longest_retention": 512,
         "residual_path": "suffix_automaton",
+        # 2 MB for ever; of the sources of a library, half of it would hold too little.
+        "automaton_window": 16_384,
         "automaton_pointer": True,
         "associative_memory": "selective",
         "slot_source": "token",

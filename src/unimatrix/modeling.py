@@ -104,6 +104,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 suffix_match, input_ids, (attention_mask, past_key_values), use_cache
             )
             use_cache = False
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
         if past_key_values is None:
             past = start_cache(self.config, input_ids)
         else:
@@ -119,14 +121,11 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
 
         # 3. What depends on token ids and their embeddings alone is computed once.
         sequence, automaton = self._prepare_sequence(
-            ids, past, lengths, gives_up_cache, suffix_match
+            ids, past, lengths, suffix_match, gives_up_cache=gives_up_cache, use_cache=use_cache
         )
         retrieval, associations = None, past.associations
         if not self.block.reads_hidden and self.block.selective_mixer is None:
             retrieval, associations = self.block.retrieve(token_features, sequence, associations)
-
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
 
         # 4. The same block at every depth step.
         depth = self._apply_depth(x, sequence, past, retrieval, associations, use_cache)
@@ -194,8 +193,10 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         ids: Tensor,
         past: UniMatrixCache,
         lengths: Tensor | None,
-        gives_up_cache: bool,
         suffix_match: Tensor | None,
+        *,
+        gives_up_cache: bool,
+        use_cache: bool,
     ) -> tuple[Sequence, AutomatonState | None]:
         """Return what every depth step sees of the tokens, and the automaton after them."""
         writable = torch.ones_like(ids, dtype=torch.bool)  # [B, T]
@@ -207,7 +208,12 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             context = self.residual_context.embed_predicted(match[0])
         elif self.residual_context is not None:
             context, automaton, match = self.residual_context(
-                ids, past.last_token_ids, past.automaton, lengths, in_place=gives_up_cache
+                ids,
+                past.last_token_ids,
+                past.automaton,
+                lengths,
+                in_place=gives_up_cache,
+                keeps_state=use_cache,
             )
         if self.token_modulation is not None:
             modulation = self.token_modulation(ids)

@@ -189,7 +189,7 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def collate_with_match(items: Sequence[dict[str, Tensor]], window: int | None) -> dict[str, Tensor]:
     """Stack items, and run the suffix automaton over each, with a window or without."""
     batch = collate(items)
-    prediction, _ = predict_from_suffix(batch["input_ids"], window=window)
+    prediction, _ = predict_from_suffix(batch["input_ids"], window=window, keeps_state=False)
     return {**batch, "suffix_match": torch.stack(prediction, dim=-1)}
 
 

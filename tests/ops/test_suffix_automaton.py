@@ -397,3 +397,14 @@ def test_unusable_inputs_are_named() -> None:
     for bad_ids, options, message in cases:
         with pytest.raises(InputError, match=message):
             predict_from_suffix(bad_ids, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_tokens", [7, 16, 17, 60])
+def test_an_automaton_that_is_not_kept_answers_the_same(num_tokens: int) -> None:
+    ids = torch.randint(0, 3, (2, num_tokens), generator=torch.Generator().manual_seed(1))
+    kept, automaton = predict_from_suffix(ids, window=8)
+    passing, nothing = predict_from_suffix(ids, window=8, keeps_state=False)
+    assert automaton is not None
+    assert nothing is None
+    for one, other in zip(kept, passing, strict=True):
+        assert torch.equal(one, other)

@@ -35,6 +35,7 @@ class ResidualContext(nn.Module):
         lengths: Tensor | None,
         *,
         in_place: bool = False,
+        keeps_state: bool = True,
     ) -> tuple[Tensor, AutomatonState | None, tuple[Tensor, Tensor] | None]:
         """Return the context of every position and the automaton after the last real token.
 
@@ -45,9 +46,10 @@ class ResidualContext(nn.Module):
             automaton: the automaton so far; ``None`` is empty.
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
             in_place: change the tensors of ``automaton``, which the caller then gives up.
+            keeps_state: return the automaton.
 
         Returns:
-            [B, T, D], zero where nothing matched; the automaton; its predicted ids and match
+            [B, T, D], zero where nothing matched; the automaton, if it is kept; its predicted ids and match
             lengths, [B, T] int64 each (both ``None`` with previous_token).
         """
         if not self.uses_automaton:
@@ -61,6 +63,7 @@ class ResidualContext(nn.Module):
             initial=automaton,
             window=self.window,
             in_place=in_place,
+            keeps_state=keeps_state,
             backend=self.backend,
         )
         device = input_ids.device

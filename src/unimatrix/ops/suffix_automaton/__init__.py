@@ -38,8 +38,9 @@ def predict_from_suffix(
     initial: AutomatonState | None = None,
     window: int | None = None,
     in_place: bool = False,
+    keeps_state: bool = True,
     backend: str = "auto",
-) -> tuple[SuffixPrediction, AutomatonState]:
+) -> tuple[SuffixPrediction, AutomatonState | None]:
     """Predict after every token what followed the longest suffix that occurred before.
 
     Equation: E10. For the largest m, then the largest j < t, with id_{j-m..j} = id_{t-m..t}:
@@ -54,12 +55,14 @@ def predict_from_suffix(
         initial: the automaton to go on with, rows as in ``input_ids``; ``None`` starts new streams.
         window: W in tokens, that of ``initial``; ``None`` means unbounded.
         in_place: change the tensors of ``initial``, which the caller then gives up.
+        keeps_state: return the automaton; without it, rows no longer than the window are answered
+            by an automaton of their own size instead of the window's.
         backend: ``auto`` is ``native``.
 
     Returns:
         The prediction, ``[B, T]`` int64 on the device of ``input_ids``, -1 and 0 at padding, and
-        the automaton after each row's real tokens, on the CPU. Unless ``in_place``, it shares
-        nothing with ``initial``, which is left as it was.
+        the automaton after each row's real tokens, on the CPU, ``None`` unless it is kept. Unless
+        ``in_place``, it shares nothing with ``initial``, which is left as it was.
 
     Raises:
         InputError: if a shape, type or id is not as above, ``window`` is not in 1 .. 2**29 or
@@ -79,6 +82,9 @@ def predict_from_suffix(
     backend = require_backend("suffix_automaton", "native" if backend == "auto" else backend)
     real_ids, lengths = _check_ids(input_ids, lengths)
     if initial is None:
+        # Nothing is dropped from the first two generations.
+        if not keeps_state and window is not None and input_ids.shape[1] <= 2 * window:
+            window = None
         automaton = empty_automaton(input_ids.shape[0], window)
     else:
         _check_initial(initial, input_ids.shape[0], window)
@@ -90,7 +96,8 @@ def predict_from_suffix(
     else:
         predicted_ids, match_lengths, automaton = predict_rows(real_ids, lengths, automaton)
     device = input_ids.device
-    return SuffixPrediction(predicted_ids.to(device), match_lengths.to(device)), automaton
+    prediction = SuffixPrediction(predicted_ids.to(device), match_lengths.to(device))
+    return prediction, automaton if keeps_state else None
 
 
 def _check_ids(
