@@ -18,6 +18,8 @@ from unimatrix.ops.selective_slots import (
     hash_contexts,
     scan_selective_slots,
 )
+from unimatrix.ops.selective_slots.keys import hash_contexts_reference
+from unimatrix.ops.selective_slots.native_step import hash_contexts_native
 
 OPTIONS = [
     {},
@@ -240,3 +242,11 @@ def test_bad_input_is_named() -> None:
         scan_selective_slots(read, write, ids[:, :2], codes, initial=initial)
     with pytest.raises(InputError, match="parallel"):
         scan_selective_slots(read, write, ids, codes, initial=initial, backend="parallel")
+
+
+@pytest.mark.parametrize("patterns", [[[0]], [[0, 1, 2, 3]], [[0], [0, 2], [1]], [[0, 9]]])
+def test_compiled_contexts_are_those_of_tensor_operations(patterns) -> None:
+    ids = torch.randint(-1, 9, (3, 200), generator=torch.Generator().manual_seed(0))
+    expected = hash_contexts_reference(ids, patterns)
+    assert torch.equal(hash_contexts(ids, patterns), expected)
+    assert torch.equal(hash_contexts_native(ids[:, :5], patterns), expected[:, :5])

@@ -49,8 +49,8 @@ class ResidualContext(nn.Module):
             keeps_state: return the automaton.
 
         Returns:
-            [B, T, D], zero where nothing matched; the automaton, if it is kept; its predicted ids and match
-            lengths, [B, T] int64 each (both ``None`` with previous_token).
+            [B, T, D], zero where nothing matched; the automaton, if it is kept; its predicted ids
+            and match lengths, [B, T] int64 each (both ``None`` with previous_token).
         """
         if not self.uses_automaton:
             if last_token_ids is None:

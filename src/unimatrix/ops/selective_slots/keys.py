@@ -12,6 +12,9 @@ _STEP = -7046029254386353131
 _MIX = -4658895280553007687
 _MASK = 2**31 - 1
 
+# For fewer, as in decoding, torch is as fast and needs no compiler.
+_FEWEST_IDS = 64
+
 
 def hash_contexts(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
     """Hash, for every position and pattern, the tokens at the pattern's distances back.
@@ -27,6 +30,16 @@ def hash_contexts(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
     Note:
         Two contexts share a hash with probability 2^-31. The pattern's number is hashed with it.
     """
+    if ids.device.type == "cpu" and ids.numel() > _FEWEST_IDS:
+        # Imported here: it loads the compiler.
+        from unimatrix.ops.selective_slots.native_step import hash_contexts_native
+
+        return hash_contexts_native(ids, patterns)
+    return hash_contexts_reference(ids, patterns)
+
+
+def hash_contexts_reference(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
+    """Hash contexts with tensor operations, on any device; arguments as in ``hash_contexts``."""
     batch, num_tokens = ids.shape
     keys = []
     for number, pattern in enumerate(patterns):

@@ -1,15 +1,18 @@
-"""The contexts of one more token as integers: ``keys.hash_contexts`` at one position."""
+"""Contexts as integers, compiled: ``keys.hash_contexts`` at one position and at all."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numba
 import numpy as np
+import torch
+from torch import Tensor
 
 from unimatrix.ops.selective_slots.keys import _MASK, _MIX, _STEP
 from unimatrix.ops.selective_slots.native import _scan_rows
 from unimatrix.ops.selective_slots.state import NO_KEY
 
-__all__ = ["hash_context", "scan_token"]
+__all__ = ["hash_context", "hash_contexts_native", "scan_token"]
 
 Array = np.ndarray[Any, Any]
 
@@ -46,3 +49,21 @@ def hash_context(stream: Array, last: int, patterns: Array, number: int) -> int:
     if patterns.shape[0] == 1 and length == 1:
         return int(token)
     return int((hashed ^ ((hashed >> 32) & np.int64(2**32 - 1))) & np.int64(_MASK))
+
+
+@numba.njit(nogil=True, cache=True)
+def _hash_rows(ids: Array, patterns: Array, keys: Array) -> None:
+    for b in range(ids.shape[0]):
+        for t in range(ids.shape[1]):
+            for number in range(patterns.shape[0]):
+                keys[b, t, number] = hash_context(ids[b], t, patterns, number)
+
+
+def hash_contexts_native(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
+    """Hash contexts on the CPU; arguments as in ``keys.hash_contexts``."""
+    table = np.full((len(patterns), max(map(len, patterns))), -1, dtype=np.int64)
+    for number, pattern in enumerate(patterns):
+        table[number, : len(pattern)] = pattern
+    keys = torch.empty(*ids.shape, len(patterns), dtype=torch.int64)
+    _hash_rows(ids.contiguous().numpy(), table, keys.numpy())
+    return keys
