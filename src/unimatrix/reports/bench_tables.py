@@ -36,6 +36,7 @@ SHORT_HEADER = (
     "state",
 )
 _SUMMARY_MODES = ("train", "decode")
+_NOT_SUMMARIZED = ("mamba2", "rwkv", "gla", "gated-deltanet")
 
 
 def describe_rows(rows: Sequence[Row]) -> list[list[str]]:
@@ -97,7 +98,7 @@ def drop_empty_columns(
 
 
 def summarize_speed(runs: Mapping[str, Sequence[Row]]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of what a reader wants first: train steps and decoding beside Llama's.
+    """Return header and rows of what a reader wants first: our speed beside Llama's.
 
     Args:
         runs: rows by the name of their run.
@@ -105,13 +106,17 @@ def summarize_speed(runs: Mapping[str, Sequence[Row]]) -> tuple[list[str], list[
     rows = [
         [
             {"train": "train step", "decode": "decoding a token"}[row["mode"]],
+            name,
             *(cells[i] for i in (0, 1, 2, 6, 11)),
         ]
-        for members in runs.values()
+        for name, members in runs.items()
         for row, cells in zip(members, describe_rows(members), strict=True)
-        if row["mode"] in _SUMMARY_MODES and row["skipped"] is None
+        if row["mode"] in _SUMMARY_MODES
+        and row["skipped"] is None
+        and row["ratio_to_llama"] is not None
+        and row["model"] not in _NOT_SUMMARIZED
     ]
-    return ["what", "model", "tokens x batch", "ms", "ratio to Llama", "state bytes"], rows
+    return ["what", "run", "model", "tokens x batch", "ms", "ratio to Llama", "state bytes"], rows
 
 
 def _format_ms(value: float) -> str:
