@@ -15,7 +15,7 @@ LAYERS = (
     ("allocator", "errors", "processes"),
     ("ops",),
     ("configuration", "nn"),
-    ("cache", "decoding", "modeling_outputs", "pretrained", "modeling", "published"),
+    ("cache", "decoding", "loss", "modeling_outputs", "pretrained", "modeling", "published"),
     ("tokenization",),
     ("data", "tasks"),
     ("auto", "baselines"),

@@ -9,24 +9,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.loss import IGNORED_LABEL, add_scale, choose_rows, compute_loss
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import Associations, DepthCarry, Retrieval, Sequence, UniMatrixBlock
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.padding import Padding, find_padding
-from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits, score_targets
+from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.ops.hindsight import HindsightScale
 from unimatrix.ops.suffix_automaton import AutomatonState
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
-
-IGNORED_LABEL = -100
 
 
 class UniMatrixModel(UniMatrixPreTrainedModel):
@@ -390,7 +389,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         rows: Any = (slice(None), kept)
         if loss_only and shift_labels is not None:
-            rows = _choose_rows(shift_labels)
+            rows = choose_rows(shift_labels)
         elif logits_at is not None:
             rows = (logits_at,)
         predicted = self._predict(output, rows)
@@ -427,69 +426,6 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         votes = output.pointer_weights[rows].to(logits.dtype)
         # In place: the head's product is not needed backward, and a copy is B x T x V.
         return logits.scatter_add_(-1, token_ids, votes)
-
-
-def compute_loss(
-    logits: Tensor | MixedLogits, targets: Tensor, num_items_in_batch: Tensor | int | None = None
-) -> Tensor:
-    """Return the mean cross entropy in nats.
-
-    Computed in the dtype of the logits, so that float64 stays float64; 16-bit logits are raised to
-    float32.
-
-    Args:
-        logits: [..., V], or those of a mixture, of which only the targets are computed.
-        targets: [...] int64, -100 ignored.
-        num_items_in_batch: divisor instead of the number of targets here.
-    """
-    targets = targets.flatten()
-    if isinstance(logits, MixedLogits):
-        counted = targets != IGNORED_LABEL
-        rows = (_raise_precision(part).flatten(0, -2) for part in logits)
-        losses = score_targets(MixedLogits(*rows), targets.clamp_min(0))
-        total = torch.where(counted, losses, 0.0).sum()
-        return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-    flat = _raise_precision(logits).flatten(0, -2), targets.to(logits.device)
-    if num_items_in_batch is None:
-        return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
-    return cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch
-
-
-def add_scale(
-    loss: Tensor,
-    scale: tuple[Tensor, Tensor],
-    targets: Tensor,
-    num_items_in_batch: Tensor | int | None,
-) -> Tensor:
-    """Add the two zeros of ``ops.hindsight`` to the loss, each times what it counts.
-
-    Args:
-        loss: the mean cross entropy.
-        scale: from ``watch_reads``.
-        targets: int64, -100 ignored.
-        num_items_in_batch: divisor of the loss; ``None`` is the number of targets.
-    """
-    num_targets = (targets != IGNORED_LABEL).sum()
-    divisor = num_targets if num_items_in_batch is None else num_items_in_batch
-    of_target, of_gate = scale
-    return loss + of_target / divisor + of_gate * (num_targets / divisor)
-
-
-def _choose_rows(labels: Tensor) -> tuple[Any, ...]:
-    """Return the index of the positions whose logits a loss needs.
-
-    Where most have a label, all: picking positions out, and putting their gradients back, takes
-    longer than the logits of the others.
-    """
-    counted = labels != IGNORED_LABEL
-    if labels.device.type == "cpu" and 2 * int(counted.sum()) > labels.numel():
-        return (slice(None),)
-    return (counted,)
-
-
-def _raise_precision(logits: Tensor) -> Tensor:
-    """Return 16-bit floats as float32; ids and wider floats as they are."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _require_token_ids(input_ids: Tensor) -> None:

@@ -1,0 +1,74 @@
+"""The loss: which positions it needs, cross entropy in nats, and the scale of hindsight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
+
+IGNORED_LABEL = -100
+
+
+def compute_loss(
+    logits: Tensor | MixedLogits, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Return the mean cross entropy in nats.
+
+    Computed in the dtype of the logits, so that float64 stays float64; 16-bit logits are raised to
+    float32.
+
+    Args:
+        logits: [..., V], or those of a mixture, of which only the targets are computed.
+        targets: [...] int64, -100 ignored.
+        num_items_in_batch: divisor instead of the number of targets here.
+    """
+    targets = targets.flatten()
+    if isinstance(logits, MixedLogits):
+        counted = targets != IGNORED_LABEL
+        rows = (_raise_precision(part).flatten(0, -2) for part in logits)
+        losses = score_targets(MixedLogits(*rows), targets.clamp_min(0))
+        total = torch.where(counted, losses, 0.0).sum()
+        return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+    flat = _raise_precision(logits).flatten(0, -2), targets.to(logits.device)
+    if num_items_in_batch is None:
+        return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
+    return cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch
+
+
+def add_scale(
+    loss: Tensor,
+    scale: tuple[Tensor, Tensor],
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """Add the two zeros of ``ops.hindsight`` to the loss, each times what it counts.
+
+    Args:
+        loss: the mean cross entropy.
+        scale: from ``watch_reads``.
+        targets: int64, -100 ignored.
+        num_items_in_batch: divisor of the loss; ``None`` is the number of targets.
+    """
+    num_targets = (targets != IGNORED_LABEL).sum()
+    divisor = num_targets if num_items_in_batch is None else num_items_in_batch
+    of_target, of_gate = scale
+    return loss + of_target / divisor + of_gate * (num_targets / divisor)
+
+
+def choose_rows(labels: Tensor) -> tuple[Any, ...]:
+    """Return the index of the positions whose logits a loss needs.
+
+    Where most have a label, all: picking positions out, and putting their gradients back, takes
+    longer than the logits of the others.
+    """
+    counted = labels != IGNORED_LABEL
+    if labels.device.type == "cpu" and 2 * int(counted.sum()) > labels.numel():
+        return (slice(None),)
+    return (counted,)
+
+
+def _raise_precision(logits: Tensor) -> Tensor:
+    """Return 16-bit floats as float32; ids and wider floats as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
