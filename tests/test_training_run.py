@@ -82,7 +82,11 @@ def test_run_folder_is_a_model_with_its_history(tmp_path: Path) -> None:
     record = read_record(out)
     assert record["status"] == "done"
     assert record["results"]["bits_per_byte"] == result["bits_per_byte"]
-    assert record["backends"] == {"matrix_state": "native", "suffix_automaton": "native"}
+    assert record["backends"] == {
+        "matrix_state": "native",
+        "suffix_automaton": "native",
+        "fused_passes": "native",
+    }
     assert record["num_optim_steps"] == 6
     corpus = load_corpus(recipe.data.data)
     assert record["corpus"]["sha256"] == corpus.sha256

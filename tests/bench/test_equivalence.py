@@ -14,9 +14,12 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "h
 @pytest.mark.parametrize(
     ("name", "ops"),
     [
-        ("core", ["matrix_state", "decoding"]),
-        ("sparsepointer", ["matrix_state", "slots", "decoding"]),
-        ("unimatrix", ["matrix_state", "selective_slots", "suffix_automaton", "decoding"]),
+        ("core", ["matrix_state", "fused_passes", "decoding"]),
+        ("sparsepointer", ["matrix_state", "slots", "fused_passes", "decoding"]),
+        (
+            "unimatrix",
+            ["matrix_state", "selective_slots", "suffix_automaton", "fused_passes", "decoding"],
+        ),
     ],
 )
 def test_every_fast_path_of_a_preset_is_checked(name: str, ops: list[str]) -> None:
@@ -26,13 +29,13 @@ def test_every_fast_path_of_a_preset_is_checked(name: str, ops: list[str]) -> No
 
 
 def test_a_wrong_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = matrix_mixer.scan_matrix_state
+    scan = matrix_mixer.scan_projected
 
     def scan_wrongly(*args, backend, **options):
         y, state = scan(*args, backend=backend, **options)
         return (y * 1.01 if backend == "native" else y), state
 
-    monkeypatch.setattr(matrix_mixer, "scan_matrix_state", scan_wrongly)
+    monkeypatch.setattr(matrix_mixer, "scan_projected", scan_wrongly)
     with pytest.raises(EquivalenceError, match=r"core: matrix_state \(native\) differs from the"):
         check_model(BenchModel(name="core", overrides=SMALL), seed=0, device="cpu")
 

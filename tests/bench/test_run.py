@@ -69,7 +69,11 @@ def test_rows_of_two_modes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step["ratio_to_shortest"] > 0
     assert rows["step", "core", 8]["ratio_to_shortest"] == 1.0
 
-    assert [check["op"] for check in result["checks"]] == ["matrix_state", "decoding"]
+    assert [check["op"] for check in result["checks"]] == [
+        "matrix_state",
+        "fused_passes",
+        "decoding",
+    ]
     assert [model["name"] for model in result["models"]] == ["core", "llama"]
 
 
