@@ -11,7 +11,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.decoding.loop import choose_loop, sample_tokens
 from unimatrix.errors import InputError
 from unimatrix.nn.block import UniMatrixBlock
-from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.matrix_mixer import RetentionProjection
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.short_convolution import ShortConvolution
@@ -33,7 +33,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""
         super()._init_weights(module)
-        if isinstance(module, (MatrixMixer, SelectiveMixer, ShortConvolution)):
+        if isinstance(module, (RetentionProjection, SelectiveMixer, ShortConvolution)):
             for parameter, start in module.list_starts():
                 # Loaded weights stay.
                 if not getattr(parameter, "_is_hf_initialized", False):

@@ -82,6 +82,22 @@ def test_initial_scale() -> None:
             assert abs(parameter.std().item() - 0.02) < 0.004, name
 
 
+def test_parameters_that_start_elsewhere(tmp_path) -> None:
+    """transformers passes modules over that have no parameters of their own."""
+    config = UniMatrixConfig.preset("unimatrix", longest_retention=512)
+    model = UniMatrixForCausalLM(config)
+    block = model.model.block
+    retention = torch.sigmoid(block.matrix_mixer.retention_proj.bias)
+    assert torch.allclose(1 / (1 - retention), torch.tensor([2.0, 12.7, 80.63, 512.0]), rtol=1e-3)
+    assert torch.equal(block.selective_mixer.read_score, torch.tensor([4.0]))
+    assert 0.8 < block.matrix_mixer.short_conv.weight[-1].mean() < 1.2
+    # What is loaded stays as it was saved.
+    block.matrix_mixer.retention_proj.bias.data.fill_(0.25)
+    model.save_pretrained(tmp_path)
+    loaded = UniMatrixForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.model.block.matrix_mixer.retention_proj.bias == 0.25).all()
+
+
 @variants
 def test_generation_with_and_without_cache(variant: str) -> None:
     model = build_model(variant)

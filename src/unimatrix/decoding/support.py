@@ -11,7 +11,7 @@ from unimatrix.configuration import UniMatrixConfig, list_config_fields
 from unimatrix.nn.associative_projections import AssociativeProjections
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
-from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
@@ -92,6 +92,7 @@ _MODULES = (
     MatrixMixer,
     PointerMixture,
     ResidualContext,
+    RetentionProjection,
     SelectiveMixer,
     ShortConvolution,
     SlotMixer,

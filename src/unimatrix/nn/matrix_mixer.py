@@ -15,6 +15,31 @@ NUM_RULES = 3
 _READOUT_EPS = 1e-6
 
 
+class RetentionProjection(nn.Linear):
+    """The logit of every head's retention.
+
+    A module of its own, because transformers initialises none without parameters of its own.
+
+    Args:
+        width: D.
+        num_heads: H.
+        longest_retention: tokens that the last head starts with; ``None`` starts all at one half.
+    """
+
+    def __init__(self, width: int, num_heads: int, longest_retention: int | None) -> None:
+        super().__init__(width, num_heads)
+        self.longest_retention = longest_retention
+
+    def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that start elsewhere: the bias, spread over time scales."""
+        if self.longest_retention is None:
+            return []
+        longest = math.log2(self.longest_retention)
+        scales = torch.logspace(1, longest, self.out_features, base=2.0)
+        # sigmoid(ln(n - 1)) = 1 - 1 / n
+        return [(self.bias, (scales - 1).clamp_min(1e-3).log())]
+
+
 class MatrixMixer(nn.Module):
     """Mix tokens through one matrix state per head.
 
@@ -32,7 +57,6 @@ class MatrixMixer(nn.Module):
         self.head_dim = config.head_dim
         self.norm_guard = config.norm_guard
         self.normalized_keys = config.normalized_keys
-        self.longest_retention = config.longest_retention
         self.mixes_rules = config.update_rules == "mixed"
         self.uses_delta = config.update_rules == "delta"
         self.backend = "auto"
@@ -48,20 +72,12 @@ class MatrixMixer(nn.Module):
             self.diag_proj.requires_grad_(self.mixes_rules)
         if self.mixes_rules:
             self.rule_proj = nn.Linear(width, self.num_heads * NUM_RULES)
-        self.retention_proj = nn.Linear(width, self.num_heads)
+        self.retention_proj = RetentionProjection(width, self.num_heads, config.longest_retention)
         self.out_proj = nn.Linear(inner, width, bias=False)
         self.residual_gate = nn.Linear(width, width)
         self.short_conv = None
         if config.conv_kernel:
             self.short_conv = ShortConvolution(width, config.conv_kernel)
-
-    def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return the parameters that start elsewhere: retention, spread over time scales."""
-        if self.longest_retention is None:
-            return []
-        scales = torch.logspace(1, math.log2(self.longest_retention), self.num_heads, base=2.0)
-        # sigmoid(ln(n - 1)) = 1 - 1 / n
-        return [(self.retention_proj.bias, (scales - 1).clamp_min(1e-3).log())]
 
     def forward(
         self,
