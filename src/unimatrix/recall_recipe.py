@@ -133,11 +133,15 @@ RECIPES: Mapping[str, RecallRecipe] = {
     ),
     "needle": RecallRecipe(
         task="needle",
-        **_COSINE,
+        **(_COSINE | {"steps": 250}),
         batch_size=16,
         test_examples=100,
+        # Slots do the work; a small stream is enough to tell the gate where a number stands.
         overrides=_BY_TOKEN
         | {
+            "hidden_size": 32,
+            "head_dim": 8,
+            "intermediate_size": 64,
             "num_hidden_layers": 2,
             "slot_key_patterns": [[0, 1, 2, 3, 4, 5, 6, 7]],
             "slot_read_offsets": [0],

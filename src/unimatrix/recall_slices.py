@@ -27,6 +27,8 @@ _TWO_TOKEN_TEST = ((64, 4), (64, 8), (128, 16), (256, 32), (512, 64), (1024, 128
 _CHAINED = ((64, 4), (128, 8), (256, 16), (256, 32))
 _NUM_REBOUND = 4
 _NEEDLE_TRAIN_BYTES = 1024
+# A megabyte of a book has hundreds of digits, a training window less than one in the mean.
+_NEEDLE_TRAIN_DECOYS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ def _build_needle(recipe: RecallRecipe) -> RecallSlices:
     test = corpus.valid if recipe.test_data or corpus.test is None else corpus.test
     train_text, test_text = (stream.read(0, len(stream)) for stream in (corpus.train, test))
     return RecallSlices(
-        train=(Needle(_NEEDLE_TRAIN_BYTES, train_text),),
+        train=(Needle(_NEEDLE_TRAIN_BYTES, train_text, _NEEDLE_TRAIN_DECOYS),),
         test={f"{size}": Needle(size, test_text) for size in recipe.test_windows},
         whole_answer=True,
     )
