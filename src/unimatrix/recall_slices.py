@@ -40,7 +40,9 @@ class RecallSlices:
     test: Mapping[str, SeededTask]
     """Tests by name."""
     first: SeededTask | None = None
-    """Task of the first quarter of the steps, if they have one of their own."""
+    """Task of the first steps, if they have one of their own."""
+    first_fraction: float = 0.0
+    """How many of all steps those are."""
     whole_answer: bool = False
     """An example counts when all its labels are right; otherwise by the share that is."""
 
@@ -87,6 +89,7 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
         test={rule: TripleInteraction(rule) for rule in rules},
         # What the simplest rule teaches to retrieve, the others have to combine.
         first=TripleInteraction("copy"),
+        first_fraction=0.05,
     )
 
 
