@@ -53,6 +53,8 @@ def test_slices_share_a_vocabulary_and_differ_in_name(task: str) -> None:
     parts = (*slices.train, *slices.test.values())
     assert len({part.vocab_size for part in parts}) == 1
     assert slices.whole_answer == (task == "needle")
+    assert (slices.first is None) == (slices.first_fraction == 0)
+    assert slices.first_fraction < 1
     for part in parts:
         batch = part.build(0, 3)
         assert ((batch["shift_labels"] != -100).sum(dim=1) > 0).all()
@@ -138,6 +140,8 @@ def test_the_needles_text(tmp_path) -> None:
     )
     slices = build_slices(recipe)
     assert list(slices.test) == ["200", "300"]
+    # Other numbers are a help of training; what is tested is the task as it is.
+    assert [part.num_decoys for part in (*slices.train, *slices.test.values())] == [8, 0, 0]
     for part, letter in ((slices.train[0], b"a"), (slices.test["300"], b"b")):
         assert isinstance(part, Needle)
         assert set(bytes(part.text)) == set(letter)

@@ -133,11 +133,15 @@ RECIPES: Mapping[str, RecallRecipe] = {
     ),
     "needle": RecallRecipe(
         task="needle",
-        **_COSINE,
+        **(_COSINE | {"steps": 250}),
         batch_size=16,
         test_examples=100,
+        # Slots do the work; a small stream is enough to tell the gate where a number stands.
         overrides=_BY_TOKEN
         | {
+            "hidden_size": 32,
+            "head_dim": 8,
+            "intermediate_size": 64,
             "num_hidden_layers": 2,
             "slot_key_patterns": [[0, 1, 2, 3, 4, 5, 6, 7]],
             "slot_read_offsets": [0],
@@ -148,19 +152,22 @@ RECIPES: Mapping[str, RecallRecipe] = {
         task="triple",
         preset=DEFAULT_PRESET,
         dropout=0.0,
-        steps=2000,
-        batch_size=64,
-        learning_rate=3e-3,
+        steps=6000,
+        batch_size=128,
+        learning_rate=4e-3,
         schedule="cosine",
         warmup_fraction=0.03,
-        # A record reaches over seven tokens: the convolution ties values to their tag, which slots
-        # of one key cannot. A wide feed-forward has to hold the rules.
+        # A record reaches over seven tokens, and so does the convolution that ties its values to
+        # their tag, which slots of one key cannot. One depth step reads all three, and the
+        # feed-forward has to hold the rules.
         overrides=_BY_TOKEN
         | {
             "associative_memory": "none",
             "pointer": False,
-            "conv_kernel": 4,
-            "intermediate_size": 512,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 8,
+            "conv_kernel": 7,
+            "intermediate_size": 256,
         },
     ),
 }

@@ -99,7 +99,7 @@ def run_recall(
             num_examples,
             recipe.batch_size,
             first=slices.first,
-            num_first=recipe.steps // 4,
+            num_first=round(slices.first_fraction * recipe.steps),
         ),
         recipe.to_train_section(),
         out,

@@ -27,6 +27,8 @@ _TWO_TOKEN_TEST = ((64, 4), (64, 8), (128, 16), (256, 32), (512, 64), (1024, 128
 _CHAINED = ((64, 4), (128, 8), (256, 16), (256, 32))
 _NUM_REBOUND = 4
 _NEEDLE_TRAIN_BYTES = 1024
+# A megabyte of a book has hundreds of digits, a training window less than one in the mean.
+_NEEDLE_TRAIN_DECOYS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,9 @@ class RecallSlices:
     test: Mapping[str, SeededTask]
     """Tests by name."""
     first: SeededTask | None = None
-    """Task of the first quarter of the steps, if they have one of their own."""
+    """Task of the first steps, if they have one of their own."""
+    first_fraction: float = 0.0
+    """How many of all steps those are."""
     whole_answer: bool = False
     """An example counts when all its labels are right; otherwise by the share that is."""
 
@@ -85,6 +89,7 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
         test={rule: TripleInteraction(rule) for rule in rules},
         # What the simplest rule teaches to retrieve, the others have to combine.
         first=TripleInteraction("copy"),
+        first_fraction=0.05,
     )
 
 
@@ -103,7 +108,7 @@ def _build_needle(recipe: RecallRecipe) -> RecallSlices:
     test = corpus.valid if recipe.test_data or corpus.test is None else corpus.test
     train_text, test_text = (stream.read(0, len(stream)) for stream in (corpus.train, test))
     return RecallSlices(
-        train=(Needle(_NEEDLE_TRAIN_BYTES, train_text),),
+        train=(Needle(_NEEDLE_TRAIN_BYTES, train_text, _NEEDLE_TRAIN_DECOYS),),
         test={f"{size}": Needle(size, test_text) for size in recipe.test_windows},
         whole_answer=True,
     )

@@ -111,7 +111,7 @@ def test_a_perfect_and_a_wrong_model(whole_answer) -> None:
         assert found == float(is_right)
 
 
-@pytest.mark.parametrize("stream_tokens", [1, 7, 16, 33])
+@pytest.mark.parametrize("stream_tokens", [1, 14, 32, 66])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pieces_give_the_answers_of_one_pass(monkeypatch, variant, stream_tokens) -> None:
     """Labels at every third position are what the model answers in one pass over the example."""
@@ -120,7 +120,7 @@ def test_pieces_give_the_answers_of_one_pass(monkeypatch, variant, stream_tokens
     with torch.no_grad():
         answers = model(ids, use_cache=False).logits.argmax(dim=-1)
     labels = answers.where(torch.arange(32) % 3 == 0, -100)
-    if stream_tokens == 7:
+    if stream_tokens == 14:  # for two rows
         labels[:, 7:14] = -100  # a piece in which nothing is asked
 
     class Known(SeededTask):
@@ -132,9 +132,11 @@ def test_pieces_give_the_answers_of_one_pass(monkeypatch, variant, stream_tokens
     monkeypatch.setattr(recall, "STREAM_TOKENS", stream_tokens)
     sizes = []
     handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     assert measure_recall(model, Known(), 3, 0, batch_size=2, whole_answer=True) == 1.0
     handle.remove()
-    assert max(sizes) == min(stream_tokens, 32)
-    assert sum(sizes) == 2 * 32
+    lengths = [min(max(stream_tokens // rows, 1), 32) for rows in (2, 1)]
+    assert sizes[0] == (2, lengths[0])
+    assert max(length for rows, length in sizes if rows == 1) == lengths[1]
+    assert sum(rows * length for rows, length in sizes) == 3 * 32

@@ -54,6 +54,21 @@ def test_names_numbers_and_windows_are_random():
     assert len(torch.unique(inputs[:, 60])) > 50
 
 
+@pytest.mark.parametrize("num_bytes", [82, 1001])
+def test_decoys_are_other_numbers_of_the_text(num_bytes):
+    letters = np.full(3000, ord("x"), np.uint8)
+    batch = Needle(num_bytes, letters, num_decoys=8).build(2, 50)
+    rows = zip(batch["input_ids"].tolist(), batch["shift_labels"].tolist(), strict=True)
+    lengths = set()
+    for inputs, labels in rows:
+        before, name, digits, after, asked, answer = read_document(inputs, labels)
+        assert (name, digits) == (asked, answer)
+        found = re.findall(rb" ([0-9]+)", before + b"|" + after)
+        assert len(found) <= 8
+        lengths |= set(map(len, found))
+    assert num_bytes == 82 or lengths >= {1, 2, 3, 4, 5, 6, 7}
+
+
 def test_a_text_of_one_window_will_do():
     text = TEXT[:200].copy()
     before = text.copy()
@@ -66,7 +81,7 @@ def test_tasks_are_compared_by_identity_and_named_without_their_text():
     task = Needle(200, TEXT)
     assert task == task
     assert task != Needle(200, TEXT)
-    assert repr(task) == "Needle(window_bytes=200)"
+    assert repr(task) == "Needle(window_bytes=200, num_decoys=0)"
 
 
 @pytest.mark.parametrize(
@@ -81,3 +96,8 @@ def test_tasks_are_compared_by_identity_and_named_without_their_text():
 def test_bad_arguments_are_refused(num_bytes, text, named):
     with pytest.raises(InputError, match=named):
         Needle(num_bytes, text)
+
+
+def test_negative_decoys_are_refused():
+    with pytest.raises(InputError, match="num_decoys is -1"):
+        Needle(200, TEXT, -1)

@@ -13,7 +13,7 @@ from unimatrix.tasks import SeededTask
 
 IGNORED_LABEL = -100
 STREAM_TOKENS = 2048
-"""Longer examples are read in pieces of so many tokens, the cache carried."""
+"""Longer examples are read in pieces of so many tokens over all rows, the cache carried."""
 
 
 def measure_recall(
@@ -70,8 +70,10 @@ def _answer(model: PreTrainedModel, ids: Tensor, asked: Tensor) -> Tensor:
         return answers
     predicted = torch.zeros_like(ids)
     cache = None
-    for start in range(0, ids.shape[1], STREAM_TOKENS):
-        piece = slice(start, start + STREAM_TOKENS)
+    # Pieces that stay in a core's cache are read half as fast again as larger ones.
+    num_tokens = max(STREAM_TOKENS // ids.shape[0], 1)
+    for start in range(0, ids.shape[1], num_tokens):
+        piece = slice(start, start + num_tokens)
         is_last = piece.stop >= ids.shape[1]
         output = model(
             input_ids=ids[:, piece].contiguous(),

@@ -29,15 +29,20 @@ class Needle(SeededTask):
     Example i has depth d = i mod 10: the sentence starts at d / 9 of the room it has, rounded to a
     byte, so depth 0 is the start of the window and depth 9 ends where the question begins.
 
+    Decoys, for training: other numbers in the text, a space and 1 to 7 digits each at a random
+    place, so that digits alone do not tell what will be asked for. The sentence may cover some.
+
     Raises:
         InputError: ``text`` is not [bytes] uint8 of at least ``window_bytes``, or these are too
-            few for sentence and question.
+            few for sentence and question, or ``num_decoys`` is negative.
     """
 
     window_bytes: int
     """T, input tokens in an example, BOS, question and six digits included."""
     text: NDArray[np.uint8] = field(repr=False)
     """[bytes] uint8, the haystack; read, never written, so a mapped file will do."""
+    num_decoys: int = 0
+    """Other numbers written over the text, none in the task as it is tested."""
 
     NUM_DEPTHS: ClassVar[int] = 10
     vocab_size: ClassVar[int] = BYTE_VOCAB_SIZE
@@ -51,6 +56,8 @@ class Needle(SeededTask):
                 f"window_bytes is {self.window_bytes}, too short for sentence and question; choose "
                 f"at least {shortest}."
             )
+        if self.num_decoys < 0:
+            raise InputError(f"num_decoys is {self.num_decoys}; it must be at least 0.")
         if self.text.ndim != 1 or self.text.dtype != np.uint8:
             raise InputError(
                 f"text has shape {self.text.shape} and type {self.text.dtype}; give one row of "
@@ -64,8 +71,8 @@ class Needle(SeededTask):
 
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build chosen examples; see ``SeededTask.build_batch``."""
-        length_words, letter_words, number_words, start_words = draw_columns(
-            seed, indices, [1, _NAME_LETTERS[-1], 1, 1]
+        length_words, letter_words, number_words, start_words, decoy_words = draw_columns(
+            seed, indices, [1, _NAME_LETTERS[-1], 1, 1, 3 * self.num_decoys]
         )
         lengths = _NAME_LETTERS.start + reduce_words(length_words, len(_NAME_LETTERS))[:, 0]
         letters = ord("a") + reduce_words(letter_words, 26)
@@ -79,10 +86,21 @@ class Needle(SeededTask):
             start = int(start_words[row, 0]) % (len(self.text) - room + 1)
             documents[row, :room] = self.text[start : start + room]
             documents[row, room:] = question
+            _write_decoys(documents[row, :room], decoy_words[row])
             depth = int(index) % self.NUM_DEPTHS
             first = round(depth * (room - len(sentence)) / (self.NUM_DEPTHS - 1))
             documents[row, first : first + len(sentence)] = sentence
         return split_answer(documents, _NUM_DIGITS)
+
+
+def _write_decoys(text: NDArray[np.uint8], words: NDArray[np.uint64]) -> None:
+    """Write numbers over a text: three words for each number's digits, value and place."""
+    num_digits = 1 + reduce_words(words[0::3], _NUM_DIGITS)
+    values = reduce_words(words[1::3], 10**_NUM_DIGITS)
+    places = reduce_words(words[2::3], len(text) - _NUM_DIGITS)
+    for count, value, place in zip(num_digits, values, places, strict=True):
+        decoy = f" {value:0{_NUM_DIGITS}}"[: count + 1].encode()
+        text[place : place + len(decoy)] = np.frombuffer(decoy, np.uint8)
 
 
 def _phrase(name: str, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
