@@ -194,7 +194,8 @@ class SelectiveMixer(nn.Module):
         if hidden is not None:
             inputs.append(normalize_rows(hidden, None, torch.finfo(hidden.dtype).eps))
         logits: Tensor = self.gate_down(gelu(self.gate_up(torch.cat(inputs, dim=-1))))
-        return logits
+        # Strengths are carried and compared: no fewer digits than the state has.
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _ending(self, keys: Tensor, offset: int) -> Tensor:
         """Return the contexts that end ``offset`` tokens before each position, [B, T, N]."""
