@@ -238,5 +238,5 @@ class SelectiveMixer(nn.Module):
         weights = log_weights.exp()  # [B, T, Q]
         values = embed(lookup.value_ids)  # [B, T, Q, D]
         mixed = (weights.unsqueeze(-1) * rms_norm(values, values.shape[-1:])).sum(dim=2)
-        context = self.value_proj(mixed)
+        context = self.value_proj(mixed.to(values.dtype))
         return SelectiveRead(context, lookup.value_ids, log_strength, elsewhere, scale)
