@@ -29,13 +29,13 @@ from unimatrix.decoding.native_parts import (
     sigmoid,
     softmax_rules,
 )
+from unimatrix.ops.matrix_state import READOUT_EPS
 from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
 from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 from unimatrix.ops.slots.native_step import advance_slots
 
 # As in ``nn.matrix_mixer``.
-_READOUT_EPS = 1e-6
 
 
 @numba.njit(cache=True, **OPTIONS)
@@ -90,7 +90,7 @@ def _mix_matrix(projected, vectors, sizes, parts, S, y):
                 sizes[at.NORM_GUARD] != 0, readout,
             )  # fmt: skip
         if sizes[at.NORMALIZED_KEYS]:
-            scale_to_unit_square(readout, _READOUT_EPS)
+            scale_to_unit_square(readout, READOUT_EPS)
 
 
 @numba.njit(cache=True, **OPTIONS)

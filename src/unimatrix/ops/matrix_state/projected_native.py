@@ -21,10 +21,10 @@ from unimatrix.ops.matrix_state.native import (
     write_and_read,
     write_gradient,
 )
+from unimatrix.ops.matrix_state.projected import READOUT_EPS
 from unimatrix.ops.threads import run_rows
 
 _UNIT_EPS = 1e-12  # of torch's normalize
-_READOUT_EPS = 1e-6  # of ``projected.READOUT_EPS``
 
 
 class _Form(NamedTuple):
@@ -81,7 +81,7 @@ def _unbind(form, gradient, unit, inverse):
 def _normalize_readout(form, y):
     """Divide a readout by the root of its mean square; return the divisor's inverse."""
     lanes = load(y, 0, form.width)
-    inverse = 1 / math.sqrt(total(times(lanes, lanes)) / len(form.width) + _READOUT_EPS)
+    inverse = 1 / math.sqrt(total(times(lanes, lanes)) / len(form.width) + READOUT_EPS)
     store(y, 0, times(lanes, inverse))
     return inverse
 
