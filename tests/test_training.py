@@ -15,6 +15,7 @@ from tests.small_training import (
     WINDOW_TOKENS,
     build_dataset,
     build_model,
+    build_recipe,
     build_settings,
     have_equal_weights,
     one_thread,
@@ -24,8 +25,11 @@ from unimatrix import training
 from unimatrix.data import WindowDataset
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
+from unimatrix.muon import MuonWithAdamW, list_matrices
+from unimatrix.recipe import OPTIMIZERS
 from unimatrix.training import list_decayed, plan_steps, train_model
 from unimatrix.training_callbacks import NonFiniteError
+from unimatrix.training_run import prepare_run
 
 __all__ = ["one_thread"]
 
@@ -70,9 +74,12 @@ class KeepGradients(TrainerCallback):
         }
 
 
-def test_resumed_training_equals_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_training_equals_the_unbroken_one_bit_for_bit(
+    tmp_path: Path, optimizer: str
+) -> None:
     """Dropout is on: the random generators must continue where they stopped."""
-    settings, dataset = build_settings(steps=7), build_dataset(28)
+    settings, dataset = build_settings(steps=7, optimizer=optimizer), build_dataset(28)
     unbroken, broken, resumed = build_model(), build_model(), build_model()
     train_model(unbroken, dataset, settings, tmp_path / "unbroken")
     out = tmp_path / "broken"
@@ -242,6 +249,51 @@ def test_weight_decay_spares_what_the_settings_say() -> None:
         "model.embed_positions.weight",
         "model.residual_context.embed.weight",
     }
+
+
+def test_muon_moves_matrices_and_adamw_the_rest() -> None:
+    """Steps of the joint optimiser are those of torch's own two."""
+    model, twin = build_model(), build_model()
+    settings = build_settings(learning_rate=1e-2, weight_decay=0.1)
+    decayed = list_decayed(model, settings)
+    matrices = list_matrices(model)
+    assert len(matrices) >= 5
+    assert all(model.get_parameter(name).dim() == 2 for name in matrices)
+    assert not any("embed" in name or "lm_head" in name for name in matrices)
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+    joint = MuonWithAdamW(model, decayed, **options, betas=(0.9, 0.99), fused=True)
+    parameters = dict(twin.named_parameters())
+    others = [
+        {"params": [parameters[n] for n in names], "weight_decay": decay}
+        for names, decay in (
+            ([n for n in parameters if n not in matrices and n in decayed], 0.1),
+            ([n for n in parameters if n not in matrices and n not in decayed], 0.0),
+        )
+        if names
+    ]
+    apart = [
+        torch.optim.Muon(
+            [parameters[n] for n in parameters if n in matrices],
+            **options,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.99), fused=True),
+    ]
+    batch = {name: rows[None] for name, rows in build_dataset(1)[0].items()}
+    for net, optimizers in ((model, [joint]), (twin, apart)):
+        torch.manual_seed(3)
+        for _ in range(3):
+            net(**batch).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert have_equal_weights(model, twin)
+
+
+def test_without_muon_in_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(InputError, match=r"install torch 2\.9 or later"):
+        prepare_run(build_recipe(tmp_path, optimizer="muon"), None, "cpu")
 
 
 def test_run_folder_gets_log_and_checkpoints(tmp_path: Path) -> None:

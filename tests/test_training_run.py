@@ -167,6 +167,7 @@ def test_diverged_run_says_so(tmp_path: Path) -> None:
     [
         ("data", {"data": ("missing.txt",)}, "missing.txt"),
         ("data", {"window_tokens": 10**6}, "too few"),
+        ("data", {"carried_automaton": True}, "no suffix automaton"),
         ("train", {"batch_size": 5, "accumulation_steps": 2}, "multiple of 2"),
         ("train", {"steps": None}, "no training budget"),
         ("model", {"preset": "cor"}, "Did you mean 'core'"),
@@ -179,11 +180,27 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     tmp_path: Path, section: str, fields: dict[str, Any], message: str
 ) -> None:
     recipe = build_recipe(tmp_path)
+    if "carried_automaton" in fields:
+        recipe = replace(recipe, model=ModelSection(preset="core"))
     wrong = replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=message):
         prepare_run(wrong, tmp_path / "run", "cpu")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("carried_automaton", [False, True])
+def test_a_window_remembers_what_the_recipe_says(tmp_path: Path, carried_automaton: bool) -> None:
+    recipe = build_recipe(tmp_path)
+    recipe = replace(recipe, data=replace(recipe.data, carried_automaton=carried_automaton))
+    run = start(recipe, tmp_path / "run")
+    item = run.cut_windows(8)[7]
+    assert ("suffix_match" in item) == carried_automaton
+    if carried_automaton:
+        # In a text of four words, some of them repeated before any window begins.
+        assert (item["suffix_match"][1:, 1] > WINDOW_TOKENS // 2).any()
+    train_run(run)
+    assert judge_run(run)["bits_per_byte"] < 8.5
 
 
 def test_init_starts_from_saved_weights(tmp_path: Path) -> None:
@@ -214,6 +231,12 @@ def test_protocols_of_validation(tmp_path: Path) -> None:
     model = build_model(recipe.model, 0)
     carried = judge_model(model, corpus, EvalSection(prefix_bytes=100), WINDOW_TOKENS)
     assert (carried.bytes, carried.context) == (100, "carried")
+    settings = EvalSection(prefix_bytes=100, prime_bytes=300)
+    primed = judge_model(model, corpus, settings, WINDOW_TOKENS)
+    assert (primed.bytes, primed.context) == (100, "carried, after 300 bytes")
+    first = corpus.train.slice(len(corpus.train) - 300, len(corpus.train), name="first")
+    expected = measure_bits_per_byte(model, corpus.valid, limit_bytes=100, prime=first)
+    assert primed == expected != carried
     windows = judge_model(
         model, corpus, EvalSection(protocol="windows", prefix_bytes=100), WINDOW_TOKENS
     )

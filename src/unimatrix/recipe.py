@@ -25,7 +25,7 @@ from unimatrix.field_types import (
 )
 
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "muon")
 PRECISIONS = ("float32", "bfloat16")
 PROTOCOLS = ("carried", "windows")
 DEFAULT_RECIPE = "default"
@@ -67,6 +67,9 @@ class DataSection:
     """Tokens of a training window, T."""
     leading_bos: bool = True
     """Start every window with BOS; otherwise a window is T + 1 tokens from anywhere in the text."""
+    carried_automaton: bool = False
+    """Let the suffix automaton of a window remember all of the training text before it, as far as
+    model.automaton_window reaches, instead of the window alone."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -96,7 +99,8 @@ class TrainSection:
     cooldown_fraction: float = 0.2
     """Share of the steps, at the end, over which warmup_stable_decay falls to 0."""
     optimizer: str = "adamw_torch_fused"
-    """adamw_torch_fused or adamw_torch: the same AdamW, in one kernel or in many."""
+    """adamw_torch_fused or adamw_torch: the same AdamW, in one kernel or in many; muon: Muon for
+    the matrices of linear layers and AdamW for the rest (torch 2.9 or later)."""
     beta1: float = 0.9
     """Decay of AdamW's running mean of gradients."""
     beta2: float = 0.99
@@ -163,6 +167,9 @@ class EvalSection:
     length). windows: consecutive windows of the training length, as the paper does."""
     prefix_bytes: int = 131_072
     """Validation bytes that count, from the start of the split; also what xz compresses."""
+    prime_bytes: int = 0
+    """Training bytes, the last of the split, that are read before the validation bytes and do not
+    count; carried protocol only."""
     batch_size: int = 16
     """Windows per forward pass with the windows protocol; it does not move the result."""
     sample_bytes: int = 240
@@ -170,7 +177,19 @@ class EvalSection:
 
     def __post_init__(self) -> None:
         _require_choice("eval.protocol", self.protocol, PROTOCOLS)
-        _require(self, "eval", prefix_bytes=(1, None), batch_size=(1, None), sample_bytes=(0, None))
+        _require(
+            self,
+            "eval",
+            prefix_bytes=(1, None),
+            prime_bytes=(0, None),
+            batch_size=(1, None),
+            sample_bytes=(0, None),
+        )
+        if self.prime_bytes and self.protocol != "carried":
+            raise InputError(
+                f"eval.prime_bytes is {self.prime_bytes} and eval.protocol is {self.protocol!r}; "
+                "only with 'carried' does anything read before still count"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, SequentialSampler, default_collate
 from transformers import (
     PreTrainedModel,
@@ -26,6 +27,7 @@ from unimatrix.allocator import keep_freed_memory
 from unimatrix.checkpoints import hide_progress
 from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.muon import MuonWithAdamW
 from unimatrix.ops.suffix_automaton import predict_from_suffix
 from unimatrix.ops.threads import flush_denormals
 from unimatrix.processes import count_processes, get_rank, is_main_process, join_processes
@@ -71,6 +73,7 @@ class SequentialTrainer(Trainer):
 
     def __init__(self, settings: TrainSection, **kwargs: Any) -> None:
         self.settings = settings
+        self.optimizer: Optimizer | None = None
         super().__init__(**kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +84,21 @@ class SequentialTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def create_optimizer(self, *args: Any) -> Optimizer:
+        """Return the optimiser of ``settings``, made once; later releases pass the model."""
+        if self.settings.optimizer == "muon" and self.optimizer is None:
+            trained = next((model for model in args if model is not None), self.model)
+            self.optimizer = MuonWithAdamW(
+                trained,
+                list_decayed(trained, self.settings),
+                lr=self.settings.learning_rate,
+                weight_decay=self.settings.weight_decay,
+                betas=(self.settings.beta1, self.settings.beta2),
+                fused=True,
+            )
+        made: Optimizer = super().create_optimizer(*args)
+        return made
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters that weight decay applies to."""
@@ -187,8 +205,10 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def collate_with_match(items: Sequence[dict[str, Tensor]], window: int | None) -> dict[str, Tensor]:
-    """Stack items, and run the suffix automaton over each, with a window or without."""
+    """Stack items, and run the suffix automaton, with a window or without, over those without."""
     batch = collate(items)
+    if "suffix_match" in batch:
+        return batch
     prediction, _ = predict_from_suffix(batch["input_ids"], window=window, keeps_state=False)
     return {**batch, "suffix_match": torch.stack(prediction, dim=-1)}
 
@@ -232,7 +252,8 @@ def build_arguments(
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=schedule_options,
         warmup_steps=_count_steps(settings.warmup_fraction, settings.steps),
-        optim=settings.optimizer,
+        # Muon is not among the Trainer's own: `SequentialTrainer` makes it.
+        optim="adamw_torch_fused" if settings.optimizer == "muon" else settings.optimizer,
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,
         weight_decay=settings.weight_decay,

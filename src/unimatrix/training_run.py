@@ -11,13 +11,21 @@ from transformers import TrainerCallback
 
 from unimatrix.checkpoints import hide_progress, load_model, require_byte_level
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.data import ConsecutiveWindows, Corpus, WindowDataset, load_corpus
+from unimatrix.data import (
+    ConsecutiveWindows,
+    Corpus,
+    StreamMatches,
+    WindowDataset,
+    load_corpus,
+    match_stream,
+)
 from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
 from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
 from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
 from unimatrix.generation import generate_bytes
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.muon import require_muon
 from unimatrix.processes import (
     count_processes,
     is_main_process,
@@ -58,6 +66,7 @@ class TrainingRun:
         num_steps: optimiser steps in all; 0 until ``start_run`` has planned a budget in minutes.
         path: the run folder; ``None`` until ``start_run`` has made it.
         record: what ``record.json`` says.
+        matches: what the automaton says of the training text, once ``cut_windows`` has asked.
     """
 
     recipe: Recipe
@@ -67,6 +76,13 @@ class TrainingRun:
     num_steps: int
     path: Path | None
     record: dict[str, Any]
+    matches: StreamMatches | None = None
+
+    def cut_windows(self, num_windows: int) -> WindowDataset:
+        """Return so many windows of the training text, drawn from the recipe's seed."""
+        if self.recipe.data.carried_automaton and self.matches is None:
+            self.matches = match_stream(self.corpus.train, self.model.config.automaton_window)
+        return _cut_windows(self.recipe, self.corpus, num_windows, self.matches)
 
 
 def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
@@ -150,7 +166,7 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
         torch.set_num_threads(train.num_threads)
     if train.minutes is not None:
         say(f"timing a few steps to plan {train.minutes:g} min of training ...")
-        windows = _cut_windows(run.recipe, run.corpus, _WARMUP_ITEMS)
+        windows = run.cut_windows(_WARMUP_ITEMS)
         plan = share(plan_steps(run.model, windows, train, device=run.device))
         run.num_steps, seconds_per_step = plan.num_steps, plan.seconds_per_step
         say(
@@ -202,7 +218,7 @@ def train_run(
     if is_main_process():
         trim_metrics(run.path, first_step)
     settings = replace(run.recipe.train, minutes=None, steps=run.num_steps)
-    windows = _cut_windows(run.recipe, run.corpus, run.num_steps * settings.batch_size)
+    windows = run.cut_windows(run.num_steps * settings.batch_size)
     try:
         result = train_model(
             run.model,
@@ -270,7 +286,12 @@ def judge_model(
     """Measure bits per byte on a prefix of the validation split, by the recipe's protocol."""
     num_bytes = min(settings.prefix_bytes, len(corpus.valid))
     if settings.protocol == "carried":
-        return measure_bits_per_byte(model, corpus.valid, limit_bytes=num_bytes)
+        prime = corpus.train.slice(
+            max(0, len(corpus.train) - settings.prime_bytes), len(corpus.train), name="the start"
+        )
+        return measure_bits_per_byte(
+            model, corpus.valid, limit_bytes=num_bytes, prime=prime if len(prime) else None
+        )
     windows = ConsecutiveWindows(corpus.valid, window_tokens, max(1, num_bytes // window_tokens))
     return measure_consecutive_windows(model, windows, batch_size=settings.batch_size)
 
@@ -343,7 +364,14 @@ def _rebuild_model(run: Path, recipe: Recipe) -> UniMatrixForCausalLM:
 def _open_corpus(recipe: Recipe, model: UniMatrixForCausalLM) -> Corpus:
     """Open the corpus and check that windows, model and processes fit each other."""
     require_room(model.config, recipe.data.window_tokens)
+    if recipe.data.carried_automaton and model.config.residual_path != "suffix_automaton":
+        raise InputError(
+            "data.carried_automaton is true and the model has no suffix automaton (residual_path "
+            f"is {model.config.residual_path!r}); leave it out"
+        )
     split_batch(recipe.train)
+    if recipe.train.optimizer == "muon":
+        require_muon()
     corpus = load_corpus(recipe.data.data, recipe.data.valid_data or None)
     _cut_windows(recipe, corpus, 1)
     if recipe.eval.protocol == "windows":
@@ -351,11 +379,14 @@ def _open_corpus(recipe: Recipe, model: UniMatrixForCausalLM) -> Corpus:
     return corpus
 
 
-def _cut_windows(recipe: Recipe, corpus: Corpus, num_windows: int) -> WindowDataset:
+def _cut_windows(
+    recipe: Recipe, corpus: Corpus, num_windows: int, matches: StreamMatches | None = None
+) -> WindowDataset:
     return WindowDataset(
         corpus.train,
         recipe.data.window_tokens,
         num_windows,
         recipe.train.seed,
         leading_bos=recipe.data.leading_bos,
+        matches=matches,
     )

@@ -60,6 +60,18 @@ def test_a_prefix_of_a_whole_file(folder, text) -> None:
     assert "the first 300 bytes of" in shown
 
 
+def test_a_text_read_first(folder, text, tmp_path) -> None:
+    first = tmp_path / "first.txt"
+    first.write_bytes(TEXT[:200])
+    options = ("--valid-data", text, "--prime", first)
+    result = run_command("eval", folder, *options, "--json").result
+    assert result["context"] == "carried, after 200 bytes"
+    assert result["bytes"] == len(TEXT)
+    assert result["bits_per_byte"] != pytest.approx(measure(TEXT), rel=1e-6)
+    answer = run_command("eval", folder, "--valid-data", text, "--prime", tmp_path / "none.txt")
+    assert_refused(answer, "none.txt")
+
+
 def test_other_splits(folder, text) -> None:
     result = run_command("eval", folder, "--data", text, "--split", "train", "--json").result
     assert result["bytes"] == len(TEXT) - len(TEXT) // 20

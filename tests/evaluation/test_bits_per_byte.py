@@ -38,6 +38,22 @@ def test_context_is_carried(preset, chunk_tokens) -> None:
     assert (result.bytes, result.context) == (len(DATA), "carried")
 
 
+@pytest.mark.parametrize("preset", CARRIED)
+def test_what_is_read_first_is_remembered_and_not_counted(preset) -> None:
+    model = build_byte_model(preset, **CARRIED[preset]).double()
+    first = ByteStream.from_bytes(DATA[50:120], name="first")
+    result = measure_bits_per_byte(model, STREAM, prime=first, chunk_tokens=64)
+    joined = count_bits(model, DATA[50:120] + DATA) - count_bits(model, DATA[50:120])
+    assert result.bits_per_byte == pytest.approx(joined / len(DATA), abs=1e-9)
+    assert (result.bytes, result.context) == (len(DATA), "carried, after 70 bytes")
+
+
+def test_nothing_is_read_before_windows() -> None:
+    model = build_byte_model("sparsepointer", max_position_embeddings=20)
+    with pytest.raises(InputError, match="windows of 20 tokens and nothing before them"):
+        measure_bits_per_byte(model, STREAM, prime=STREAM)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 30, 64, 2048])
 def test_a_position_table_means_windows(chunk_tokens) -> None:
     model = build_byte_model("sparsepointer", max_position_embeddings=20).double()

@@ -38,6 +38,14 @@ LimitOption = Annotated[
     int | None,
     typer.Option("--limit-bytes", help="Measure the first so many bytes. \\[default: all]"),
 ]
+PrimeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prime",
+        help="Text that is read first and does not count, all of it: what a long memory may draw "
+        "on. Repeatable.",
+    ),
+]
 
 
 def run(
@@ -47,6 +55,7 @@ def run(
     valid_data: ValidDataOption = None,
     split: SplitOption = "valid",
     limit_bytes: LimitOption = None,
+    prime: PrimeOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -71,7 +80,8 @@ def run(
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)
     corpus = open_corpus(model, data, valid_data)
-    result = _measure(loaded, corpus, split, limit_bytes)
+    first = None if prime is None else open_whole(prime)
+    result = _measure(loaded, corpus, split, limit_bytes, first)
     emit(result | {"model": model}, as_json, _render)
 
 
@@ -99,8 +109,19 @@ def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None
     return load_corpus(section.data, section.valid_data or None)
 
 
+def open_whole(texts: list[str]) -> "ByteStream":
+    """Open files, folders or globs as one text."""
+    from unimatrix.data import load_corpus
+
+    return load_corpus(texts, texts).train
+
+
 def _measure(
-    model: "UniMatrixForCausalLM", corpus: "Corpus", split: str, limit_bytes: int | None
+    model: "UniMatrixForCausalLM",
+    corpus: "Corpus",
+    split: str,
+    limit_bytes: int | None,
+    prime: "ByteStream | None",
 ) -> dict[str, Any]:
     """Measure the model and xz on one split, with a progress bar."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -121,6 +142,7 @@ def _measure(
             model,
             stream,
             limit_bytes=limit_bytes,
+            prime=prime,
             on_progress=lambda done: progress.update(bar, completed=done),
         )
         seconds = time.perf_counter() - start

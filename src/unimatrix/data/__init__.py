@@ -3,6 +3,7 @@
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.corpora import CORPUS_NAMES, Corpus, load_corpus
 from unimatrix.data.indexed import IndexedDataset
+from unimatrix.data.stream_matches import StreamMatches, match_stream
 from unimatrix.data.windows import ConsecutiveWindows, WindowDataset
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "ConsecutiveWindows",
     "Corpus",
     "IndexedDataset",
+    "StreamMatches",
     "WindowDataset",
     "load_corpus",
+    "match_stream",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.counter_random import draw_words
 from unimatrix.data.indexed import IndexedDataset
+from unimatrix.data.stream_matches import StreamMatches
 from unimatrix.errors import InputError
 from unimatrix.tokenization import BOS_ID
 
@@ -24,6 +25,8 @@ class WindowDataset(IndexedDataset):
         seed: >= 0.
         leading_bos: True: BOS and T - 1 bytes predict T bytes, so that a window starts as every
             stream does. False: T + 1 tokens of the stream (BOS, bytes, EOS if it has one).
+        matches: of the stream; an item then has ``suffix_match`` [T, 2], what an automaton that has
+            read all of the stream before says of its tokens.
 
     Raises:
         InputError: the stream is shorter than one window, or a number is out of range.
@@ -37,6 +40,7 @@ class WindowDataset(IndexedDataset):
         seed: int,
         *,
         leading_bos: bool = True,
+        matches: StreamMatches | None = None,
     ) -> None:
         _check_sizes(window_tokens, num_windows)
         if seed < 0:
@@ -45,6 +49,7 @@ class WindowDataset(IndexedDataset):
         self.window_tokens = window_tokens
         self.seed = seed
         self.leading_bos = leading_bos
+        self.matches = matches
         self._num_windows = num_windows
         room = len(stream) + 1 if leading_bos else stream.num_tokens
         self._num_starts = room - window_tokens
@@ -55,16 +60,21 @@ class WindowDataset(IndexedDataset):
         return self._num_windows
 
     def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Cut the windows of ``indices`` [n]: ``{name: [n, T] int64}``."""
+        """Cut the windows of ``indices`` [n]: ``{name: [n, T] int64}``, and their matches."""
         words = draw_words(self.seed, indices, 1)[:, 0]
         starts = (words % np.uint64(self._num_starts)).astype(np.int64)
-        if not self.leading_bos:
-            return _split_labels(self.stream.read_token_windows(starts, self.window_tokens + 1))
-        labels = self.stream.read_windows(starts, self.window_tokens)
-        tokens = np.empty((len(indices), self.window_tokens + 1), np.int64)
-        tokens[:, 0] = BOS_ID
-        tokens[:, 1:] = labels
-        return _split_labels(tokens)
+        places = starts[:, None] + np.arange(self.window_tokens)  # [n, T], tokens of the stream
+        if self.leading_bos:
+            tokens = np.empty((len(indices), self.window_tokens + 1), np.int64)
+            tokens[:, 0] = BOS_ID
+            tokens[:, 1:] = self.stream.read_windows(starts, self.window_tokens)
+            places[:, 0] = -1  # This BOS is not the stream's.
+        else:
+            tokens = self.stream.read_token_windows(starts, self.window_tokens + 1)
+        batch = _split_labels(tokens)
+        if self.matches is not None:
+            batch["suffix_match"] = torch.from_numpy(self.matches.read(places))
+        return batch
 
 
 class ConsecutiveWindows(IndexedDataset):

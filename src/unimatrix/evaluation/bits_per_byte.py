@@ -1,6 +1,6 @@
 """Bits per byte: what it costs to send a stream with a model's predictions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +25,9 @@ class BitsPerByte(NamedTuple):
     Attributes:
         bits_per_byte: mean over the bytes predicted; BOS and EOS cost nothing.
         bytes: how many bytes were predicted.
-        context: ``carried`` (each byte sees all before it) or ``windows of N`` (each byte sees BOS
-            and what its own window of N bytes holds before it).
+        context: ``carried`` (each byte sees all before it), ``carried, after N bytes`` (and N
+            bytes before those), or ``windows of N`` (each byte sees BOS and what its own window of
+            N bytes holds before it).
     """
 
     bits_per_byte: float
@@ -39,6 +40,7 @@ def measure_bits_per_byte(
     stream: ByteStream,
     *,
     limit_bytes: int | None = None,
+    prime: ByteStream | None = None,
     chunk_tokens: int = 2048,
     device: torch.device | str | None = None,
     on_progress: Progress | None = None,
@@ -52,12 +54,14 @@ def measure_bits_per_byte(
         model: a byte-level causal language model; its mode (dropout) is restored afterwards.
         stream: what to predict, or as much of it as ``limit_bytes`` says.
         limit_bytes: bytes to predict, from the start; ``None`` is all.
+        prime: read first, and not counted: the stream goes on where it ends.
         chunk_tokens: tokens in one forward pass; moves the result by rounding only.
         device: move the model there first; ``None`` leaves it where it is.
         on_progress: called with the bytes done, after every forward pass.
 
     Raises:
-        InputError: if the stream is empty, or a limit is below 1.
+        InputError: if the stream is empty, a limit is below 1, or something is to be read before
+            the stream by a model with a position table.
 
     Cost:
         Peak bytes are constant in the stream's length for models whose cache is.
@@ -65,15 +69,29 @@ def measure_bits_per_byte(
     num_bytes = _count_bytes(stream, limit_bytes, chunk_tokens)
     model.to(model.device if device is None else device)
     window = model.config.max_position_embeddings
-    score = _score_carried if window is None else _score_windows
+    if prime is not None and window is not None:
+        raise InputError(
+            f"the model reads windows of {window} tokens and nothing before them; leave out prime"
+        )
     nats, num_done = 0.0, 0
+    chunks = _cut(stream, num_bytes, chunk_tokens, window)
     with suspend_training(model):
-        for part_nats, part_bytes in score(model, _cut(stream, num_bytes, chunk_tokens, window)):
+        if window is None:
+            first = () if prime is None else _cut(prime, len(prime), chunk_tokens, None)
+            scores = _score_carried(model, first, chunks)
+        else:
+            scores = _score_windows(model, chunks)
+        for part_nats, part_bytes in scores:
             nats, num_done = nats + part_nats, num_done + part_bytes
             if on_progress is not None:
                 on_progress(num_done)
-    context = "carried" if window is None else f"windows of {window}"
-    return BitsPerByte(to_bits_per_byte(nats, num_bytes), num_bytes, context)
+    return BitsPerByte(to_bits_per_byte(nats, num_bytes), num_bytes, _name_context(window, prime))
+
+
+def _name_context(window: int | None, prime: ByteStream | None) -> str:
+    if window is not None:
+        return f"windows of {window}"
+    return "carried" if prime is None else f"carried, after {len(prime):,} bytes"
 
 
 def _count_bytes(stream: ByteStream, limit_bytes: int | None, chunk_tokens: int) -> int:
@@ -102,14 +120,24 @@ def _cut(
 
 
 def _score_carried(
-    model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]
+    model: PreTrainedModel,
+    prime: Iterable[NDArray[np.int64]],
+    chunks: Iterable[NDArray[np.int64]],
 ) -> Iterator[tuple[float, int]]:
-    """Yield nats and bytes of consecutive chunks [1, T] of one stream."""
+    """Yield nats and bytes of consecutive chunks [1, T] of one stream, nothing for the first."""
     cache, last_id = None, BOS_ID
-    for targets in chunks:
-        output = _predict(model, targets, [[last_id]], past_key_values=cache, use_cache=True)
-        cache, last_id = output.past_key_values, targets[0, -1]
-        yield _sum_nats(output.logits, targets), targets.size
+    for counts, parts in ((False, prime), (True, chunks)):
+        for targets in parts:
+            output = _predict(
+                model,
+                targets,
+                [[last_id]],
+                past_key_values=cache,
+                use_cache=True,
+                gives_up_cache=True,
+            )
+            cache, last_id = output.past_key_values, targets[0, -1]
+            yield (_sum_nats(output.logits, targets), targets.size) if counts else (0.0, 0)
 
 
 def _score_windows(

@@ -155,7 +155,9 @@ def carry_state(model: PreTrainedModel, ids: Tensor, state: Any) -> tuple[Tensor
     """
     name = name_state(model)
     assert name is not None, model.config.model_type
-    output = model(input_ids=ids, use_cache=True, **{name: state})
+    # An automaton without a bound would be copied at every call.
+    options = {"gives_up_cache": True} if isinstance(model, UniMatrixForCausalLM) else {}
+    output = model(input_ids=ids, use_cache=True, **{name: state}, **options)
     return output.logits, getattr(output, name)
 
 
