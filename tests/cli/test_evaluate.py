@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from tests.byte_models import build_byte_model, save_model
@@ -70,6 +72,21 @@ def test_a_text_read_first(folder, text, tmp_path) -> None:
     assert result["bits_per_byte"] != pytest.approx(measure(TEXT), rel=1e-6)
     answer = run_command("eval", folder, "--valid-data", text, "--prime", tmp_path / "none.txt")
     assert_refused(answer, "none.txt")
+
+
+def test_compressors_and_a_record(folder, text, tmp_path) -> None:
+    first, out = tmp_path / "first.txt", tmp_path / "out"
+    first.write_bytes(TEXT)
+    options = ("--valid-data", text, "--prime", first, "--compressors", "--limit-bytes", 600)
+    answer = run_command("eval", folder, *options, "--out", out, "--json")
+    scores = answer.result["compressors"]
+    assert scores["xz -9e"]["plain"] == xz_bits_per_byte(TEXT[:600])
+    assert all(score["primed"] < score["plain"] for score in scores.values())
+    record = json.loads((out / "record.json").read_text())
+    assert (record["status"], record["results"]) == ("done", answer.result)
+    assert "versions" in record
+    assert "(primed: " in run_command("eval", folder, *options).text
+    assert_refused(run_command("eval", folder, *options, "--out", out), "choose another --out")
 
 
 def test_other_splits(folder, text) -> None:

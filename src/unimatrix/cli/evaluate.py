@@ -1,6 +1,7 @@
 """``unimatrix eval``: bits per byte on a corpus."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,6 +47,16 @@ PrimeOption = Annotated[
         "on. Repeatable.",
     ),
 ]
+CompressorsOption = Annotated[
+    bool,
+    typer.Option(
+        "--compressors",
+        help="Compress the same bytes with xz, zstd and PPMd too, plain and after --prime.",
+    ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder to create, with the result in record.json.")
+]
 
 
 def run(
@@ -56,6 +67,8 @@ def run(
     split: SplitOption = "valid",
     limit_bytes: LimitOption = None,
     prime: PrimeOption = None,
+    compressors: CompressorsOption = False,
+    out: OutOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -76,13 +89,23 @@ def run(
     place = pick_device(device)
 
     from unimatrix.checkpoints import load_model, require_byte_level
+    from unimatrix.run_folder import describe_run, require_new_folder, write_record
+
+    if out is not None:
+        require_new_folder(out)
 
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)
     corpus = open_corpus(model, data, valid_data)
     first = None if prime is None else open_whole(prime)
-    result = _measure(loaded, corpus, split, limit_bytes, first)
-    emit(result | {"model": model}, as_json, _render)
+    begun = describe_run(place)
+    result = _measure(loaded, corpus, split, limit_bytes, first) | {"model": model}
+    if compressors:
+        result["compressors"] = _compress(_choose_stream(corpus, split), result["bytes"], first)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_record(out, {"status": "done", **begun, "results": result})
+    emit(result, as_json, _render)
 
 
 def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None) -> "Corpus":
@@ -160,6 +183,19 @@ def _measure(
     }
 
 
+def _compress(
+    stream: "ByteStream", num_bytes: int, prime: "ByteStream | None"
+) -> dict[str, dict[str, float]]:
+    """Return bits per byte of the bytes judged, plain and primed, by compressor."""
+    from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
+
+    first = b"" if prime is None else prime.read(0, len(prime)).tobytes()
+    scores = measure_compressors(first, {"text": stream.read(0, num_bytes).tobytes()})
+    for name, package in list_missing_compressors().items():
+        make_log().print(f"{name} is left out: pip install {package} brings it")
+    return {name: by_text["text"]._asdict() for name, by_text in scores.items()}
+
+
 def _choose_stream(corpus: "Corpus", split: str) -> "ByteStream":
     """Return the bytes of a split, or raise ``InputError`` if the corpus has none."""
     streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
@@ -175,9 +211,14 @@ def _render(result: dict[str, Any]) -> str:
     ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
     whole = result["bytes"] == result["split_bytes"]
     extent = "all" if whole else "the first"
+    others = [
+        f"{name:<13}  {score['plain']:.4f}   (primed: {score['primed']:.4f})"
+        for name, score in result.get("compressors", {}).items()
+    ]
     return "\n".join(
         [
             f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {'' if ours < xz else 'not '}beaten)",
+            *others,
             f"text           {extent} {result['bytes']:,} bytes of {result['corpus']}, "
             f"{result['split']} split",
             f"context        {result['context']}",
