@@ -47,6 +47,7 @@ EVERY_FIELD_CHANGED = Recipe(
         decay_all=True,
         max_grad_norm=0.5,
         precision="bfloat16",
+        compile=True,
         num_threads=3,
         seed=4,
         log_every_steps=3,

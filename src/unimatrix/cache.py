@@ -52,6 +52,7 @@ _CARRIED_BY = (
 )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def digest_config(config: UniMatrixConfig) -> str:
     """Return a short hash of the fields that decide what a cache holds."""
     fields = {name: getattr(config, name) for name in _CARRIED_BY}

@@ -163,7 +163,9 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             return x
         num_tokens = x.shape[1]
         positions = past.num_tokens.unsqueeze(1) + torch.arange(num_tokens, device=x.device)
-        needed = int((past.num_tokens + (num_tokens if lengths is None else lengths)).max())
+        needed = num_tokens
+        if past.num_columns or lengths is not None:
+            needed = int((past.num_tokens + (num_tokens if lengths is None else lengths)).max())
         num_rows = self.embed_positions.num_embeddings
         if needed > num_rows:
             raise InputError(

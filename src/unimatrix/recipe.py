@@ -115,6 +115,9 @@ class TrainSection:
     """Gradients of a larger norm are scaled down to this one; 0 is off."""
     precision: str = "float32"
     """float32, or bfloat16: autocast of matrix products, float32 weights."""
+    compile: bool = False
+    """Train through torch.compile: minutes at the start, then faster steps. On a CPU it needs a C++
+    compiler."""
     num_threads: int | None = None
     """CPU threads. With none, a budget in minutes takes the faster of one and all of them, and a
     number of steps takes what PyTorch does."""

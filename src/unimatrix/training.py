@@ -39,6 +39,7 @@ CHECKPOINTS_PER_RUN = 10
 """How many checkpoints a run writes where ``save_every_steps`` leaves it open."""
 BUDGET_SHARE = 0.97
 """The share of a budget in minutes that is planned; the rest is for checkpoints and stalls."""
+_COMPILE_BACKEND = "inductor"
 _NUM_GPU_LOADERS = 2
 _WARMUP_SHARE = 0.03
 _LONGEST_WARMUP_S = 4.0
@@ -78,7 +79,8 @@ class SequentialTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss; a model that can is spared the logits."""
-        if isinstance(self.accelerator.unwrap_model(model), UniMatrixForCausalLM):
+        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if isinstance(bare, UniMatrixForCausalLM):
             inputs = {**inputs, "loss_only": True}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -259,6 +261,8 @@ def build_arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision == "bfloat16",
+        torch_compile=settings.compile,
+        torch_compile_backend=_COMPILE_BACKEND if settings.compile else None,
         seed=settings.seed,
         logging_steps=settings.log_every_steps,
         logging_first_step=True,

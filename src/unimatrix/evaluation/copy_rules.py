@@ -50,8 +50,9 @@ def predict_by_suffix_automaton(input_ids: Tensor) -> Tensor:
     Returns:
         [B, T] int64, -1 where a token is new.
     """
-    prediction, _ = predict_from_suffix(input_ids)
-    return prediction.predicted_ids
+    (predicted_ids, _), _ = predict_from_suffix(input_ids)
+    found: Tensor = predicted_ids
+    return found
 
 
 COPY_RULES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.shift import shift_to_previous
+from unimatrix.ops import opaque
 from unimatrix.ops.suffix_automaton import AutomatonState, predict_from_suffix
 
 
@@ -57,6 +58,10 @@ class ResidualContext(nn.Module):
                 last_token_ids = torch.full_like(input_ids[:, 0], -1)
             first = last_token_ids.masked_fill(last_token_ids < 0, self.pad_token_id)
             return self.embed(shift_to_previous(input_ids, first)), None, None
+        if torch.compiler.is_compiling() and not keeps_state and automaton is None:
+            # Padding comes last, and nothing is read from it.
+            match = opaque.match_suffixes(input_ids, self.window).unbind(dim=-1)
+            return self.embed_predicted(match[0]), None, match
         prediction, automaton = predict_from_suffix(
             input_ids.cpu(),
             lengths=None if lengths is None else lengths.cpu(),

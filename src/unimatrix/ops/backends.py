@@ -45,9 +45,13 @@ def require_backend(op: str, backend: str) -> str:
 def compiles_triton(device: torch.device) -> bool:
     """Return whether ``auto`` may choose Triton: it is installed and compiles for the device.
 
+    Not in a graph that ``torch.compile`` captures: the kernels are no operators of their own.
+
     Args:
         device: where the inputs are.
     """
+    if torch.compiler.is_compiling():
+        return False
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     is_installed = importlib.util.find_spec("triton") is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, normalize, rms_norm
 
 from unimatrix.errors import InputError
+from unimatrix.ops import opaque
 from unimatrix.ops.checks import require_shape
 from unimatrix.ops.matrix_state.scan import scan_matrix_state
 
@@ -64,6 +65,8 @@ def scan_projected(
     on_cpu = projected.device.type == "cpu"
     is_fused = backend == "native" or (backend == "auto" and sizes["T"] > 1)
     if is_fused and on_cpu and not delta and not norm_guard:
+        if torch.compiler.is_compiling():
+            return _scan_captured(projected, controls, unit, initial_state, lengths)
         # Imported here: it loads the compiler.
         from unimatrix.ops.matrix_state.projected_native import scan_projected_native
 
@@ -93,3 +96,22 @@ def scan_projected(
     if unit:
         y = rms_norm(y, y.shape[-1:], eps=READOUT_EPS)
     return y, final_state
+
+
+def _scan_captured(
+    projected: Tensor,
+    controls: Tensor,
+    unit: bool,
+    initial_state: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the native scan inside a graph that ``torch.compile`` captures."""
+    B, _, _, H, N = projected.shape
+    dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        initial_state = projected.new_zeros(B, H, N, N, dtype=dtype)
+    bound = projected if unit else torch.tanh(projected)
+    y, final_state, *_ = opaque.scan_projected(
+        bound.to(dtype), controls.to(dtype), initial_state.to(dtype), lengths, unit
+    )
+    return y.to(projected.dtype), final_state

@@ -233,6 +233,68 @@ def _backward_rows(
             dinitial[row * size + n] = G[n]
 
 
+def run_forward(
+    projected: Tensor,
+    controls: Tensor,
+    initial: Tensor,
+    lengths: Tensor | None,
+    *,
+    unit: bool,
+    saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the forward kernel.
+
+    Returns:
+        y [B, T, H, N], the last state [B, H, N, N], and for the backward kernel states along the
+        way, the weights of the rules, and what the readouts were divided by, inverted.
+    """
+    B, T, P, H, N = projected.shape
+    form = _Form((0,) * N, (0,) * (P == 4), (), (0,) * unit)
+    interval = choose_interval(N) if saves else 0
+    allocate = projected.new_empty if lengths is None else projected.new_zeros
+    y, inverses = allocate(B, T, H, N), allocate(B, T, H)
+    weights = allocate(B, T, H, 5)
+    checkpoints = projected.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
+    final_state = torch.empty_like(initial)  # [B, H, N, N]
+    counts = torch.full((B,), T) if lengths is None else lengths
+    inputs = (projected, controls, initial, counts, T, H, interval)
+    results = (y, final_state, checkpoints, weights, inverses)
+    run_rows(_scan_rows, form, B * H, T * N * N, *inputs, *results)
+    return y, final_state, checkpoints, weights, inverses
+
+
+def run_backward(
+    projected: Tensor,
+    lengths: Tensor | None,
+    saved: tuple[Tensor, ...],
+    dy: Tensor,
+    dfinal: Tensor,
+    *,
+    unit: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernel.
+
+    Args:
+        projected, lengths, unit: of the forward pass.
+        saved: its last three results with y: checkpoints, weights, y, inverses.
+        dy, dfinal: gradients of its first two results.
+
+    Returns:
+        the gradients of projected, controls and the initial state.
+    """
+    B, T, P, H, N = projected.shape
+    form = _Form((0,) * N, (0,) * (P == 4), (), (0,) * unit)
+    checkpoints, weights, y, inverses = saved
+    allocate = projected.new_empty if lengths is None else projected.new_zeros
+    dprojected = allocate(projected.shape)
+    dcontrols, dinitial = allocate(B, T, H * (4 if P == 4 else 1)), torch.empty_like(dfinal)
+    counts = torch.full((B,), T) if lengths is None else lengths
+    given = (projected, weights, counts, T, H, choose_interval(N), checkpoints, y, inverses)
+    grads = (dprojected, dcontrols, dinitial)
+    run_rows(_backward_rows, form, B * H, T * N * N, *given, dy, dfinal, *grads)
+    return grads
+
+
 class _ScanProjected(torch.autograd.Function):
     """The scan with its backward kernel; not differentiable twice."""
 
@@ -246,34 +308,21 @@ class _ScanProjected(torch.autograd.Function):
         projected: Tensor,
         controls: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        B, T, P, H, N = projected.shape
-        form = _Form((0,) * N, (0,) * (P == 4), (), (0,) * unit)
-        interval = choose_interval(N) if saves else 0
-        allocate = projected.new_empty if lengths is None else projected.new_zeros
-        y, inverses = allocate(B, T, H, N), allocate(B, T, H)
-        weights = allocate(B, T, H, 5)
-        checkpoints = projected.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
-        final_state = torch.empty_like(initial)  # [B, H, N, N]
-        counts = torch.full((B,), T) if lengths is None else lengths
-        inputs = (projected, controls, initial, counts, T, H, interval)
-        results = (y, final_state, checkpoints, weights, inverses)
-        run_rows(_scan_rows, form, B * H, T * N * N, *inputs, *results)
+        y, final_state, checkpoints, weights, inverses = run_forward(
+            projected, controls, initial, lengths, unit=unit, saves=saves
+        )
         if saves:
-            ctx.save_for_backward(projected, counts, checkpoints, weights, y, inverses)
-        ctx.form, ctx.interval, ctx.padded = form, interval, lengths is not None
+            ctx.save_for_backward(projected, lengths, checkpoints, weights, y, inverses)
+        ctx.unit = unit
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        projected, counts, checkpoints, weights, y, inverses = ctx.saved_tensors
-        B, T, P, H, N = projected.shape
-        allocate = projected.new_zeros if ctx.padded else projected.new_empty
-        dprojected = allocate(projected.shape)
-        dcontrols, dinitial = allocate(B, T, H * (4 if P == 4 else 1)), torch.empty_like(dfinal)
-        given = (projected, weights, counts, T, H, ctx.interval, checkpoints, y, inverses)
-        grads = (dprojected, dcontrols, dinitial)
-        run_rows(_backward_rows, ctx.form, B * H, T * N * N, *given, dy, dfinal, *grads)
+        projected, lengths, *saved = ctx.saved_tensors
+        dprojected, dcontrols, dinitial = run_backward(
+            projected, lengths, tuple(saved), dy, dfinal, unit=ctx.unit
+        )
         return None, None, None, dinitial, dprojected, dcontrols
 
 

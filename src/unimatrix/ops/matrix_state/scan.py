@@ -31,7 +31,8 @@ def choose_backend(
     and decoding then needs no compiler. More, on the CPU: the kernels, which in training were
     several times faster than the chunked form at N = 16 and 32 and about as fast at N = 128.
     More, elsewhere: with the norm guard, the reference; else Triton's kernels where they compile
-    and have the form, the chunked form where not. On a GPU none of them has been timed.
+    and have the form, the chunked form where not. On a GPU none of them has been timed. In a graph
+    that ``torch.compile`` captures: the chunked form; what needs the norm guard breaks it in two.
 
     Args:
         num_tokens: T.
@@ -43,7 +44,7 @@ def choose_backend(
     """
     if num_tokens == 1:
         return "reference"
-    if device.type == "cpu":
+    if device.type == "cpu" and (norm_guard or not torch.compiler.is_compiling()):
         return "native"
     if norm_guard:
         return "reference"
@@ -220,6 +221,7 @@ def scan_matrix_state(
     return y.to(q.dtype), final_state
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _scan_native(
     tokens: TokenInputs, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
 ) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,8 @@ def hash_contexts(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
     Note:
         Two contexts share a hash with probability 2^-31. The pattern's number is hashed with it.
     """
-    if ids.device.type == "cpu" and ids.numel() > _FEWEST_IDS:
+    is_worth_it = ids.device.type == "cpu" and ids.numel() > _FEWEST_IDS
+    if is_worth_it and not torch.compiler.is_compiling():
         # Imported here: it loads the compiler.
         from unimatrix.ops.selective_slots.native_step import hash_contexts_native
 

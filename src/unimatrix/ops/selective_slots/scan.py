@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
+from unimatrix.ops import opaque
 from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import require_dtype, require_shape
 from unimatrix.ops.selective_slots.reference import scan_reference
@@ -144,6 +145,8 @@ def _scan_on_cpu(
     backend: str, writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
 ) -> SlotScan:
     """Scan copies on the CPU, and return to where the tensors were."""
+    if torch.compiler.is_compiling() and backend == "native":
+        return _scan_captured(writes, initial, policy)
     if backend == "reference":
         scan = scan_reference
     else:
@@ -159,6 +162,18 @@ def _scan_on_cpu(
         return SlotScan(lookup, None, None)
     slots = SelectiveSlots(*(tensor.to(device) for tensor in slots))
     return SlotScan(lookup, slots, writers.to(device))
+
+
+def _scan_captured(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy) -> SlotScan:
+    """Scan natively inside a graph that ``torch.compile`` captures; codes are not checked."""
+    bounded, margin, keep_first, fade_tokens = policy
+    results = opaque.scan_selective_slots(
+        [x.detach() for x in writes], list(initial), bounded, [margin, int(keep_first), fade_tokens]
+    )
+    lookup = SlotLookup(*results[:3])
+    if not bounded:
+        return SlotScan(lookup, None, None)
+    return SlotScan(lookup, SelectiveSlots(*results[3:6]), results[6])
 
 
 def _check(writes: SlotWrites, initial: SelectiveSlots) -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
+from unimatrix.ops import opaque
 from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
+from unimatrix.ops.slots.decisions import Allocation
 from unimatrix.ops.slots.parallel import allocate_parallel
 from unimatrix.ops.slots.read import scan_by_allocation
 from unimatrix.ops.slots.reference import scan_slots_reference
@@ -188,6 +190,24 @@ def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
         from unimatrix.ops.slots.triton import allocate_triton, read_triton
 
         return functools.partial(scan_by_allocation, allocate_triton, read_triton)
+    if torch.compiler.is_compiling():
+        return functools.partial(scan_by_allocation, _allocate_captured, read_chosen)
     from unimatrix.ops.slots.native import allocate_native, read_native
 
     return functools.partial(scan_by_allocation, allocate_native, read_native)
+
+
+def _allocate_captured(
+    queries: Tensor,
+    keys: Tensor,
+    strengths: Tensor,
+    initial_ages: Tensor,
+    *,
+    reads: Tensor,
+    writes: Tensor,
+    rules: SlotRules,
+) -> Allocation:
+    """Decide natively inside a graph that ``torch.compile`` captures."""
+    return Allocation(
+        *opaque.allocate_slots(queries, keys, strengths, initial_ages, reads, writes, *rules)
+    )

@@ -31,6 +31,7 @@ class SuffixPrediction(NamedTuple):
     match_lengths: torch.Tensor  # [B, T] int64, 0 for no match
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def predict_from_suffix(
     input_ids: torch.Tensor,
     *,

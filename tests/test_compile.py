@@ -1,0 +1,83 @@
+"""``torch.compile``: one graph a train step, and the numbers of eager execution."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import build_model, draw_ids
+from tests.small_training import build_dataset, build_settings
+from tests.small_training import build_model as build_small_model
+from tests.tolerances import error
+from unimatrix import training
+from unimatrix.configuration import PRESETS
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.training import train_model
+
+# Every preset, and the delta rule with a gate that sees the stream.
+CAPTURED = [*PRESETS, "unimatrix+hidden"]
+# The guard makes the recurrence nonlinear: it has compiled loops of its own, outside the graph.
+GUARDED = [name for name in CAPTURED if name.startswith("discovery")]
+UNPADDED = draw_ids(2, 24)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Forget the graphs of other tests: a function may have only so many."""
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def step(model: UniMatrixForCausalLM, run: Any) -> dict[str, torch.Tensor]:
+    """Return the loss and all gradients of one step."""
+    model.zero_grad()
+    loss = run(input_ids=UNPADDED, shift_labels=UNPADDED.roll(-1, 1), loss_only=True).loss
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+@pytest.mark.parametrize("variant", CAPTURED)
+def test_a_train_step_is_one_graph_with_the_same_numbers(variant: str) -> None:
+    """Captured and differentiated as for any compiler; what stands behind it is torch's own."""
+    model = build_model(variant, dropout=0.0, num_hidden_layers=2).double().train()
+    expected = step(model, model)
+    captured = torch.compile(model, backend="aot_eager", fullgraph=variant not in GUARDED)
+    found = step(model, captured)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert error(found[name], value) < 1e-9, name
+
+
+@pytest.mark.parametrize("variant", ["core", "discovery", "sparsepointer", "unimatrix"])
+def test_a_compiled_model_still_reads_on(variant: str) -> None:
+    """Padding and a cache break the graph; nothing else changes."""
+    model = build_model(variant).double().eval()
+    captured = torch.compile(model, backend="eager")
+    mask = torch.ones_like(UNPADDED)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        first = model(UNPADDED, attention_mask=mask, use_cache=True)
+        expected = model(UNPADDED[:, :9], past_key_values=first.past_key_values)
+        first = captured(UNPADDED, attention_mask=mask, use_cache=True)
+        found = captured(UNPADDED[:, :9], past_key_values=first.past_key_values)
+    assert error(found.logits, expected.logits) < 1e-9
+
+
+def test_a_recipe_trains_through_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_COMPILE_BACKEND", "aot_eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled, eager = (build_small_model(dropout=0.0) for _ in range(2))
+    settings = build_settings(steps=4)
+    train_model(compiled, build_dataset(16), replace(settings, compile=True), None)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    train_model(eager, build_dataset(16), settings, None)
+    for (name, found), expected in zip(
+        compiled.named_parameters(), eager.parameters(), strict=True
+    ):
+        assert error(found, expected) < 1e-4, name
