@@ -129,7 +129,13 @@ RECIPES: Mapping[str, RecallRecipe] = {
         task="noisy-keys",
         **(_COSINE | {"steps": 300}),
         overrides=_BY_TOKEN
-        | {"slot_key_patterns": _NOISY_PATTERNS, "slot_read_offsets": [0], "slot_source": "hidden"},
+        | {
+            "slot_key_patterns": _NOISY_PATTERNS,
+            "slot_read_offsets": [0],
+            "slot_source": "hidden",
+            # The gate asks for the place inside a key and its value, a few letters each.
+            "longest_retention": 8,
+        },
     ),
     "needle": RecallRecipe(
         task="needle",

@@ -18,7 +18,7 @@ OPTIONS = {
     "bench": "batch-size budget device help json length mode out peer preset quick rounds seed set "
     "threads",
     "compare": "data device help json only out quick report",
-    "eval": "data device help json limit-bytes seed split valid-data",
+    "eval": "compressors data device help json limit-bytes out prime seed split valid-data",
     "eval-long": "data device examples help json length out quick report seed task",
     "generate": "device help json max-new-bytes prompt-file seed temperature top-k top-p",
     "info": "device help json seed",

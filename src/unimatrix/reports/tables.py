@@ -349,6 +349,34 @@ def _tabulate_language(records: Mapping[str, Record]) -> str:
     return _format_table(header, rows)
 
 
+def _tabulate_books(records: Mapping[str, Record]) -> str:
+    """Return what the model of the recipe `books` makes of whole books, beside compressors."""
+    found = {
+        name: record["results"]
+        for name, record in _select(records, "books/").items()
+        if "compressors" in record.get("results", {})
+    }
+    if not found:
+        return "No book is recorded yet."
+    compressors = dict.fromkeys(c for results in found.values() for c in results["compressors"])
+    rows = []
+    for name, results in found.items():
+        scores = [results["compressors"].get(compressor) for compressor in compressors]
+        rows.append(
+            [
+                name,
+                f"{results['bytes']:,}",
+                results["context"],
+                f"{results['bits_per_byte']:.3f}",
+                *("" if s is None else f"{s['plain']:.3f} / {s['primed']:.3f}" for s in scores),
+                f"{results['parameters']:,}",
+            ]
+        )
+    header = ["text", "bytes", "context", "ours"]
+    header += [f"{compressor}, plain / primed" for compressor in compressors]
+    return _format_table([*header, "parameters"], rows)
+
+
 def _split_comparisons(records: Mapping[str, Record]) -> dict[str, dict[str, Record]]:
     """Return the records below ``compare/`` by comparison."""
     found: dict[str, dict[str, Record]] = {}
@@ -425,6 +453,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
         f"compare-{table}": functools.partial(_tabulate_comparison, table=table)
         for table in TABLE_TITLES
     },
+    "books": _tabulate_books,
     "compare-compressors": functools.partial(
         _tabulate_of_comparisons, tabulate=tabulate_compressors
     ),
