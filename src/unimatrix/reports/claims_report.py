@@ -170,6 +170,7 @@ def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
         A figure that belongs to no window and no global state.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     from unimatrix.reports.figures import INK, set_look
 
@@ -181,8 +182,8 @@ def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
     ]
     heights = [len(shown) for _, shown in panels]
     figure = Figure(
-        figsize=(12.8, 1.2 * len(panels) + 0.42 * sum(heights) + 0.6),
-        layout="constrained",
+        figsize=(12.8, 1.4 * len(panels) + 0.42 * sum(heights) + 0.8),
+        layout=ConstrainedLayoutEngine(h_pad=0.14),
         facecolor="white",
     )
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
@@ -202,7 +203,8 @@ def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
             axes.set_xlim(-2, 102)
         set_look(axes)
     names = ", ".join(f"{name}: {colour}" for name, colour in _NAMED_COLOURS.items())
-    figure.suptitle(f"Diamonds: published. Dots: ours by seed ({names})", fontsize=14, color=INK)
+    title = f"Diamonds: published. Dots: ours by seed ({names})"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, color=INK)
     return figure
 
 
