@@ -172,7 +172,7 @@ class EvalSection:
     """Validation bytes that count, from the start of the split; also what xz compresses."""
     prime_bytes: int = 0
     """Training bytes, the last of the split, that are read before the validation bytes and do not
-    count; carried protocol only."""
+    count (see --prime of eval); carried protocol only."""
     batch_size: int = 16
     """Windows per forward pass with the windows protocol; it does not move the result."""
     sample_bytes: int = 240

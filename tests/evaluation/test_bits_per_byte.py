@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,8 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.byte_models import build_byte_model
+from unimatrix.cache import start_cache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
+from unimatrix.evaluation import bits_per_byte
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.tokenization import BOS_ID, VOCAB_SIZE
 
@@ -46,6 +49,25 @@ def test_what_is_read_first_is_remembered_and_not_counted(preset) -> None:
     joined = count_bits(model, DATA[50:120] + DATA) - count_bits(model, DATA[50:120])
     assert result.bits_per_byte == pytest.approx(joined / len(DATA), abs=1e-9)
     assert (result.bytes, result.context) == (len(DATA), "carried, after 70 bytes")
+
+
+@pytest.mark.parametrize("preset", CARRIED)
+def test_of_a_long_text_the_automaton_reads_the_start_alone(preset, monkeypatch) -> None:
+    """As if nothing but the automaton, and the last token, were left of it."""
+    monkeypatch.setattr(bits_per_byte, "PRIME_TOKENS", 30)
+    model = build_byte_model(preset, **CARRIED[preset]).double()
+    first = ByteStream.from_bytes(DATA[50:120], name="first")
+    with torch.no_grad():
+        cache = model(torch.tensor([[BOS_ID, *DATA[50:89]]]), use_cache=True).past_key_values
+        ids = torch.tensor([[*DATA[89:120], *DATA[:-1]]])
+        start = replace(start_cache(model.config, ids), automaton=cache.automaton)
+        for name in ("num_columns", "num_tokens", "last_token_ids"):
+            setattr(start, name, getattr(cache, name))
+        logits = model(ids, past_key_values=start).logits[0, 30:]
+    nats = torch.nn.functional.cross_entropy(logits, torch.tensor([*DATA]))
+    result = measure_bits_per_byte(model, STREAM, prime=first, chunk_tokens=64)
+    assert result.bits_per_byte == pytest.approx(nats.item() / math.log(2), abs=1e-9)
+    assert result.context == "carried, after 70 bytes"
 
 
 def test_nothing_is_read_before_windows() -> None:

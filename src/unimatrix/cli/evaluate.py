@@ -43,8 +43,8 @@ PrimeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--prime",
-        help="Text that is read first and does not count, all of it: what a long memory may draw "
-        "on. Repeatable.",
+        help="Text that is read first and does not count: what a long memory may draw on. A suffix "
+        "automaton reads all of it, the rest of the model its last 65,536 bytes. Repeatable.",
     ),
 ]
 CompressorsOption = Annotated[

@@ -3,7 +3,7 @@
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.corpora import CORPUS_NAMES, Corpus, load_corpus
 from unimatrix.data.indexed import IndexedDataset
-from unimatrix.data.stream_matches import StreamMatches, match_stream
+from unimatrix.data.stream_matches import StreamMatches, match_stream, read_with_automaton
 from unimatrix.data.windows import ConsecutiveWindows, WindowDataset
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "WindowDataset",
     "load_corpus",
     "match_stream",
+    "read_with_automaton",
 ]

@@ -1,5 +1,6 @@
 """What the suffix automaton says of every token of a whole stream, for windows cut from it."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +8,11 @@ import torch
 from numpy.typing import NDArray
 
 from unimatrix.data.byte_stream import ByteStream
-from unimatrix.ops.suffix_automaton import AutomatonState, predict_from_suffix
+from unimatrix.ops.suffix_automaton import (
+    AutomatonState,
+    SuffixPrediction,
+    predict_from_suffix,
+)
 
 _CHUNK_TOKENS = 2**20
 
@@ -46,11 +51,36 @@ def match_stream(stream: ByteStream, window: int | None) -> StreamMatches:
     """
     predicted = np.empty(stream.num_tokens, np.int16)
     lengths = np.empty(stream.num_tokens, np.int32)
+    for place, found, _ in _read_on(stream, stream.num_tokens, window):
+        predicted[place] = found.predicted_ids[0].numpy()
+        lengths[place] = found.match_lengths[0].numpy()
+    return StreamMatches(predicted, lengths)
+
+
+def read_with_automaton(
+    stream: ByteStream, num_tokens: int, window: int | None
+) -> AutomatonState | None:
+    """Return the automaton after the first tokens of a stream, BOS included; ``None`` after none.
+
+    Args:
+        stream: what to read.
+        num_tokens: how far.
+        window: as in ``match_stream``.
+    """
+    last: AutomatonState | None = None
+    for _, _, automaton in _read_on(stream, num_tokens, window):
+        last = automaton
+    return last
+
+
+def _read_on(
+    stream: ByteStream, num_tokens: int, window: int | None
+) -> Iterator[tuple[slice, SuffixPrediction, AutomatonState]]:
+    """Yield the tokens read, what was predicted there, and the automaton after them."""
     automaton: AutomatonState | None = None
-    for start in range(0, stream.num_tokens, _CHUNK_TOKENS):
-        stop = min(start + _CHUNK_TOKENS, stream.num_tokens)
+    for start in range(0, num_tokens, _CHUNK_TOKENS):
+        stop = min(start + _CHUNK_TOKENS, num_tokens)
         ids = torch.from_numpy(stream.read_tokens(start, stop))[None]
         found, automaton = predict_from_suffix(ids, initial=automaton, window=window, in_place=True)
-        predicted[start:stop] = found.predicted_ids[0].numpy()
-        lengths[start:stop] = found.match_lengths[0].numpy()
-    return StreamMatches(predicted, lengths)
+        assert automaton is not None
+        yield slice(start, stop), found, automaton
