@@ -276,7 +276,7 @@ def _tabulate_summary(records: Mapping[str, Record]) -> str:
     """Return the mean of all tests of each run of the lab, a row a run."""
     rows = []
     for group, members in _group_seeds(records, "lab/").items():
-        if group.startswith("hindsight/"):
+        if group.startswith(("hindsight/", "options/")):
             continue
         results = [member["results"] for member in members]
         found = [
@@ -465,6 +465,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "lab-associative": functools.partial(_tabulate_lab, prefix="lab/associative/"),
     "lab-mqar": functools.partial(_tabulate_lab, prefix="lab/mqar/"),
     "lab-others": functools.partial(_tabulate_lab, prefix="lab/others/"),
+    "lab-options": functools.partial(_tabulate_lab, prefix="lab/options/"),
     "lab-hindsight": functools.partial(_tabulate_lab, prefix="lab/hindsight/"),
     "lab-summary": _tabulate_summary,
     "language": _tabulate_language,
