@@ -263,6 +263,7 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
         "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
         "valid_bytes": score.bytes,
         "context": score.context,
+        "state_bytes": score.state_bytes,
         "eval_s": round(time.perf_counter() - start, 3),
         "parameters": sum(p.numel() for p in run.model.parameters()),
     }

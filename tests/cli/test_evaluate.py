@@ -36,6 +36,7 @@ def test_json(folder, text) -> None:
     held_out = TEXT[len(TEXT) - len(TEXT) // 20 :]
     result = answer.result
     assert result.pop("seconds") > 0
+    assert result.pop("state_bytes") > 0
     assert result == {
         "bits_per_byte": pytest.approx(measure(held_out), rel=1e-6),
         "xz_bits_per_byte": xz_bits_per_byte(held_out),

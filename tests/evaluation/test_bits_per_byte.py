@@ -39,6 +39,10 @@ def test_context_is_carried(preset, chunk_tokens) -> None:
     result = measure_bits_per_byte(model, STREAM, chunk_tokens=chunk_tokens)
     assert result.bits_per_byte == pytest.approx(count_bits(model, DATA) / len(DATA), abs=1e-9)
     assert (result.bytes, result.context) == (len(DATA), "carried")
+    with torch.no_grad():
+        cache = model(torch.tensor([[BOS_ID, *DATA[:-1]]]), use_cache=True).past_key_values
+    if chunk_tokens > len(DATA):  # What an automaton allocates depends on the chunks.
+        assert result.state_bytes == cache.num_bytes()
 
 
 @pytest.mark.parametrize("preset", CARRIED)
@@ -85,6 +89,7 @@ def test_a_position_table_means_windows(chunk_tokens) -> None:
     result = measure_bits_per_byte(model, STREAM, chunk_tokens=chunk_tokens)
     assert result.bits_per_byte == pytest.approx(expected, abs=1e-9)
     assert (result.bytes, result.context) == (len(DATA), "windows of 20")
+    assert result.state_bytes == 0
 
 
 @pytest.mark.parametrize("table", [None, 20])

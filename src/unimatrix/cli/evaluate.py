@@ -176,6 +176,7 @@ def _measure(
         "split": split,
         "split_bytes": len(stream),
         "context": score.context,
+        "state_bytes": score.state_bytes,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
         "parameters": model.num_parameters(),
@@ -221,7 +222,7 @@ def _render(result: dict[str, Any]) -> str:
             *others,
             f"text           {extent} {result['bytes']:,} bytes of {result['corpus']}, "
             f"{result['split']} split",
-            f"context        {result['context']}",
+            f"context        {result['context']}, {result['state_bytes']:,} bytes of state",
             f"model          {result['model']}, {result['parameters']:,} parameters",
             f"time           {result['seconds']:.1f} s",
         ]

@@ -20,6 +20,8 @@ from unimatrix.tokenization import BOS_ID, encode_bytes
 
 Progress = Callable[[int], None]
 
+_Score = tuple[float, int, UniMatrixCache | None]
+
 PRIME_TOKENS = 65_536
 """Of a text read first, all of a model reads the last so many bytes, and the suffix automaton alone
 those before: nothing else remembers that far, and it reads a hundred times faster."""
@@ -34,11 +36,13 @@ class BitsPerByte(NamedTuple):
         context: ``carried`` (each byte sees all before it), ``carried, after N bytes`` (and N
             bytes before those), or ``windows of N`` (each byte sees BOS and what its own window of
             N bytes holds before it).
+        state_bytes: all that is carried on after the last byte, 0 with windows.
     """
 
     bits_per_byte: float
     bytes: int
     context: str
+    state_bytes: int = 0
 
 
 def measure_bits_per_byte(
@@ -81,17 +85,23 @@ def measure_bits_per_byte(
             f"the model reads windows of {window} tokens and nothing before them; leave out prime"
         )
     nats, num_done = 0.0, 0
+    cache: UniMatrixCache | None = None
     chunks = _cut(stream, num_bytes, chunk_tokens, window)
     with suspend_training(model):
         if window is None:
-            scores = _score_carried(model, prime, chunks, chunk_tokens)
+            scores: Iterable[_Score] = _score_carried(model, prime, chunks, chunk_tokens)
         else:
             scores = _score_windows(model, chunks)
-        for part_nats, part_bytes in scores:
-            nats, num_done = nats + part_nats, num_done + part_bytes
+        for part_nats, part_bytes, carried in scores:
+            nats, num_done, cache = nats + part_nats, num_done + part_bytes, carried
             if on_progress is not None:
                 on_progress(num_done)
-    return BitsPerByte(to_bits_per_byte(nats, num_bytes), num_bytes, _name_context(window, prime))
+    return BitsPerByte(
+        to_bits_per_byte(nats, num_bytes),
+        num_bytes,
+        _name_context(window, prime),
+        0 if cache is None else cache.num_bytes(),
+    )
 
 
 def _name_context(window: int | None, prime: ByteStream | None) -> str:
@@ -130,8 +140,8 @@ def _score_carried(
     prime: ByteStream | None,
     chunks: Iterable[NDArray[np.int64]],
     chunk_tokens: int,
-) -> Iterator[tuple[float, int]]:
-    """Yield nats and bytes of consecutive chunks [1, T] of one stream, nothing for the first."""
+) -> Iterator[_Score]:
+    """Yield nats, bytes and the cache of chunks [1, T] of one stream, no bytes for the first."""
     cache, last_id = None, BOS_ID
     first: Iterable[NDArray[np.int64]] = ()
     if prime is not None:
@@ -151,7 +161,8 @@ def _score_carried(
                 gives_up_cache=True,
             )
             cache, last_id = output.past_key_values, int(targets[0, -1])
-            yield (_sum_nats(output.logits, targets), targets.size) if counts else (0.0, 0)
+            nats = _sum_nats(output.logits, targets) if counts else 0.0
+            yield nats, targets.size * counts, cache
 
 
 def _remember(
@@ -173,13 +184,11 @@ def _remember(
     return cache, int(last_ids[1])
 
 
-def _score_windows(
-    model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]
-) -> Iterator[tuple[float, int]]:
+def _score_windows(model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]) -> Iterator[_Score]:
     """Yield nats and bytes of batches of independent windows [B, T]."""
     for targets in chunks:
         output = _predict(model, targets, [[BOS_ID]] * len(targets), use_cache=False)
-        yield _sum_nats(output.logits, targets), targets.size
+        yield _sum_nats(output.logits, targets), targets.size, None
 
 
 def _predict(

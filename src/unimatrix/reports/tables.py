@@ -367,12 +367,13 @@ def _tabulate_books(records: Mapping[str, Record]) -> str:
                 name,
                 f"{results['bytes']:,}",
                 results["context"],
+                f"{results['state_bytes']:,}",
                 f"{results['bits_per_byte']:.3f}",
                 *("" if s is None else f"{s['plain']:.3f} / {s['primed']:.3f}" for s in scores),
                 f"{results['parameters']:,}",
             ]
         )
-    header = ["text", "bytes", "context", "ours"]
+    header = ["text", "bytes", "context", "state bytes", "ours"]
     header += [f"{compressor}, plain / primed" for compressor in compressors]
     return _format_table([*header, "parameters"], rows)
 
