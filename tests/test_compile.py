@@ -15,6 +15,8 @@ from tests.tolerances import error
 from unimatrix import training
 from unimatrix.configuration import PRESETS
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.ops import opaque
+from unimatrix.ops.selective_slots import empty_selective_slots
 from unimatrix.training import train_model
 
 # Every preset, and the delta rule with a gate that sees the stream.
@@ -40,6 +42,35 @@ def step(model: UniMatrixForCausalLM, run: Any) -> dict[str, torch.Tensor]:
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **gradients}
+
+
+def make_arguments(op: str) -> tuple[Any, ...]:
+    """Return small arguments of an operator; one that is carried lies in memory as it may come."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 5, (2, 9))
+    if op == "scan_projected":
+        state = torch.randn(2, 3, 8, 8).transpose(2, 3).requires_grad_()
+        projected = torch.randn(2, 9, 4, 3, 8, requires_grad=True)
+        return projected, torch.randn(2, 9, 12, requires_grad=True), state, None, True
+    if op == "allocate_slots":
+        keys, ages = torch.randn(2, 13, 6), torch.zeros(4, 2, dtype=torch.int64).T
+        real = torch.ones(2, 9, dtype=torch.bool)
+        return keys[:, :9], keys, torch.rand(2, 13), ages, real, real, 3, 0.85, 0.05
+    if op == "scan_selective_slots":
+        lengths = torch.full((2,), 9)
+        writes = [ids[..., None], ids[..., None], ids, 5 * ids[..., None], 0 * lengths, lengths]
+        return writes, list(empty_selective_slots(2, 4, 300)), True, [8, 0, 3]
+    assert op == "match_suffixes"
+    return ids, 4
+
+
+@pytest.mark.parametrize(
+    "op", ["scan_projected", "allocate_slots", "scan_selective_slots", "match_suffixes"]
+)
+def test_an_operator_keeps_its_promises(op: str) -> None:
+    """Shapes, strides and derivative that are announced are those that come."""
+    found = torch.library.opcheck(getattr(opaque, op), make_arguments(op))
+    assert set(found.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("variant", CAPTURED)

@@ -47,7 +47,6 @@ EVERY_FIELD_CHANGED = Recipe(
         decay_all=True,
         max_grad_norm=0.5,
         precision="bfloat16",
-        compile=True,
         num_threads=3,
         seed=4,
         log_every_steps=3,
@@ -87,7 +86,7 @@ def test_recipe_survives_its_dictionary() -> None:
             if getattr(one, f.name) == getattr(other, f.name)
         ]
         # Not with what another field says.
-        assert set(same) <= {"init", "steps", "prime_bytes"}
+        assert set(same) <= {"init", "steps", "compile", "prime_bytes"}
 
 
 def test_every_field_has_help() -> None:

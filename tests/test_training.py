@@ -34,6 +34,9 @@ from unimatrix.training_run import prepare_run
 __all__ = ["one_thread"]
 
 
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch 2.9 brought Muon")
+
+
 class StopAfter(TrainerCallback):
     """Stop after a step, as Ctrl-C does."""
 
@@ -74,7 +77,10 @@ class KeepGradients(TrainerCallback):
         }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=NEEDS_MUON if name == "muon" else ()) for name in OPTIMIZERS],
+)
 def test_resumed_training_equals_the_unbroken_one_bit_for_bit(
     tmp_path: Path, optimizer: str
 ) -> None:
@@ -251,6 +257,18 @@ def test_weight_decay_spares_what_the_settings_say() -> None:
     }
 
 
+@NEEDS_MUON
+def test_a_frozen_part_leaves_one_optimiser() -> None:
+    model = build_model()
+    for name in list_matrices(model):
+        model.get_parameter(name).requires_grad_(False)
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+    joint = MuonWithAdamW(model, [], **options, fused=False)
+    kept = {id(p) for group in joint.param_groups for p in group["params"]}
+    assert kept == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@NEEDS_MUON
 def test_muon_moves_matrices_and_adamw_the_rest() -> None:
     """Steps of the joint optimiser are those of torch's own two."""
     model, twin = build_model(), build_model()
@@ -290,6 +308,7 @@ def test_muon_moves_matrices_and_adamw_the_rest() -> None:
     assert have_equal_weights(model, twin)
 
 
+@NEEDS_MUON
 def test_without_muon_in_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(InputError, match=r"install torch 2\.9 or later"):

@@ -168,6 +168,7 @@ def test_diverged_run_says_so(tmp_path: Path) -> None:
         ("data", {"data": ("missing.txt",)}, "missing.txt"),
         ("data", {"window_tokens": 10**6}, "too few"),
         ("data", {"carried_automaton": True}, "no suffix automaton"),
+        ("eval", {"prime_bytes": 9}, "eval.prime_bytes is 9 and the model has a position table"),
         ("train", {"batch_size": 5, "accumulation_steps": 2}, "multiple of 2"),
         ("train", {"steps": None}, "no training budget"),
         ("model", {"preset": "cor"}, "Did you mean 'core'"),
@@ -180,7 +181,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     tmp_path: Path, section: str, fields: dict[str, Any], message: str
 ) -> None:
     recipe = build_recipe(tmp_path)
-    if "carried_automaton" in fields:
+    if {"carried_automaton", "prime_bytes"} & fields.keys():
         recipe = replace(recipe, model=ModelSection(preset="core"))
     wrong = replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
     before = sorted(tmp_path.rglob("*"))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
 
 from unimatrix.errors import InputError
 
@@ -55,10 +56,12 @@ class MuonWithAdamW(Optimizer):
                 if kind == is_matrix
             ]
 
-        self._parts: tuple[Optimizer, ...] = (
-            torch.optim.Muon(gather(True), lr=lr, adjust_lr_fn="match_rms_adamw"),
-            AdamW(gather(False), lr=lr, betas=betas, fused=fused),
-        )
+        self._parts: list[Optimizer] = []
+        if for_muon := gather(True):
+            muon = torch.optim.Muon(for_muon, lr=lr, adjust_lr_fn="match_rms_adamw")
+            self._parts.append(muon)
+        if for_adamw := gather(False):
+            self._parts.append(AdamW(for_adamw, lr=lr, betas=betas, fused=fused))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self._share()
 
@@ -98,10 +101,10 @@ def require_muon() -> None:
 
 
 def list_matrices(model: nn.Module) -> set[str]:
-    """Return the names of the weights of linear layers, a head tied to an embedding apart."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    """Return the names of the weights of linear layers, a head over the vocabulary apart."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings
+        if isinstance(module, nn.Linear) and module is not head
     }

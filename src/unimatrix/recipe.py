@@ -116,8 +116,8 @@ class TrainSection:
     precision: str = "float32"
     """float32, or bfloat16: autocast of matrix products, float32 weights."""
     compile: bool = False
-    """Train through torch.compile: minutes at the start, then faster steps. On a CPU it needs a C++
-    compiler."""
+    """Train through torch.compile, which takes minutes at the start and, on a CPU, a C++ compiler.
+    Excludes `minutes`, which would time the compiler."""
     num_threads: int | None = None
     """CPU threads. With none, a budget in minutes takes the faster of one and all of them, and a
     number of steps takes what PyTorch does."""
@@ -137,6 +137,11 @@ class TrainSection:
             )
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise InputError(f"train.minutes is {self.minutes}; it must be greater than 0")
+        if self.minutes is not None and self.compile:
+            raise InputError(
+                f"train.minutes is {self.minutes} and train.compile is true; give --steps, since a "
+                "few timed steps would time the compiler"
+            )
         for name in ("steps", "save_every_steps", "num_threads"):
             if getattr(self, name) is not None:
                 _require(self, "train", **{name: (1, None)})

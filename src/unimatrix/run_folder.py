@@ -31,10 +31,16 @@ _PACKAGES = ("unimatrix-lm", "torch", "transformers", "accelerate", "numba", "nu
 _GIT_TIMEOUT_S = 10
 
 
-def require_new_folder(path: Path) -> None:
-    """Raise ``InputError`` unless ``path`` is missing or an empty folder."""
+def require_new_folder(path: Path, *, resumable: bool = True) -> None:
+    """Raise ``InputError`` unless ``path`` is missing or an empty folder.
+
+    Args:
+        path: the folder wanted.
+        resumable: what is there may be a run that ``--resume`` continues.
+    """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        advice = "add --resume to continue it, or" if (path / RECORD_FILE).is_file() else "please"
+        is_run = resumable and (path / RECORD_FILE).is_file()
+        advice = "add --resume to continue it, or" if is_run else "please"
         raise InputError(f"{path} already exists and is not empty; {advice} choose another --out")
 
 

@@ -87,10 +87,10 @@ class SequentialTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
-    def create_optimizer(self, *args: Any) -> Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Return the optimiser of ``settings``, made once; later releases pass the model."""
         if self.settings.optimizer == "muon" and self.optimizer is None:
-            trained = next((model for model in args if model is not None), self.model)
+            trained = self.model if model is None else model
             self.optimizer = MuonWithAdamW(
                 trained,
                 list_decayed(trained, self.settings),
@@ -99,7 +99,7 @@ class SequentialTrainer(Trainer):
                 betas=(self.settings.beta1, self.settings.beta2),
                 fused=True,
             )
-        made: Optimizer = super().create_optimizer(*args)
+        made: Optimizer = super().create_optimizer(*(() if model is None else (model,)))
         return made
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -177,7 +177,9 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
         "num_optim_steps": run.num_steps,
         "planned_s_per_step": seconds_per_step,
         "num_processes": count_processes(),
-        "backends": run.model.name_backends(run.recipe.data.window_tokens, run.device),
+        "backends": {"all": "torch.compile"}
+        if run.recipe.train.compile
+        else run.model.name_backends(run.recipe.data.window_tokens, run.device),
         "corpus": {
             "name": run.corpus.name,
             "sha256": run.corpus.sha256,
@@ -288,7 +290,9 @@ def judge_model(
     num_bytes = min(settings.prefix_bytes, len(corpus.valid))
     if settings.protocol == "carried":
         prime = corpus.train.slice(
-            max(0, len(corpus.train) - settings.prime_bytes), len(corpus.train), name="the start"
+            max(0, len(corpus.train) - settings.prime_bytes),
+            len(corpus.train),
+            name="the end of the training text",
         )
         return measure_bits_per_byte(
             model, corpus.valid, limit_bytes=num_bytes, prime=prime if len(prime) else None
@@ -369,6 +373,11 @@ def _open_corpus(recipe: Recipe, model: UniMatrixForCausalLM) -> Corpus:
         raise InputError(
             "data.carried_automaton is true and the model has no suffix automaton (residual_path "
             f"is {model.config.residual_path!r}); leave it out"
+        )
+    if recipe.eval.prime_bytes and model.config.max_position_embeddings is not None:
+        raise InputError(
+            f"eval.prime_bytes is {recipe.eval.prime_bytes} and the model has a position table, "
+            "which reads nothing before its window; leave eval.prime_bytes out"
         )
     split_batch(recipe.train)
     if recipe.train.optimizer == "muon":

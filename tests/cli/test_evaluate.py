@@ -37,6 +37,7 @@ def test_json(folder, text) -> None:
     result = answer.result
     assert result.pop("seconds") > 0
     assert result.pop("state_bytes") > 0
+    assert result.pop("prime") is None
     assert result == {
         "bits_per_byte": pytest.approx(measure(held_out), rel=1e-6),
         "xz_bits_per_byte": xz_bits_per_byte(held_out),
@@ -69,6 +70,8 @@ def test_a_text_read_first(folder, text, tmp_path) -> None:
     options = ("--valid-data", text, "--prime", first)
     result = run_command("eval", folder, *options, "--json").result
     assert result["context"] == "carried, after 200 bytes"
+    assert result["prime"]["bytes"] == 200
+    assert "which read nothing before" in run_command("eval", folder, *options).text
     assert result["bytes"] == len(TEXT)
     assert result["bits_per_byte"] != pytest.approx(measure(TEXT), rel=1e-6)
     answer = run_command("eval", folder, "--valid-data", text, "--prime", tmp_path / "none.txt")
@@ -87,7 +90,10 @@ def test_compressors_and_a_record(folder, text, tmp_path) -> None:
     assert (record["status"], record["results"]) == ("done", answer.result)
     assert "versions" in record
     assert "(primed: " in run_command("eval", folder, *options).text
-    assert_refused(run_command("eval", folder, *options, "--out", out), "choose another --out")
+    refused = run_command("eval", folder, *options, "--out", out)
+    assert_refused(refused, "please choose another --out")
+    alone = run_command("eval", folder, "--valid-data", text, "--compressors", "--json").result
+    assert set(alone["compressors"]["xz -9e"]) == {"plain"}
 
 
 def test_other_splits(folder, text) -> None:

@@ -76,3 +76,24 @@ def test_unknown_tables_and_missing_records(tmp_path: Path) -> None:
         render_document("<!-- table: pilots -->\n<!-- end -->", {})
     with pytest.raises(InputError, match=r"no record\.json"):
         read_records(tmp_path)
+
+
+def test_books_stand_beside_every_compressor() -> None:
+    scores = {"xz -9e": {"plain": 2.4}, "PPMd": {"plain": 1.9, "primed": 1.78}}
+    common = {"bytes": 2000, "state_bytes": 3000, "parameters": 4000}
+    records = {
+        "books/alone": {"results": common | {"bits_per_byte": 2.1, "context": "carried"}},
+        "books/novel": {
+            "results": common
+            | {"bits_per_byte": 1.7, "context": "carried, after 9 bytes", "compressors": scores}
+        },
+        "books/training": {"results": {"valid_bytes": 1}},
+    }
+    text = "<!-- table: books -->\n<!-- end -->\n"
+    rendered = render_document(text, records)
+    assert "| novel | 2,000 | carried, after 9 bytes | 3,000 | 1.700 | 2.400 | 1.900 / 1.780 |" in (
+        rendered
+    )
+    assert "alone | 2,000 | carried | 3,000 | 2.100 |  |  |" in rendered
+    assert "training" not in rendered
+    assert "No book is recorded yet." in render_document(text, {})

@@ -44,7 +44,8 @@ PrimeOption = Annotated[
     typer.Option(
         "--prime",
         help="Text that is read first and does not count: what a long memory may draw on. A suffix "
-        "automaton reads all of it, the rest of the model its last 65,536 bytes. Repeatable.",
+        "automaton reads all of it; where nothing else remembers, the rest of the model its last "
+        "65,536 bytes. Repeatable.",
     ),
 ]
 CompressorsOption = Annotated[
@@ -89,16 +90,16 @@ def run(
     place = pick_device(device)
 
     from unimatrix.checkpoints import load_model, require_byte_level
-    from unimatrix.run_folder import describe_run, require_new_folder, write_record
+    from unimatrix.run_folder import describe_run, hash_config, require_new_folder, write_record
 
     if out is not None:
-        require_new_folder(out)
+        require_new_folder(out, resumable=False)
 
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)
     corpus = open_corpus(model, data, valid_data)
-    first = None if prime is None else open_whole(prime)
-    begun = describe_run(place)
+    first = None if prime is None else open_training_text(prime)
+    begun = describe_run(place) | {"config_sha256": hash_config(loaded.config.to_dict())}
     result = _measure(loaded, corpus, split, limit_bytes, first) | {"model": model}
     if compressors:
         result["compressors"] = _compress(_choose_stream(corpus, split), result["bytes"], first)
@@ -132,8 +133,8 @@ def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None
     return load_corpus(section.data, section.valid_data or None)
 
 
-def open_whole(texts: list[str]) -> "ByteStream":
-    """Open files, folders or globs as one text."""
+def open_training_text(texts: list[str]) -> "ByteStream":
+    """Open files, folders or globs as one text; of a corpus by name, its training split."""
     from unimatrix.data import load_corpus
 
     return load_corpus(texts, texts).train
@@ -160,6 +161,8 @@ def _measure(
         *columns, TimeRemainingColumn(), console=log, transient=True, disable=not log.is_terminal
     ) as progress:
         bar = progress.add_task("measuring", total=num_bytes)
+        if prime is not None:
+            log.print(f"reading {len(prime):,} bytes first ...")
         start = time.perf_counter()
         score = measure_bits_per_byte(
             model,
@@ -176,6 +179,7 @@ def _measure(
         "split": split,
         "split_bytes": len(stream),
         "context": score.context,
+        "prime": prime and {"name": prime.name, "bytes": len(prime), "sha256": prime.sha256()},
         "state_bytes": score.state_bytes,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
@@ -194,7 +198,11 @@ def _compress(
     scores = measure_compressors(first, {"text": stream.read(0, num_bytes).tobytes()})
     for name, package in list_missing_compressors().items():
         make_log().print(f"{name} is left out: pip install {package} brings it")
-    return {name: by_text["text"]._asdict() for name, by_text in scores.items()}
+    kept = ("plain",) if prime is None else ("plain", "primed")
+    return {
+        name: {kind: getattr(by_text["text"], kind) for kind in kept}
+        for name, by_text in scores.items()
+    }
 
 
 def _choose_stream(corpus: "Corpus", split: str) -> "ByteStream":
@@ -210,15 +218,19 @@ def _choose_stream(corpus: "Corpus", split: str) -> "ByteStream":
 def _render(result: dict[str, Any]) -> str:
     """Return the result for people."""
     ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
+    verdict = "beaten" if ours < xz else "not beaten"
+    if result["prime"] is not None:
+        verdict = "which read nothing before"
     whole = result["bytes"] == result["split_bytes"]
     extent = "all" if whole else "the first"
     others = [
-        f"{name:<13}  {score['plain']:.4f}   (primed: {score['primed']:.4f})"
+        f"{name:<13}  {score['plain']:.4f}"
+        + (f"   (primed: {score['primed']:.4f})" if "primed" in score else "")
         for name, score in result.get("compressors", {}).items()
     ]
     return "\n".join(
         [
-            f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {'' if ours < xz else 'not '}beaten)",
+            f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {verdict})",
             *others,
             f"text           {extent} {result['bytes']:,} bytes of {result['corpus']}, "
             f"{result['split']} split",

@@ -224,6 +224,8 @@ def _render_result(result: dict[str, Any]) -> str:
     ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
     folder = shlex.quote(result["run"])
     verdict = "beaten" if ours < xz else "not beaten"
+    if "after" in result["context"]:
+        verdict = "which read nothing before"
     name = ", ".join(result["data"])
     lines = [
         f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {verdict})",

@@ -13,7 +13,7 @@ class IndexedDataset(Dataset[dict[str, Tensor]], ABC):
     """A map-style dataset whose items are built together, a batch at a time.
 
     An item is ``{"input_ids": [T] int64, "shift_labels": [T] int64}``: the label of a position sits
-    on that position, -100 where there is none.
+    on that position, -100 where there is none. ``suffix_match`` [T, 2] may stand beside them.
     """
 
     @abstractmethod

@@ -46,8 +46,7 @@ def match_stream(stream: ByteStream, window: int | None) -> StreamMatches:
         window: the automaton's bound, as in ``predict_from_suffix``; ``None`` is none.
 
     Cost:
-        6 bytes a token for the result and what the automaton takes while it reads; about 1 s for
-        2 MB of a novel.
+        6 bytes a token for the result, and what the automaton takes while it reads.
     """
     predicted = np.empty(stream.num_tokens, np.int16)
     lengths = np.empty(stream.num_tokens, np.int32)

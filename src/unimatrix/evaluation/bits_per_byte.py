@@ -16,6 +16,7 @@ from unimatrix.data import ByteStream, read_with_automaton
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
 from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 Progress = Callable[[int], None]
@@ -23,8 +24,8 @@ Progress = Callable[[int], None]
 _Score = tuple[float, int, UniMatrixCache | None]
 
 PRIME_TOKENS = 65_536
-"""Of a text read first, all of a model reads the last so many bytes, and the suffix automaton alone
-those before: nothing else remembers that far, and it reads a hundred times faster."""
+"""Of a text read first, a model whose only long memory is the suffix automaton reads the last so
+many bytes, and the automaton alone those before: matrix states do not remember that far."""
 
 
 class BitsPerByte(NamedTuple):
@@ -65,7 +66,8 @@ def measure_bits_per_byte(
         stream: what to predict, or as much of it as ``limit_bytes`` says.
         limit_bytes: bytes to predict, from the start; ``None`` is all.
         prime: read first, and not counted: the stream goes on where it ends. The last
-            ``PRIME_TOKENS`` bytes by all of the model, those before by its suffix automaton.
+            ``PRIME_TOKENS`` bytes by all of the model, those before by its suffix automaton, if it
+            has one and no associative memory beside it.
         chunk_tokens: tokens in one forward pass; moves the result by rounding only.
         device: move the model there first; ``None`` leaves it where it is.
         on_progress: called with the bytes done, after every forward pass.
@@ -142,10 +144,12 @@ def _score_carried(
     chunk_tokens: int,
 ) -> Iterator[_Score]:
     """Yield nats, bytes and the cache of chunks [1, T] of one stream, no bytes for the first."""
+    # An automaton without a bound would be copied at every call.
+    options = {"gives_up_cache": True} if isinstance(model, UniMatrixForCausalLM) else {}
     cache, last_id = None, BOS_ID
     first: Iterable[NDArray[np.int64]] = ()
     if prime is not None:
-        num_skipped = max(0, len(prime) - PRIME_TOKENS)
+        num_skipped = max(0, len(prime) - PRIME_TOKENS) if _only_automaton_lasts(model) else 0
         if num_skipped:
             cache, last_id = _remember(model, prime, num_skipped)
         rest = prime.slice(num_skipped, len(prime), name=prime.name)
@@ -158,11 +162,20 @@ def _score_carried(
                 [[last_id]],
                 past_key_values=cache,
                 use_cache=True,
-                gives_up_cache=True,
+                **options,
             )
             cache, last_id = output.past_key_values, int(targets[0, -1])
             nats = _sum_nats(output.logits, targets) if counts else 0.0
             yield nats, targets.size * counts, cache
+
+
+def _only_automaton_lasts(model: PreTrainedModel) -> bool:
+    """Return whether nothing but a suffix automaton remembers what is far back."""
+    if not isinstance(model, UniMatrixForCausalLM):
+        return False
+    config = model.config
+    parts = (config.residual_path, config.associative_memory)
+    return parts == ("suffix_automaton", "none")
 
 
 def _remember(
@@ -170,9 +183,7 @@ def _remember(
 ) -> tuple[UniMatrixCache, int]:
     """Let the automaton read BOS and the first bytes but one; return the cache, and that one."""
     config = model.config
-    automaton = None
-    if config.residual_path == "suffix_automaton":
-        automaton = read_with_automaton(stream, num_bytes, config.automaton_window)
+    automaton = read_with_automaton(stream, num_bytes, config.automaton_window)
     last_ids = torch.from_numpy(stream.read_tokens(num_bytes - 1, num_bytes + 1))
     cache = replace(
         start_cache(config, last_ids[None].to(model.device)),

@@ -39,7 +39,7 @@ def _(
     interval = choose_interval(N)
     return (
         projected.new_empty(B, T, H, N),
-        torch.empty_like(initial),
+        initial.new_empty(initial.shape),
         projected.new_empty(B, H, (T + interval - 1) // interval, N, N),
         projected.new_empty(B, T, H, 5),
         projected.new_empty(B, T, H),
@@ -72,7 +72,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, P, H, _ = projected.shape
     dcontrols = projected.new_empty(B, T, H * (4 if P == 4 else 1))
-    return projected.new_empty(projected.shape), dcontrols, torch.empty_like(dfinal)
+    return projected.new_empty(projected.shape), dcontrols, dfinal.new_empty(dfinal.shape)
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -110,10 +110,10 @@ def allocate_slots(
     from unimatrix.ops.slots.slot_state import SlotRules
 
     rules = SlotRules(slots_per_read, match_threshold, strength_floor)
-    decided = allocate_native(
+    chosen, writers, ages = allocate_native(
         queries, keys, strengths, initial_ages, reads=reads, writes=writes, rules=rules
     )
-    return tuple(x.clone() if x is initial_ages else x for x in decided)  # type: ignore[return-value]
+    return chosen, writers, ages
 
 
 @allocate_slots.register_fake
@@ -129,7 +129,8 @@ def _(
     strength_floor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = initial_ages.new_empty(*queries.shape[:2], slots_per_read)
-    return chosen, torch.empty_like(initial_ages), torch.empty_like(initial_ages)
+    held = initial_ages.shape
+    return chosen, initial_ages.new_empty(held), initial_ages.new_empty(held)
 
 
 @torch.library.custom_op("unimatrix::scan_selective_slots", mutates_args=())

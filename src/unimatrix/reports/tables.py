@@ -354,14 +354,14 @@ def _tabulate_books(records: Mapping[str, Record]) -> str:
     found = {
         name: record["results"]
         for name, record in _select(records, "books/").items()
-        if "compressors" in record.get("results", {})
+        if "bytes" in record.get("results", {})  # The training run has results of its own.
     }
     if not found:
         return "No book is recorded yet."
-    compressors = dict.fromkeys(c for results in found.values() for c in results["compressors"])
+    compressors = dict.fromkeys(c for each in found.values() for c in each.get("compressors", ()))
     rows = []
     for name, results in found.items():
-        scores = [results["compressors"].get(compressor) for compressor in compressors]
+        scores = [results.get("compressors", {}).get(compressor, {}) for compressor in compressors]
         rows.append(
             [
                 name,
@@ -369,7 +369,7 @@ def _tabulate_books(records: Mapping[str, Record]) -> str:
                 results["context"],
                 f"{results['state_bytes']:,}",
                 f"{results['bits_per_byte']:.3f}",
-                *("" if s is None else f"{s['plain']:.3f} / {s['primed']:.3f}" for s in scores),
+                *(" / ".join(f"{value:.3f}" for value in score.values()) for score in scores),
                 f"{results['parameters']:,}",
             ]
         )

@@ -65,14 +65,20 @@ def scan_projected(
     on_cpu = projected.device.type == "cpu"
     is_fused = backend == "native" or (backend == "auto" and sizes["T"] > 1)
     if is_fused and on_cpu and not delta and not norm_guard:
+        dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
+        if initial_state is None:
+            shape = (sizes["B"], sizes["H"], sizes["N"], sizes["N"])
+            initial_state = projected.new_zeros(shape, dtype=dtype)
+        bound = projected if unit else torch.tanh(projected)
+        tensors = (bound.to(dtype), controls.to(dtype), initial_state.to(dtype))
         if torch.compiler.is_compiling():
-            return _scan_captured(projected, controls, unit, initial_state, lengths)
-        # Imported here: it loads the compiler.
-        from unimatrix.ops.matrix_state.projected_native import scan_projected_native
+            y, final_state, *_ = opaque.scan_projected(*tensors, lengths, unit)
+        else:
+            # Imported here: it loads the compiler.
+            from unimatrix.ops.matrix_state.projected_native import scan_projected_native
 
-        return scan_projected_native(
-            projected, controls, unit=unit, initial_state=initial_state, lengths=lengths
-        )
+            y, final_state = scan_projected_native(*tensors, lengths, unit=unit)
+        return y.to(projected.dtype), final_state
     q, k, v, *rest = projected.unbind(dim=2)  # [B, T, H, N] each
 
     def bind(vectors: Tensor) -> Tensor:
@@ -96,22 +102,3 @@ def scan_projected(
     if unit:
         y = rms_norm(y, y.shape[-1:], eps=READOUT_EPS)
     return y, final_state
-
-
-def _scan_captured(
-    projected: Tensor,
-    controls: Tensor,
-    unit: bool,
-    initial_state: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Run the native scan inside a graph that ``torch.compile`` captures."""
-    B, _, _, H, N = projected.shape
-    dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
-    if initial_state is None:
-        initial_state = projected.new_zeros(B, H, N, N, dtype=dtype)
-    bound = projected if unit else torch.tanh(projected)
-    y, final_state, *_ = opaque.scan_projected(
-        bound.to(dtype), controls.to(dtype), initial_state.to(dtype), lengths, unit
-    )
-    return y.to(projected.dtype), final_state

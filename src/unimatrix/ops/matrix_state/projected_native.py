@@ -329,21 +329,23 @@ class _ScanProjected(torch.autograd.Function):
 def scan_projected_native(
     projected: Tensor,
     controls: Tensor,
+    initial_state: Tensor,
+    lengths: Tensor | None,
     *,
     unit: bool,
-    initial_state: Tensor | None,
-    lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Bind, scan and normalise with compiled loops on the CPU; arguments as in ``scan_projected``.
+    """Bind, scan and normalise with compiled loops on the CPU.
+
+    Args:
+        projected, controls, lengths, unit: as in ``scan_projected``; tanh has been applied.
+        initial_state: [B, H, N, N]; all of one dtype, float32 or float64.
+
+    Returns:
+        y [B, T, H, N] and the state after the last real token.
 
     Cost: as ``scan_native``.
     """
-    B, _, _, H, N = projected.shape
-    dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
-    bound = projected if unit else torch.tanh(projected)
-    if initial_state is None:
-        initial_state = projected.new_zeros(B, H, N, N, dtype=dtype)
-    tensors = (initial_state.to(dtype), bound.to(dtype), controls.to(dtype))
+    tensors = (initial_state, projected, controls)
     saves = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     y, final_state = _ScanProjected.apply(unit, saves, lengths, *tensors)
-    return y.to(projected.dtype), final_state
+    return y, final_state

@@ -96,8 +96,8 @@ def scan_selective_slots(
         entry is in each. A position sees the writes of those before it, not its own.
 
     Raises:
-        InputError: if a shape or dtype does not fit, a code is out of range (checked on the CPU),
-            or the back end is unknown or cannot run this.
+        InputError: if a shape or dtype does not fit, a code is out of range (checked on the CPU,
+            outside a captured graph), or the back end is unknown or cannot run this.
 
     Cost:
         O(B T (Q + N) M) integer comparisons, on the CPU whatever the device but with ``triton``;
