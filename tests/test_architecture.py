@@ -18,10 +18,11 @@ LAYERS = (
     ("cache", "decoding", "loss", "modeling_outputs", "pretrained", "modeling", "published"),
     ("tokenization",),
     ("data", "tasks"),
-    ("auto", "baselines"),
+    ("auto", "baselines", "stream_matches"),
     ("field_types", "recipe", "recall_recipe", "run_folder", "checkpoints"),
     ("sampling", "generation", "evaluation"),
     (
+        "muon",
         "training_callbacks",
         "training",
         "training_run",

@@ -17,7 +17,6 @@ from unimatrix.data import (
     StreamMatches,
     WindowDataset,
     load_corpus,
-    match_stream,
 )
 from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
@@ -46,6 +45,7 @@ from unimatrix.run_folder import (
     write_record,
 )
 from unimatrix.sampling import Sampling
+from unimatrix.stream_matches import match_stream
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.training import TrainResult, plan_steps, split_batch, train_model
 from unimatrix.training_callbacks import NonFiniteError

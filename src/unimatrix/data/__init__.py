@@ -3,8 +3,7 @@
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.corpora import CORPUS_NAMES, Corpus, load_corpus
 from unimatrix.data.indexed import IndexedDataset
-from unimatrix.data.stream_matches import StreamMatches, match_stream, read_with_automaton
-from unimatrix.data.windows import ConsecutiveWindows, WindowDataset
+from unimatrix.data.windows import ConsecutiveWindows, StreamMatches, WindowDataset
 
 __all__ = [
     "CORPUS_NAMES",
@@ -15,6 +14,4 @@ __all__ = [
     "StreamMatches",
     "WindowDataset",
     "load_corpus",
-    "match_stream",
-    "read_with_automaton",
 ]

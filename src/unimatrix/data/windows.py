@@ -1,5 +1,7 @@
 """Windows of a byte stream: random ones to train on, consecutive ones to validate on."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -8,9 +10,29 @@ from torch import Tensor
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.counter_random import draw_words
 from unimatrix.data.indexed import IndexedDataset
-from unimatrix.data.stream_matches import StreamMatches
 from unimatrix.errors import InputError
 from unimatrix.tokenization import BOS_ID
+
+
+class StreamMatches(NamedTuple):
+    """Predictions after every token of a stream: BOS, the bytes, and EOS where it ends with it.
+
+    Attributes:
+        predicted_ids: [n] int16, what followed the longest earlier match, -1 for no match.
+        match_lengths: [n] int32, 0 for no match.
+    """
+
+    predicted_ids: NDArray[np.int16]
+    match_lengths: NDArray[np.int32]
+
+    def read(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return id and length after each of ``tokens`` [...], as [..., 2]; none for token -1."""
+        known = tokens >= 0
+        columns = (
+            np.where(known, self.predicted_ids[tokens], -1),
+            np.where(known, self.match_lengths[tokens], 0),
+        )
+        return np.stack(columns, axis=-1).astype(np.int64)
 
 
 class WindowDataset(IndexedDataset):

@@ -12,11 +12,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from unimatrix.cache import UniMatrixCache, start_cache
-from unimatrix.data import ByteStream, read_with_automaton
+from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
 from unimatrix.evaluation.units import to_bits_per_byte
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.stream_matches import read_with_automaton
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 Progress = Callable[[int], None]

@@ -1,13 +1,11 @@
 """What the suffix automaton says of every token of a whole stream, for windows cut from it."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from unimatrix.data.byte_stream import ByteStream
+from unimatrix.data import ByteStream, StreamMatches
 from unimatrix.ops.suffix_automaton import (
     AutomatonState,
     SuffixPrediction,
@@ -15,27 +13,6 @@ from unimatrix.ops.suffix_automaton import (
 )
 
 _CHUNK_TOKENS = 2**20
-
-
-class StreamMatches(NamedTuple):
-    """Predictions after every token of a stream: BOS, the bytes, and EOS where it ends with it.
-
-    Attributes:
-        predicted_ids: [n] int16, what followed the longest earlier match, -1 for no match.
-        match_lengths: [n] int32, 0 for no match.
-    """
-
-    predicted_ids: NDArray[np.int16]
-    match_lengths: NDArray[np.int32]
-
-    def read(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return id and length after each of ``tokens`` [...], as [..., 2]; none for token -1."""
-        known = tokens >= 0
-        columns = (
-            np.where(known, self.predicted_ids[tokens], -1),
-            np.where(known, self.match_lengths[tokens], 0),
-        )
-        return np.stack(columns, axis=-1).astype(np.int64)
 
 
 def match_stream(stream: ByteStream, window: int | None) -> StreamMatches:
