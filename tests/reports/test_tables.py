@@ -97,3 +97,22 @@ def test_books_stand_beside_every_compressor() -> None:
     assert "alone | 2,000 | carried | 3,000 | 2.100 |  |  |" in rendered
     assert "training" not in rendered
     assert "No book is recorded yet." in render_document(text, {})
+
+
+def test_a_summary_has_a_column_for_every_corpus_and_budget() -> None:
+    def cell(bits: float | None, **test: float) -> dict:
+        results = None if bits is None else {"valid_bits_per_byte": bits, **test}
+        status = "failed" if bits is None else "done"
+        return {"parameters": 1000, "status": status, "results": results}
+
+    records = {
+        "compare/small/parameters/books/llama": cell(2.5, test_bits_per_byte=2.6),
+        "compare/small/parameters/books/ours": cell(2.0, test_bits_per_byte=2.1),
+        "compare/small/time/code/ours": cell(1.5),
+        "compare/small/time/code/llama": cell(None),
+    }
+    text = "<!-- table: compare-summary -->\n<!-- end -->\n"
+    rendered = render_document(text, records)
+    assert "| model | parameters | books, equal steps | code, equal time |" in rendered
+    assert "| ours | 1,000 | 2.100 | 1.500 |" in rendered
+    assert "| llama | 1,000 | 2.600 | diverged |" in rendered
