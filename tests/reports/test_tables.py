@@ -103,10 +103,12 @@ def test_a_summary_has_a_column_for_every_corpus_and_budget() -> None:
     def cell(bits: float | None, **test: float) -> dict:
         results = None if bits is None else {"valid_bits_per_byte": bits, **test}
         status = "failed" if bits is None else "done"
-        return {"parameters": 1000, "status": status, "results": results}
+        steps = {"num_optim_steps": 600, "asked": {"steps": 600}}
+        return {"parameters": 1000, "status": status, "results": results, **steps}
 
+    slow = cell(2.5, test_bits_per_byte=2.6) | {"num_optim_steps": 267}
     records = {
-        "compare/small/parameters/books/llama": cell(2.5, test_bits_per_byte=2.6),
+        "compare/small/parameters/books/llama": slow,
         "compare/small/parameters/books/ours": cell(2.0, test_bits_per_byte=2.1),
         "compare/small/time/code/ours": cell(1.5),
         "compare/small/time/code/llama": cell(None),
@@ -115,4 +117,4 @@ def test_a_summary_has_a_column_for_every_corpus_and_budget() -> None:
     rendered = render_document(text, records)
     assert "| model | parameters | books, equal steps | code, equal time |" in rendered
     assert "| ours | 1,000 | 2.100 | 1.500 |" in rendered
-    assert "| llama | 1,000 | 2.600 | diverged |" in rendered
+    assert "| llama | 1,000 | 2.600 (267 of 600 steps) | diverged |" in rendered

@@ -10,6 +10,7 @@ TABLE_TITLES = {
     "parameters": "Equal parameters, equal steps",
     "time": "Equal parameters, equal training time",
 }
+_BUDGETS = {"parameters": "equal steps", "time": "equal time"}
 _TEXT_CELL = re.compile(r"(parameters|time)/([^/]+)/([^/]+)")
 _DIVERGED = "diverged"
 _TIME_TOLERANCE = 0.15
@@ -79,6 +80,35 @@ def tabulate_text(records: Records, table: str, corpus: str) -> Table:
         for model, cell in cells.items()
     ]
     return Table(header, rows)
+
+
+def summarize_text(comparisons: Sequence[Records]) -> Table:
+    """Return bits per byte of every model, a column a corpus and budget.
+
+    On test text, or on validation text where a corpus has no other; a model that was too slow for
+    all of the steps says how many it took.
+    """
+    found: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for cells in comparisons:
+        for table, corpus in list_text_tables(cells):
+            column = f"{corpus}, {_BUDGETS[table]}"
+            columns[column] = None
+            for model, cell in select_text_cells(cells, table, corpus).items():
+                row = found.setdefault(model, {"parameters": f"{cell['parameters']:,}"})
+                row[column] = _show_bits(cell)
+    header = ["model", "parameters", *columns]
+    rows = [[model, *(row.get(name, "") for name in header[1:])] for model, row in found.items()]
+    return Table(header, rows)
+
+
+def _show_bits(cell: dict[str, Any]) -> str:
+    results = cell["results"]
+    if results is None:
+        return _DIVERGED
+    bits = _bits(results.get("test_bits_per_byte", results["valid_bits_per_byte"]))
+    steps = _steps(cell, cell["asked"]["steps"])
+    return f"{bits} ({steps} steps)" if " of " in steps else bits
 
 
 def tabulate_compressors(records: Records) -> Table:

@@ -18,7 +18,7 @@ from unimatrix.reports.compare_results import (
     TABLE_TITLES,
     Table,
     list_text_tables,
-    select_text_cells,
+    summarize_text,
     tabulate_compressors,
     tabulate_recall,
     tabulate_text,
@@ -402,26 +402,9 @@ def _tabulate_comparison(records: Mapping[str, Record], table: str) -> str:
 
 
 def _summarize_comparisons(records: Mapping[str, Record]) -> str:
-    """Return bits per byte on test text of every model, a column a corpus and budget."""
-    found: dict[str, dict[str, str]] = {}
-    columns: dict[str, None] = {}
-    for cells in _split_comparisons(records).values():
-        for table, corpus in list_text_tables(cells):
-            budget = {"parameters": "equal steps", "time": "equal time"}[table]
-            column = f"{corpus}, {budget}"
-            columns[column] = None
-            for model, record in select_text_cells(cells, table, corpus).items():
-                row = found.setdefault(model, {"parameters": f"{record['parameters']:,}"})
-                results = record["results"]
-                row[column] = "diverged" if results is None else _show_test_bits(results)
-    header = ["model", "parameters", *columns]
-    rows = [[model, *(row.get(name, "") for name in header[1:])] for model, row in found.items()]
+    """Return bits per byte of every model, a column a corpus and budget."""
+    header, rows = summarize_text(list(_split_comparisons(records).values()))
     return _format_table(header, rows) if rows else _NO_COMPARISON
-
-
-def _show_test_bits(results: Mapping[str, Any]) -> str:
-    """Return bits per byte on test text, or on validation text where a corpus has no other."""
-    return f"{results.get('test_bits_per_byte', results['valid_bits_per_byte']):.3f}"
 
 
 def _tabulate_of_comparisons(
