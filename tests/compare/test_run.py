@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.byte_models import quiet_transformers
-from tests.compare.small import make_comparison, write_corpus
+from tests.compare.small import MODELS, make_comparison, write_corpus
 from unimatrix.compare import cells, run
 from unimatrix.compare.cells import StoppedError, run_cell
 from unimatrix.compare.models import plan_models
@@ -22,10 +22,14 @@ from unimatrix.compare.run import (
     open_text,
     run_comparison,
 )
+from unimatrix.data import WindowDataset
 from unimatrix.errors import InputError
+from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.byte_costs import measure_byte_costs
 from unimatrix.evaluation.compressors import xz_bits_per_byte
+from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.run_folder import CHECKPOINT_FOLDER
+from unimatrix.stream_matches import match_stream
 from unimatrix.training import Plan
 
 LATER = ("started", "train_s", "tokens_per_s", "eval_s")
@@ -87,6 +91,41 @@ def test_a_comparison_from_beginning_to_end(tmp_path, planned) -> None:
     xz = records["compressors/words"]["results"]["xz -9e"]["valid"]
     assert xz["plain"] == xz_bits_per_byte(text)
     assert xz["primed"] < xz["plain"]
+
+
+def test_a_carried_automaton_reads_the_training_text_before_every_window_and_first(
+    tmp_path, planned
+) -> None:
+    corpus = write_corpus(tmp_path / "words")
+    models = {"ours": {**MODELS["ours"], "carried_automaton": True}, "theirs": MODELS["theirs"]}
+    comparison = make_comparison(corpus, models=models, tables=["time"])
+    records = run_comparison(comparison, tmp_path / "out")
+    assert len(records) == count_cells(comparison) == 1 + 2 * (2 + 1)
+    (maker,) = plan_models(choose_models(comparison, ["ours"]))
+    text = open_text(str(corpus))
+    cell = build_text_cell(maker, "time", text, 1e-3)
+    assert cell.asked["carried_automaton"] is True
+    train = text.corpus.train
+    matches = match_stream(train, maker.automaton_window)
+    for index, window in enumerate(WindowDataset(train, 16, 3, comparison.seed, matches=matches)):
+        found = cell.make_dataset(3)[index]["suffix_match"]
+        assert (found == window["suffix_match"]).all()
+        assert (found[1:, 1] > 16).any(), "no match reaches beyond its window"
+
+    results = records["time/words/ours"]["results"]
+    assert results["context"] == f"carried, after {len(train):,} bytes"
+    model = UniMatrixForCausalLM.from_pretrained(tmp_path / "out/time/words/ours")
+    valid = measure_bits_per_byte(model, text.corpus.valid, limit_bytes=300, prime=train)
+    assert results["valid_bits_per_byte"] == pytest.approx(valid.bits_per_byte, abs=1e-6)
+    theirs = records["time/words/theirs"]
+    assert "carried_automaton" not in theirs["asked"]
+    assert theirs["results"]["context"] == "windows of 16, half overlapping"
+
+
+def test_a_carried_automaton_needs_one(tmp_path) -> None:
+    models = {"ours": {"preset": "core", "carried_automaton": True}}
+    with pytest.raises(InputError, match=r"'ours' has no suffix automaton.*'none'"):
+        plan_models(make_comparison(write_corpus(tmp_path / "words"), models=models))
 
 
 def test_finished_cells_are_read_back(tmp_path, planned, monkeypatch) -> None:

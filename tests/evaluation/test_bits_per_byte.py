@@ -10,7 +10,7 @@ from tests.byte_models import build_byte_model
 from unimatrix.cache import start_cache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation import bits_per_byte
+from unimatrix.evaluation import streams
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.tokenization import BOS_ID, VOCAB_SIZE
 
@@ -57,7 +57,7 @@ def test_what_is_read_first_is_remembered_and_not_counted(preset) -> None:
 
 def test_of_a_long_text_the_automaton_reads_the_start_alone(monkeypatch) -> None:
     """As if nothing but the automaton, and the last token, were left of it."""
-    monkeypatch.setattr(bits_per_byte, "PRIME_TOKENS", 30)
+    monkeypatch.setattr(streams, "PRIME_TOKENS", 30)
     model = build_byte_model("rosa", **CARRIED["rosa"]).double()
     first = ByteStream.from_bytes(DATA[50:120], name="first")
     with torch.no_grad():
@@ -78,13 +78,13 @@ def test_what_else_remembers_reads_all_of_a_long_text(preset, monkeypatch) -> No
     model = build_byte_model(preset, **CARRIED[preset]).double()
     first = ByteStream.from_bytes(DATA[50:120], name="first")
     expected = measure_bits_per_byte(model, STREAM, prime=first)
-    monkeypatch.setattr(bits_per_byte, "PRIME_TOKENS", 30)
+    monkeypatch.setattr(streams, "PRIME_TOKENS", 30)
     assert measure_bits_per_byte(model, STREAM, prime=first) == expected
 
 
 def test_nothing_is_read_before_windows() -> None:
     model = build_byte_model("sparsepointer", max_position_embeddings=20)
-    with pytest.raises(InputError, match="windows of 20 tokens and nothing before them"):
+    with pytest.raises(InputError, match="reads windows and nothing before them"):
         measure_bits_per_byte(model, STREAM, prime=STREAM)
 
 

@@ -71,9 +71,9 @@ def run(
     """Compare our presets with their peers: same text, order, optimiser, size and budget.
 
     Two tables of bits per byte (equal steps, equal training time), associative recall, and
-    compressors as the line to beat. A cell trains for ten minutes at most. Run it again to go on
-    where it stopped: finished cells are read back, an interrupted one continues from its checkpoint
-    (Ctrl-C, exit code 1).
+    compressors as the line to beat. A cell trains for as long as the recipe says: three minutes in
+    `small`, 80 in `books`. Run it again to go on where it stopped: finished cells are read back, an
+    interrupted one continues from its checkpoint (Ctrl-C, exit code 1).
     """
     comparison = load_comparison(recipe)
     if quick:

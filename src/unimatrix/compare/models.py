@@ -53,6 +53,14 @@ class ModelMaker:
     size: Size
     comparison: Comparison
 
+    @property
+    def automaton_window(self) -> int | None:
+        """The bound of its suffix automaton, one of ours that has one."""
+        assert self.entry.preset is not None
+        config = UniMatrixConfig.preset(self.entry.preset, **self.entry.overrides)
+        window: int | None = config.automaton_window
+        return window
+
     def build_for_text(self) -> PreTrainedModel:
         """Return the model of bytes with weights drawn from the comparison's seed."""
         with torch.random.fork_rng(devices=[]):
@@ -90,9 +98,22 @@ def plan_models(comparison: Comparison) -> list[ModelMaker]:
     target = count_first(comparison)
     makers = []
     for name, entry in comparison.chosen.items():
+        _require_automaton(name, entry)
         size = _read_size(entry) if entry is first else find_size(name, entry, comparison, target)
         makers.append(ModelMaker(name, entry, size, comparison))
     return makers
+
+
+def _require_automaton(name: str, entry: ModelEntry) -> None:
+    """Raise unless a model whose automaton is carried has one."""
+    if not entry.carried_automaton or entry.preset is None:
+        return
+    path = UniMatrixConfig.preset(entry.preset, **entry.overrides).residual_path
+    if path != "suffix_automaton":
+        raise InputError(
+            f"model {name!r} has no suffix automaton (residual_path is {path!r}); leave "
+            "carried_automaton out"
+        )
 
 
 def count_first(comparison: Comparison) -> int:

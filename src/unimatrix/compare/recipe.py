@@ -12,7 +12,7 @@ from unimatrix.field_types import convert_value, parse_toml
 from unimatrix.recipe import Recipe, TrainSection
 
 DEFAULT_COMPARISON = "small"
-TABLES = ("parameters", "time")
+TABLES = ("parameters", "time", "recall")
 PEER_NAMES = (
     "llama",
     "gelu-transformer",
@@ -22,7 +22,7 @@ PEER_NAMES = (
     "gated-linear-attention",
     "gated-deltanet",
 )
-MOST_MINUTES = 10.0
+MOST_MINUTES = 120.0
 """A cell trains for so long at most."""
 # Of a comparison's [train] section: what each kind of cell decides for itself.
 _DECIDED = ("minutes", "steps", "learning_rate", "seed")
@@ -40,6 +40,9 @@ class ModelEntry:
     """Configuration fields of ours that differ from the preset."""
     recall_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields that differ once more where the model learns recall: ids there are no bytes."""
+    carried_automaton: bool = False
+    """Windows of text see the suffix automaton as it is after all training text before them, and
+    the model reads the training text before what it is judged on; ours only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +60,8 @@ class TextSection:
     eval_bytes: int = 131_072
     """Validation and test bytes that count, from the start of each split."""
     prime_bytes: int | None = None
-    """Training bytes that compressors are primed with, from the end; none is all."""
+    """Training bytes, from the end, that compressors, and models with `carried_automaton`, read
+    first; none is all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +115,7 @@ class Comparison:
     num_heads: int = 4
     """Heads of every peer that has heads."""
     tables: tuple[str, ...] = TABLES
-    """Tables to make: `parameters` (equal steps), `time`."""
+    """Tables to make: `parameters` (equal steps), `time`, `recall`."""
     seed: int = 0
     """Seed of weights and of the order of the data, the same for every model."""
     text: TextSection = field(default_factory=TextSection)
@@ -149,8 +153,7 @@ class Comparison:
         ):
             if not 0 < minutes <= MOST_MINUTES:
                 raise InputError(
-                    f"{name}.minutes is {minutes}; it must be more than 0 and at most "
-                    f"{MOST_MINUTES:g}"
+                    f"{name}.minutes is {minutes}; it must be above 0 and at most {MOST_MINUTES:g}"
                 )
         if not self.sweep.learning_rates or min(self.sweep.learning_rates) <= 0:
             raise InputError(
@@ -283,6 +286,10 @@ def _check_entry(name: str, entry: ModelEntry) -> None:
         )
     if entry.peer is not None and (entry.overrides or entry.recall_overrides):
         raise InputError(f"model {name!r} is a peer and takes no overrides; leave them out")
+    if entry.peer is not None and entry.carried_automaton:
+        raise InputError(
+            f"model {name!r} is a peer and has no automaton; leave carried_automaton out"
+        )
 
 
 def _build_models(content: Any) -> dict[str, ModelEntry]:

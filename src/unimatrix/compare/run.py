@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from unimatrix.compare.cells import (
 )
 from unimatrix.compare.models import ModelMaker, plan_models
 from unimatrix.compare.recipe import Comparison
-from unimatrix.data import Corpus, WindowDataset, load_corpus
+from unimatrix.data import ByteStream, Corpus, StreamMatches, WindowDataset, load_corpus
 from unimatrix.errors import InputError
-from unimatrix.evaluation.byte_costs import measure_byte_costs
+from unimatrix.evaluation.byte_costs import ByteCosts, measure_byte_costs
 from unimatrix.evaluation.carried_bytes import measure_carried_bytes
 from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
 from unimatrix.evaluation.long_context import bin_by_position
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.run_folder import describe_run
+from unimatrix.stream_matches import match_stream
 from unimatrix.tasks import AssociativeRecall, RotatingDataset
 from unimatrix.training_callbacks import StopOnSignal
 
@@ -53,6 +54,19 @@ class Text:
 
     spec: str
     corpus: Corpus
+    _matches: dict[int | None, StreamMatches] = field(default_factory=dict)
+
+    def match_training_text(self, window: int | None) -> StreamMatches:
+        """Return what a suffix automaton says of every training token; it reads them once."""
+        if window not in self._matches:
+            self._matches[window] = match_stream(self.corpus.train, window)
+        return self._matches[window]
+
+    def cut_prime(self, num_bytes: int | None) -> ByteStream:
+        """Return so many training bytes from the end, ``None`` for all."""
+        train = self.corpus.train
+        start = 0 if num_bytes is None else max(0, len(train) - num_bytes)
+        return train.slice(start, len(train), name=train.name)
 
     @cached_property
     def slug(self) -> str:
@@ -132,18 +146,21 @@ def run_comparison(
             trials = [run(cell) for cell in list_trials(maker, texts[comparison.sweep.corpus])]
             chosen[maker.name] = choose_learning_rate(trials)
         for table in comparison.tables:
+            if table == "recall":
+                for maker in makers:
+                    run(build_recall_cell(maker, chosen[maker.name]))
+                continue
             for spec in comparison.corpora:
                 for maker in makers:
                     run(build_text_cell(maker, table, texts[spec], chosen[maker.name]))
-        for maker in makers:
-            run(build_recall_cell(maker, chosen[maker.name]))
     return records
 
 
 def count_cells(comparison: Comparison) -> int:
     """Return how many cells a comparison has, compressors included."""
-    a_model = len(comparison.sweep.learning_rates) + 1
-    a_model += len(comparison.tables) * len(comparison.corpora)
+    a_model = len(comparison.sweep.learning_rates)
+    for table in comparison.tables:
+        a_model += 1 if table == "recall" else len(comparison.corpora)
     return len(comparison.corpora) + a_model * len(comparison.chosen)
 
 
@@ -157,6 +174,7 @@ def list_trials(maker: ModelMaker, text: Text) -> Iterator[Cell]:
             text.corpus.valid,
             window_tokens=settings.window_tokens,
             limit_bytes=sweep.eval_bytes,
+            prime=_choose_prime(maker, text),
         )
         return {"valid_bits_per_byte": costs.bits_per_byte, "valid_bytes": len(costs.nats)}
 
@@ -194,20 +212,30 @@ def build_text_cell(maker: ModelMaker, table: str, text: Text, learning_rate: fl
     settings = maker.comparison.text
 
     def judge(model: PreTrainedModel) -> dict[str, Any]:
-        options = {"window_tokens": settings.window_tokens, "limit_bytes": settings.eval_bytes}
-        valid = measure_byte_costs(model, text.corpus.valid, **options)
+        prime = _choose_prime(maker, text)
+
+        def measure(stream: ByteStream) -> ByteCosts:
+            return measure_byte_costs(
+                model,
+                stream,
+                window_tokens=settings.window_tokens,
+                limit_bytes=settings.eval_bytes,
+                prime=prime,
+            )
+
+        valid = measure(text.corpus.valid)
         results = {
             "valid_bits_per_byte": valid.bits_per_byte,
             "valid_bytes": len(valid.nats),
             "context": valid.context,
             "by_position": average_by_position(valid.nats),
             "state_bytes": {
-                str(num_tokens): measure_carried_bytes(model, text.corpus.valid, num_tokens)
+                str(num_tokens): measure_carried_bytes(model, text.corpus.valid, num_tokens, prime)
                 for num_tokens in STATE_TOKENS
             },
         }
         if text.corpus.test is not None:
-            test = measure_byte_costs(model, text.corpus.test, **options)
+            test = measure(text.corpus.test)
             results |= {"test_bits_per_byte": test.bits_per_byte, "test_bytes": len(test.nats)}
         return results
 
@@ -283,15 +311,14 @@ def run_compressors(comparison: Comparison, text: Text, path: Path) -> Record:
     record = read_cell(path, asked)
     if record is not None and record["missing"] == list_missing_compressors():
         return record
-    train = text.corpus.train
-    first = 0 if settings.prime_bytes is None else max(0, len(train) - settings.prime_bytes)
+    prime = text.cut_prime(settings.prime_bytes)
     splits = {"valid": text.corpus.valid, "test": text.corpus.test}
     texts = {
         name: stream.read(0, min(len(stream), settings.eval_bytes)).tobytes()
         for name, stream in splits.items()
         if stream is not None
     }
-    scores = measure_compressors(train.read(first, len(train)).tobytes(), texts)
+    scores = measure_compressors(prime.read(0, len(prime)).tobytes(), texts)
     results = {
         name: {split: score._asdict() for split, score in by_split.items()}
         for name, by_split in scores.items()
@@ -310,6 +337,13 @@ def average_by_position(nats: NDArray[np.float32]) -> list[list[float]]:
     """Return [end of the bin in bytes, mean bits per byte in it], bins doubling in length."""
     ends = np.arange(1, len(nats) + 1)
     return [[end, bits] for _, end, bits in bin_by_position(nats, ends)]
+
+
+def _choose_prime(maker: ModelMaker, text: Text) -> ByteStream | None:
+    """Return what a model reads before what it is judged on, if anything."""
+    if not maker.entry.carried_automaton:
+        return None
+    return text.cut_prime(maker.comparison.text.prime_bytes)
 
 
 def _build_cell(
@@ -333,13 +367,25 @@ def _build_cell(
         "minutes": minutes,
         "eval_bytes": eval_bytes,
     }
+    if maker.entry.carried_automaton:
+        asked |= {"carried_automaton": True, "prime_bytes": comparison.text.prime_bytes}
+
+    def cut_windows(number: int) -> WindowDataset:
+        return WindowDataset(
+            text.corpus.train,
+            comparison.text.window_tokens,
+            number,
+            comparison.seed,
+            matches=text.match_training_text(maker.automaton_window)
+            if maker.entry.carried_automaton
+            else None,
+        )
+
     return Cell(
         name=name,
         asked=asked,
         build=maker.build_for_text,
-        make_dataset=lambda number: WindowDataset(
-            text.corpus.train, comparison.text.window_tokens, number, comparison.seed
-        ),
+        make_dataset=cut_windows,
         train=replace(comparison.train, learning_rate=learning_rate, seed=comparison.seed),
         steps=steps,
         minutes=minutes,
@@ -350,10 +396,12 @@ def _build_cell(
 def _ask(maker: ModelMaker, learning_rate: float) -> dict[str, Any]:
     """Return what decides every cell of a model."""
     comparison = maker.comparison
+    entry = dataclasses.asdict(maker.entry)
+    del entry["carried_automaton"]  # Decides cells of text only.
     own = ("minutes", "steps", "learning_rate", "seed")
     return {
         "model": maker.name,
-        "entry": dataclasses.asdict(maker.entry),
+        "entry": entry,
         "size": dataclasses.asdict(maker.size),
         "num_layers": comparison.num_layers,
         "num_heads": comparison.num_heads,

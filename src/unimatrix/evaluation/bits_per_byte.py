@@ -1,7 +1,6 @@
 """Bits per byte: what it costs to send a stream with a model's predictions."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,22 +10,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from unimatrix.cache import UniMatrixCache, start_cache
+from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.streams import name_context, read_first, require_state
 from unimatrix.evaluation.units import to_bits_per_byte
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.stream_matches import read_with_automaton
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 Progress = Callable[[int], None]
 
 _Score = tuple[float, int, UniMatrixCache | None]
-
-PRIME_TOKENS = 65_536
-"""Of a text read first, a model whose only long memory is the suffix automaton reads the last so
-many bytes, and the automaton alone those before: matrix states do not remember that far."""
 
 
 class BitsPerByte(NamedTuple):
@@ -66,9 +61,7 @@ def measure_bits_per_byte(
         model: a byte-level causal language model; its mode (dropout) is restored afterwards.
         stream: what to predict, or as much of it as ``limit_bytes`` says.
         limit_bytes: bytes to predict, from the start; ``None`` is all.
-        prime: read first, and not counted: the stream goes on where it ends. The last
-            ``PRIME_TOKENS`` bytes by all of the model, those before by its suffix automaton, if it
-            has one and no associative memory beside it.
+        prime: read first (``read_first``) and not counted: the stream goes on where it ends.
         chunk_tokens: tokens in one forward pass; moves the result by rounding only.
         device: move the model there first; ``None`` leaves it where it is.
         on_progress: called with the bytes done, after every forward pass.
@@ -83,16 +76,14 @@ def measure_bits_per_byte(
     num_bytes = _count_bytes(stream, limit_bytes, chunk_tokens)
     model.to(model.device if device is None else device)
     window = model.config.max_position_embeddings
-    if prime is not None and window is not None:
-        raise InputError(
-            f"the model reads windows of {window} tokens and nothing before them; leave out prime"
-        )
+    if prime is not None:
+        require_state(model)
     nats, num_done = 0.0, 0
     cache: UniMatrixCache | None = None
     chunks = _cut(stream, num_bytes, chunk_tokens, window)
     with suspend_training(model):
         if window is None:
-            scores: Iterable[_Score] = _score_carried(model, prime, chunks, chunk_tokens)
+            scores: Iterable[_Score] = _score_carried(model, prime, chunks)
         else:
             scores = _score_windows(model, chunks)
         for part_nats, part_bytes, carried in scores:
@@ -110,7 +101,7 @@ def measure_bits_per_byte(
 def _name_context(window: int | None, prime: ByteStream | None) -> str:
     if window is not None:
         return f"windows of {window}"
-    return "carried" if prime is None else f"carried, after {len(prime):,} bytes"
+    return name_context(prime)
 
 
 def _count_bytes(stream: ByteStream, limit_bytes: int | None, chunk_tokens: int) -> int:
@@ -142,58 +133,17 @@ def _score_carried(
     model: PreTrainedModel,
     prime: ByteStream | None,
     chunks: Iterable[NDArray[np.int64]],
-    chunk_tokens: int,
 ) -> Iterator[_Score]:
-    """Yield nats, bytes and the cache of chunks [1, T] of one stream, no bytes for the first."""
+    """Yield nats, bytes and the cache of chunks [1, T] of one stream."""
+    cache, last_id = (None, BOS_ID) if prime is None else read_first(model, prime)
     # An automaton without a bound would be copied at every call.
     options = {"gives_up_cache": True} if isinstance(model, UniMatrixForCausalLM) else {}
-    cache, last_id = None, BOS_ID
-    first: Iterable[NDArray[np.int64]] = ()
-    if prime is not None:
-        num_skipped = max(0, len(prime) - PRIME_TOKENS) if _only_automaton_lasts(model) else 0
-        if num_skipped:
-            cache, last_id = _remember(model, prime, num_skipped)
-        rest = prime.slice(num_skipped, len(prime), name=prime.name)
-        first = _cut(rest, len(rest), chunk_tokens, None)
-    for counts, parts in ((False, first), (True, chunks)):
-        for targets in parts:
-            output = _predict(
-                model,
-                targets,
-                [[last_id]],
-                past_key_values=cache,
-                use_cache=True,
-                **options,
-            )
-            cache, last_id = output.past_key_values, int(targets[0, -1])
-            nats = _sum_nats(output.logits, targets) if counts else 0.0
-            yield nats, targets.size * counts, cache
-
-
-def _only_automaton_lasts(model: PreTrainedModel) -> bool:
-    """Return whether nothing but a suffix automaton remembers what is far back."""
-    if not isinstance(model, UniMatrixForCausalLM):
-        return False
-    config = model.config
-    parts = (config.residual_path, config.associative_memory)
-    return parts == ("suffix_automaton", "none")
-
-
-def _remember(
-    model: PreTrainedModel, stream: ByteStream, num_bytes: int
-) -> tuple[UniMatrixCache, int]:
-    """Let the automaton read BOS and the first bytes but one; return the cache, and that one."""
-    config = model.config
-    automaton = read_with_automaton(stream, num_bytes, config.automaton_window)
-    last_ids = torch.from_numpy(stream.read_tokens(num_bytes - 1, num_bytes + 1))
-    cache = replace(
-        start_cache(config, last_ids[None].to(model.device)),
-        num_columns=num_bytes,
-        num_tokens=torch.tensor([num_bytes], device=model.device),
-        last_token_ids=last_ids[:1].to(model.device),
-        automaton=automaton,
-    )
-    return cache, int(last_ids[1])
+    for targets in chunks:
+        output = _predict(
+            model, targets, [[last_id]], past_key_values=cache, use_cache=True, **options
+        )
+        cache, last_id = output.past_key_values, int(targets[0, -1])
+        yield _sum_nats(output.logits, targets), targets.size, cache
 
 
 def _score_windows(model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]) -> Iterator[_Score]:

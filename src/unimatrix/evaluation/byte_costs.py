@@ -8,7 +8,7 @@ twice the arithmetic; reading on past W would leave what it was trained for.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +20,18 @@ from transformers import PreTrainedModel
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.streams import (
+    CHUNK_TOKENS,
+    name_context,
+    name_state,
+    read_first,
+    read_on,
+    require_state,
+)
 from unimatrix.evaluation.units import to_bits_per_byte
-from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
-CHUNK_TOKENS = 2048
-"""Tokens of one forward pass; moves the result by rounding only."""
-
 Score = Callable[[Tensor, NDArray[np.int64]], NDArray[np.float32]]
-
-# What a model calls its state, as an argument and in its output.
-_STATE_NAMES = {
-    "unimatrix": "past_key_values",
-    "linear_attention_peer": "past_key_values",
-    "mamba2": "cache_params",
-    "rwkv": "state",
-}
 
 
 class ByteCosts(NamedTuple):
@@ -43,7 +39,8 @@ class ByteCosts(NamedTuple):
 
     Attributes:
         nats: [n] float32, in the order of the stream.
-        context: what each byte sees: ``carried`` or ``windows of N, half overlapping``.
+        context: what each byte sees: ``carried`` (all before it), ``carried, after N bytes`` (and
+            N bytes before those) or ``windows of N, half overlapping``.
     """
 
     nats: NDArray[np.float32]
@@ -69,25 +66,13 @@ def hit_targets(logits: Tensor, targets: NDArray[np.int64]) -> NDArray[np.float3
     return hits
 
 
-def name_state(model: PreTrainedModel) -> str | None:
-    """Return what a model calls the state it can carry on; ``None`` for a model of windows.
-
-    Args:
-        model: ours, a linear attention, Mamba-2, RWKV, or a Transformer; ours with a position table
-            reads windows too.
-    """
-    config = model.config
-    if isinstance(model, UniMatrixForCausalLM) and config.max_position_embeddings is not None:
-        return None
-    return _STATE_NAMES.get(config.model_type)
-
-
 def measure_byte_costs(
     model: PreTrainedModel,
     stream: ByteStream,
     *,
     window_tokens: int,
     limit_bytes: int | None = None,
+    prime: ByteStream | None = None,
 ) -> ByteCosts:
     """Predict every byte of a stream by the rule above.
 
@@ -96,9 +81,11 @@ def measure_byte_costs(
         stream: what to predict, or as much of it as ``limit_bytes`` says.
         window_tokens: W, the length trained on; even. Models with state ignore it.
         limit_bytes: bytes to predict, from the start; ``None`` is all.
+        prime: read first (``read_first``) and not counted: the stream goes on where it ends.
 
     Raises:
-        InputError: if the stream is empty, a limit is below 1 or W is odd.
+        InputError: if the stream is empty, a limit is below 1, W is odd, or something is to be read
+            first by a model of windows.
     """
     if limit_bytes is not None and limit_bytes < 1:
         raise InputError(f"limit_bytes is {limit_bytes}; it must be at least 1")
@@ -108,7 +95,9 @@ def measure_byte_costs(
     if num_bytes == 0:
         raise InputError(f"{stream.name} has no bytes to predict; give text with --data")
     data = encode_bytes(stream.read(0, num_bytes).data)
-    nats, context = score_tokens(model, data, first_id=BOS_ID, window_tokens=window_tokens)
+    nats, context = score_tokens(
+        model, data, first_id=BOS_ID, window_tokens=window_tokens, prime=prime
+    )
     return ByteCosts(nats, context)
 
 
@@ -119,6 +108,7 @@ def score_tokens(
     first_id: int,
     window_tokens: int,
     score: Score = cost_targets,
+    prime: ByteStream | None = None,
 ) -> tuple[NDArray[np.float32], str]:
     """Score every token of a stream by the rule above.
 
@@ -128,49 +118,25 @@ def score_tokens(
         first_id: what stands in front of the stream and of every window: BOS.
         window_tokens: W, even. Models with state ignore it.
         score: turns logits [B, T, V] and targets [B, T] into a number each.
+        prime: read first, in the place of ``first_id``; as in ``measure_byte_costs``.
 
     Returns:
         [n] float32, and the context as in ``ByteCosts``.
     """
-    state_name = name_state(model)
+    if prime is not None:
+        require_state(model)
     with suspend_training(model):
-        if state_name is None:
+        if name_state(model) is None:
             parts = list(_read_windows(model, ids, first_id, window_tokens, score))
             context = f"windows of {window_tokens}, half overlapping"
         else:
-            parts = list(_read_on(model, ids, first_id, score))
-            context = "carried"
+            state, last_id = (None, first_id) if prime is None else read_first(model, prime)
+            chunks = read_on(model, ids, state, first_id=last_id)
+            parts = [score(logits, targets)[0] for logits, targets, _ in chunks]
+            context = name_context(prime)
     scores = np.concatenate(parts)
     assert len(scores) == len(ids), (len(scores), len(ids))
     return scores, context
-
-
-def carry_state(model: PreTrainedModel, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Read ids [B, T] on from a state; return the logits [B, T, V] and the state after them.
-
-    Args:
-        model: one with state.
-        ids: what comes next.
-        state: from the call before; ``None`` at the start. It may be altered.
-    """
-    name = name_state(model)
-    assert name is not None, model.config.model_type
-    # An automaton without a bound would be copied at every call.
-    options = {"gives_up_cache": True} if isinstance(model, UniMatrixForCausalLM) else {}
-    output = model(input_ids=ids, use_cache=True, **{name: state}, **options)
-    return output.logits, getattr(output, name)
-
-
-def _read_on(
-    model: PreTrainedModel, data: NDArray[np.int64], first_id: int, score: Score
-) -> Iterator[NDArray[np.float32]]:
-    """Yield the scores of consecutive chunks of one stream."""
-    inputs = np.concatenate([[first_id], data[:-1]])
-    state: Any = None
-    for start in range(0, len(data), CHUNK_TOKENS):
-        ids = torch.from_numpy(inputs[None, start : start + CHUNK_TOKENS]).to(model.device)
-        logits, state = carry_state(model, ids, state)
-        yield score(logits, data[None, start : start + CHUNK_TOKENS])[0]
 
 
 def _read_windows(

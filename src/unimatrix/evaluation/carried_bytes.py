@@ -1,7 +1,6 @@
 """The bytes that any causal model carries after it has read so many tokens."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +9,8 @@ from transformers import PreTrainedModel
 from unimatrix.baselines.universal_transformer import RepeatedLayer
 from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
-from unimatrix.evaluation.byte_costs import CHUNK_TOKENS, carry_state, name_state
 from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.streams import CHUNK_TOKENS, carry_state, name_state, read_first
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 _FEW_TOKENS = 4
@@ -19,7 +18,9 @@ _FEW_TOKENS = 4
 _CONSTANT_TYPES = ("linear_attention_peer", "mamba2", "rwkv")
 
 
-def measure_carried_bytes(model: PreTrainedModel, stream: ByteStream, num_tokens: int) -> int:
+def measure_carried_bytes(
+    model: PreTrainedModel, stream: ByteStream, num_tokens: int, prime: ByteStream | None = None
+) -> int:
     """Return the bytes of everything carried to the next token, at batch 1.
 
     A model with state reads the stream (again from its start where it is short), because what a
@@ -32,17 +33,18 @@ def measure_carried_bytes(model: PreTrainedModel, stream: ByteStream, num_tokens
             position table.
         stream: text of at least one byte.
         num_tokens: tokens read, BOS included.
+        prime: read before those, as in ``measure_byte_costs``.
     """
     with suspend_training(model):
         if name_state(model) is None:
             return _count_keys_and_values(model, num_tokens)
         num_read = _FEW_TOKENS if model.config.model_type in _CONSTANT_TYPES else num_tokens
         text = encode_bytes(stream.read(0, min(len(stream), num_read)).data)
-        state: Any = None
+        state, last_id = (None, BOS_ID) if prime is None else read_first(model, prime)
         for start in range(0, num_read, CHUNK_TOKENS):
             places = torch.arange(start, min(start + CHUNK_TOKENS, num_read))
             ids = torch.from_numpy(text)[(places - 1) % len(text)]
-            ids[places == 0] = BOS_ID
+            ids[places == 0] = last_id
             _, state = carry_state(model, ids[None].to(model.device), state)
     if isinstance(state, UniMatrixCache):
         return state.num_bytes()

@@ -33,14 +33,9 @@ from unimatrix.baselines.linear_attention.modeling import (
 from unimatrix.checkpoints import CONFIG_FILE, hide_progress, load_model, require_byte_level
 from unimatrix.configuration import PRESETS
 from unimatrix.errors import InputError
-from unimatrix.evaluation.byte_costs import (
-    CHUNK_TOKENS,
-    Score,
-    carry_state,
-    name_state,
-    score_tokens,
-)
+from unimatrix.evaluation.byte_costs import Score, score_tokens
 from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.streams import CHUNK_TOKENS, carry_state, name_state
 from unimatrix.generation import generate_bytes
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.sampling import Sampling

@@ -1,0 +1,146 @@
+"""Reading one text on and on: any causal model that carries a state from one call to the next."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unimatrix.cache import UniMatrixCache, start_cache
+from unimatrix.data import ByteStream
+from unimatrix.errors import InputError
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.stream_matches import read_with_automaton
+from unimatrix.tokenization import BOS_ID
+
+CHUNK_TOKENS = 2048
+"""Tokens of one forward pass; moves a result by rounding only."""
+PRIME_TOKENS = 65_536
+"""Of a text read first, a model whose only long memory is the suffix automaton reads the last so
+many bytes, and the automaton alone those before: matrix states do not remember that far."""
+
+# What a model calls its state, as an argument and in its output.
+_STATE_NAMES = {
+    "unimatrix": "past_key_values",
+    "linear_attention_peer": "past_key_values",
+    "mamba2": "cache_params",
+    "rwkv": "state",
+}
+
+
+def name_state(model: PreTrainedModel) -> str | None:
+    """Return what a model calls the state it can carry on; ``None`` for a model of windows.
+
+    Args:
+        model: ours, a linear attention, Mamba-2, RWKV, or a Transformer; ours with a position table
+            reads windows too.
+    """
+    config = model.config
+    if isinstance(model, UniMatrixForCausalLM) and config.max_position_embeddings is not None:
+        return None
+    return _STATE_NAMES.get(config.model_type)
+
+
+def carry_state(model: PreTrainedModel, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Read ids [B, T] on from a state; return the logits [B, T, V] and the state after them.
+
+    Args:
+        model: one with state.
+        ids: what comes next.
+        state: from the call before; ``None`` at the start. It may be altered.
+    """
+    name = name_state(model)
+    assert name is not None, model.config.model_type
+    # An automaton without a bound would be copied at every call.
+    options = {"gives_up_cache": True} if isinstance(model, UniMatrixForCausalLM) else {}
+    output = model(input_ids=ids, use_cache=True, **{name: state}, **options)
+    return output.logits, getattr(output, name)
+
+
+def require_state(model: PreTrainedModel) -> None:
+    """Raise ``InputError`` unless the model can read something before a text."""
+    if name_state(model) is None:
+        raise InputError(
+            "the model reads windows and nothing before them; give it no text to read first"
+        )
+
+
+def read_first(model: PreTrainedModel, text: ByteStream) -> tuple[Any, int]:
+    """Read a text before the one that matters, which goes on where this one ends.
+
+    The last ``PRIME_TOKENS`` bytes are read by all of the model; those before by its suffix
+    automaton alone, if it has one and no associative memory beside it.
+
+    Args:
+        model: computes without gradients; its mode is the caller's (``suspend_training``).
+        text: at least one byte.
+
+    Returns:
+        the state after all bytes but the last, and the last: the id to read next.
+
+    Raises:
+        InputError: as in ``require_state``.
+
+    Cost:
+        Time linear in the text; an automaton without a bound grows with it.
+    """
+    require_state(model)
+    state, start = None, 0
+    if len(text) > PRIME_TOKENS and _only_automaton_lasts(model):
+        start = len(text) - PRIME_TOKENS
+        state = _remember(model, text, start)
+    # Token i is BOS or the byte before place i: the last is left to be read.
+    for first in range(start, len(text), CHUNK_TOKENS):
+        tokens = text.read_tokens(first, min(first + CHUNK_TOKENS, len(text)))
+        _, state = carry_state(model, torch.from_numpy(tokens)[None].to(model.device), state)
+    return state, int(text.read_tokens(len(text), len(text) + 1)[0])
+
+
+def read_on(
+    model: PreTrainedModel, ids: NDArray[np.int64], state: Any, *, first_id: int = BOS_ID
+) -> Iterator[tuple[Tensor, NDArray[np.int64], Any]]:
+    """Yield logits [1, T, V], the ids [1, T] that they predict, and the state, chunk by chunk.
+
+    Args:
+        model: as in ``read_first``.
+        ids: [n] int64, the tokens to predict.
+        state: what stands before them; ``None`` at the start. It may be altered.
+        first_id: the token before them, which the state has not read.
+    """
+    inputs = np.concatenate([[first_id], ids[:-1]])
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        part = torch.from_numpy(inputs[None, start : start + CHUNK_TOKENS]).to(model.device)
+        logits, state = carry_state(model, part, state)
+        yield logits, ids[None, start : start + CHUNK_TOKENS], state
+
+
+def name_context(prime: ByteStream | None) -> str:
+    """Return what every byte of a text sees that was read on from ``prime``, in words."""
+    return "carried" if prime is None else f"carried, after {len(prime):,} bytes"
+
+
+def _only_automaton_lasts(model: PreTrainedModel) -> bool:
+    """Return whether nothing but a suffix automaton remembers what is far back."""
+    if not isinstance(model, UniMatrixForCausalLM):
+        return False
+    config = model.config
+    parts = (config.residual_path, config.associative_memory)
+    return parts == ("suffix_automaton", "none")
+
+
+def _remember(model: PreTrainedModel, text: ByteStream, num_tokens: int) -> UniMatrixCache:
+    """Let the automaton read the first tokens, BOS included; return the cache after them."""
+    config = model.config
+    automaton = read_with_automaton(text, num_tokens, config.automaton_window)
+    last_ids = torch.from_numpy(text.read_tokens(num_tokens - 1, num_tokens))[None]
+    return replace(
+        start_cache(config, last_ids.to(model.device)),
+        num_columns=num_tokens,
+        num_tokens=torch.tensor([num_tokens], device=model.device),
+        last_token_ids=last_ids[0].to(model.device),
+        automaton=automaton,
+    )
