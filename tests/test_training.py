@@ -22,11 +22,14 @@ from tests.small_training import (
 )
 from tests.tolerances import error
 from unimatrix import training
+from unimatrix.baselines.llama import build_llama
+from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import WindowDataset
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
 from unimatrix.muon import MuonWithAdamW, list_matrices
 from unimatrix.recipe import OPTIMIZERS
+from unimatrix.run_folder import find_last_checkpoint
 from unimatrix.training import list_decayed, plan_steps, train_model
 from unimatrix.training_callbacks import NonFiniteError
 from unimatrix.training_run import prepare_run
@@ -313,6 +316,22 @@ def test_without_muon_in_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(InputError, match=r"install torch 2\.9 or later"):
         prepare_run(build_recipe(tmp_path, optimizer="muon"), None, "cpu")
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_training_leaves_the_use_of_a_cache_alone(tmp_path: Path, use_cache: bool) -> None:
+    """The Trainer switches it off, and `generate` would then read everything at every token."""
+    model = build_model()
+    model.config.use_cache = use_cache
+    train_model(model, build_dataset(24), build_settings(save_every_steps=3), tmp_path)
+    assert model.config.use_cache == use_cache
+    checkpoint = find_last_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert UniMatrixConfig.from_pretrained(checkpoint).use_cache == use_cache
+    peer = build_llama(model.config, max_tokens=64)
+    peer.config.use_cache = use_cache
+    train_model(peer, build_dataset(24), build_settings(steps=1), None)
+    assert peer.config.use_cache == use_cache
 
 
 def test_run_folder_gets_log_and_checkpoints(tmp_path: Path) -> None:

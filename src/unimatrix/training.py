@@ -172,6 +172,7 @@ def train_model(
             f"the dataset has {len(dataset)} items; {settings.steps} steps of "  # type: ignore[arg-type]
             f"{settings.batch_size} need {settings.steps * settings.batch_size}"
         )
+    uses_cache = model.config.use_cache
     tokens_per_step = dataset[0]["input_ids"].numel() * settings.batch_size
     log = MetricsLog(out, on_metrics, num_tokens=tokens_per_step)
     with hide_progress(), _open_output(out) as folder, _open_tensorboard(out) as board:
@@ -184,13 +185,22 @@ def train_model(
             callbacks=[FiniteGuard(out), log, *board, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
+        if isinstance(model, UniMatrixForCausalLM):
+            # The Trainer has switched it off; ours makes no cache in training, and checkpoints
+            # would keep it off.
+            model.config.use_cache = uses_cache
         torch.manual_seed(settings.seed + get_rank())
         checkpoint = find_last_checkpoint(out) if resume and out is not None else None
         start = time.perf_counter()
         if device == "cpu":
             keep_freed_memory()
-        with flush_denormals():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            with flush_denormals():
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
+        finally:
+            model.config.use_cache = uses_cache
     return TrainResult(
         num_optim_steps=trainer.state.global_step,
         num_tokens=log.count_tokens(trainer.state.global_step),
