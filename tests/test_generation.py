@@ -4,6 +4,7 @@ import torch
 from tests.byte_models import build_byte_model, prefer
 from tests.tolerances import error, limit
 from unimatrix import generation
+from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
 from unimatrix.generation import generate_bytes, read_prompt, resolve_new_bytes
 from unimatrix.sampling import DEFAULT_NEW_BYTES, Sampling
@@ -83,6 +84,24 @@ def test_a_prompt_read_in_parts_leaves_the_same_cache(monkeypatch, batch, window
 
 def test_an_empty_prompt_leaves_no_cache() -> None:
     assert read_prompt(build_byte_model(), torch.zeros(1, 0, dtype=torch.int64)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prompt", [b"", b"x", EVERY_BYTE[40:90]])
+def test_a_prompt_goes_on_where_a_text_read_first_ends(prompt, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
+    model = build_byte_model("unimatrix", automaton_window=None).to(dtype)
+    first = EVERY_BYTE[:70] * 2
+    prime = ByteStream.from_bytes(first, name="first")
+    expected = generate_bytes(model, first + prompt, max_new_bytes=30, sampling=GREEDY)
+    written = generate_bytes(model, prompt, max_new_bytes=30, prime=prime, sampling=GREEDY)
+    assert written.data == expected.data
+
+
+def test_nothing_is_read_before_a_position_table() -> None:
+    prime = ByteStream.from_bytes(b"first", name="first")
+    with pytest.raises(InputError, match="reads windows and nothing before them"):
+        generate_bytes(build_byte_model(max_position_embeddings=40), b"x", prime=prime)
 
 
 def test_bytes_come_one_by_one() -> None:

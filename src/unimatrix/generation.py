@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from unimatrix.cache import UniMatrixCache
+from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.streams import read_first, require_state
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.sampling import DEFAULT_NEW_BYTES, DEFAULT_SAMPLING, Sampling
 from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, decode_bytes, encode_bytes
@@ -33,7 +35,7 @@ class Continuation:
     stopped: str
     """``eos`` where the model ended the text, ``length`` where the limit did."""
     seconds: float
-    """Wall seconds, the reading of the prompt included."""
+    """Wall seconds, the reading of the prompt included, not of what is read before it."""
 
 
 @dataclass
@@ -72,6 +74,7 @@ def generate_bytes(
     prompt: bytes,
     *,
     max_new_bytes: int | None = None,
+    prime: ByteStream | None = None,
     sampling: Sampling = DEFAULT_SAMPLING,
     on_bytes: Callable[[bytes], None] | None = None,
     ends_at: Callable[[bytes], bool] | None = None,
@@ -82,6 +85,7 @@ def generate_bytes(
         model: a byte-level model; its mode (dropout) is restored afterwards.
         prompt: any bytes, none included.
         max_new_bytes: at most so many new bytes; ``None`` is 256, or what fits a position table.
+        prime: read first (``read_first``): the prompt goes on where it ends, without BOS.
         sampling: how bytes are chosen.
         on_bytes: called with every new byte as it comes.
         ends_at: called with all new bytes after each; the text ends where it says so.
@@ -90,25 +94,33 @@ def generate_bytes(
         the new bytes (PAD and BOS are never chosen), why they end and how long they took.
 
     Raises:
-        InputError: if prompt and new bytes do not fit the model's position table.
+        InputError: if prompt and new bytes do not fit the model's position table, or something is
+            to be read first by a model that has one.
     """
+    if prime is not None:
+        require_state(model)
     num_new = resolve_new_bytes(model, len(prompt), max_new_bytes)
-    input_ids = _encode_prompt(prompt).to(model.device)  # [1, T]
     streamer = ByteStreamer(on_bytes)
-    start = time.perf_counter()
     with suspend_training(model), _seed_draws(sampling.seed, model.device):
+        cache, first_id = (None, BOS_ID) if prime is None else read_first(model, prime)
+        if cache is not None:
+            # `generate` counts columns of the ids that it is given; what was read first is none.
+            cache = replace(cache, num_columns=0)
+        start = time.perf_counter()
+        input_ids = _encode_prompt(prompt, first_id).to(model.device)  # [1, T]
         # The last id is read by `generate`, which needs its logits.
-        cache = read_prompt(model, input_ids[:, :-1])
+        cache = read_prompt(model, input_ids[:, :-1], cache, gives_up_cache=True)
         with _limit_threads(model):
             model.generate(
                 input_ids,
                 past_key_values=cache,
+                use_cache=True,
                 max_new_tokens=num_new,
                 streamer=streamer,
                 stopping_criteria=_list_criteria(ends_at, input_ids.shape[1]),
                 **_choose_options(sampling, model.config.vocab_size),
             )
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
     data = decode_bytes(streamer.new_ids)
     return Continuation(data=data, stopped=streamer.stopped, seconds=seconds)
 
@@ -148,14 +160,19 @@ def resolve_new_bytes(
 
 
 def read_prompt(
-    model: UniMatrixForCausalLM, input_ids: Tensor, cache: UniMatrixCache | None = None
+    model: UniMatrixForCausalLM,
+    input_ids: Tensor,
+    cache: UniMatrixCache | None = None,
+    *,
+    gives_up_cache: bool = False,
 ) -> UniMatrixCache | None:
     """Read tokens in parts of ``PREFILL_TOKENS``, so that peak bytes do not grow with them.
 
     Args:
         model: computes without gradients; its mode is the caller's (``suspend_training``).
         input_ids: [B, T] int64, without padding.
-        cache: what to continue from, left as it was; ``None`` is an empty stream.
+        cache: what to continue from; ``None`` is an empty stream.
+        gives_up_cache: alter ``cache`` where that spares a copy; otherwise it is left as it was.
 
     Returns:
         the cache after all tokens; ``cache`` where T is 0.
@@ -166,20 +183,19 @@ def read_prompt(
     Cost:
         O(T) time. Beside the ids and the cache, the bytes of one part's activations.
     """
-    is_ours = False
     for start in range(0, input_ids.shape[1], PREFILL_TOKENS):
         chunk = input_ids[:, start : start + PREFILL_TOKENS]
         with torch.no_grad():
             output = model.model(
-                chunk, past_key_values=cache, use_cache=True, gives_up_cache=is_ours
+                chunk, past_key_values=cache, use_cache=True, gives_up_cache=gives_up_cache
             )
-        cache, is_ours = output.past_key_values, True
+        cache, gives_up_cache = output.past_key_values, True
     return cache
 
 
-def _encode_prompt(prompt: bytes) -> Tensor:
-    """Return BOS and the prompt's bytes as ids [1, T]."""
-    return torch.from_numpy(np.concatenate([[BOS_ID], encode_bytes(prompt)])).unsqueeze(0)
+def _encode_prompt(prompt: bytes, first_id: int) -> Tensor:
+    """Return ``first_id`` and the prompt's bytes as ids [1, T]."""
+    return torch.from_numpy(np.concatenate([[first_id], encode_bytes(prompt)])).unsqueeze(0)
 
 
 def _choose_options(sampling: Sampling, vocab_size: int) -> dict[str, Any]:

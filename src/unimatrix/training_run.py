@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from unimatrix.checkpoints import hide_progress, load_model, require_byte_level
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import (
+    ByteStream,
     ConsecutiveWindows,
     Corpus,
     StreamMatches,
@@ -259,12 +260,13 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
     settings = run.recipe.eval
     run.model.eval()
     score = judge_model(run.model, run.corpus, settings, run.recipe.data.window_tokens)
-    sample = draw_sample(run.model, run.corpus, settings.sample_bytes, run.recipe.train.seed)
+    sample = draw_sample(run.model, run.corpus, settings, run.recipe.train.seed)
     results = {
         "bits_per_byte": score.bits_per_byte,
         "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
         "valid_bytes": score.bytes,
         "context": score.context,
+        "prime_bytes": min(settings.prime_bytes, len(run.corpus.train)),
         "state_bytes": score.state_bytes,
         "eval_s": round(time.perf_counter() - start, 3),
         "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -289,26 +291,21 @@ def judge_model(
     """Measure bits per byte on a prefix of the validation split, by the recipe's protocol."""
     num_bytes = min(settings.prefix_bytes, len(corpus.valid))
     if settings.protocol == "carried":
-        prime = corpus.train.slice(
-            max(0, len(corpus.train) - settings.prime_bytes),
-            len(corpus.train),
-            name="the end of the training text",
-        )
-        return measure_bits_per_byte(
-            model, corpus.valid, limit_bytes=num_bytes, prime=prime if len(prime) else None
-        )
+        prime = _cut_prime(corpus, settings)
+        return measure_bits_per_byte(model, corpus.valid, limit_bytes=num_bytes, prime=prime)
     windows = ConsecutiveWindows(corpus.valid, window_tokens, max(1, num_bytes // window_tokens))
     return measure_consecutive_windows(model, windows, batch_size=settings.batch_size)
 
 
 def draw_sample(
-    model: UniMatrixForCausalLM, corpus: Corpus, num_bytes: int, seed: int
+    model: UniMatrixForCausalLM, corpus: Corpus, settings: EvalSection, seed: int
 ) -> dict[str, str] | None:
     """Let the model continue the first bytes of the validation split.
 
     Returns:
-        the prompt and its continuation; ``None`` if ``num_bytes`` is 0.
+        the prompt and its continuation; ``None`` if the recipe wants no sample.
     """
+    num_bytes = settings.sample_bytes
     if num_bytes == 0:
         return None
     prompt = corpus.valid.read(0, min(_SAMPLE_PROMPT_BYTES, len(corpus.valid))).tobytes()
@@ -316,11 +313,25 @@ def draw_sample(
     if rows is not None:
         num_bytes = min(num_bytes, max(1, rows // 2))
         prompt = prompt[: max(0, rows - num_bytes - 1)]
-    written = generate_bytes(model, prompt, max_new_bytes=num_bytes, sampling=Sampling(seed=seed))
+    written = generate_bytes(
+        model,
+        prompt,
+        max_new_bytes=num_bytes,
+        prime=_cut_prime(corpus, settings),
+        sampling=Sampling(seed=seed),
+    )
     return {
         "prompt": prompt.decode("utf-8", "replace"),
         "continuation": written.data.decode("utf-8", "replace"),
     }
+
+
+def _cut_prime(corpus: Corpus, settings: EvalSection) -> ByteStream | None:
+    """Return what the model reads before it is judged, if anything."""
+    start = max(0, len(corpus.train) - settings.prime_bytes)
+    if start == len(corpus.train):
+        return None
+    return corpus.train.slice(start, len(corpus.train), name="the end of the training text")
 
 
 def build_model(section: ModelSection, seed: int) -> UniMatrixForCausalLM:

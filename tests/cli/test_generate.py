@@ -50,6 +50,23 @@ def test_any_bytes_from_a_file_or_stdin(folder, tmp_path, prompt) -> None:
     assert run_command("generate", folder, "-", *GREEDY, stdin=prompt).stdout == expected
 
 
+def test_a_text_is_read_first(folder, tmp_path) -> None:
+    path = tmp_path / "first"
+    path.write_bytes(ANY_BYTES)
+    answer = run_command("generate", folder, "ab", *GREEDY, "--prime", path)
+    assert answer.stdout == continue_prompt(ANY_BYTES + b"ab")
+    assert answer.stderr.startswith("reading 256 bytes first")
+
+
+def test_what_cannot_be_read_first(folder, table_folder, tmp_path) -> None:
+    (tmp_path / "empty").touch()
+    answer = run_command("generate", folder, "ab", "--prime", tmp_path / "empty")
+    assert_refused(answer, "empty")
+    (tmp_path / "text").write_text("abc")
+    answer = run_command("generate", table_folder, "ab", "--prime", tmp_path / "text")
+    assert_refused(answer, "reads windows and nothing before them")
+
+
 def test_any_bytes_from_the_command_line(folder) -> None:
     prompt = bytes(range(1, 256))
     answer = run_command("generate", folder, *GREEDY, "--", os.fsdecode(prompt), stdin=b"not this")

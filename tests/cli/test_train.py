@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ __all__ = ["one_thread"]
 PARALLEL_TIMEOUT_S = 300
 
 
-def write_recipe(folder: Path, **fields: Any) -> tuple[str, Recipe]:
+def write_recipe(folder: Path, *, prime_bytes: int = 0, **fields: Any) -> tuple[str, Recipe]:
     """Write the small recipe to a file; return its path and the recipe."""
     recipe = build_recipe(folder, **fields)
+    recipe = replace(recipe, eval=replace(recipe.eval, prime_bytes=prime_bytes))
     path = folder / "small.json"
     path.write_text(json.dumps(recipe.to_dict()))
     return str(path), recipe
@@ -80,15 +82,17 @@ def test_result_is_on_stdout_and_the_rest_on_stderr(
 def test_summary_names_the_next_two_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, recipe = write_recipe(tmp_path)
+    path, recipe = write_recipe(tmp_path, prime_bytes=50)
+    first = recipe.data.data[0]
     out = str(tmp_path / "my run")
     assert run_main(monkeypatch, "train", path, "--out", out, "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "bits per byte" in printed
     assert "xz -9e" in printed
     assert "a sample" in printed
-    assert f"unimatrix generate '{out}' \"The \"" in printed
-    assert f"unimatrix eval '{out}' --data {recipe.data.data[0]}" in printed
+    assert "context carried, after 50 bytes" in printed
+    assert f"unimatrix generate '{out}' \"The \" --prime {first}\n" in printed
+    assert f"unimatrix eval '{out}' --prime {first}\n" in printed
 
 
 def test_dry_run_prints_a_recipe_that_reads_back(

@@ -20,7 +20,7 @@ OPTIONS = {
     "compare": "data device help json only out quick report",
     "eval": "compressors data device help json limit-bytes out prime seed split valid-data",
     "eval-long": "data device examples help json length out quick report seed task",
-    "generate": "device help json max-new-bytes prompt-file seed temperature top-k top-p",
+    "generate": "device help json max-new-bytes prime prompt-file seed temperature top-k top-p",
     "info": "device help json seed",
     "recall": "batch-size data device dropout help json lr out pairs preset quick report seed set "
     "slots steps test-data test-examples test-pairs test-slots test-tokens test-window "

@@ -6,13 +6,16 @@ stdout carries the result and nothing else; progress, logs and errors go to stde
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from unimatrix.errors import InputError, suggest
 from unimatrix.recipe import Recipe, override
+
+if TYPE_CHECKING:
+    from unimatrix.data import ByteStream
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -29,6 +32,16 @@ DeviceOption = Annotated[
 ]
 SeedOption = Annotated[
     int | None, typer.Option("--seed", min=0, help="Seed of everything random; a whole number.")
+]
+
+PrimeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prime",
+        help="Text that is read first and does not count: what a long memory may draw on. A suffix "
+        "automaton reads all of it; where nothing else remembers, the rest of the model its last "
+        "65,536 bytes. Repeatable.",
+    ),
 ]
 
 
@@ -62,6 +75,19 @@ def pick_device(name: str) -> str:
     if not present[name]:
         raise InputError(f"there is no {name} device here; use --device cpu.")
     return name
+
+
+def open_prime(texts: list[str] | None) -> "ByteStream | None":
+    """Open what ``--prime`` names as one text; of a corpus by name, its training split.
+
+    Raises:
+        InputError: if it cannot be opened, or is empty.
+    """
+    if not texts:
+        return None
+    from unimatrix.data import load_corpus
+
+    return load_corpus(texts, texts).train
 
 
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, make_log, pick_device
+from unimatrix.cli.common import (
+    DeviceOption,
+    JsonOption,
+    PrimeOption,
+    SeedOption,
+    emit,
+    make_log,
+    open_prime,
+    pick_device,
+)
 from unimatrix.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -38,15 +47,6 @@ SplitOption = Annotated[str, typer.Option("--split", help="valid, test or train.
 LimitOption = Annotated[
     int | None,
     typer.Option("--limit-bytes", help="Measure the first so many bytes. \\[default: all]"),
-]
-PrimeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--prime",
-        help="Text that is read first and does not count: what a long memory may draw on. A suffix "
-        "automaton reads all of it; where nothing else remembers, the rest of the model its last "
-        "65,536 bytes. Repeatable.",
-    ),
 ]
 CompressorsOption = Annotated[
     bool,
@@ -98,7 +98,7 @@ def run(
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)
     corpus = open_corpus(model, data, valid_data)
-    first = None if prime is None else open_training_text(prime)
+    first = open_prime(prime)
     begun = describe_run(place) | {"config_sha256": hash_config(loaded.config.to_dict())}
     result = _measure(loaded, corpus, split, limit_bytes, first) | {"model": model}
     if compressors:
@@ -131,13 +131,6 @@ def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None
         raise InputError(f"{model!r} does not say what it was trained on; name a text with --data")
     section = load_recipe(recipe_path).data
     return load_corpus(section.data, section.valid_data or None)
-
-
-def open_training_text(texts: list[str]) -> "ByteStream":
-    """Open files, folders or globs as one text; of a corpus by name, its training split."""
-    from unimatrix.data import load_corpus
-
-    return load_corpus(texts, texts).train
 
 
 def _measure(

@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, make_log, pick_device
+from unimatrix.cli.common import (
+    DeviceOption,
+    JsonOption,
+    PrimeOption,
+    SeedOption,
+    emit,
+    make_log,
+    open_prime,
+    pick_device,
+)
 from unimatrix.cli.terminal import ByteDisplay, show_bytes
 from unimatrix.errors import InputError
 from unimatrix.field_types import read_field_docs
@@ -58,6 +67,7 @@ def run(
     prompt: PromptArgument = None,
     *,
     prompt_file: PromptFileOption = None,
+    prime: PrimeOption = None,
     max_new_bytes: MaxNewBytesOption = None,
     temperature: TemperatureOption = DEFAULT_SAMPLING.temperature,
     top_p: TopPOption = DEFAULT_SAMPLING.top_p,
@@ -79,14 +89,24 @@ def run(
     place = pick_device(device)
 
     from unimatrix.checkpoints import load_model, require_byte_level
+    from unimatrix.evaluation.streams import require_state
     from unimatrix.generation import generate_bytes
 
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)
+    first = open_prime(prime)
+    if first is not None:
+        require_state(loaded)
+        make_log().print(f"reading {len(first):,} bytes first ...")
     writer = _Writer(silent=as_json)
     writer.echo(data)
     continuation = generate_bytes(
-        loaded, data, max_new_bytes=max_new_bytes, sampling=sampling, on_bytes=writer.write
+        loaded,
+        data,
+        max_new_bytes=max_new_bytes,
+        prime=first,
+        sampling=sampling,
+        on_bytes=writer.write,
     )
     writer.finish()
     _report(_describe(continuation, sampling.seed), as_json)

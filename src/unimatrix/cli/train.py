@@ -224,7 +224,7 @@ def _render_result(result: dict[str, Any]) -> str:
     ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
     folder = shlex.quote(result["run"])
     verdict = "beaten" if ours < xz else "not beaten"
-    if "after" in result["context"]:
+    if result["prime_bytes"]:
         verdict = "which read nothing before"
     name = ", ".join(result["data"])
     lines = [
@@ -238,12 +238,13 @@ def _render_result(result: dict[str, Any]) -> str:
     if result["sample"] is not None:
         prompt, written = (show_bytes(part.encode()) for part in result["sample"].values())
         lines += ["", "a sample (prompt | continuation):", f"{prompt}|{written}"]
-    data = " ".join(f"--data {shlex.quote(item)}" for item in result["data"])
+    first = result["data"] if result["prime_bytes"] else []
+    prime = "".join(f" --prime {shlex.quote(item)}" for item in first)
     lines += [
         "",
         "next:",
-        f'  unimatrix generate {folder} "{_choose_prompt(result["data"])}"',
-        f"  unimatrix eval {folder} {data}",
+        f'  unimatrix generate {folder} "{_choose_prompt(result["data"])}"{prime}',
+        f"  unimatrix eval {folder}{prime}",
     ]
     return "\n".join(lines)
 
