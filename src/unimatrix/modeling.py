@@ -16,7 +16,15 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.loss import IGNORED_LABEL, add_scale, choose_rows, compute_loss
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
-from unimatrix.nn.block import Associations, DepthCarry, Retrieval, Sequence, UniMatrixBlock
+from unimatrix.nn.block import (
+    NOT_PACKED,
+    Associations,
+    BlockWeights,
+    DepthCarry,
+    Retrieval,
+    Sequence,
+    UniMatrixBlock,
+)
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.padding import Padding, find_padding
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
@@ -231,6 +239,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
     ) -> "_Depth":
         """Apply the block L times; see ``_Depth`` for what comes out."""
         hidden_states, carries, votes = [x], [], None
+        weights = self._pack_block()
         for depth_step, carry in enumerate(past.depth):
             mixer = self.block.selective_mixer
             # A gate that sees the stream looks after the first depth step, others before it.
@@ -252,10 +261,23 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             if self.gradient_checkpointing and self.training:
                 block = partial(self._gradient_checkpointing_func, self.block.__call__)
             is_last = depth_step == len(past.depth) - 1
-            x, carry_after, votes = block(x, sequence, carry, retrieval, is_last)
+            x, carry_after, votes = block(x, sequence, carry, retrieval, is_last, weights)
             hidden_states.append(x)
             carries.append(carry_after)
         return _Depth(hidden_states, tuple(carries), votes, retrieval, associations)
+
+    def _pack_block(self) -> BlockWeights:
+        """Return the weights that all depth steps share, packed once for all of them.
+
+        A block that is wrapped (FSDP gathers its weights when it is called) or hooked, or computed
+        again in the backward pass, packs its own at every depth step.
+        """
+        hooks = self.block._forward_hooks or self.block._forward_pre_hooks
+        is_bare = type(self.block) is UniMatrixBlock and not hooks
+        if not is_bare or (self.gradient_checkpointing and self.training):
+            return NOT_PACKED
+        packed: BlockWeights = self.block.pack()
+        return packed
 
     def _point(self, h: Tensor, depth: "_Depth", sequence: Sequence) -> "_Pointer":
         """Return what retrieved tokens say about the output, from the normalised last stream."""

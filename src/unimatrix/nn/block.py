@@ -9,7 +9,7 @@ from unimatrix.nn.dense_mixer import DenseMixer
 from unimatrix.nn.feed_forward import build_feed_forward
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.norm import build_norm
-from unimatrix.nn.packed_linear import apply_together
+from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead, SelectiveState
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.slot_mixer import SlotMixer
@@ -83,6 +83,24 @@ class DepthCarry(NamedTuple):
     associations: Associations = Associations()
 
 
+class BlockWeights(NamedTuple):
+    """Weights of the block that depth steps share, side by side as they are applied.
+
+    Attributes:
+        matrix_mixer: what the matrix mixer packs.
+        gates: of all mixers together.
+        feed_forward: what the feed-forward network packs.
+    """
+
+    matrix_mixer: tuple[PackedWeights | None, PackedWeights | None] = (None, None)
+    gates: PackedWeights | None = None
+    feed_forward: PackedWeights | None = None
+
+
+NOT_PACKED = BlockWeights()
+"""Every depth step packs its own."""
+
+
 class UniMatrixBlock(nn.Module):
     """Mix tokens (matrix state, associations, residual context), then feed forward.
 
@@ -109,6 +127,32 @@ class UniMatrixBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.ffn_norm = build_norm(config)
         self.feed_forward = build_feed_forward(config)
+
+    @property
+    def _association_mixer(self) -> SlotMixer | DenseMixer | SelectiveMixer | None:
+        return self.slot_mixer or self.dense_mixer or self.selective_mixer
+
+    def _list_gates(self, *, reads: bool) -> list[nn.Linear]:
+        """Return the layers of the mixers' gates, with the associations' or without."""
+        gates = []
+        if self.matrix_mixer is not None:
+            gates.append(self.matrix_mixer.residual_gate)
+        if reads:
+            mixer = self._association_mixer
+            assert mixer is not None
+            gates.append(mixer.read_gate)
+        if self.context_gate is not None:
+            gates.append(self.context_gate)
+        return gates
+
+    def pack(self) -> BlockWeights:
+        """Return the weights that ``forward`` applies together, for several depth steps."""
+        gates = self._list_gates(reads=self._association_mixer is not None)
+        return BlockWeights(
+            matrix_mixer=(None, None) if self.matrix_mixer is None else self.matrix_mixer.pack(),
+            gates=pack(gates) if gates else None,
+            feed_forward=self.feed_forward.pack(),
+        )
 
     def retrieve(
         self, source: Tensor, sequence: Sequence, associations: Associations
@@ -154,6 +198,7 @@ class UniMatrixBlock(nn.Module):
         carry: DepthCarry,
         retrieval: Retrieval | None,
         is_last: bool,
+        weights: BlockWeights = NOT_PACKED,
     ) -> tuple[Tensor, DepthCarry, tuple[Tensor, Tensor] | None]:
         """Apply one depth step.
 
@@ -163,6 +208,7 @@ class UniMatrixBlock(nn.Module):
             carry: what this depth step carried here.
             retrieval: what was read by the token source; ``None`` reads from the hidden source.
             is_last: whether this is the last depth step, the one whose pointer votes.
+            weights: from ``pack``; without, every depth step packs its own.
 
         Returns:
             the stream, the carry after the last real token, and the pointer's ids and gated
@@ -170,30 +216,30 @@ class UniMatrixBlock(nn.Module):
         """
         h = self.norm(x)
         matrix_state, recent, associations = carry
-        gates, contexts = [], []
+        contexts = []
         if self.matrix_mixer is not None:
             readout, matrix_state, recent = self.matrix_mixer(
-                h, matrix_state, recent, sequence.lengths
+                h, matrix_state, recent, sequence.lengths, weights.matrix_mixer
             )
-            gates.append(self.matrix_mixer.residual_gate)
             contexts.append(readout)
         if self.reads_hidden:
             retrieval, associations = self.retrieve(h, sequence, associations)
         pointer = None
         if retrieval is not None:
-            mixer = self.slot_mixer or self.dense_mixer or self.selective_mixer
-            assert mixer is not None
-            gates.append(mixer.read_gate)
             contexts.append(retrieval.context)
             if is_last and self.slot_mixer is not None and retrieval.read is not None:
                 pointer = self.slot_mixer.weigh_pointer(h, retrieval.read)
-        if self.context_gate is not None and sequence.residual_context is not None:
-            gates.append(self.context_gate)
+        if sequence.residual_context is not None:
             contexts.append(sequence.residual_context)
-        if gates:
-            mixed = sum_gated(apply_together(gates, h), contexts, backend=self.backend)
-            x = x + self.dropout(mixed)
-        x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+        if contexts:
+            reads = retrieval is not None
+            # Before the first read there is a gate less than is packed.
+            whole = reads or self._association_mixer is None
+            gates = apply_together(
+                self._list_gates(reads=reads), h, weights.gates if whole else None
+            )
+            x = x + self.dropout(sum_gated(gates, contexts, backend=self.backend))
+        x = x + self.dropout(self.feed_forward(self.ffn_norm(x), weights.feed_forward))
         if sequence.modulation is not None:
             x = x * sequence.modulation
         return x, DepthCarry(matrix_state, recent, associations), pointer

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.nn.packed_linear import apply_together
+from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
 from unimatrix.ops.fused_passes import apply_gated_unit
 
 
@@ -21,7 +21,10 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def pack(self) -> None:
+        """Return nothing: each layer has an input of its own."""
+
+    def forward(self, h: Tensor, packed: PackedWeights | None = None) -> Tensor:
         """Return the network's output, [B, T, D] for [B, T, D]."""
         output: Tensor = self.down_proj(self.dropout(gelu(self.up_proj(h))))
         return output
@@ -46,14 +49,18 @@ class GatedFeedForward(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return the network's output, [B, T, D] for [B, T, D]."""
-        gate_and_up = apply_together([self.gate_proj, self.up_proj], h)  # [B, T, 2 F]
+    def pack(self) -> PackedWeights | None:
+        """Return the weights that ``forward`` applies together, for several depth steps."""
+        return pack([self.gate_proj, self.up_proj])
+
+    def forward(self, h: Tensor, packed: PackedWeights | None = None) -> Tensor:
+        """Return the network's output, [B, T, D] for [B, T, D]; ``packed`` is from ``pack``."""
+        gate_and_up = apply_together([self.gate_proj, self.up_proj], h, packed)  # [B, T, 2 F]
         inner = apply_gated_unit(gate_and_up, backend=self.backend)  # [B, T, F]
         output: Tensor = self.down_proj(self.dropout(inner))
         return output
 
 
-def build_feed_forward(config: UniMatrixConfig) -> nn.Module:
+def build_feed_forward(config: UniMatrixConfig) -> FeedForward | GatedFeedForward:
     """Return the feed-forward network that a configuration names."""
     return GatedFeedForward(config) if config.feed_forward_type == "swiglu" else FeedForward(config)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.nn.packed_linear import apply_together
+from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops.matrix_state import scan_projected
 
@@ -77,12 +77,33 @@ class MatrixMixer(nn.Module):
         if config.conv_kernel:
             self.short_conv = ShortConvolution(width, config.conv_kernel)
 
+    @property
+    def _vectors(self) -> list[nn.Linear]:
+        """Layers of what a token binds and asks for."""
+        vectors = [self.q_proj, self.k_proj, self.v_proj]
+        return [*vectors, self.diag_proj] if self.mixes_rules else vectors
+
+    @property
+    def _controls(self) -> list[nn.Linear]:
+        """Layers of what decides how it is written."""
+        controls: list[nn.Linear] = [self.retention_proj]
+        if self.mixes_rules:
+            controls.append(self.rule_proj)
+        if self.write_proj is not None:
+            controls.append(self.write_proj)
+        return controls
+
+    def pack(self) -> tuple[PackedWeights | None, PackedWeights | None]:
+        """Return the weights that ``forward`` applies together, for several depth steps."""
+        return pack(self._vectors), pack(self._controls)
+
     def forward(
         self,
         h: Tensor,
         matrix_state: Tensor | None,
         recent: Tensor | None,
         lengths: Tensor | None,
+        packed: tuple[PackedWeights | None, PackedWeights | None] = (None, None),
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the readout before its gate, and the state after the last real token.
 
@@ -91,6 +112,7 @@ class MatrixMixer(nn.Module):
             matrix_state: [B, H, N, N] before the first token; ``None`` is zero.
             recent: what the short convolution needs of the tokens before; ``None`` is zeros.
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+            packed: from ``pack``.
 
         Returns:
             [B, T, D] in the dtype of ``h``; [B, H, N, N], float32 at least; ``recent`` afterwards,
@@ -99,16 +121,11 @@ class MatrixMixer(nn.Module):
         source = h
         if self.short_conv is not None:
             source, recent = self.short_conv(h, recent, lengths)
-        vectors = [self.q_proj, self.k_proj, self.v_proj]
-        controls: list[nn.Linear] = [self.retention_proj]
-        if self.mixes_rules:
-            vectors, controls = [*vectors, self.diag_proj], [*controls, self.rule_proj]
-        if self.write_proj is not None:
-            controls.append(self.write_proj)
-        projected = apply_together(vectors, source)  # [B, T, P H N]
+        vectors, controls = self._vectors, self._controls
+        projected = apply_together(vectors, source, packed[0])  # [B, T, P H N]
         y, final_state = scan_projected(
             projected.view(*h.shape[:2], len(vectors), self.num_heads, self.head_dim),
-            apply_together(controls, h),  # [B, T, C]
+            apply_together(controls, h, packed[1]),  # [B, T, C]
             unit=self.normalized_keys,
             delta=self.uses_delta,
             norm_guard=self.norm_guard,

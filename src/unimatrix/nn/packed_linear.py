@@ -1,13 +1,42 @@
 """Several linear layers of one input, applied as one."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 
-def apply_together(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
+class PackedWeights(NamedTuple):
+    """The weights of several layers side by side.
+
+    Attributes:
+        weight: [sum of widths, D].
+        bias: [sum of widths], or ``None``.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def pack(layers: Sequence[nn.Linear]) -> PackedWeights | None:
+    """Join the weights of layers; ``None`` for a single one, or where one is more than its weights.
+
+    Args:
+        layers: all with a bias or all without.
+    """
+    if len(layers) == 1 or not all(_is_plain(layer) for layer in layers):
+        return None
+    bias: Tensor | None = layers[0].bias
+    if bias is not None:
+        bias = torch.cat([layer.bias for layer in layers])
+    return PackedWeights(torch.cat([layer.weight for layer in layers]), bias)
+
+
+def apply_together(
+    layers: Sequence[nn.Linear], x: Tensor, packed: PackedWeights | None = None
+) -> Tensor:
     """Return the layers' outputs side by side, [..., sum of widths] for [..., D].
 
     One large matrix product is faster than several small ones. Layers that are more than their
@@ -17,17 +46,14 @@ def apply_together(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
     Args:
         layers: all with a bias or all without.
         x: [..., D].
+        packed: what ``pack`` made of them, for layers that are applied several times.
     """
-    if len(layers) == 1:
-        output: Tensor = layers[0](x)
-        return output
-    if not all(_is_plain(layer) for layer in layers):
-        return torch.cat([layer(x) for layer in layers], dim=-1)
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = None
-    if any(layer.bias is not None for layer in layers):
-        bias = torch.cat([layer.bias for layer in layers])
-    return linear(x, weight, bias)
+    if packed is None:
+        packed = pack(layers)
+    if packed is not None:
+        return linear(x, packed.weight, packed.bias)
+    outputs = [layer(x) for layer in layers]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
 def _is_plain(layer: nn.Module) -> bool:
