@@ -118,3 +118,21 @@ def test_a_summary_has_a_column_for_every_corpus_and_budget() -> None:
     assert "| model | parameters | books, equal steps | code, equal time |" in rendered
     assert "| ours | 1,000 | 2.100 | 1.500 |" in rendered
     assert "| llama | 1,000 | 2.600 (267 of 600 steps) | diverged |" in rendered
+
+
+def test_tasks_that_nothing_answered_share_a_row() -> None:
+    def cell(task: str, score: float) -> dict:
+        place = {"task": task, "model": "ours", "total_bytes": 1024}
+        return {**place, "status": "done", "results": {"score": score}}
+
+    record = {
+        "models": {"ours": {}},
+        "plan": {"num_examples": 5},
+        "seed": 0,
+        "cells": [cell("niah_single_1", 0.0), cell("niah_single_2", 0.5), cell("vt", 0.0)],
+    }
+    table = TABLES["eval-long"]({"eval-long/small": record})
+    assert "| niah_single_1, vt | all that can read it | 0.0 |" in table
+    assert "| niah_single_2 | ours | 50.0 |" in table
+    assert "| mean | ours | 16.7 |" in table
+    assert table.count("\n| ") == 5

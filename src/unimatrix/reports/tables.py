@@ -24,6 +24,7 @@ from unimatrix.reports.compare_results import (
     tabulate_text,
 )
 from unimatrix.reports.long_context_results import (
+    NOT_RUN,
     tabulate_code,
     tabulate_positions,
     tabulate_tasks,
@@ -434,6 +435,19 @@ def _tabulate_eval_long(
     return "\n\n".join(parts) or _NO_EVALUATION
 
 
+def _tabulate_answered(record: Mapping[str, Any]) -> Table:
+    """Return the scores of RULER's tasks; those that no model answered share a row."""
+    header, rows = tabulate_tasks(record)
+    nothing = {"", NOT_RUN, "0.0"}
+    answered = {task for task, _, *scores in rows if not nothing.issuperset(scores)}
+    silent = [task for task in dict.fromkeys(row[0] for row in rows) if task not in answered]
+    kept = [row for row in rows if row[0] in answered]
+    if silent:
+        zeros = ["0.0" for _ in header[2:]]
+        kept.insert(0, [", ".join(silent), "all that can read it", *zeros])
+    return Table(header, kept)
+
+
 def tabulate_claims_group(records: Mapping[str, Record], group: str) -> str:
     """Return the claims of one of the paper's tables, with our values and verdicts.
 
@@ -468,7 +482,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "compare-summary": _summarize_comparisons,
     "compare-recall": functools.partial(_tabulate_of_comparisons, tabulate=tabulate_recall),
     "default-run": _tabulate_default,
-    "eval-long": functools.partial(_tabulate_eval_long, tabulate=tabulate_tasks),
+    "eval-long": functools.partial(_tabulate_eval_long, tabulate=_tabulate_answered),
     "eval-long-code": functools.partial(_tabulate_eval_long, tabulate=tabulate_code),
     "eval-long-text": functools.partial(_tabulate_eval_long, tabulate=tabulate_positions),
     "lab-associative": functools.partial(_tabulate_lab, prefix="lab/associative/"),
