@@ -82,7 +82,7 @@ def tabulate_text(records: Records, table: str, corpus: str) -> Table:
     return Table(header, rows)
 
 
-def summarize_text(comparisons: Sequence[Records]) -> Table:
+def summarize_text(records: Records) -> Table:
     """Return bits per byte of every model, a column a corpus and budget.
 
     On test text, or on validation text where a corpus has no other; a model that was too slow for
@@ -90,13 +90,12 @@ def summarize_text(comparisons: Sequence[Records]) -> Table:
     """
     found: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}
-    for cells in comparisons:
-        for table, corpus in list_text_tables(cells):
-            column = f"{corpus}, {_BUDGETS[table]}"
-            columns[column] = None
-            for model, cell in select_text_cells(cells, table, corpus).items():
-                row = found.setdefault(model, {"parameters": f"{cell['parameters']:,}"})
-                row[column] = _show_bits(cell)
+    for table, corpus in list_text_tables(records):
+        column = f"{corpus}, {_BUDGETS[table]}"
+        columns[column] = None
+        for model, cell in select_text_cells(records, table, corpus).items():
+            row = found.setdefault(model, {"parameters": f"{cell['parameters']:,}"})
+            row[column] = _show_bits(cell)
     header = ["model", "parameters", *columns]
     rows = [[model, *(row.get(name, "") for name in header[1:])] for model, row in found.items()]
     return Table(header, rows)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimatrix.compare.recipe import DEFAULT_COMPARISON
 from unimatrix.errors import InputError, suggest
 from unimatrix.reports.bench_tables import summarize_speed, tabulate_mode
 from unimatrix.reports.claims_report import CLAIMS_HEADER, tabulate_claims, tabulate_throughput
@@ -380,6 +381,30 @@ def _tabulate_books(records: Mapping[str, Record]) -> str:
     return _format_table([*header, "parameters"], rows)
 
 
+def _tabulate_book_models(records: Mapping[str, Record]) -> str:
+    """Return the model of the recipe `books` beside the peers of the comparison `books`."""
+    ours, peers = _select(records, "books/"), _split_comparisons(records).get("books", {})
+    rows = []
+    if {"training", "middlemarch", "moby-dick"} <= set(ours):
+        training, (valid, test) = ours["training"], (ours[n] for n in ("middlemarch", "moby-dick"))
+        rows.append(
+            [
+                "unimatrix",
+                f"{valid['results']['bits_per_byte']:.3f}",
+                f"{test['results']['bits_per_byte']:.3f}",
+                f"{valid['results']['parameters']:,}",
+                f"{training['num_optim_steps']:,}",
+                f"{training['train_s']:,.0f}",
+                valid["results"]["context"],
+            ]
+        )
+    found = tabulate_text(peers, "time", "books")
+    header = ["model", "valid", "test", "parameters", "steps", "training s", "context"]
+    kept = [found.header.index(name) for name in header]
+    rows += [[row[index] for index in kept] for row in found.rows]
+    return _format_table(["model", "Middlemarch", "Moby Dick", *header[3:]], rows)
+
+
 def _split_comparisons(records: Mapping[str, Record]) -> dict[str, dict[str, Record]]:
     """Return the records below ``compare/`` by comparison."""
     found: dict[str, dict[str, Record]] = {}
@@ -403,8 +428,8 @@ def _tabulate_comparison(records: Mapping[str, Record], table: str) -> str:
 
 
 def _summarize_comparisons(records: Mapping[str, Record]) -> str:
-    """Return bits per byte of every model, a column a corpus and budget."""
-    header, rows = summarize_text(list(_split_comparisons(records).values()))
+    """Return bits per byte of the default comparison, a column a corpus and budget."""
+    header, rows = summarize_text(_split_comparisons(records).get(DEFAULT_COMPARISON, {}))
     return _format_table(header, rows) if rows else _NO_COMPARISON
 
 
@@ -476,6 +501,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
         for table in TABLE_TITLES
     },
     "books": _tabulate_books,
+    "book-models": _tabulate_book_models,
     "compare-compressors": functools.partial(
         _tabulate_of_comparisons, tabulate=tabulate_compressors
     ),
