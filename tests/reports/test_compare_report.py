@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.reports.test_recall_report import Page
 from unimatrix.errors import InputError
+from unimatrix.reports import compare_plots
 from unimatrix.reports.compare_report import write_compare_report
 from unimatrix.reports.compare_results import (
     tabulate_compressors,
@@ -53,6 +54,23 @@ def make_cell(model: str, *, bits: float | None = 2.0, steps: int = 100, **asked
         "loss_curve": [[10, 5.0], [50, 3.0], [100, 2.0]],
         "results": results,
     }
+
+
+def test_ours_stands_out_whatever_the_order(tmp_path, monkeypatch) -> None:
+    seen: list[list[str]] = []
+    kept = compare_plots.list_styles
+
+    def watch(models):
+        seen.append(list(models))
+        return kept(seen[-1])
+
+    monkeypatch.setattr(compare_plots, "list_styles", watch)
+    peer = make_cell("a")
+    peer["asked"]["entry"] = {"preset": None, "peer": "llama", "overrides": {}}
+    peer["asked"]["entry"]["recall_overrides"] = {}
+    records = {"time/text/a": peer, "time/text/b": make_cell("b")}
+    write_compare_report(records, tmp_path / "report.html")
+    assert seen == [["b", "a"]]
 
 
 def make_recall(model: str, accuracy: float, *, lengths: int = 2):

@@ -99,10 +99,10 @@ def _plot(records: Records) -> dict[str, bytes]:
     )
     from unimatrix.reports.figures import render_png
 
-    names = dict.fromkeys(
-        record["asked"]["model"] for record in records.values() if "model" in record["asked"]
-    )
-    styles = list_styles(names)
+    asked = [record["asked"] for record in records.values() if "model" in record["asked"]]
+    # The first stands out in the figures: ours, whatever the order of the records.
+    asked.sort(key=lambda each: each["entry"]["preset"] is None)
+    styles = list_styles(dict.fromkeys(each["model"] for each in asked))
     per_corpus: dict[str, Callable[..., Figure]] = {
         "training": plot_training,
         "position": plot_positions,
