@@ -26,7 +26,7 @@ def pack(layers: Sequence[nn.Linear]) -> PackedWeights | None:
     Args:
         layers: all with a bias or all without.
     """
-    if len(layers) == 1 or not all(_is_plain(layer) for layer in layers):
+    if len(layers) == 1 or not all(is_plain(layer) for layer in layers):
         return None
     bias: Tensor | None = layers[0].bias
     if bias is not None:
@@ -56,7 +56,8 @@ def apply_together(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Return whether calling a layer does nothing but what its weights say."""
+def is_plain(layer: nn.Module) -> bool:
+    """Return whether calling a linear layer or embedding does only what its weights say."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
-    return type(layer).forward is nn.Linear.forward and not any(hooks)
+    own = type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
+    return own and not any(hooks) and "forward" not in vars(layer)

@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, logsigmoid, rms_norm
+from torch.nn.functional import embedding, embedding_bag, gelu, linear, logsigmoid, pad
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.ops.checks import find_real_tokens
+from unimatrix.nn.packed_linear import is_plain
+from unimatrix.ops.checks import find_real_tokens, is_autocast
 from unimatrix.ops.fused_passes import normalize_rows
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
@@ -57,6 +58,37 @@ class SelectiveRead(NamedTuple):
     log_strength: Tensor
     elsewhere: Tensor | float
     scale: HindsightScale | None
+
+
+class _Values(NamedTuple):
+    """Normalised embeddings of what was found.
+
+    Attributes:
+        embed: the token embedding.
+        table: all of them normalised, [V, D], or ``None``.
+    """
+
+    embed: nn.Embedding
+    table: Tensor | None
+
+    def mix(self, token_ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sums [B, T, D] of the values of ids [B, T, Q]."""
+        if self.table is None:
+            values = self.embed(token_ids)  # [B, T, Q, D]
+            mixed = (weights.unsqueeze(-1) * _normalize(values)).sum(dim=2)
+            return mixed.to(values.dtype)
+        mixed = embedding_bag(
+            token_ids.flatten(0, 1),
+            self.table,
+            per_sample_weights=weights.flatten(0, 1).to(self.table.dtype),
+            mode="sum",
+        )
+        return mixed.view(*token_ids.shape[:2], -1)
+
+
+def _normalize(vectors: Tensor) -> Tensor:
+    """Return vectors [..., D] over their root mean square."""
+    return normalize_rows(vectors, None, torch.finfo(vectors.dtype).eps)
 
 
 class SelectiveMixer(nn.Module):
@@ -142,7 +174,8 @@ class SelectiveMixer(nn.Module):
             slots, recent = state.slots, state.recent_token_ids.long()
         stream = torch.cat([recent, token_ids], dim=1)  # [B, n + T]
         keys = hash_contexts(stream, self.patterns)  # [B, n + T, N]
-        logits = self._weigh_writes(embed, stream, hidden)  # [B, T, N]
+        table = self._normalize_table(embed, token_ids.numel())
+        logits = self._weigh_writes(embed, table, stream, hidden)  # [B, T, N]
         codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
         write_keys = self._ending(keys, 1)
 
@@ -183,17 +216,43 @@ class SelectiveMixer(nn.Module):
             behind = entries.gather(1, final.writers) if entries.requires_grad else None
             kept = SelectiveState(final.slots, self._take_recent(stream, lengths), behind)
         offered = (write_keys >= 0) & find_real_tokens(lengths, token_ids).unsqueeze(-1)
-        return self._read(embed, lookup, entries, logits, offered), kept
+        values = _Values(embed, table)
+        return self._read(values, lookup, entries, logits, offered), kept
 
-    def _weigh_writes(self, embed: nn.Embedding, stream: Tensor, hidden: Tensor | None) -> Tensor:
+    def _normalize_table(self, embed: nn.Embedding, num_tokens: int) -> Tensor | None:
+        """Return every token's embedding over its root mean square, [V, D].
+
+        What is made of embeddings alone is made of V rows then, not of every position. ``None``
+        where there are fewer positions, where a layer is more than its weights, and in less than 32
+        bits, of which a sum of two products would keep fewer than one product of both.
+        """
+        weight = embed.weight
+        is_narrow = weight.dtype not in (torch.float32, torch.float64)
+        if embed.num_embeddings > num_tokens or is_narrow or is_autocast(weight.device.type):
+            return None
+        if not (is_plain(embed) and is_plain(self.gate_up)):
+            return None
+        return _normalize(weight)
+
+    def _weigh_writes(
+        self, embed: nn.Embedding, table: Tensor | None, stream: Tensor, hidden: Tensor | None
+    ) -> Tensor:
         """Return the logit of each write's strength, [B, T, N]."""
-        pair = stream[:, self.num_recent - 1 :]  # [B, 1 + T]
-        features = embed(pair.clamp_min(0)) * (pair >= 0).unsqueeze(-1)
-        features = normalize_rows(features, None, torch.finfo(features.dtype).eps)
-        inputs = [features[:, :-1], features[:, 1:]]
-        if hidden is not None:
-            inputs.append(normalize_rows(hidden, None, torch.finfo(hidden.dtype).eps))
-        logits: Tensor = self.gate_down(gelu(self.gate_up(torch.cat(inputs, dim=-1))))
+        pair = stream[:, self.num_recent - 1 :]  # [B, 1 + T], -1 before the first token
+        if table is None:
+            features = _normalize(embed(pair.clamp_min(0)) * (pair >= 0).unsqueeze(-1))
+            inputs = [features[:, :-1], features[:, 1:]]
+            if hidden is not None:
+                inputs.append(_normalize(hidden))
+            up = self.gate_up(torch.cat(inputs, dim=-1))
+        else:
+            of_last, of_this, *of_hidden = torch.split(self.gate_up.weight, table.shape[1], dim=1)
+            after = pad(linear(table, of_last), (0, 0, 1, 0))  # [1 + V, D / 2], zeros for none
+            up = embedding(pair[:, :-1] + 1, after)
+            up = up + embedding(pair[:, 1:], linear(table, of_this, self.gate_up.bias))
+            if hidden is not None:
+                up = up + linear(_normalize(hidden), of_hidden[0])
+        logits: Tensor = self.gate_down(gelu(up))
         # Strengths are carried and compared: no fewer digits than the state has.
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -213,7 +272,7 @@ class SelectiveMixer(nn.Module):
 
     def _read(
         self,
-        embed: nn.Embedding,
+        values: "_Values",
         lookup: SlotLookup,
         entries: Tensor,
         logits: Tensor,
@@ -236,7 +295,5 @@ class SelectiveMixer(nn.Module):
                 log_weights, logits, lookup.entries, offered, self.num_slots, self.rules
             )
         weights = log_weights.exp()  # [B, T, Q]
-        values = embed(lookup.value_ids)  # [B, T, Q, D]
-        mixed = (weights.unsqueeze(-1) * rms_norm(values, values.shape[-1:])).sum(dim=2)
-        context = self.value_proj(mixed.to(values.dtype))
+        context = self.value_proj(values.mix(lookup.value_ids, weights))
         return SelectiveRead(context, lookup.value_ids, log_strength, elsewhere, scale)

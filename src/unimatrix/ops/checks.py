@@ -65,3 +65,9 @@ def find_real_tokens(lengths: Tensor | None, like: Tensor) -> Tensor:
     if lengths is None:
         return torch.ones_like(like, dtype=torch.bool)
     return torch.arange(like.shape[1], device=like.device) < lengths.unsqueeze(1)
+
+
+def is_autocast(device_type: str) -> bool:
+    """Return whether matrix products on a device change their inputs' dtype now."""
+    known = torch.amp.is_autocast_available(device_type)
+    return known and torch.is_autocast_enabled(device_type)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
-from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
+from unimatrix.ops.checks import find_real_tokens, is_autocast, require_dtype, require_shape
 from unimatrix.ops.matrix_state.delta_parallel import scan_delta_parallel
 from unimatrix.ops.matrix_state.parallel import scan_parallel
 from unimatrix.ops.matrix_state.reference import TokenInputs, scan_reference
@@ -130,7 +130,7 @@ def _clear_padding(tokens: TokenInputs, lengths: Tensor) -> TokenInputs:
 
 def _run_without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Return a context in which matrix products keep their inputs' dtype."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if is_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
