@@ -28,7 +28,7 @@ def compute_loss(
     if isinstance(logits, MixedLogits):
         counted = targets != IGNORED_LABEL
         rows = (_raise_precision(part).flatten(0, -2) for part in logits)
-        losses = score_targets(MixedLogits(*rows), targets.clamp_min(0))
+        losses = score_targets(MixedLogits(*rows), targets.masked_fill(~counted, 0))
         total = torch.where(counted, losses, 0.0).sum()
         return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
     flat = _raise_precision(logits).flatten(0, -2), targets.to(logits.device)
