@@ -26,6 +26,7 @@ from unimatrix.nn.block import (
     UniMatrixBlock,
 )
 from unimatrix.nn.norm import build_norm
+from unimatrix.nn.packed_linear import is_bare
 from unimatrix.nn.padding import Padding, find_padding
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
 from unimatrix.nn.residual_context import ResidualContext
@@ -272,9 +273,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         A block that is wrapped (FSDP gathers its weights when it is called) or hooked, or computed
         again in the backward pass, packs its own at every depth step.
         """
-        hooks = self.block._forward_hooks or self.block._forward_pre_hooks
-        is_bare = type(self.block) is UniMatrixBlock and not hooks
-        if not is_bare or (self.gradient_checkpointing and self.training):
+        is_own = type(self.block) is UniMatrixBlock and is_bare(self.block)
+        if not is_own or (self.gradient_checkpointing and self.training):
             return NOT_PACKED
         packed: BlockWeights = self.block.pack()
         return packed

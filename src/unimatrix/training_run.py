@@ -278,6 +278,7 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
         **results,
         "run": str(run.path),
         "data": list(run.recipe.data.data),
+        "prime": _name_prime(run),
         "optim_steps": run.num_steps,
         "tokens": tokens,
         "train_s": run.record["train_s"],
@@ -324,6 +325,15 @@ def draw_sample(
         "prompt": prompt.decode("utf-8", "replace"),
         "continuation": written.data.decode("utf-8", "replace"),
     }
+
+
+def _name_prime(run: TrainingRun) -> list[str]:
+    """Return what ``--prime`` takes to read the same first; nothing where no argument says it.
+
+    Only text with validation text of its own: files that it was cut from would be read with it.
+    """
+    whole = 0 < len(run.corpus.train) <= run.recipe.eval.prime_bytes
+    return list(run.recipe.data.data) if whole and run.recipe.data.valid_data else []
 
 
 def _cut_prime(corpus: Corpus, settings: EvalSection) -> ByteStream | None:

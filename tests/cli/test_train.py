@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.test_main import run_main
-from tests.small_training import build_recipe, one_thread
+from tests.small_training import build_recipe, build_text, one_thread
 from unimatrix.cli import train
 from unimatrix.cli.progress import TrainingProgress
 from unimatrix.recipe import Recipe, load_recipe
@@ -79,20 +79,29 @@ def test_result_is_on_stdout_and_the_rest_on_stderr(
     assert "tokens/s" in lines[1]
 
 
+@pytest.mark.parametrize("own_valid", [True, False])
 def test_summary_names_the_next_two_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    own_valid: bool,
 ) -> None:
-    path, recipe = write_recipe(tmp_path, prime_bytes=50)
+    path, recipe = write_recipe(tmp_path, prime_bytes=10**6)
     first = recipe.data.data[0]
+    prime = f" --prime {first}" if own_valid else ""  # It would hold the validation text.
+    if own_valid:
+        (tmp_path / "valid.txt").write_bytes(build_text(100))
+        values = replace(recipe.data, valid_data=(str(tmp_path / "valid.txt"),))
+        Path(path).write_text(json.dumps(replace(recipe, data=values).to_dict()))
     out = str(tmp_path / "my run")
     assert run_main(monkeypatch, "train", path, "--out", out, "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "bits per byte" in printed
     assert "xz -9e" in printed
     assert "a sample" in printed
-    assert "context carried, after 50 bytes" in printed
-    assert f"unimatrix generate '{out}' \"The \" --prime {first}\n" in printed
-    assert f"unimatrix eval '{out}' --prime {first}\n" in printed
+    assert "context carried, after " in printed
+    assert f"unimatrix generate '{out}' \"The \"{prime}\n" in printed
+    assert f"unimatrix eval '{out}'{prime}\n" in printed
 
 
 def test_dry_run_prints_a_recipe_that_reads_back(

@@ -49,6 +49,9 @@ def test_ours_is_what_train_trains(name, recipe) -> None:
     entry = load_comparison(name).models["unimatrix"]
     section = load_recipe(recipe).model
     theirs = dict(section.overrides) | {"dropout": 0.0}
+    train, ours = load_recipe(recipe).train, load_comparison(name).train
+    for field in ("batch_size", "optimizer", "schedule", "warmup_fraction", "weight_decay"):
+        assert getattr(ours, field) == getattr(train, field), field
     assert (entry.preset, entry.overrides | {"dropout": 0.0}) == (section.preset, theirs)
     assert build_model(ModelSection(preset=entry.preset, overrides=entry.overrides), 0)
 

@@ -9,7 +9,7 @@ from unimatrix.baselines.peers import PEERS
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation import byte_costs, carried_bytes
+from unimatrix.evaluation import carried_bytes, streams
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.byte_costs import measure_byte_costs
 from unimatrix.evaluation.carried_bytes import measure_carried_bytes
@@ -39,11 +39,31 @@ def cost(model, context: bytes, data: bytes) -> list[float]:
 @pytest.mark.parametrize("name", WITH_STATE)
 @pytest.mark.parametrize("chunk_tokens", [7, 64, 2048])
 def test_models_with_state_read_on(name, chunk_tokens, monkeypatch) -> None:
-    monkeypatch.setattr(byte_costs, "CHUNK_TOKENS", chunk_tokens)
+    monkeypatch.setattr(streams, "CHUNK_TOKENS", chunk_tokens)
     model = build_peer(name)
     found = measure_byte_costs(model, STREAM, window_tokens=20)
     assert found.context == "carried"
     assert found.nats == pytest.approx(cost(model, b"", DATA), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", [*WITH_STATE, "unimatrix"])
+@pytest.mark.parametrize("prime_bytes", [1, 7, 60])
+def test_what_is_read_first_is_context(name, prime_bytes, monkeypatch) -> None:
+    monkeypatch.setattr(streams, "CHUNK_TOKENS", 7)
+    model = build_byte_model("unimatrix") if name == "unimatrix" else build_peer(name)
+    first = DATA[60 : 60 + prime_bytes]
+    prime = ByteStream.from_bytes(first, name="first")
+    found = measure_byte_costs(model, STREAM, window_tokens=20, limit_bytes=30, prime=prime)
+    assert found.context == f"carried, after {prime_bytes} bytes"
+    assert found.nats == pytest.approx(cost(model, first, DATA[:30]), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windows_have_nothing_before_them(name) -> None:
+    with pytest.raises(InputError, match="reads windows and nothing before them"):
+        measure_byte_costs(build_peer(name), STREAM, window_tokens=20, prime=STREAM)
+    with pytest.raises(InputError, match="reads windows and nothing before them"):
+        measure_carried_bytes(build_peer(name), STREAM, 20, STREAM)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -137,6 +157,14 @@ def test_an_automaton_grows_with_the_text(monkeypatch) -> None:
     found = measure_carried_bytes(model, STREAM, 150)
     assert found == cache.num_bytes()
     assert measure_carried_bytes(model, STREAM, 1000) > found
+    first = ByteStream.from_bytes(DATA[:100], name="first")
+    with torch.no_grad():
+        ids = torch.tensor([[BOS_ID, *DATA[:100], *DATA[:49]]])
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    # Token 0 of the 50 is the last of those read first. What is allocated depends on the chunks.
+    primed = measure_carried_bytes(model, STREAM, 50, first)
+    assert cache.num_bytes() / 2 < primed < 2 * cache.num_bytes()
+    assert primed > measure_carried_bytes(model, STREAM, 50)
     bounded = build_byte_model("unimatrix", automaton_window=64)
     sizes = {measure_carried_bytes(bounded, STREAM, n) for n in (150, 1000)}
     assert max(sizes) <= 2 * min(sizes)

@@ -396,6 +396,18 @@ def test_lora_trains() -> None:
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
 
 
+def test_lora_around_the_token_embedding_and_the_gate_trains() -> None:
+    peft = pytest.importorskip("peft")
+    model = build_model("unimatrix", dtype=torch.float32, tie_word_embeddings=False)
+    targets = ["embed_tokens", "gate_up", "value_proj"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
+    ids = draw_ids(2, 24)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad for n, p in wrapped.named_parameters() if "lora" in n and "_B" in n]
+    assert len(grads) == 3
+    assert all(grad is not None for grad in grads)
+
+
 def test_names_load_lazily() -> None:
     code = (
         "import sys, unimatrix; heavy = {'torch', 'transformers', 'numba'} & set(sys.modules);"

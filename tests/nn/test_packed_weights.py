@@ -33,6 +33,9 @@ def test_a_block_that_is_more_than_its_weights_packs_at_every_step() -> None:
     hook = model.model.block.register_forward_pre_hook(lambda *_: None)
     assert model.model._pack_block() == NOT_PACKED
     hook.remove()
+    model.model.block.forward = model.model.block.forward
+    assert model.model._pack_block() == NOT_PACKED
+    del model.model.block.forward
     model.gradient_checkpointing_enable()
     assert model.model._pack_block().gates is not None
     model.train()

@@ -121,18 +121,29 @@ def test_a_summary_has_a_column_for_every_corpus_and_budget() -> None:
 
 
 def test_tasks_that_nothing_answered_share_a_row() -> None:
-    def cell(task: str, score: float) -> dict:
-        place = {"task": task, "model": "ours", "total_bytes": 1024}
+    def cell(task: str, score: float | None, total_bytes: int = 1024) -> dict:
+        place = {"task": task, "model": "ours", "total_bytes": total_bytes}
+        if score is None:
+            return {**place, "status": "skipped", "reason": "too few bytes"}
         return {**place, "status": "done", "results": {"score": score}}
 
     record = {
         "models": {"ours": {}},
         "plan": {"num_examples": 5},
         "seed": 0,
-        "cells": [cell("niah_single_1", 0.0), cell("niah_single_2", 0.5), cell("vt", 0.0)],
+        "cells": [
+            *(cell("niah_single_1", 0.0, n) for n in (1024, 4096)),
+            *(cell("niah_single_2", 0.5, n) for n in (1024, 4096)),
+            *(cell("vt", 0.0, n) for n in (1024, 4096)),
+            cell("cwe", None, 1024),
+            cell("cwe", 0.0, 4096),
+            *(cell("fwe", None, n) for n in (1024, 4096)),
+        ],
     }
     table = TABLES["eval-long"]({"eval-long/small": record})
-    assert "| niah_single_1, vt | all that can read it | 0.0 |" in table
-    assert "| niah_single_2 | ours | 50.0 |" in table
-    assert "| mean | ours | 16.7 |" in table
-    assert table.count("\n| ") == 5
+    assert "| niah_single_1, vt | all that can read it | 0.0 | 0.0 |" in table
+    assert "| cwe | all that can read it | - | 0.0 |" in table
+    assert "| niah_single_2 | ours | 50.0 | 50.0 |" in table
+    assert "| fwe | ours | - | - |" in table
+    assert "| mean | ours | 16.7 of 3 | 12.5 of 4 |" in table
+    assert table.count("\n| ") == 7

@@ -38,7 +38,7 @@ PrimeOption = Annotated[
     list[str] | None,
     typer.Option(
         "--prime",
-        help="Text that is read first and does not count: what a long memory may draw on. A suffix "
+        help="Text that is read first: what a long memory may draw on. A suffix "
         "automaton reads all of it; where nothing else remembers, the rest of the model its last "
         "65,536 bytes. Repeatable.",
     ),

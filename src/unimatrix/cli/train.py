@@ -238,8 +238,7 @@ def _render_result(result: dict[str, Any]) -> str:
     if result["sample"] is not None:
         prompt, written = (show_bytes(part.encode()) for part in result["sample"].values())
         lines += ["", "a sample (prompt | continuation):", f"{prompt}|{written}"]
-    first = result["data"] if result["prime_bytes"] else []
-    prime = "".join(f" --prime {shlex.quote(item)}" for item in first)
+    prime = "".join(f" --prime {shlex.quote(item)}" for item in result["prime"])
     lines += [
         "",
         "next:",

@@ -54,7 +54,9 @@ class Text:
 
     spec: str
     corpus: Corpus
-    _matches: dict[int | None, StreamMatches] = field(default_factory=dict)
+    _matches: dict[int | None, StreamMatches] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def match_training_text(self, window: int | None) -> StreamMatches:
         """Return what a suffix automaton says of every training token; it reads them once."""

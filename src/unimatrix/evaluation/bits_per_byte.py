@@ -1,7 +1,7 @@
 """Bits per byte: what it costs to send a stream with a model's predictions."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,13 @@ from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
-from unimatrix.evaluation.streams import name_context, read_first, require_state
+from unimatrix.evaluation.streams import (
+    carry_state,
+    name_context,
+    read_first,
+    require_state,
+)
 from unimatrix.evaluation.units import to_bits_per_byte
-from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 Progress = Callable[[int], None]
@@ -62,7 +66,7 @@ def measure_bits_per_byte(
         stream: what to predict, or as much of it as ``limit_bytes`` says.
         limit_bytes: bytes to predict, from the start; ``None`` is all.
         prime: read first (``read_first``) and not counted: the stream goes on where it ends.
-        chunk_tokens: tokens in one forward pass; moves the result by rounding only.
+        chunk_tokens: tokens in one forward pass over the stream; moves the result by rounding only.
         device: move the model there first; ``None`` leaves it where it is.
         on_progress: called with the bytes done, after every forward pass.
 
@@ -136,29 +140,23 @@ def _score_carried(
 ) -> Iterator[_Score]:
     """Yield nats, bytes and the cache of chunks [1, T] of one stream."""
     cache, last_id = (None, BOS_ID) if prime is None else read_first(model, prime)
-    # An automaton without a bound would be copied at every call.
-    options = {"gives_up_cache": True} if isinstance(model, UniMatrixForCausalLM) else {}
     for targets in chunks:
-        output = _predict(
-            model, targets, [[last_id]], past_key_values=cache, use_cache=True, **options
-        )
-        cache, last_id = output.past_key_values, int(targets[0, -1])
-        yield _sum_nats(output.logits, targets), targets.size, cache
+        logits, cache = carry_state(model, _shift(model, targets, last_id), cache)
+        last_id = int(targets[0, -1])
+        yield _sum_nats(logits, targets), targets.size, cache
 
 
 def _score_windows(model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]) -> Iterator[_Score]:
     """Yield nats and bytes of batches of independent windows [B, T]."""
     for targets in chunks:
-        output = _predict(model, targets, [[BOS_ID]] * len(targets), use_cache=False)
+        output = model(input_ids=_shift(model, targets, BOS_ID), use_cache=False)
         yield _sum_nats(output.logits, targets), targets.size, None
 
 
-def _predict(
-    model: PreTrainedModel, targets: NDArray[np.int64], first: list[list[int]], **options: Any
-) -> Any:
-    """Run the model on the targets moved one to the right, ``first`` [B, 1] in front."""
-    input_ids = np.concatenate([np.asarray(first, np.int64), targets[:, :-1]], axis=1)  # [B, T]
-    return model(input_ids=torch.from_numpy(input_ids).to(model.device), **options)
+def _shift(model: PreTrainedModel, targets: NDArray[np.int64], first_id: int) -> Tensor:
+    """Return the targets [B, T] moved one to the right on the model's device, an id in front."""
+    first = np.full((len(targets), 1), first_id, np.int64)
+    return torch.from_numpy(np.concatenate([first, targets[:, :-1]], axis=1)).to(model.device)
 
 
 def _sum_nats(logits: Tensor, targets: NDArray[np.int64]) -> float:

@@ -132,7 +132,7 @@ def score_tokens(
         else:
             state, last_id = (None, first_id) if prime is None else read_first(model, prime)
             chunks = read_on(model, ids, state, first_id=last_id)
-            parts = [score(logits, targets)[0] for logits, targets, _ in chunks]
+            parts = [score(logits, targets)[0] for logits, targets in chunks]
             context = name_context(prime)
     scores = np.concatenate(parts)
     assert len(scores) == len(ids), (len(scores), len(ids))

@@ -10,7 +10,13 @@ from unimatrix.baselines.universal_transformer import RepeatedLayer
 from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
 from unimatrix.evaluation.modes import suspend_training
-from unimatrix.evaluation.streams import CHUNK_TOKENS, carry_state, name_state, read_first
+from unimatrix.evaluation.streams import (
+    CHUNK_TOKENS,
+    carry_state,
+    name_state,
+    read_first,
+    require_state,
+)
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 _FEW_TOKENS = 4
@@ -35,6 +41,8 @@ def measure_carried_bytes(
         num_tokens: tokens read, BOS included.
         prime: read before those, as in ``measure_byte_costs``.
     """
+    if prime is not None:
+        require_state(model)
     with suspend_training(model):
         if name_state(model) is None:
             return _count_keys_and_values(model, num_tokens)

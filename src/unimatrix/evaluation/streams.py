@@ -102,8 +102,8 @@ def read_first(model: PreTrainedModel, text: ByteStream) -> tuple[Any, int]:
 
 def read_on(
     model: PreTrainedModel, ids: NDArray[np.int64], state: Any, *, first_id: int = BOS_ID
-) -> Iterator[tuple[Tensor, NDArray[np.int64], Any]]:
-    """Yield logits [1, T, V], the ids [1, T] that they predict, and the state, chunk by chunk.
+) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
+    """Yield logits [1, T, V] and the ids [1, T] that they predict, chunk by chunk.
 
     Args:
         model: as in ``read_first``.
@@ -115,7 +115,7 @@ def read_on(
     for start in range(0, len(ids), CHUNK_TOKENS):
         part = torch.from_numpy(inputs[None, start : start + CHUNK_TOKENS]).to(model.device)
         logits, state = carry_state(model, part, state)
-        yield logits, ids[None, start : start + CHUNK_TOKENS], state
+        yield logits, ids[None, start : start + CHUNK_TOKENS]
 
 
 def name_context(prime: ByteStream | None) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.dense_mixer import DenseMixer
-from unimatrix.nn.feed_forward import build_feed_forward
+from unimatrix.nn.feed_forward import GatedFeedForward, build_feed_forward
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
@@ -151,7 +151,9 @@ class UniMatrixBlock(nn.Module):
         return BlockWeights(
             matrix_mixer=(None, None) if self.matrix_mixer is None else self.matrix_mixer.pack(),
             gates=pack(gates) if gates else None,
-            feed_forward=self.feed_forward.pack(),
+            feed_forward=self.feed_forward.pack()
+            if isinstance(self.feed_forward, GatedFeedForward)
+            else None,
         )
 
     def retrieve(
@@ -239,7 +241,8 @@ class UniMatrixBlock(nn.Module):
                 self._list_gates(reads=reads), h, weights.gates if whole else None
             )
             x = x + self.dropout(sum_gated(gates, contexts, backend=self.backend))
-        x = x + self.dropout(self.feed_forward(self.ffn_norm(x), weights.feed_forward))
+        packed = () if weights.feed_forward is None else (weights.feed_forward,)
+        x = x + self.dropout(self.feed_forward(self.ffn_norm(x), *packed))
         if sequence.modulation is not None:
             x = x * sequence.modulation
         return x, DepthCarry(matrix_state, recent, associations), pointer

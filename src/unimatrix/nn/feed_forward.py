@@ -21,10 +21,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def pack(self) -> None:
-        """Return nothing: each layer has an input of its own."""
-
-    def forward(self, h: Tensor, packed: PackedWeights | None = None) -> Tensor:
+    def forward(self, h: Tensor) -> Tensor:
         """Return the network's output, [B, T, D] for [B, T, D]."""
         output: Tensor = self.down_proj(self.dropout(gelu(self.up_proj(h))))
         return output

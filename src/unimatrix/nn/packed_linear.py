@@ -29,6 +29,7 @@ def pack(layers: Sequence[nn.Linear]) -> PackedWeights | None:
     if len(layers) == 1 or not all(is_plain(layer) for layer in layers):
         return None
     bias: Tensor | None = layers[0].bias
+    assert all((layer.bias is None) == (bias is None) for layer in layers)
     if bias is not None:
         bias = torch.cat([layer.bias for layer in layers])
     return PackedWeights(torch.cat([layer.weight for layer in layers]), bias)
@@ -58,6 +59,11 @@ def apply_together(
 
 def is_plain(layer: nn.Module) -> bool:
     """Return whether calling a linear layer or embedding does only what its weights say."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks)
     own = type(layer).forward in (nn.Linear.forward, nn.Embedding.forward)
-    return own and not any(hooks) and "forward" not in vars(layer)
+    return own and is_bare(layer)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Return whether calling a module does only what its class says: no hook, no other forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in vars(module)

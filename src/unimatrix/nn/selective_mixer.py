@@ -77,6 +77,9 @@ class _Values(NamedTuple):
             values = self.embed(token_ids)  # [B, T, Q, D]
             mixed = (weights.unsqueeze(-1) * _normalize(values)).sum(dim=2)
             return mixed.to(values.dtype)
+        # Elsewhere than here, earlier releases of torch have no such kernel.
+        if self.table.device.type not in ("cpu", "cuda"):
+            return (weights.unsqueeze(-1) * embedding(token_ids, self.table)).sum(dim=2)
         mixed = embedding_bag(
             token_ids.flatten(0, 1),
             self.table,
@@ -226,11 +229,11 @@ class SelectiveMixer(nn.Module):
         where there are fewer positions, where a layer is more than its weights, and in less than 32
         bits, of which a sum of two products would keep fewer than one product of both.
         """
+        if not (is_plain(embed) and is_plain(self.gate_up)):
+            return None
         weight = embed.weight
         is_narrow = weight.dtype not in (torch.float32, torch.float64)
         if embed.num_embeddings > num_tokens or is_narrow or is_autocast(weight.device.type):
-            return None
-        if not (is_plain(embed) and is_plain(self.gate_up)):
             return None
         return _normalize(weight)
 
@@ -272,7 +275,7 @@ class SelectiveMixer(nn.Module):
 
     def _read(
         self,
-        values: "_Values",
+        values: _Values,
         lookup: SlotLookup,
         entries: Tensor,
         logits: Tensor,

@@ -35,7 +35,9 @@ PROTOCOL = (
     "A Transformer reads windows of its training length, half overlapping, so that every byte sees "
     "at least half a window; reading further would leave what it was trained for. State bytes are "
     "all that is carried to the next token at batch 1; for a Transformer the keys and values of "
-    "all tokens read, as far as its positions reach."
+    "all tokens read, as far as its positions reach. Where the context comes after so many bytes, "
+    "the model's suffix automaton had seen all training text before each window, and the model "
+    "read the training text before what it is judged on."
 )
 _TEXT_NOTE = (
     "Where there was no time for all steps, the table says how far a model got; its schedule fits "

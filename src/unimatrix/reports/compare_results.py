@@ -156,7 +156,11 @@ def tabulate_models(records: Records) -> Table:
     found: dict[str, dict[str, Any]] = {}
     for record in records.values():
         if "model" in record["asked"]:
-            found.setdefault(record["asked"]["model"], record["asked"])
+            # Cells of recall do not say what only text depends on.
+            kept = found.setdefault(record["asked"]["model"], dict(record["asked"]))
+            kept["carried_automaton"] = record["asked"].get("carried_automaton", False) or kept.get(
+                "carried_automaton", False
+            )
     rows = []
     for model, asked in found.items():
         entry, size = asked["entry"], asked["size"]
@@ -166,7 +170,8 @@ def tabulate_models(records: Records) -> Table:
                 f"preset {entry['preset']}" if entry["preset"] else f"peer {entry['peer']}",
                 str(size["hidden_size"]),
                 str(size["inner_size"]),
-                _describe_fields(entry["overrides"]),
+                _describe_fields(entry["overrides"])
+                + (", carried automaton" if asked["carried_automaton"] else ""),
                 _describe_fields(entry["recall_overrides"]),
             ]
         )

@@ -38,6 +38,8 @@ Record = dict[str, Any]
 DOCUMENTS = ("README.md", "docs/results.md", "docs/hindsight.md")
 """Documents of the checkout that hold tables."""
 
+# A comparison with a table of its own.
+_BOOKS = "books"
 _NO_COMPARISON = "No comparison is recorded yet."
 _NO_EVALUATION = "No evaluation is recorded yet."
 _SLOTS_OF_TEST = re.compile(r"(\d+) in (\d+) slots$")
@@ -382,10 +384,11 @@ def _tabulate_books(records: Mapping[str, Record]) -> str:
 
 
 def _tabulate_book_models(records: Mapping[str, Record]) -> str:
-    """Return the model of the recipe `books` beside the peers of the comparison `books`."""
-    ours, peers = _select(records, "books/"), _split_comparisons(records).get("books", {})
+    """Return the comparison `books`; until it has ours, the run of the recipe `books` stands in."""
+    ours, peers = _select(records, "books/"), _split_comparisons(records).get(_BOOKS, {})
     rows = []
-    if {"training", "middlemarch", "moby-dick"} <= set(ours):
+    own = "time/books/unimatrix" in peers
+    if not own and {"training", "middlemarch", "moby-dick"} <= set(ours):
         training, (valid, test) = ours["training"], (ours[n] for n in ("middlemarch", "moby-dick"))
         rows.append(
             [
@@ -419,7 +422,7 @@ def _tabulate_comparison(records: Mapping[str, Record], table: str) -> str:
     rows: list[list[str]] = []
     header = ["comparison", "corpus"]
     for comparison, cells in _split_comparisons(records).items():
-        for kind, corpus in list_text_tables(cells):
+        for kind, corpus in list_text_tables(cells) if comparison != _BOOKS else ():
             if kind == table:
                 found = tabulate_text(cells, table, corpus)
                 header = ["comparison", "corpus", *found.header]
@@ -441,7 +444,7 @@ def _tabulate_of_comparisons(
     header = ["comparison"]
     for comparison, cells in _split_comparisons(records).items():
         found = tabulate(cells)
-        if found.rows:
+        if found.rows and comparison != _BOOKS:
             header = ["comparison", *found.header]
             rows += [[comparison, *row] for row in found.rows]
     return _format_table(header, rows) if rows else _NO_COMPARISON
@@ -461,16 +464,22 @@ def _tabulate_eval_long(
 
 
 def _tabulate_answered(record: Mapping[str, Any]) -> Table:
-    """Return the scores of RULER's tasks; those that no model answered share a row."""
+    """Return the scores of RULER's tasks; those that no model answered share rows."""
     header, rows = tabulate_tasks(record)
-    nothing = {"", NOT_RUN, "0.0"}
-    answered = {task for task, _, *scores in rows if not nothing.issuperset(scores)}
-    silent = [task for task in dict.fromkeys(row[0] for row in rows) if task not in answered]
-    kept = [row for row in rows if row[0] in answered]
-    if silent:
-        zeros = ["0.0" for _ in header[2:]]
-        kept.insert(0, [", ".join(silent), "all that can read it", *zeros])
-    return Table(header, kept)
+    by_task: dict[str, list[list[str]]] = {}
+    for row in rows:
+        by_task.setdefault(row[0], []).append(row[2:])
+    silent: dict[tuple[str, ...], list[str]] = {}
+    for task, scores in by_task.items():
+        columns = [set(column) - {"", NOT_RUN} for column in zip(*scores, strict=True)]
+        if task != "mean" and any(columns) and all(column <= {"0.0"} for column in columns):
+            pattern = tuple("0.0" if column else NOT_RUN for column in columns)
+            silent.setdefault(pattern, []).append(task)
+    hidden = {task for tasks in silent.values() for task in tasks}
+    shared = [
+        [", ".join(tasks), "all that can read it", *pattern] for pattern, tasks in silent.items()
+    ]
+    return Table(header, [*shared, *(row for row in rows if row[0] not in hidden)])
 
 
 def tabulate_claims_group(records: Mapping[str, Record], group: str) -> str:
