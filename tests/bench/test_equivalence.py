@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unimatrix.bench import equivalence
-from unimatrix.bench.equivalence import LIMIT, EquivalenceError, check_model
+from unimatrix.bench.equivalence import LIMIT, EquivalenceError, check_compiled, check_model
 from unimatrix.bench.models import BenchModel
 from unimatrix.nn import matrix_mixer
 
@@ -38,6 +38,22 @@ def test_a_wrong_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_mixer, "scan_projected", scan_wrongly)
     with pytest.raises(EquivalenceError, match=r"core: matrix_state \(native\) differs from the"):
         check_model(BenchModel(name="core", overrides=SMALL), seed=0, device="cpu")
+
+
+def test_a_wrong_compiled_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_wrongly(spec, model):
+        def call(**options):
+            output = model(**options)
+            return output.__class__(loss=1.01 * output.loss)
+
+        return call
+
+    spec = BenchModel(name="core", overrides=SMALL, compiler="aot_eager")
+    monkeypatch.setattr(equivalence, "compile_step", compile_wrongly)
+    with pytest.raises(
+        EquivalenceError, match=r"core, compiled: train step \(aot_eager\) differs from eager"
+    ):
+        check_compiled(spec, seed=0, device="cpu")
 
 
 def test_wrong_decoding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

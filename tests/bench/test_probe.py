@@ -1,6 +1,7 @@
 """One run in a process of its own: bytes, failures, limits."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,15 @@ def test_a_run_in_a_process_of_its_own() -> None:
     if sys.platform == "linux":
         assert found.peak_bytes is not None
         assert found.peak_bytes > 600 * 16 * 4
+
+
+def test_a_compiled_step_in_a_process_of_its_own() -> None:
+    cell = make_cell("train", 40)
+    model = BenchModel(name="core", overrides=SMALL, compiler="aot_eager")
+    found = probe(replace(cell, model=model), SETTING)
+    assert found.failure is None
+    assert 0 < found.run_s < SETTING.budget_s
+    assert found.state_bytes == 2 * 2 * 8 * 8 * 4 + 2 * 8
 
 
 def test_a_model_that_fails_says_why() -> None:

@@ -1,5 +1,7 @@
 """A whole run at tiny sizes."""
 
+from dataclasses import replace
+
 import pytest
 
 from unimatrix.bench import run as module
@@ -75,6 +77,29 @@ def test_rows_of_two_modes(monkeypatch: pytest.MonkeyPatch) -> None:
         "decoding",
     ]
     assert [model["name"] for model in result["models"]] == ["core", "llama"]
+
+
+def test_compiled_steps_stand_beside_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "probe", fake_probe)
+    plan = make_plan(["train", "forward"], ["core", "llama"], [8, 12])
+    compiled = BenchModel(name="core", overrides=SMALL, compiler="aot_eager")
+    result = run_bench(replace(plan, models=[*plan.models, compiled]))
+    rows = [(row["mode"], row["model"], row["num_tokens"]) for row in result["rows"]]
+    assert rows == [
+        *(("train", name, n) for n in (8, 12) for name in ("core", "llama", "core, compiled")),
+        *(("forward", name, n) for n in (8, 12) for name in ("core", "llama")),
+    ]
+    row = result["rows"][2]
+    assert (row["skipped"], row["rounds"]) == (None, 2)
+    assert row["ratio_to_llama"] > 0
+    assert row["multiply_adds"] == result["rows"][0]["multiply_adds"]
+    check = result["checks"][-1]
+    assert (check["model"], check["op"], check["backend"]) == (
+        "core, compiled",
+        "train step",
+        "aot_eager",
+    )
+    assert check["error"] < 1e-5
 
 
 def test_rounds_fit_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

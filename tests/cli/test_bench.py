@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import assert_refused, run_command
-from unimatrix.bench import run
+from unimatrix.bench import models, run
 from unimatrix.bench.equivalence import EquivalenceError
 from unimatrix.bench.probe import Probe
 from unimatrix.cli import bench
@@ -39,6 +39,8 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--length", 1], ["--length 1 is too short"]),
         (["--length", 8, "--length", 8], ["--length 8, 8", "name each once"]),
         (["--preset", "none", "--peer", "none"], ["nothing is left to time"]),
+        (["--compile", "--preset", "none"], ["--compile is for train steps of presets"]),
+        (["--compile", "--mode", "forward"], ["--compile is for train steps of presets"]),
         (["--set", "hidden_sizes=3"], ["hidden_sizes", "Did you mean 'hidden_size'"]),
         (["--set", "preset=core"], ["--set preset=core", "--preset"]),
         (["--set", "hidden_size=0"], ["hidden_size is 0"]),
@@ -102,6 +104,13 @@ def test_what_is_wrong_is_refused_with_one_sentence(monkeypatch: pytest.MonkeyPa
     assert answer.exit_code == 1
     assert answer.stdout == b""
     assert "error: core: slots (native) differs from the reference" in answer.stderr
+
+
+def test_compiled_steps_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "COMPILER", "aot_eager")
+    options = ["--mode", "train", "--length", 8, "--preset", "core", "--peer", "llama", *QUICKLY]
+    result = run_command("bench", "--compile", *options, "--json").result
+    assert [row["model"] for row in result["rows"]] == ["core", "llama", "core, compiled"]
 
 
 def test_defaults() -> None:

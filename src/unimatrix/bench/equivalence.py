@@ -1,19 +1,21 @@
 """No operator is timed before its fast back end has met its reference, at the sizes to be timed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unimatrix.bench.models import BenchModel
-from unimatrix.bench.workloads import cut_rows, prefill, step_once
+from unimatrix.bench.workloads import compile_step, cut_rows, prefill, step_once
 from unimatrix.modeling import UniMatrixForCausalLM
 
 LIMIT = 1e-4
 """Largest error in float32, as a share of the largest number compared."""
 _ROWS, _TOKENS, _NEW_TOKENS = 2, 33, 4
 _DECODING = "decoding"
+_STEP = "train step"
 
 
 class EquivalenceError(RuntimeError):
@@ -26,8 +28,8 @@ class Check:
 
     Attributes:
         model: the preset.
-        op: the operator, or ``decoding``.
-        backend: what was compared with the reference.
+        op: the operator, ``decoding`` or ``train step``.
+        backend: what was compared with the reference, or with eager execution.
         error: largest difference of logits and of gradients, as a share of the largest of them.
     """
 
@@ -78,11 +80,36 @@ def check_model(
     return checks
 
 
+def check_compiled(spec: BenchModel, *, seed: int, device: str) -> list[Check]:
+    """Compare loss and gradients of a compiled train step with those of eager execution.
+
+    Args:
+        spec: a preset with a compiler.
+        seed: of the weights.
+        device: cpu, cuda or mps.
+
+    Raises:
+        EquivalenceError: if one differs by more than ``LIMIT``.
+    """
+    assert spec.compiler is not None
+    model = spec.build(max_tokens=_TOKENS, seed=seed, device=device).train()
+    assert isinstance(model, UniMatrixForCausalLM)
+    _strengthen(model, seed)
+    ids = _draw_repetitive_ids(model.config.vocab_size).to(device)
+    expected = _differentiate_loss(model, model, ids)
+    found = _differentiate_loss(model, compile_step(spec, model), ids)
+    error = max(map(_measure, found, expected))
+    check = Check(model=spec.label, op=_STEP, backend=spec.compiler, error=error)
+    _require_small(check)
+    return [check]
+
+
 def _require_small(check: Check) -> None:
     """Raise ``EquivalenceError`` unless the error is within the limit; NaN is not."""
     if check.error <= LIMIT:
         return
-    subject = "a full pass" if check.op == _DECODING else f"the reference back end of {check.op}"
+    subjects = {_DECODING: "a full pass", _STEP: "eager execution"}
+    subject = subjects.get(check.op, f"the reference back end of {check.op}")
     raise EquivalenceError(
         f"{check.model}: {check.op} ({check.backend}) differs from {subject} by "
         f"{check.error:.1e} of the largest number, more than {LIMIT:.0e}; it is not timed"
@@ -112,9 +139,24 @@ def _differentiate(model: UniMatrixForCausalLM, ids: Tensor) -> tuple[Tensor, Te
     output = model(input_ids=ids, labels=ids, use_cache=False)
     assert output.loss is not None
     output.loss.backward()
+    return output.logits.detach(), _take_gradients(model)
+
+
+def _differentiate_loss(
+    model: UniMatrixForCausalLM, call: Callable[..., Any], ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of a train step, and its gradient in all parameters as one vector."""
+    model.zero_grad(set_to_none=True)
+    loss = call(input_ids=ids, labels=ids, use_cache=False, loss_only=True).loss
+    loss.backward()
+    return loss.detach(), _take_gradients(model)
+
+
+def _take_gradients(model: UniMatrixForCausalLM) -> Tensor:
+    """Return all gradients as one vector, and leave none."""
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
-    return output.logits.detach(), torch.cat(gradients)
+    return torch.cat(gradients)
 
 
 @torch.no_grad()

@@ -15,6 +15,10 @@ from unimatrix.modeling import UniMatrixForCausalLM
 _SHARED = {"max_position_embeddings": None, "dropout": 0.0}
 
 
+COMPILER = "inductor"
+"""The back end of ``torch.compile`` that ``train.compile`` takes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchModel:
     """A model to be timed.
@@ -22,10 +26,17 @@ class BenchModel:
     Attributes:
         name: a preset, or a key of ``TIMED_PEERS``.
         overrides: configuration fields of a UniMatrix; peers take the sizes among them.
+        compiler: back end of ``torch.compile`` for its train steps; ``None`` is eager execution.
     """
 
     name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    compiler: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What its rows are called."""
+        return self.name if self.compiler is None else f"{self.name}, compiled"
 
     @property
     def is_peer(self) -> bool:

@@ -89,8 +89,9 @@ class Setting:
 def probe(cell: Cell, setting: Setting) -> Probe:
     """Run a cell once in a process of its own.
 
-    The process first takes one step of a copy of the model with few tokens, which compiles and
-    loads what the model needs; what is measured is the next run, with everything it allocates.
+    The process first takes one step of a copy of the model with few tokens (a compiled model the
+    step itself), which compiles and loads what the model needs; what is measured is the next run,
+    with everything it allocates.
 
     Args:
         cell: what to run.
@@ -173,14 +174,19 @@ def _measure(sender: Connection, cell: Cell, setting: Setting) -> None:
     spec, mode, device = cell.model, MODES[cell.mode], setting.device
     model = spec.build(max_tokens=count_positions(cell), seed=setting.seed, device=device)
     vocab_size = model.config.vocab_size
-    few = min(_WARMUP_TOKENS, cell.num_tokens)
-    short = cut_rows(setting.text, 1, few + 1, vocab_size).to(device)
-    time_once(mode.build(spec, copy.deepcopy(model), short), device)
-    sender.send({})
-
     shape = (cell.batch_size, cell.num_tokens + 1)
     ids = cut_rows(setting.text, *shape, vocab_size).to(device)
-    workload = mode.build(spec, model, ids)
+    workload = None
+    if spec.compiler is None:
+        few = min(_WARMUP_TOKENS, cell.num_tokens)
+        short = cut_rows(setting.text, 1, few + 1, vocab_size).to(device)
+        time_once(mode.build(spec, copy.deepcopy(model), short), device)
+    else:  # A graph is compiled for its sizes.
+        workload = mode.build(spec, model, ids)
+        time_once(workload, device)
+    sender.send({})
+
+    workload = workload or mode.build(spec, model, ids)
     prepared = workload.prepare()
     sender.send({})
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from unimatrix.allocator import keep_freed_memory
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, count_model
 from unimatrix.bench.clock import Spread, Workload, compare_rounds, summarize, time_interleaved
-from unimatrix.bench.equivalence import check_model
+from unimatrix.bench.equivalence import check_compiled, check_model
 from unimatrix.bench.matmul_peak import MatmulPeak
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peers import LLAMA
@@ -51,7 +51,8 @@ class BenchPlan:
     num_threads: int | None = None
 
     def list_cells(self, mode: str) -> list[Cell]:
-        """Return the cells of a mode, lengths rising and models in turn."""
+        """Return the cells of a mode, lengths rising; train steps alone are compiled."""
+        models = [model for model in self.models if mode == "train" or model.compiler is None]
         return [
             Cell(
                 mode=mode,
@@ -60,7 +61,7 @@ class BenchPlan:
                 batch_size=choose_batch_size(mode, num_tokens, self.batch_size),
             )
             for num_tokens in self.lengths
-            for model in self.models
+            for model in models
         ]
 
     def count_text_bytes(self) -> int:
@@ -123,8 +124,9 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
     checks = []
     for spec in plan.models:
         if not spec.is_peer:
-            on_progress(f"checking {spec.name}", 0)
-            checks += check_model(spec, seed=plan.seed, device=plan.device)
+            on_progress(f"checking {spec.label}", 0)
+            check = check_model if spec.compiler is None else check_compiled
+            checks += check(spec, seed=plan.seed, device=plan.device)
     setting = Setting(
         text=load_text(plan.count_text_bytes()),
         seed=plan.seed,
@@ -159,7 +161,7 @@ def _show_from(num_before: int, show: Callable[[str, int], None], text: str, don
 def _describe(spec: BenchModel) -> dict[str, Any]:
     """Return a model's fields and what its train step optimizes."""
     return {
-        "name": spec.name,
+        "name": spec.label,
         "overrides": dict(spec.overrides),
         "training": spec.describe_training(),
     }
@@ -193,7 +195,7 @@ def _probe_cells(
     failed: dict[str, Cell] = {}
     probes = []
     for index, cell in enumerate(cells):
-        name = cell.model.name
+        name = cell.model.label
         on_progress(f"{cell.mode}, {cell.num_tokens:,} tokens: {name}", index)
         absence = cell.model.explain_absence(cell.num_tokens, setting.device)
         if absence is not None:
@@ -216,6 +218,8 @@ def _time_group(
     peak: MatmulPeak,
 ) -> list[Row]:
     """Time the cells of a group in turn and return a row for each, timed or not."""
+    # What was compiled for other sizes counts against the limit of graphs of a function.
+    torch.compiler.reset()
     found = {_name(cell): result for cell, result in probes}
     ready = {
         _name(cell): _prepare(cell, found[_name(cell)], setting)
@@ -238,7 +242,7 @@ def _time_group(
 
 
 def _name(cell: Cell) -> tuple[str, int]:
-    return cell.model.name, cell.num_tokens
+    return cell.model.label, cell.num_tokens
 
 
 def _prepare(cell: Cell, found: Probe, setting: Setting) -> _Ready:
@@ -260,7 +264,7 @@ def _make_row(
     """Return a cell as JSON types."""
     row: Row = {
         "mode": cell.mode,
-        "model": cell.model.name,
+        "model": cell.model.label,
         "num_tokens": cell.num_tokens,
         "batch_size": cell.batch_size,
         "skipped": found.failure,
@@ -273,7 +277,7 @@ def _make_row(
     num_tokens = NEW_TOKENS if mode.per_token else cell.batch_size * cell.num_tokens
     cost = count_model(cell.model.name, ready.model)
     baseline = seconds.get((LLAMA, cell.num_tokens))
-    shortest = seconds.get((cell.model.name, min(length for _, length in seconds)))
+    shortest = seconds.get((cell.model.label, min(length for _, length in seconds)))
     return row | {
         "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
         **_to_milliseconds(spread, per_run),

@@ -133,9 +133,18 @@ def step_once(spec: BenchModel, model: PreTrainedModel, token: Tensor, carried: 
     return getattr(output, spec.cache_name)
 
 
+def compile_step(spec: BenchModel, model: PreTrainedModel) -> Callable[..., Any]:
+    """Return what a train step of the model calls: itself, or one graph of fixed sizes."""
+    called: Callable[..., Any] = model
+    if spec.compiler is not None:
+        called = torch.compile(model, backend=spec.compiler, fullgraph=True, dynamic=False)
+    return called
+
+
 def _build_train(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
     """Forward, backward and AdamW, as ``unimatrix train`` does them."""
     model.train()
+    called = compile_step(spec, model)
     optimizer = torch.optim.AdamW(
         (parameter for parameter in model.parameters() if parameter.requires_grad),
         lr=1e-4,
@@ -146,7 +155,7 @@ def _build_train(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workl
     inputs = ids[:, :-1]
 
     def run(_: None) -> None:
-        model(input_ids=inputs, labels=inputs, use_cache=False, **options).loss.backward()
+        called(input_ids=inputs, labels=inputs, use_cache=False, **options).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -98,6 +98,14 @@ def run(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="CPU threads. [default: all cores]")
     ] = None,
+    compile_steps: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time train steps of presets through torch.compile too, as train.compile does: a "
+            "C++ compiler, and a minute for every cell.",
+        ),
+    ] = False,
     quick: Annotated[
         bool,
         typer.Option(
@@ -133,7 +141,9 @@ def run(
         "device": place,
         "num_threads": threads,
     }
-    plan = _make_plan(names, _choose_presets(preset), assignments or [], settings)
+    plan = _make_plan(
+        names, _choose_presets(preset), assignments or [], settings, compiles=compile_steps
+    )
     result = _run_visibly(plan, out)
     emit(result, as_json, _render)
 
@@ -187,9 +197,11 @@ def _make_plan(
     presets: list[str],
     assignments: list[str],
     settings: dict[str, Any],
+    *,
+    compiles: bool,
 ) -> "BenchPlan":
     """Return what to time; every configuration is made once, so that a bad one is refused first."""
-    from unimatrix.bench.models import BenchModel
+    from unimatrix.bench.models import COMPILER, BenchModel
     from unimatrix.bench.run import BenchPlan
 
     overrides = parse_overrides(assignments)
@@ -197,6 +209,14 @@ def _make_plan(
     if not chosen or not names["modes"]:
         raise InputError("nothing is left to time; name a --mode, and a --preset or a --peer")
     models = [BenchModel(name=name, overrides=overrides) for name in chosen]
+    if compiles:
+        if not presets or "train" not in names["modes"]:
+            raise InputError(
+                "--compile is for train steps of presets; name --mode train and a --preset"
+            )
+        models += [
+            BenchModel(name=name, overrides=overrides, compiler=COMPILER) for name in presets
+        ]
     for model in models:
         model.make_config()
     return BenchPlan(modes=names["modes"], models=models, **settings)
