@@ -22,6 +22,7 @@ from tests.small_training import (
 )
 from tests.tolerances import error
 from unimatrix import training
+from unimatrix.baselines.gated_linear_attention import build_gated_linear_attention
 from unimatrix.baselines.llama import build_llama
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import WindowDataset
@@ -328,6 +329,8 @@ def test_training_leaves_the_use_of_a_cache_alone(tmp_path: Path, use_cache: boo
     checkpoint = find_last_checkpoint(tmp_path)
     assert checkpoint is not None
     assert UniMatrixConfig.from_pretrained(checkpoint).use_cache == use_cache
+    linear = build_gated_linear_attention(model.config, max_tokens=64)  # has no such field
+    train_model(linear, build_dataset(24), build_settings(steps=1), None)
     peer = build_llama(model.config, max_tokens=64)
     peer.config.use_cache = use_cache
     train_model(peer, build_dataset(24), build_settings(steps=1), None)
