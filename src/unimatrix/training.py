@@ -172,7 +172,7 @@ def train_model(
             f"the dataset has {len(dataset)} items; {settings.steps} steps of "  # type: ignore[arg-type]
             f"{settings.batch_size} need {settings.steps * settings.batch_size}"
         )
-    uses_cache = getattr(model.config, "use_cache", None)
+    uses_cache = model.config.use_cache if hasattr(model.config, "use_cache") else None
     tokens_per_step = dataset[0]["input_ids"].numel() * settings.batch_size
     log = MetricsLog(out, on_metrics, num_tokens=tokens_per_step)
     with hide_progress(), _open_output(out) as folder, _open_tensorboard(out) as board:
