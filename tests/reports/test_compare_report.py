@@ -82,6 +82,15 @@ def test_the_comparison_of_books_has_a_table_of_its_own(tmp_path) -> None:
     write_compare_report(cells, tmp_path / "report.html")
 
 
+@pytest.mark.parametrize("table", ["time", "parameters"])
+def test_one_table_fills_both_panels(table) -> None:
+    records = {f"{table}/text/a": make_cell("a")}
+    styles = compare_plots.list_styles(["a"])
+    panels = compare_plots.plot_training(records, "text", styles).axes
+    ends = [axes.lines[0].get_xdata()[-1] for axes in panels]
+    assert ends == pytest.approx([61.4, 5000])
+
+
 def test_ours_stands_out_whatever_the_order(tmp_path, monkeypatch) -> None:
     seen: list[list[str]] = []
     kept = compare_plots.list_styles

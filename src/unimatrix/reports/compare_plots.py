@@ -58,7 +58,12 @@ def plot_training(records: Records, corpus: str, styles: Mapping[str, Mapping[st
     for axes, table, label in zip(
         panels, ("time", "parameters"), ("seconds of training", "tokens of training"), strict=True
     ):
-        for model, cell in select_text_cells(records, table, corpus).items():
+        # A comparison may have one of the two tables alone.
+        other = "parameters" if table == "time" else "time"
+        cells = select_text_cells(records, table, corpus) or select_text_cells(
+            records, other, corpus
+        )
+        for model, cell in cells.items():
             if cell["results"] is None:
                 continue
             last = cell["train_s"] if table == "time" else cell["tokens"]
