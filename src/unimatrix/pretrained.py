@@ -63,10 +63,10 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
         Raises:
             InputError: if an operator of this model has no such back end.
         """
-        chosen = dict.fromkeys(BACKENDS, backend) if isinstance(backend, str) else backend
-        if backend not in ("auto", *BACKENDS["fused_passes"]):
+        chosen = dict.fromkeys(BACKENDS, backend) if isinstance(backend, str) else dict(backend)
+        if isinstance(backend, str) and backend not in ("auto", *BACKENDS["fused_passes"]):
             # Fused passes are no scan and have no other form: they stay as they are.
-            chosen = {op: name for op, name in chosen.items() if op != "fused_passes"}
+            del chosen["fused_passes"]
         blocks = [module for module in self.modules() if isinstance(module, UniMatrixBlock)]
         contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
         users: dict[str, list[nn.Module | None]] = {
