@@ -16,6 +16,9 @@ from unimatrix import training
 from unimatrix.configuration import PRESETS
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.ops import opaque
+from unimatrix.ops.fused_passes.feed_forward_native import prepare
+from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
+from unimatrix.ops.fused_passes.projection_native import ProjectionWeights, prepare_projections
 from unimatrix.ops.selective_slots import empty_selective_slots
 from unimatrix.training import train_model
 
@@ -60,12 +63,38 @@ def make_arguments(op: str) -> tuple[Any, ...]:
         lengths = torch.full((2,), 9)
         writes = [ids[..., None], ids[..., None], ids, 5 * ids[..., None], 0 * lengths, lengths]
         return writes, list(empty_selective_slots(2, 4, 300)), True, [8, 0, 3]
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    if op == "project":
+        weights = (torch.ones(16), None, torch.randn(3, 16), torch.randn(48, 16))
+        joined = ProjectionWeights(*weights, torch.randn(5, 16), torch.randn(5))
+        prepared = prepare_projections(1e-5, joined)
+        return x, torch.randn(2, 2, 16), opaque.fill_absent(joined), list(prepared[1:]), True
+    if op == "add_mixed":
+        mixing = prepare_mixing(torch.randn(16, 32), torch.randn(32, 16), torch.randn(32))
+        contexts = [torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 16)]
+        h = torch.randn(2, 9, 16, requires_grad=True)
+        return x, h, contexts, list(mixing[:3]), list(mixing[3:])
+    if op == "add_feed_forward":
+        network = prepare(
+            torch.ones(16), torch.zeros(16), 1e-5, [torch.randn(20, 16)], torch.randn(20),
+            torch.randn(16, 20), torch.randn(16),
+        )  # fmt: skip
+        return x, opaque.fill_absent(network.weights), list(network[1:])
     assert op == "match_suffixes"
     return ids, 4
 
 
 @pytest.mark.parametrize(
-    "op", ["scan_projected", "allocate_slots", "scan_selective_slots", "match_suffixes"]
+    "op",
+    [
+        "scan_projected",
+        "allocate_slots",
+        "scan_selective_slots",
+        "match_suffixes",
+        "project",
+        "add_mixed",
+        "add_feed_forward",
+    ],
 )
 def test_an_operator_keeps_its_promises(op: str) -> None:
     """Shapes, strides and derivative that are announced are those that come."""
@@ -73,10 +102,16 @@ def test_an_operator_keeps_its_promises(op: str) -> None:
     assert set(found.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("variant", CAPTURED)
-def test_a_train_step_is_one_graph_with_the_same_numbers(variant: str) -> None:
+# Passes over whole layers take a width of 16, not of 12.
+@pytest.mark.parametrize(
+    ("variant", "width"),
+    [*((variant, 12) for variant in CAPTURED), ("sparsepointer", 16), ("unimatrix", 16)],
+)
+def test_a_train_step_is_one_graph_with_the_same_numbers(variant: str, width: int) -> None:
     """Captured and differentiated as for any compiler; what stands behind it is torch's own."""
-    model = build_model(variant, dropout=0.0, num_hidden_layers=2).double().train()
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "slot_key_size": 16}
+    model = build_model(variant, dropout=0.0, num_hidden_layers=2, **(sizes if width == 16 else {}))
+    model = model.double().train()
     expected = step(model, model)
     captured = torch.compile(model, backend="aot_eager", fullgraph=variant not in GUARDED)
     found = step(model, captured)

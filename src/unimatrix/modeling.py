@@ -17,7 +17,6 @@ from unimatrix.errors import InputError
 from unimatrix.loss import IGNORED_LABEL, add_scale, choose_rows, compute_loss
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import (
-    NOT_PACKED,
     Associations,
     BlockWeights,
     DepthCarry,
@@ -240,7 +239,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
     ) -> "_Depth":
         """Apply the block L times; see ``_Depth`` for what comes out."""
         hidden_states, carries, votes = [x], [], None
-        weights = self._pack_block()
+        weights = self._pack_block(x)
         for depth_step, carry in enumerate(past.depth):
             mixer = self.block.selective_mixer
             # A gate that sees the stream looks after the first depth step, others before it.
@@ -267,7 +266,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             carries.append(carry_after)
         return _Depth(hidden_states, tuple(carries), votes, retrieval, associations)
 
-    def _pack_block(self) -> BlockWeights:
+    def _pack_block(self, x: Tensor) -> BlockWeights | None:
         """Return the weights that all depth steps share, packed once for all of them.
 
         A block that is wrapped (FSDP gathers its weights when it is called) or hooked, or computed
@@ -275,8 +274,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         """
         is_own = type(self.block) is UniMatrixBlock and is_bare(self.block)
         if not is_own or (self.gradient_checkpointing and self.training):
-            return NOT_PACKED
-        packed: BlockWeights = self.block.pack()
+            return None
+        packed: BlockWeights = self.block.pack(x)
         return packed
 
     def _point(self, h: Tensor, depth: "_Depth", sequence: Sequence) -> "_Pointer":

@@ -1,21 +1,33 @@
 """The one block of weights that every depth step applies."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.dense_mixer import DenseMixer
-from unimatrix.nn.feed_forward import GatedFeedForward, build_feed_forward
+from unimatrix.nn.feed_forward import build_feed_forward, fuse_feed_forward
 from unimatrix.nn.matrix_mixer import MatrixMixer
-from unimatrix.nn.norm import build_norm
-from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
+from unimatrix.nn.norm import RowNorm, build_norm
+from unimatrix.nn.packed_linear import PackedWeights, apply_together, is_bare, is_plain, pack
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead, SelectiveState
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.slot_mixer import SlotMixer
 from unimatrix.ops.dense_memory import DenseMemory
-from unimatrix.ops.fused_passes import sum_gated
+from unimatrix.ops.fused_passes import (
+    add_feed_forward,
+    add_mixed,
+    fuses_products,
+    project,
+    sum_gated,
+)
 from unimatrix.ops.slots import SlotRead, SlotState
+
+if TYPE_CHECKING:
+    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
+    from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
+    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
 
 
 class Sequence(NamedTuple):
@@ -88,17 +100,17 @@ class BlockWeights(NamedTuple):
 
     Attributes:
         matrix_mixer: what the matrix mixer packs.
+        projections: of norm and matrix mixer, where they run as one pass.
         gates: of all mixers together.
-        feed_forward: what the feed-forward network packs.
+        mixing: of the gates and the readout's projection, where they run as one pass.
+        feed_forward: of norm and feed-forward network, where they run as one pass.
     """
 
     matrix_mixer: tuple[PackedWeights | None, PackedWeights | None] = (None, None)
+    projections: "PreparedProjections | None" = None
     gates: PackedWeights | None = None
-    feed_forward: PackedWeights | None = None
-
-
-NOT_PACKED = BlockWeights()
-"""Every depth step packs its own."""
+    mixing: "PreparedMixing | None" = None
+    feed_forward: "PreparedFeedForward | None" = None
 
 
 class UniMatrixBlock(nn.Module):
@@ -145,16 +157,79 @@ class UniMatrixBlock(nn.Module):
             gates.append(self.context_gate)
         return gates
 
-    def pack(self) -> BlockWeights:
-        """Return the weights that ``forward`` applies together, for several depth steps."""
-        gates = self._list_gates(reads=self._association_mixer is not None)
+    def pack(self, x: Tensor) -> BlockWeights:
+        """Return the weights that ``forward`` applies together, for several depth steps.
+
+        Args:
+            x: [B, T, D], the residual stream before any of them.
+        """
+        layers = self._list_gates(reads=self._association_mixer is not None)
+        gates = pack(layers) if layers else None
+        projections = self._fuse_projections(x)
+        drops = self.training and self.dropout.p > 0
+        mixer = self.matrix_mixer if projections is None else None
         return BlockWeights(
-            matrix_mixer=(None, None) if self.matrix_mixer is None else self.matrix_mixer.pack(),
-            gates=pack(gates) if gates else None,
-            feed_forward=self.feed_forward.pack()
-            if isinstance(self.feed_forward, GatedFeedForward)
-            else None,
+            matrix_mixer=(None, None) if mixer is None else mixer.pack(),
+            projections=projections,
+            gates=gates,
+            mixing=None if drops else self._fuse_mixing(x, layers, gates),
+            feed_forward=None
+            if drops
+            else fuse_feed_forward(self.ffn_norm, self.feed_forward, x, self.backend),
         )
+
+    def _fuse_projections(self, x: Tensor) -> "PreparedProjections | None":
+        """Return norm and projections as one pass over x [B, T, D], where they run as one."""
+        norm, mixer = self.norm, self.matrix_mixer
+        if mixer is None or not isinstance(norm, RowNorm | nn.LayerNorm):
+            return None
+        convolution = mixer.short_conv
+        parts: list[nn.Module] = [norm, mixer]
+        if convolution is not None:
+            parts.append(convolution)
+        layers = [*mixer.vector_layers, *mixer.control_layers]
+        if not (all(map(is_bare, parts)) and all(map(is_plain, layers))):
+            return None
+        weights = [norm.weight, *(layer.weight for layer in layers)]
+        num_vectors = sum(layer.out_features for layer in mixer.vector_layers)
+        if not fuses_products(x, weights, self.backend) or num_vectors % 16:
+            return None
+        # Imported here: it loads the compiler.
+        from unimatrix.ops.fused_passes import projection_native as native
+
+        joined = native.ProjectionWeights(
+            scale=norm.weight,
+            shift=norm.bias if isinstance(norm, nn.LayerNorm) else None,
+            filters=None if convolution is None else convolution.weight,
+            vectors=torch.cat([layer.weight for layer in mixer.vector_layers]),
+            controls=torch.cat([layer.weight for layer in mixer.control_layers]),
+            controls_bias=torch.cat([layer.bias for layer in mixer.control_layers]),
+        )
+        assert norm.eps is not None
+        return native.prepare_projections(norm.eps, joined)
+
+    def _fuse_mixing(
+        self, x: Tensor, layers: list[nn.Linear], gates: PackedWeights | None
+    ) -> "PreparedMixing | None":
+        """Return the readout's projection and the gates as one pass, where they run as one.
+
+        Args:
+            x: [B, T, D], the stream.
+            layers: of the gates.
+            gates: what ``pack`` made of them.
+        """
+        mixer = self.matrix_mixer
+        if mixer is None or not all(map(is_plain, [*layers, mixer.out_proj])):
+            return None
+        weights = [mixer.out_proj.weight, *(layer.weight for layer in layers)]
+        if not fuses_products(x, weights, self.backend) or mixer.out_proj.in_features % 16:
+            return None
+        # Imported here: it loads the compiler.
+        from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
+
+        weight, bias = gates or PackedWeights(layers[0].weight, layers[0].bias)
+        assert bias is not None
+        return prepare_mixing(mixer.out_proj.weight, weight, bias)
 
     def retrieve(
         self, source: Tensor, sequence: Sequence, associations: Associations
@@ -200,7 +275,7 @@ class UniMatrixBlock(nn.Module):
         carry: DepthCarry,
         retrieval: Retrieval | None,
         is_last: bool,
-        weights: BlockWeights = NOT_PACKED,
+        weights: BlockWeights | None = None,
     ) -> tuple[Tensor, DepthCarry, tuple[Tensor, Tensor] | None]:
         """Apply one depth step.
 
@@ -216,12 +291,20 @@ class UniMatrixBlock(nn.Module):
             the stream, the carry after the last real token, and the pointer's ids and gated
             weights ([B, T, K] each; ``None`` without pointer and before the last depth step).
         """
-        h = self.norm(x)
+        weights = self.pack(x) if weights is None else weights
         matrix_state, recent, associations = carry
+        projected = None
+        if weights.projections is not None:
+            assert self.matrix_mixer is not None
+            h, *projected = project(
+                x, recent, weights.projections, squashes=self.matrix_mixer.squashes
+            )
+        else:
+            h = self.norm(x)
         contexts = []
         if self.matrix_mixer is not None:
             readout, matrix_state, recent = self.matrix_mixer(
-                h, matrix_state, recent, sequence.lengths, weights.matrix_mixer
+                h, matrix_state, recent, sequence.lengths, weights.matrix_mixer, projected
             )
             contexts.append(readout)
         if self.reads_hidden:
@@ -233,16 +316,22 @@ class UniMatrixBlock(nn.Module):
                 pointer = self.slot_mixer.weigh_pointer(h, retrieval.read)
         if sequence.residual_context is not None:
             contexts.append(sequence.residual_context)
-        if contexts:
-            reads = retrieval is not None
-            # Before the first read there is a gate less than is packed.
-            whole = reads or self._association_mixer is None
+        # Before the first read there is a gate less than is packed.
+        reads = retrieval is not None
+        is_whole = reads or self._association_mixer is None
+        if weights.mixing is not None and is_whole:
+            x = add_mixed(x, h, contexts, weights.mixing)
+        elif contexts:
+            if self.matrix_mixer is not None:
+                contexts[0] = self.matrix_mixer.out_proj(contexts[0])
             gates = apply_together(
-                self._list_gates(reads=reads), h, weights.gates if whole else None
+                self._list_gates(reads=reads), h, weights.gates if is_whole else None
             )
             x = x + self.dropout(sum_gated(gates, contexts, backend=self.backend))
-        packed = () if weights.feed_forward is None else (weights.feed_forward,)
-        x = x + self.dropout(self.feed_forward(self.ffn_norm(x), *packed))
+        if weights.feed_forward is not None:
+            x = add_feed_forward(x, weights.feed_forward)
+        else:
+            x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))
         if sequence.modulation is not None:
             x = x * sequence.modulation
         return x, DepthCarry(matrix_state, recent, associations), pointer

@@ -78,13 +78,13 @@ class MatrixMixer(nn.Module):
             self.short_conv = ShortConvolution(width, config.conv_kernel)
 
     @property
-    def _vectors(self) -> list[nn.Linear]:
+    def vector_layers(self) -> list[nn.Linear]:
         """Layers of what a token binds and asks for."""
         vectors = [self.q_proj, self.k_proj, self.v_proj]
         return [*vectors, self.diag_proj] if self.mixes_rules else vectors
 
     @property
-    def _controls(self) -> list[nn.Linear]:
+    def control_layers(self) -> list[nn.Linear]:
         """Layers of what decides how it is written."""
         controls: list[nn.Linear] = [self.retention_proj]
         if self.mixes_rules:
@@ -93,9 +93,14 @@ class MatrixMixer(nn.Module):
             controls.append(self.write_proj)
         return controls
 
+    @property
+    def squashes(self) -> bool:
+        """Whether every vector passes through tanh."""
+        return not self.normalized_keys and not self.uses_delta
+
     def pack(self) -> tuple[PackedWeights | None, PackedWeights | None]:
         """Return the weights that ``forward`` applies together, for several depth steps."""
-        return pack(self._vectors), pack(self._controls)
+        return pack(self.vector_layers), pack(self.control_layers)
 
     def forward(
         self,
@@ -104,8 +109,9 @@ class MatrixMixer(nn.Module):
         recent: Tensor | None,
         lengths: Tensor | None,
         packed: tuple[PackedWeights | None, PackedWeights | None] = (None, None),
+        projected: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the readout before its gate, and the state after the last real token.
+        """Return the readout before ``out_proj``, and the state after the last real token.
 
         Args:
             h: [B, T, D], normalised stream of this depth step.
@@ -113,24 +119,32 @@ class MatrixMixer(nn.Module):
             recent: what the short convolution needs of the tokens before; ``None`` is zeros.
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
             packed: from ``pack``.
+            projected: what ``vector_layers`` behind the convolution and ``control_layers`` make of
+                h, side by side, where that is known; the vectors squashed if ``squashes``.
 
         Returns:
-            [B, T, D] in the dtype of ``h``; [B, H, N, N], float32 at least; ``recent`` afterwards,
-            ``None`` without a short convolution.
+            [B, T, H N] in the dtype of ``h``; [B, H, N, N], float32 at least; ``recent``
+            afterwards, ``None`` without a short convolution.
         """
-        source = h
-        if self.short_conv is not None:
-            source, recent = self.short_conv(h, recent, lengths)
-        vectors, controls = self._vectors, self._controls
-        projected = apply_together(vectors, source, packed[0])  # [B, T, P H N]
+        if projected is not None:
+            vectors, controls = projected
+            if self.short_conv is not None:
+                recent = self.short_conv.take_recent(h, recent, lengths)
+        else:
+            source = h
+            if self.short_conv is not None:
+                source, recent = self.short_conv(h, recent, lengths)
+            vectors = apply_together(self.vector_layers, source, packed[0])  # [B, T, P H N]
+            controls = apply_together(self.control_layers, h, packed[1])  # [B, T, C]
         y, final_state = scan_projected(
-            projected.view(*h.shape[:2], len(vectors), self.num_heads, self.head_dim),
-            apply_together(controls, h, packed[1]),  # [B, T, C]
+            vectors.view(*h.shape[:2], -1, self.num_heads, self.head_dim),
+            controls,
             unit=self.normalized_keys,
             delta=self.uses_delta,
+            bound=projected is not None and self.squashes,
             norm_guard=self.norm_guard,
             initial_state=matrix_state,
             lengths=lengths,
             backend=self.backend,
         )
-        return self.out_proj(y.flatten(2)), final_state, recent
+        return y.flatten(2), final_state, recent

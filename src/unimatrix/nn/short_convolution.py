@@ -45,14 +45,21 @@ class ShortConvolution(nn.Module):
         Returns:
             [B, T, D]; [B, kernel - 1, D], the features of the last real tokens.
         """
-        num_recent = self.kernel - 1
         mixed = convolve_recent(h, self.weight, recent, backend=self.backend)
+        return mixed, self.take_recent(h, recent, lengths)
+
+    def take_recent(self, h: Tensor, recent: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Return the features of the last real tokens, for the next call.
+
+        The arguments are those of ``forward``.
+        """
+        num_recent = self.kernel - 1
         if lengths is None and h.shape[1] >= num_recent:
             # Copied: a view would keep the whole stream in memory.
-            return mixed, h[:, h.shape[1] - num_recent :].clone()
+            return h[:, h.shape[1] - num_recent :].clone()
         before = h.new_zeros(h.shape[0], num_recent, h.shape[2]) if recent is None else recent
         stream = torch.cat([before.to(h.dtype), h], dim=1)  # [B, kernel - 1 + T, D]
-        return mixed, _take_last(stream, num_recent, lengths)
+        return _take_last(stream, num_recent, lengths)
 
 
 def _take_last(stream: Tensor, num_recent: int, lengths: Tensor | None) -> Tensor:

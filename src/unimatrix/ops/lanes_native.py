@@ -189,3 +189,14 @@ def total(_: Any, lanes: Any) -> Any:
         return builder.call(reduce, [vector.element(-0.0), args[0]], fastmath=_FASTMATH)
 
     return lanes.dtype(lanes), generate
+
+
+@intrinsic
+def where_negative(_: Any, lanes: Any, this: Any, that: Any) -> Any:
+    """Return ``this`` in the lanes that are below zero, ``that`` in the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        is_below = builder.fcmp_ordered("<", args[0], ir.Constant(args[0].type, None))
+        return builder.select(is_below, args[1], args[2])
+
+    return lanes(lanes, lanes, lanes), generate

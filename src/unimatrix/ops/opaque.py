@@ -6,6 +6,7 @@ derivative. What is not here (norm guard, delta rule on the CPU, anything carrie
 in two or falls back to tensor operations, and stays correct.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,242 @@ def _differentiate_scan(ctx: Any, dy: Tensor, dfinal: Tensor, *_unused: Any) -> 
 
 
 scan_projected.register_autograd(_differentiate_scan, setup_context=_keep_scan)
+
+
+def fill_absent(weights: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return weights with an empty tensor for ``None``, which a list of an operator cannot hold."""
+    first = next(weight for weight in weights if weight is not None)
+    return [first.new_empty(0) if weight is None else weight for weight in weights]
+
+
+def without_empty(weights: Sequence[Tensor]) -> list[Any]:
+    """Return weights with ``None`` for what is empty."""
+    return [weight if weight.numel() else None for weight in weights]
+
+
+@torch.library.custom_op("unimatrix::project", mutates_args=(), device_types="cpu")
+def project(
+    x: Tensor,
+    recent: Tensor | None,
+    weights: list[Tensor],
+    panels: list[Tensor],
+    squashes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run norm, convolution and projections; see ``projection_native.PreparedProjections``."""
+    from unimatrix.ops.fused_passes import projection_native as native
+
+    prepared = native.PreparedProjections(
+        native.ProjectionWeights(*without_empty(weights)), *panels
+    )
+    return native.run_forward(x.contiguous(), recent, prepared, squashes=squashes)
+
+
+@project.register_fake
+def _(
+    x: Tensor,
+    recent: Tensor | None,
+    weights: list[Tensor],
+    panels: list[Tensor],
+    squashes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors, controls = (x.new_empty(*x.shape[:2], weight.shape[0]) for weight in weights[3:5])
+    return x.new_empty(x.shape), vectors, controls
+
+
+@torch.library.custom_op("unimatrix::project_backward", mutates_args=(), device_types="cpu")
+def _project_backward(
+    x: Tensor,
+    recent: Tensor | None,
+    weights: list[Tensor],
+    panels: list[Tensor],
+    vectors: Tensor,
+    grads: list[Tensor],
+    squashes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from unimatrix.ops.fused_passes import projection_native as native
+
+    prepared = native.PreparedProjections(
+        native.ProjectionWeights(*without_empty(weights)), *panels
+    )
+    return native.run_backward(x.contiguous(), recent, prepared, vectors, *grads, squashes=squashes)
+
+
+@_project_backward.register_fake
+def _(
+    x: Tensor,
+    recent: Tensor | None,
+    weights: list[Tensor],
+    panels: list[Tensor],
+    vectors: Tensor,
+    grads: list[Tensor],
+    squashes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, D = x.shape
+    num_before = max(weights[2].shape[0] - 1, 0)
+    count = D + sum(weight.numel() for weight in (weights[0], *weights[2:]))
+    return x.new_empty(x.shape), x.new_empty(B, num_before, D), x.new_empty(count)
+
+
+def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep every tensor given, and how they were grouped."""
+    ctx.groups = [len(group) if isinstance(group, list) else None for group in inputs]
+    flat = [
+        [group] if size is None else group for group, size in zip(inputs, ctx.groups, strict=True)
+    ]
+    ctx.save_for_backward(*[tensor for group in flat for tensor in group])
+
+
+def _recall_all(ctx: Any) -> list[Any]:
+    """Return what ``_keep_all`` kept."""
+    tensors = iter(ctx.saved_tensors)
+    return [
+        next(tensors) if size is None else [next(tensors) for _ in range(size)]
+        for size in ctx.groups
+    ]
+
+
+def _keep_projections(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_all(ctx, (*inputs[:-1], output[1]), output)
+    ctx.squashes = inputs[-1]
+
+
+def _differentiate_projections(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    from unimatrix.ops.fused_passes import projection_native as native
+
+    x, recent, weights, panels, vectors = _recall_all(ctx)
+    given = (x, recent, weights, panels, vectors, list(grads), ctx.squashes)
+    dx, drecent, row = _project_backward(*given)
+    of_weights = native.split_gradients(row, native.ProjectionWeights(*without_empty(weights)))
+    of_recent = None if recent is None else drecent.to(recent.dtype)
+    return dx, of_recent, list(of_weights), [None] * len(panels), None
+
+
+project.register_autograd(_differentiate_projections, setup_context=_keep_projections)
+
+
+@torch.library.custom_op("unimatrix::add_mixed", mutates_args=(), device_types="cpu")
+def add_mixed(
+    x: Tensor, h: Tensor, contexts: list[Tensor], weights: list[Tensor], panels: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run projection, gates and gated sum; see ``mixing_native.PreparedMixing``."""
+    from unimatrix.ops.fused_passes import mixing_native as native
+
+    readout, *others = (context.contiguous() for context in contexts)
+    prepared = native.PreparedMixing(*weights, *panels)
+    return native.run_forward(x.contiguous(), h.contiguous(), readout, others, prepared, saves=True)
+
+
+@add_mixed.register_fake
+def _(
+    x: Tensor, h: Tensor, contexts: list[Tensor], weights: list[Tensor], panels: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    gates = x.new_empty(num_rows, weights[1].shape[0])
+    return x.new_empty(x.shape), gates, x.new_empty(num_rows, width)
+
+
+@torch.library.custom_op("unimatrix::add_mixed_backward", mutates_args=(), device_types="cpu")
+def _add_mixed_backward(
+    h: Tensor,
+    contexts: list[Tensor],
+    kept: list[Tensor],
+    weights: list[Tensor],
+    panels: list[Tensor],
+    dy: Tensor,
+) -> list[Tensor]:
+    from unimatrix.ops.fused_passes import mixing_native as native
+
+    readout, *others = (context.contiguous() for context in contexts)
+    prepared = native.PreparedMixing(*weights, *panels)
+    dh, dreadout, dothers, row = native.run_backward(
+        h.contiguous(), readout, others, kept, prepared, dy
+    )
+    return [dh, dreadout, *dothers, row]
+
+
+@_add_mixed_backward.register_fake
+def _(
+    h: Tensor,
+    contexts: list[Tensor],
+    kept: list[Tensor],
+    weights: list[Tensor],
+    panels: list[Tensor],
+    dy: Tensor,
+) -> list[Tensor]:
+    row = h.new_empty(sum(weight.numel() for weight in weights))
+    return [h.new_empty(h.shape), *(h.new_empty(c.shape) for c in contexts), row]
+
+
+def _keep_mixing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_all(ctx, (*inputs[1:], list(output[1:])), output)
+
+
+def _differentiate_mixing(ctx: Any, dy: Tensor, *_unused: Any) -> tuple[Any, ...]:
+    from unimatrix.ops.fused_passes import mixing_native as native
+
+    h, contexts, weights, panels, kept = _recall_all(ctx)
+    dh, *dcontexts, row = _add_mixed_backward(h, contexts, kept, weights, panels, dy)
+    of_weights = native.split_gradients(row, native.PreparedMixing(*weights, *panels))
+    return dy, dh, dcontexts, of_weights, [None] * len(panels)
+
+
+add_mixed.register_autograd(_differentiate_mixing, setup_context=_keep_mixing)
+
+
+@torch.library.custom_op("unimatrix::add_feed_forward", mutates_args=(), device_types="cpu")
+def add_feed_forward(
+    x: Tensor, weights: list[Tensor], panels: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run norm and feed-forward network; see ``feed_forward_native.PreparedFeedForward``."""
+    from unimatrix.ops.fused_passes import feed_forward_native as native
+
+    prepared = native.PreparedFeedForward(
+        native.FeedForwardWeights(*without_empty(weights)), *panels
+    )
+    return native.run_forward(x.contiguous(), prepared, saves=True)
+
+
+@add_feed_forward.register_fake
+def _(x: Tensor, weights: list[Tensor], panels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], weights[2].shape[0])
+
+
+@torch.library.custom_op("unimatrix::feed_forward_backward", mutates_args=(), device_types="cpu")
+def _feed_forward_backward(
+    x: Tensor, kept: Tensor, weights: list[Tensor], panels: list[Tensor], dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    from unimatrix.ops.fused_passes import feed_forward_native as native
+
+    prepared = native.PreparedFeedForward(
+        native.FeedForwardWeights(*without_empty(weights)), *panels
+    )
+    return native.run_backward(x.contiguous(), kept, prepared, dy)
+
+
+@_feed_forward_backward.register_fake
+def _(
+    x: Tensor, kept: Tensor, weights: list[Tensor], panels: list[Tensor], dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    scale, _, up, _, down, _ = weights
+    count = up.numel() + down.numel() + 3 * scale.numel() + up.shape[0]
+    return x.new_empty(x.shape), x.new_empty(count)
+
+
+def _keep_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep_all(ctx, (*inputs, output[1]), output)
+
+
+def _differentiate_feed_forward(ctx: Any, dy: Tensor, _unused: Any) -> tuple[Any, ...]:
+    from unimatrix.ops.fused_passes import feed_forward_native as native
+
+    x, weights, panels, kept = _recall_all(ctx)
+    dx, row = _feed_forward_backward(x, kept, weights, panels, dy)
+    of_weights = native.split_gradients(row, native.FeedForwardWeights(*without_empty(weights)))
+    return dx, list(of_weights), [None] * len(panels)
+
+
+add_feed_forward.register_autograd(_differentiate_feed_forward, setup_context=_keep_feed_forward)
 
 
 @torch.library.custom_op("unimatrix::allocate_slots", mutates_args=())

@@ -1,25 +1,44 @@
-"""What stands between matrix products, each in one pass forward and one backward on the CPU.
+"""What a depth step does beside its scan, each in one pass forward and one backward on the CPU.
 
 Composed of tensor operations, a norm, a gated sum, a gated unit or a short convolution reads and
 writes its features ten to twenty times, and at the widths of small models that takes longer than
 the products. The native back end (float32 and float64 on the CPU, differentiable once) does each in
-one compiled loop; elsewhere, and for the few rows of a decoding step, the reference runs.
+one compiled loop. ``project``, ``add_mixed`` and ``add_feed_forward`` take the products with them,
+where ``fuses_products``. Elsewhere, and for the few rows of a decoding step, the reference runs.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import require_backend
+from unimatrix.ops.checks import is_autocast
 from unimatrix.ops.fused_passes import reference
 
-__all__ = ["apply_gated_unit", "convolve_recent", "normalize_rows", "sum_gated"]
+if TYPE_CHECKING:
+    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
+    from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
+    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
+
+__all__ = [
+    "add_feed_forward",
+    "add_mixed",
+    "apply_gated_unit",
+    "convolve_recent",
+    "fuses_products",
+    "normalize_rows",
+    "project",
+    "sum_gated",
+]
 
 # Below, torch is as fast and needs no compiler.
 _FEWEST_ROWS = 17
 _MOST_CONTEXTS = 3
+_LANES = 16  # of the products inside kernels
+_MOST_WEIGHTS = 600_000  # of one pass; above, a library's products are as fast
 
 
 def _runs_native(backend: str, *tensors: Tensor | None) -> bool:
@@ -42,6 +61,104 @@ def _runs_native(backend: str, *tensors: Tensor | None) -> bool:
             f"backend 'native' takes float32 or float64 on the CPU, not {names}; pass auto."
         )
     return backend == "native"
+
+
+def fuses_products(x: Tensor, weights: Sequence[Tensor], backend: str = "auto") -> bool:
+    """Return whether layers and what stands between them may run as one compiled pass.
+
+    Under ``torch.compile`` too: its compiler joins what stands between products, this the products.
+
+    Args:
+        x: [..., D], the stream.
+        weights: of all layers.
+        backend: ``auto``, ``reference`` or ``native``.
+    """
+    if backend == "reference" or x.shape[-1] % _LANES or is_autocast(x.device.type):
+        return False
+    plain = all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in (x, *weights)}
+    if not plain or kinds not in ({("cpu", torch.float32)}, {("cpu", torch.float64)}):
+        return False
+    is_small = sum(weight.numel() for weight in weights) <= _MOST_WEIGHTS
+    return backend == "native" or (is_small and x.shape[:-1].numel() >= _FEWEST_ROWS)
+
+
+def add_feed_forward(x: Tensor, prepared: "PreparedFeedForward") -> Tensor:
+    """Return the stream and what a feed-forward network makes of its norm.
+
+    Equation: E23.
+
+    Args:
+        x: [..., D], for which ``fuses_products``.
+        prepared: from ``feed_forward_native.prepare``.
+
+    Returns:
+        [..., D].
+    """
+    if torch.compiler.is_compiling():
+        from unimatrix.ops import opaque
+
+        weights, panels = opaque.fill_absent(prepared.weights), list(prepared[1:])
+        result: Tensor = opaque.add_feed_forward(x, weights, panels)[0]
+        return result
+    from unimatrix.ops.fused_passes.feed_forward_native import add_feed_forward_native
+
+    return add_feed_forward_native(x, prepared)
+
+
+def add_mixed(
+    x: Tensor, h: Tensor, contexts: Sequence[Tensor], prepared: "PreparedMixing"
+) -> Tensor:
+    """Return the stream and the gated sum of the mixers' contexts.
+
+    Equation: E4 (the readout's projection), E11.
+
+    Args:
+        x: [..., D], for which ``fuses_products``.
+        h: [..., D], what the gates see.
+        contexts: one to three, the readout [..., R] before its projection, then [..., D].
+        prepared: from ``mixing_native.prepare_mixing``.
+
+    Returns:
+        [..., D].
+    """
+    if torch.compiler.is_compiling():
+        from unimatrix.ops import opaque
+
+        weights, panels = list(prepared[:3]), list(prepared[3:])
+        mixed: Tensor = opaque.add_mixed(x, h, list(contexts), weights, panels)[0]
+        return mixed
+    from unimatrix.ops.fused_passes.mixing_native import add_mixed_native
+
+    return add_mixed_native(x, h, contexts, prepared)
+
+
+def project(
+    x: Tensor, recent: Tensor | None, prepared: "PreparedProjections", *, squashes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise the stream, convolve, and apply a mixer's projections.
+
+    Equation: E19, E22; E24 with tanh.
+
+    Args:
+        x: [B, T, D], for which ``fuses_products``.
+        recent: [B, K - 1, D], normalised streams of the tokens before; ``None`` is zeros.
+        prepared: from ``projection_native.prepare_projections``.
+        squashes: whether the vectors pass through tanh.
+
+    Returns:
+        the normalised stream, the vectors and the controls, [B, T, D or V or C].
+    """
+    if torch.compiler.is_compiling():
+        from unimatrix.ops import opaque
+
+        projected: tuple[Tensor, Tensor, Tensor] = opaque.project(
+            x, recent, opaque.fill_absent(prepared.weights), list(prepared[1:]), squashes
+        )
+        return projected
+    from unimatrix.ops.fused_passes.projection_native import project_native
+
+    return project_native(x, recent, prepared, squashes=squashes)
 
 
 def normalize_rows(

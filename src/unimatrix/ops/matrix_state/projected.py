@@ -25,6 +25,7 @@ def scan_projected(
     *,
     unit: bool,
     delta: bool = False,
+    bound: bool = False,
     norm_guard: bool = False,
     initial_state: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -42,6 +43,7 @@ def scan_projected(
         unit: q, k, v and d become unit vectors a head and so does the readout times sqrt(N);
             otherwise they pass through tanh. With ``delta`` the payload k stays as it is.
         delta: the delta rule.
+        bound: the vectors have passed through tanh.
         norm_guard, initial_state, lengths, backend: as in ``scan_matrix_state``.
 
     Returns:
@@ -69,8 +71,8 @@ def scan_projected(
         if initial_state is None:
             shape = (sizes["B"], sizes["H"], sizes["N"], sizes["N"])
             initial_state = projected.new_zeros(shape, dtype=dtype)
-        bound = projected if unit else torch.tanh(projected)
-        tensors = (bound.to(dtype), controls.to(dtype), initial_state.to(dtype))
+        vectors = projected if unit or bound else torch.tanh(projected)
+        tensors = (vectors.to(dtype), controls.to(dtype), initial_state.to(dtype))
         if torch.compiler.is_compiling():
             y, final_state, *_ = opaque.scan_projected(*tensors, lengths, unit)
         else:
@@ -82,7 +84,9 @@ def scan_projected(
     q, k, v, *rest = projected.unbind(dim=2)  # [B, T, H, N] each
 
     def bind(vectors: Tensor) -> Tensor:
-        return normalize(vectors, dim=-1) if unit else torch.tanh(vectors)
+        if unit:
+            return normalize(vectors, dim=-1)
+        return vectors if bound else torch.tanh(vectors)
 
     H = sizes["H"]
     retention, others = controls[..., :H], controls[..., H:].contiguous()

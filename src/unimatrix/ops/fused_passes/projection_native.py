@@ -1,0 +1,405 @@
+"""Norm, short convolution and projections of a mixer in Numba: one pass forward, one backward.
+
+As in ``feed_forward_native``, a few rows at a time go through all of it. A tile lies in one
+sequence and normalises the few tokens before it once more, as the convolution sees them.
+"""
+# mypy: allow-untyped-defs
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from unimatrix.ops.fused_passes.tiles_native import (
+    TILE,
+    copy_rows,
+    count_spans,
+    normalize_tile,
+    normalize_tile_backward,
+)
+from unimatrix.ops.lanes_native import (
+    OPTIONS,
+    at,
+    exponential,
+    load,
+    minus,
+    over,
+    plus,
+    pointer,
+    store,
+    times,
+    where_negative,
+    zeros,
+)
+from unimatrix.ops.products_native import LANES, cut_panels, multiply
+from unimatrix.ops.threads import run_rows
+
+
+class _Form(NamedTuple):
+    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+
+    lanes: tuple[int, ...]
+    centred: tuple[int, ...]  # empty: the norm is RMSNorm
+    squashed: tuple[int, ...]  # empty: the vectors do not pass through tanh
+
+
+class ProjectionWeights(NamedTuple):
+    """Weights of norm, convolution and projections.
+
+    Attributes:
+        scale: [D], of the norm.
+        shift: [D], of LayerNorm; ``None`` is RMSNorm.
+        filters: [K, D], of the convolution, the current token's last; ``None`` is none.
+        vectors: [V, D], V a multiple of the kernels' lanes; they see the convolution.
+        controls: [C, D]; they do not.
+        controls_bias: [C].
+    """
+
+    scale: Tensor
+    shift: Tensor | None
+    filters: Tensor | None
+    vectors: Tensor
+    controls: Tensor
+    controls_bias: Tensor
+
+
+class PreparedProjections(NamedTuple):
+    """Weights in the order in which the kernels read them, for several passes.
+
+    Attributes:
+        weights: to which gradients go.
+        eps: [1], of the norm.
+        vectors, vectors_across, controls, controls_across: matrices and their transposes from
+            ``cut_panels``.
+    """
+
+    weights: ProjectionWeights
+    eps: Tensor
+    vectors: Tensor
+    vectors_across: Tensor
+    controls: Tensor
+    controls_across: Tensor
+
+
+def prepare_projections(eps: float, weights: ProjectionWeights) -> PreparedProjections:
+    """Reorder weights; D and V are multiples of the kernels' lanes."""
+    vectors, controls = weights.vectors, weights.controls
+    with torch.no_grad():
+        padded = pad(controls, (0, 0, 0, -controls.shape[0] % len(LANES)))
+        matrices = (vectors, vectors.t(), controls, padded.t())
+        return PreparedProjections(
+            weights, weights.scale.new_tensor([eps]), *map(cut_panels, matrices)
+        )
+
+
+@numba.njit(**OPTIONS)
+def _normalize_around(form, x, recent, num_taps, start, rows, width, eps, scale, shift, units, h):
+    """Normalise a tile and the tokens before it that a convolution sees.
+
+    Args:
+        x: the sequence's first row.
+        recent: rows before it.
+        start: the tile's first token.
+        units, h: room for ``num_taps - 1`` rows and then the tile's; behind the room in ``units``
+            come the divisors' inverses, of the first row that was normalised on.
+    """
+    num_before = max(num_taps - 1, 0)
+    for i in range(num_before):
+        t = start - num_before + i
+        if t < 0:
+            copy_rows(form.lanes, at(recent, (num_before + t) * width), at(h, i * width), width)
+    earlier = min(num_before, start)
+    first = num_before - earlier
+    inverses = at(units, (num_before + TILE) * width)
+    normalize_tile(
+        form, at(x, (start - earlier) * width), rows + earlier, width, eps, scale, shift,
+        at(units, first * width), at(h, first * width), width, inverses,
+    )  # fmt: skip
+
+
+@numba.njit(**OPTIONS)
+def _convolve(lanes, h, filters, num_taps, rows, width, source):
+    """Set ``source`` to the tile's rows of h, behind ``num_taps - 1`` others, convolved."""
+    for row in range(rows):
+        for j in range(0, width, len(lanes)):
+            mixed = zeros(source, lanes)
+            for k in range(num_taps):
+                part = load(h, (row + k) * width + j, lanes)
+                mixed = plus(mixed, times(part, load(filters, k * width + j, lanes)))
+            store(source, row * width + j, mixed)
+
+
+@numba.njit(**OPTIONS)
+def _squash(lanes, vectors, count):
+    """Replace numbers by their tanh, exact to the last bits of 1."""
+    for j in range(0, count, len(lanes)):
+        x = load(vectors, j, lanes)
+        fading = exponential(times(where_negative(x, x, times(x, -1.0)), 2.0))
+        ones = plus(zeros(vectors, lanes), 1.0)
+        size = over(minus(ones, fading), plus(ones, fading))
+        store(vectors, j, where_negative(x, times(size, -1.0), size))
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _apply_spans(
+    first, last, form, num_spans, num_tokens, width, columns, num_controls, num_taps,
+    x, recent, eps, scale, shift, filters, vectors_across, controls_across, controls_bias,
+    h, vectors, controls,
+):  # fmt: skip
+    lanes, D, V, C, W = form.lanes, width, columns, num_controls, len(form.lanes)
+    padded = (C + W - 1) // W * W
+    num_before = max(num_taps - 1, 0)
+    per_row = (num_tokens + TILE - 1) // TILE
+    num_tiles = len(x) // (num_tokens * D) * per_row
+    room = (num_before + TILE) * (D + 1)
+    scratch = np.empty(2 * room + TILE * (D + padded), x.dtype)
+    units, around = pointer(scratch, 0), pointer(scratch, room)
+    mixed = at(around, room)
+    logits = at(mixed, TILE * D)
+    for tile in range(first * num_tiles // num_spans, last * num_tiles // num_spans):
+        row, start = tile // per_row, tile % per_row * TILE
+        rows = min(TILE, num_tokens - start)
+        position = row * num_tokens + start
+        _normalize_around(
+            form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
+            num_taps, start, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0), units, around,
+        )  # fmt: skip
+        here = at(around, num_before * D)
+        copy_rows(lanes, here, pointer(h, position * D), rows * D)
+        multiply(
+            lanes, here, D, 1, pointer(controls_across, 0), D * W, W,
+            logits, padded, rows, padded, D, False,
+        )  # fmt: skip
+        for i in range(rows):
+            for j in range(C):
+                controls[(position + i) * C + j] = logits[i * padded + j] + controls_bias[j]
+        if num_taps:
+            _convolve(lanes, around, pointer(filters, 0), num_taps, rows, D, mixed)
+            here = mixed
+        multiply(
+            lanes, here, D, 1, pointer(vectors_across, 0), D * W, W,
+            pointer(vectors, position * V), V, rows, V, D, False,
+        )  # fmt: skip
+        if len(form.squashed):
+            _squash(lanes, pointer(vectors, position * V), rows * V)
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _backward_spans(
+    first, last, form, num_spans, num_tokens, width, columns, num_controls, num_taps,
+    x, recent, eps, scale, shift, filters, vectors_panels, controls_panels,
+    vectors, dh, dvectors, dcontrols, dx, drecent, grads,
+):  # fmt: skip
+    lanes, D, V, C, W = form.lanes, width, columns, num_controls, len(form.lanes)
+    num_before = max(num_taps - 1, 0)
+    per_row = (num_tokens + TILE - 1) // TILE
+    num_tiles = len(x) // (num_tokens * D) * per_row
+    num_grads = len(grads) // num_spans
+    room = (num_before + TILE) * (D + 1)
+    by_row = V + W  # apart by no power of two
+    scratch = np.empty(3 * room + 2 * TILE * D + (num_before + TILE) * by_row, x.dtype)
+    units, around, dmixed = pointer(scratch, 0), pointer(scratch, room), pointer(scratch, 2 * room)
+    mixed, within = at(dmixed, room), at(dmixed, room + TILE * D)
+    by = at(within, TILE * D)
+    filter_rows, inverses = pointer(filters, 0), at(units, (num_before + TILE) * D)
+    for span in range(first, last):
+        grads[span * num_grads : (span + 1) * num_grads] = 0
+        dscale = pointer(grads, span * num_grads)
+        dshift, dfilters = at(dscale, D), at(dscale, 2 * D)
+        by_vectors = at(dfilters, num_taps * D)
+        by_controls = at(by_vectors, V * D)
+        by_bias = at(by_controls, C * D)
+        for tile in range(span * num_tiles // num_spans, (span + 1) * num_tiles // num_spans):
+            row, start = tile // per_row, tile % per_row * TILE
+            rows = min(TILE, num_tokens - start)
+            position = row * num_tokens + start
+            _normalize_around(
+                form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
+                num_taps, start, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),
+                units, around,
+            )  # fmt: skip
+            here = at(around, num_before * D)
+            source = here
+            if num_taps:
+                _convolve(lanes, around, filter_rows, num_taps, rows, D, mixed)
+                source = mixed
+            # Of the tokens behind the tile too, whose convolutions see it.
+            reached = min(rows + num_before, num_tokens - start)
+            for i in range(reached):
+                along, target = pointer(dvectors, (position + i) * V), at(by, i * by_row)
+                if len(form.squashed):
+                    for j in range(0, V, W):
+                        made = load(pointer(vectors, (position + i) * V), j, lanes)
+                        slope = minus(plus(zeros(target, lanes), 1.0), times(made, made))
+                        store(target, j, times(load(along, j, lanes), slope))
+                else:
+                    copy_rows(lanes, along, target, V)
+            logits = pointer(dcontrols, position * C)
+            multiply(
+                lanes, by, by_row, 1, pointer(vectors_panels, 0), V * W, W,
+                dmixed, D, reached, D, V, False,
+            )  # fmt: skip
+            multiply(lanes, by, 1, by_row, source, W, D, by_vectors, D, V, D, rows, True)
+            multiply(lanes, logits, 1, C, here, W, D, by_controls, D, C, D, rows, True)
+            for i in range(rows):
+                for j in range(C):
+                    by_bias[j] += logits[i * C + j]
+            copy_rows(lanes, pointer(dh, position * D), within, rows * D)
+            multiply(
+                lanes, logits, C, 1, pointer(controls_panels, 0), C * W, W,
+                within, D, rows, D, C, True,
+            )  # fmt: skip
+            if num_taps == 0:
+                for j in range(0, rows * D, W):
+                    store(within, j, plus(load(within, j, lanes), load(dmixed, j, lanes)))
+            for k in range(num_taps):
+                behind = num_before - k  # tokens until the filter sees a row
+                for j in range(0, D, W):
+                    tap, sums = (
+                        load(filter_rows, k * D + j, lanes),
+                        load(dfilters, k * D + j, lanes),
+                    )
+                    for i in range(rows):
+                        seen = load(around, (i + k) * D + j, lanes)
+                        sums = plus(sums, times(load(dmixed, i * D + j, lanes), seen))
+                        if i + behind < reached:
+                            place = i * D + j
+                            along = times(load(dmixed, (i + behind) * D + j, lanes), tap)
+                            store(within, place, plus(load(within, place, lanes), along))
+                    store(dfilters, k * D + j, sums)
+            if start == 0:
+                before = pointer(drecent, row * num_before * D)
+                for i in range(num_before):
+                    for j in range(0, D, W):
+                        sums = zeros(before, lanes)
+                        for k in range(min(i + 1, num_taps)):
+                            if i - k < reached:
+                                tap = load(filter_rows, k * D + j, lanes)
+                                sums = plus(sums, times(load(dmixed, (i - k) * D + j, lanes), tap))
+                        store(before, i * D + j, sums)
+            target = pointer(dx, position * D)
+            for j in range(0, rows * D, W):
+                store(target, j, zeros(target, lanes))
+            normalize_tile_backward(
+                form, within, at(units, num_before * D), at(inverses, min(num_before, start)),
+                rows, D, pointer(scale, 0), target, dscale, dshift,
+            )  # fmt: skip
+
+
+def _plan(
+    x: Tensor, prepared: PreparedProjections, squashes: bool
+) -> tuple[_Form, int, int, tuple[int, ...], list[Tensor]]:
+    """Return the kernels' form, spans of rows, the work of one, sizes, and what both take first."""
+    (B, T, D), none = x.shape, x.new_empty(0)
+    scale, shift, filters, vectors, controls, _ = prepared.weights
+    form = _Form(LANES, (0,) * (shift is not None), (0,) * squashes)
+    num_spans = count_spans(B * -(-T // TILE))
+    work = B * T * (vectors.numel() + controls.numel()) // num_spans
+    num_taps = 0 if filters is None else filters.shape[0]
+    sizes = (num_spans, T, D, vectors.shape[0], controls.shape[0], num_taps)
+    absent = (none if weight is None else weight for weight in (shift, filters))
+    return form, num_spans, work, sizes, [prepared.eps, scale, *absent]
+
+
+def run_forward(
+    x: Tensor, recent: Tensor | None, prepared: PreparedProjections, *, squashes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the forward kernel; return h, vectors and controls, [B, T, D or V or C]."""
+    form, num_spans, work, sizes, given = _plan(x, prepared, squashes)
+    weights = prepared.weights
+    h, rest = torch.empty_like(x), (prepared.vectors_across, prepared.controls_across)
+    vectors = x.new_empty(*x.shape[:2], weights.vectors.shape[0])
+    controls = x.new_empty(*x.shape[:2], weights.controls.shape[0])
+    inputs = (x, _or_zeros(recent, x, sizes[-1]), *given, *rest, weights.controls_bias)
+    run_rows(_apply_spans, form, num_spans, work, *sizes, *inputs, h, vectors, controls)
+    return h, vectors, controls
+
+
+def run_backward(
+    x: Tensor,
+    recent: Tensor | None,
+    prepared: PreparedProjections,
+    vectors: Tensor,
+    dh: Tensor,
+    dvectors: Tensor,
+    dcontrols: Tensor,
+    *,
+    squashes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernel; ``vectors`` are from ``run_forward``.
+
+    Returns:
+        the gradients of x, of ``recent``, and of the weights in one row.
+    """
+    form, num_spans, work, sizes, given = _plan(x, prepared, squashes)
+    before = _or_zeros(recent, x, sizes[-1])
+    dx, drecent = torch.empty_like(x), torch.empty_like(before)
+    grads = x.new_empty(num_spans, sum(_count(prepared.weights)))
+    inputs = (x, before, *given, prepared.vectors, prepared.controls, vectors)
+    outputs = (dh.contiguous(), dvectors.contiguous(), dcontrols.contiguous(), dx, drecent, grads)
+    run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *inputs, *outputs)
+    return dx, drecent, grads.sum(dim=0)
+
+
+def _or_zeros(recent: Tensor | None, x: Tensor, num_taps: int) -> Tensor:
+    """Return the rows before a sequence, contiguous."""
+    if recent is not None:
+        return recent.to(x.dtype).contiguous()
+    return x.new_zeros(x.shape[0], max(num_taps - 1, 0), x.shape[2])
+
+
+def _count(weights: ProjectionWeights) -> list[int]:
+    """Return how many numbers the kernel's gradients have, in its order."""
+    width, filters = weights.scale.numel(), weights.filters
+    num_filters = 0 if filters is None else filters.numel()
+    shared = [weights.vectors.numel(), weights.controls.numel(), weights.controls_bias.numel()]
+    return [width, width, num_filters, *shared]
+
+
+def split_gradients(row: Tensor, weights: ProjectionWeights) -> tuple[Tensor | None, ...]:
+    """Return what ``run_backward`` says of each of the weights, ``None`` where there is none."""
+    grads = row.split(_count(weights))
+    return tuple(
+        None if weight is None else grad.view_as(weight)
+        for weight, grad in zip(weights, grads, strict=True)
+    )
+
+
+class _Project(torch.autograd.Function):
+    """The pass with its backward kernel; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        squashes: bool,
+        prepared: PreparedProjections,
+        x: Tensor,
+        recent: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = x.contiguous()
+        h, vectors, controls = run_forward(x, recent, prepared, squashes=squashes)
+        ctx.save_for_backward(x, recent, vectors, *weights, *prepared[1:])
+        ctx.squashes = squashes
+        return h, vectors, controls
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, recent, vectors, *kept = ctx.saved_tensors
+        prepared = PreparedProjections(ProjectionWeights(*kept[:6]), *kept[6:])
+        dx, drecent, row = run_backward(x, recent, prepared, vectors, *grads, squashes=ctx.squashes)
+        of_recent = None if recent is None else drecent.to(recent.dtype)
+        return None, None, dx, of_recent, *split_gradients(row, prepared.weights)
+
+
+def project_native(
+    x: Tensor, recent: Tensor | None, prepared: PreparedProjections, *, squashes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the pass on the CPU; arguments as in ``project``."""
+    h, vectors, controls = _Project.apply(squashes, prepared, x, recent, *prepared.weights)
+    return h, vectors, controls

@@ -1,0 +1,87 @@
+"""What kernels do with a tile: a few rows that a thread takes through several layers."""
+# mypy: allow-untyped-defs
+
+import math
+
+import numba
+import torch
+from torch import Tensor
+
+from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, store, times, total, zeros
+
+TILE = 96  # rows; with the weights of small models they stay in a core's cache
+
+
+def count_spans(num_tiles: int) -> int:
+    """Return in how many spans of tiles a kernel runs, each with gradients of its own."""
+    return min(torch.get_num_threads(), num_tiles)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether a backward pass may come that needs what a kernel computes."""
+    given = (tensor for tensor in tensors if tensor is not None)
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
+@numba.njit(**OPTIONS)
+def copy_rows(lanes, source, target, count):
+    """Copy ``count`` numbers, a multiple of the lanes."""
+    for j in range(0, count, len(lanes)):
+        store(target, j, load(source, j, lanes))
+
+
+@numba.njit(**OPTIONS)
+def add_rows(lanes, rows, count, width, target):
+    """Add ``count`` rows to ``target``, one of them."""
+    for row in range(count):
+        for j in range(0, width, len(lanes)):
+            store(target, j, plus(load(target, j, lanes), load(rows, row * width + j, lanes)))
+
+
+@numba.njit(**OPTIONS)
+def normalize_tile(form, x, rows, width, eps, scale, shift, units, h, h_row, inverses):
+    """Set ``units`` to the normalised rows, ``h`` to these scaled; keep the divisors' inverses."""
+    lanes = form.lanes
+    for row in range(rows):
+        source, unit, target = at(x, row * width), at(units, row * width), at(h, row * h_row)
+        mean = zeros(source, lanes)
+        if len(form.centred):
+            for j in range(0, width, len(lanes)):
+                mean = plus(mean, load(source, j, lanes))
+            mean = plus(zeros(source, lanes), -total(mean) / width)
+        squares = zeros(source, lanes)
+        for j in range(0, width, len(lanes)):
+            part = plus(load(source, j, lanes), mean)
+            squares = plus(squares, times(part, part))
+        inverse = 1 / math.sqrt(total(squares) / width + eps)
+        for j in range(0, width, len(lanes)):
+            part = times(plus(load(source, j, lanes), mean), inverse)
+            store(unit, j, part)
+            part = times(part, load(scale, j, lanes))
+            if len(form.centred):
+                part = plus(part, load(shift, j, lanes))
+            store(target, j, part)
+        inverses[row] = inverse
+
+
+@numba.njit(**OPTIONS)
+def normalize_tile_backward(form, dh, units, inverses, rows, width, scale, dx, dscale, dshift):
+    """Add to ``dx`` what comes through the norm, and to the gradients of its weights."""
+    lanes = form.lanes
+    for row in range(rows):
+        unit, grad = at(units, row * width), at(dh, row * width)
+        target = at(dx, row * width)
+        along, level = zeros(grad, lanes), zeros(grad, lanes)
+        for j in range(0, width, len(lanes)):
+            slope, place = load(grad, j, lanes), load(unit, j, lanes)
+            moved = times(slope, load(scale, j, lanes))
+            along, level = plus(along, times(moved, place)), plus(level, moved)
+            store(dscale, j, plus(load(dscale, j, lanes), times(slope, place)))
+            if len(form.centred):
+                store(dshift, j, plus(load(dshift, j, lanes), slope))
+        outward = -total(along) / width
+        mean = -total(level) / width if len(form.centred) else 0.0
+        for j in range(0, width, len(lanes)):
+            inward = times(load(grad, j, lanes), load(scale, j, lanes))
+            inward = plus(plus(inward, times(load(unit, j, lanes), outward)), mean)
+            store(target, j, plus(load(target, j, lanes), times(inward, inverses[row])))

@@ -1,0 +1,256 @@
+"""Passes that hold whole layers (projections, mixing, feed-forward): native against torch's own."""
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
+
+from tests.models import VARIANTS, build_model, draw_ids
+from tests.ops.oracle import Outputs, compare_with_reference
+from tests.tolerances import error, limit
+from unimatrix.ops.fused_passes import (
+    add_feed_forward,
+    add_mixed,
+    convolve_recent,
+    fuses_products,
+    project,
+)
+from unimatrix.ops.fused_passes.feed_forward_native import prepare
+from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
+from unimatrix.ops.fused_passes.projection_native import ProjectionWeights, prepare_projections
+from unimatrix.ops.fused_passes.tiles_native import TILE
+
+EPS = 1e-5
+DTYPES = (torch.float64, torch.float32)
+# Fewer rows than a tile, as many, and several tiles with a rest that is no multiple of six or two.
+ROWS = (1, TILE, 2 * TILE + 5)
+Leaves = dict[str, Tensor | None]
+
+
+@pytest.fixture(autouse=True)
+def _poison_empty_tensors():
+    """Fill every ``torch.empty`` with NaN: nothing may be read that was not written."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Return a matrix that keeps the scale of what it is applied to."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return (numbers / shape[-1] ** 0.5 if len(shape) == 2 else numbers).to(dtype)
+
+
+def normalize(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """Return RMSNorm, or with a shift LayerNorm."""
+    if shift is None:
+        return rms_norm(x, x.shape[-1:], scale, EPS)
+    return layer_norm(x, x.shape[-1:], scale, shift, EPS)
+
+
+def run_feed_forward(backend: str, x, scale, shift, gate, up, up_bias, down, down_bias) -> Outputs:
+    """Return the stream after the network, gated or not."""
+    if backend == "native":
+        matrices = [up] if gate is None else [gate, up]
+        prepared = prepare(scale, shift, EPS, matrices, up_bias, down, down_bias)
+        return {"y": add_feed_forward(x, prepared)}
+    h = normalize(x, scale, shift)
+    inner = gelu(linear(h, up, up_bias)) if gate is None else silu(linear(h, gate)) * linear(h, up)
+    return {"y": x + linear(inner, down, down_bias)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "inner"), [(16, 16), (64, 171), (48, 5)])
+@pytest.mark.parametrize("is_centred", [False, True])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_feed_forward(
+    is_gated: bool, is_centred: bool, width: int, inner: int, dtype: torch.dtype
+) -> None:
+    make = functools.partial(draw, dtype=dtype)
+    for num_rows in ROWS:
+        leaves: Leaves = {
+            "x": make(1, num_rows, width, seed=1),
+            "scale": make(width, seed=2),
+            "shift": make(width, seed=3) if is_centred else None,
+            "gate": make(inner, width, seed=4) if is_gated else None,
+            "up": make(inner, width, seed=5),
+            "up_bias": None if is_gated else make(inner, seed=6),
+            "down": make(width, inner, seed=7),
+            "down_bias": None if is_gated else make(width, seed=8),
+        }
+        compare_with_reference("fused_passes", "native", run_feed_forward, leaves)
+
+
+def run_mixing(backend: str, x, h, readout, out, gates, gates_bias, **others) -> Outputs:
+    """Return the stream after the gated sum of the contexts."""
+    contexts = [readout, *others.values()]
+    if backend == "native":
+        return {"y": add_mixed(x, h, contexts, prepare_mixing(out, gates, gates_bias))}
+    shares = torch.sigmoid(linear(h, gates, gates_bias)).chunk(len(contexts), dim=-1)
+    contexts[0] = linear(readout, out)
+    return {"y": x + sum(s * c for s, c in zip(shares, contexts, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_contexts", [1, 2, 3])
+@pytest.mark.parametrize(("width", "inner"), [(16, 48), (64, 64)])
+def test_mixing(width: int, inner: int, num_contexts: int, dtype: torch.dtype) -> None:
+    make = functools.partial(draw, dtype=dtype)
+    for num_rows in ROWS:
+        leaves: Leaves = {
+            "x": make(1, num_rows, width, seed=1),
+            "h": make(1, num_rows, width, seed=2),
+            "readout": make(1, num_rows, inner, seed=3),
+            "out": make(width, inner, seed=4),
+            "gates": make(num_contexts * width, width, seed=5),
+            "gates_bias": make(num_contexts * width, seed=6),
+        }
+        for n in range(num_contexts - 1):
+            leaves[f"context_{n}"] = make(1, num_rows, width, seed=7 + n)
+        compare_with_reference("fused_passes", "native", run_mixing, leaves)
+
+
+def run_projections(
+    squashes: bool, backend: str, x, recent, scale, shift, filters, vectors, controls, controls_bias
+) -> Outputs:
+    """Return the normalised stream, the vectors and the controls."""
+    if backend == "native":
+        weights = ProjectionWeights(scale, shift, filters, vectors, controls, controls_bias)
+        prepared = prepare_projections(EPS, weights)
+        h, made, logits = project(x, recent, prepared, squashes=squashes)
+        return {"h": h, "vectors": made, "controls": logits}
+    h = normalize(x, scale, shift)
+    source = h if filters is None else convolve_recent(h, filters, recent, backend="reference")
+    made = linear(source, vectors)
+    made = made.tanh() if squashes else made
+    return {"h": h, "vectors": made, "controls": linear(h, controls, controls_bias)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_centred", [False, True])
+@pytest.mark.parametrize(("num_taps", "is_carried"), [(0, False), (2, True), (4, False), (7, True)])
+def test_projections(num_taps: int, is_carried: bool, is_centred: bool, dtype: torch.dtype) -> None:
+    make = functools.partial(draw, dtype=dtype)
+    for batch_size, num_tokens in ((2, 1), (3, 5), (1, TILE), (2, 2 * TILE + 5), (1, TILE + 2)):
+        for width, num_controls in ((16, 3), (64, 16)):
+            before = make(batch_size, num_taps - 1, width, seed=2) if is_carried else None
+            leaves: Leaves = {
+                "x": make(batch_size, num_tokens, width, seed=1),
+                "recent": before,
+                "scale": make(width, seed=3),
+                "shift": make(width, seed=4) if is_centred else None,
+                "filters": make(num_taps, width, seed=5) if num_taps else None,
+                "vectors": make(3 * width, width, seed=6),
+                "controls": make(num_controls, width, seed=7),
+                "controls_bias": make(num_controls, seed=8),
+            }
+            run = functools.partial(run_projections, is_centred)
+            compare_with_reference("fused_passes", "native", run, leaves)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_the_threads_agree_with_one(num_threads: int) -> None:
+    """Results are the same numbers; gradients are summed in another order."""
+    make = functools.partial(draw, dtype=torch.float64)
+    before, found = torch.get_num_threads(), []
+    weights = [
+        make(64, seed=2),
+        make(171, 64, seed=3),
+        make(171, 64, seed=4),
+        make(64, 171, seed=5),
+    ]
+    try:
+        for count in (1, num_threads):
+            torch.set_num_threads(count)
+            leaves = [make(3, 400, 64, seed=1), *weights]
+            x, scale, gate, up, down = (leaf.clone().requires_grad_() for leaf in leaves)
+            y = add_feed_forward(x, prepare(scale, None, EPS, [gate, up], None, down, None))
+            y.square().sum().backward()
+            found.append([y.detach(), *(leaf.grad for leaf in (x, scale, gate, up, down))])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0][0], found[1][0])
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-11, atol=1e-11)
+
+
+def measure(backend: str, variant: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return logits and gradients of a model whose widths the passes take."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "slot_key_size": 16}
+    kept = {key: value for key, value in sizes.items() if key not in VARIANTS[variant]}
+    model = build_model(variant, dtype=dtype, dropout=0.0, **kept).train()
+    model.set_backend({"fused_passes": backend})
+    ids = draw_ids(2, 40)
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": output.logits.detach(), **grads}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_preset_is_the_same_with_them(variant: str) -> None:
+    expected = measure("reference", variant, torch.float64)
+    actual = measure("native", variant, torch.float64)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        quantity = "value" if name == "logits" else "grad"
+        assert error(actual[name], tensor) < limit("fused_passes", torch.float64, quantity), name
+
+
+def pack(variant: str = "unimatrix", **changes) -> list[bool]:
+    """Return which passes a model's block takes: projections, mixing, feed-forward."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8} | changes
+    sizes["slot_key_size"] = sizes["hidden_size"]
+    model = build_model(variant, dtype=torch.float32, **sizes)
+    packed = model.model.block.pack(torch.zeros(2, 40, model.config.hidden_size))
+    return [p is not None for p in (packed.projections, packed.mixing, packed.feed_forward)]
+
+
+def test_a_block_takes_them_where_they_fit() -> None:
+    assert pack() == pack("core") == pack("sparsepointer") == [True, True, True]
+    assert pack(hidden_size=12, num_attention_heads=3, head_dim=4) == [False, False, False]
+    assert pack(head_dim=6) == [True, False, True]  # the readout's width is no multiple of 16
+    assert pack(intermediate_size=20_000) == [True, True, False]
+    assert pack("core+no-matrix") == [False, False, True]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pack() == [False, False, False]
+
+
+def test_a_block_that_drops_or_is_hooked_does_not() -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "slot_key_size": 16}
+    model = build_model("unimatrix", dtype=torch.float32, dropout=0.1, **sizes)
+    x, block = torch.zeros(2, 40, 16), model.model.block
+    assert block.pack(x).feed_forward is not None
+    block.train()
+    packed = block.pack(x)
+    assert (packed.mixing, packed.feed_forward) == (None, None)
+    assert packed.projections is not None
+    block.eval()
+    modules: Sequence[torch.nn.Module] = (
+        block.ffn_norm,
+        block.feed_forward,
+        block.feed_forward.down_proj,
+    )
+    for module in modules:
+        hook = module.register_forward_hook(lambda *_: None)
+        assert block.pack(x).feed_forward is None
+        hook.remove()
+    for module in (block.norm, block.matrix_mixer, block.matrix_mixer.q_proj):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert block.pack(x).projections is None
+        hook.remove()
+
+
+def test_what_fits() -> None:
+    x = torch.zeros(2, 40, 16)
+    assert fuses_products(x, [x])
+    assert not fuses_products(x, [x], "reference")
+    assert not fuses_products(x[:, :8], [x])
+    assert fuses_products(x[:, :8], [x], "native")
+    assert not fuses_products(x.bfloat16(), [x.bfloat16()])
+    assert not fuses_products(x, [x.double()])
+    assert not fuses_products(x, [torch.empty(1, device="meta")])
