@@ -25,6 +25,7 @@ from unimatrix.ops.fused_passes.tiles_native import (
     needs_gradient,
     normalize_tile,
     normalize_tile_backward,
+    sum_spans,
 )
 from unimatrix.ops.lanes_native import (
     OPTIONS,
@@ -329,7 +330,7 @@ def run_backward(
     given += [none if up_bias is None else up_bias, prepared.down, kept]
     given += [dy.contiguous(), dx, grads]
     run_rows(_backward_spans, form, num_spans, 3 * work, num_spans, *sizes, *given)
-    return dx, grads.sum(dim=0)
+    return dx, sum_spans(grads)
 
 
 def _count(weights: FeedForwardWeights) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.fused_passes.gated_sum_native import squash
-from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, needs_gradient
+from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, needs_gradient, sum_spans
 from unimatrix.ops.lanes_native import OPTIONS, at, load, minus, plus, pointer, store, times, zeros
 from unimatrix.ops.products_native import LANES, cut_panels, multiply
 from unimatrix.ops.threads import run_rows
@@ -191,7 +191,7 @@ def run_backward(
     given = (h, readout, *_fill(contexts, h), *kept, prepared.out_panels, prepared.gates_panels)
     results = (dy.contiguous(), dh, dreadout, *_fill(dcontexts, dh), grads)
     run_rows(_backward_spans, LANES, num_spans, 3 * work, *sizes, *given, *results)
-    return dh, dreadout, dcontexts, grads.sum(dim=0)
+    return dh, dreadout, dcontexts, sum_spans(grads)
 
 
 def _fill(contexts: Sequence[Tensor], other: Tensor) -> list[Tensor]:

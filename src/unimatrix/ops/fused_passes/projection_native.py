@@ -20,6 +20,7 @@ from unimatrix.ops.fused_passes.tiles_native import (
     count_spans,
     normalize_tile,
     normalize_tile_backward,
+    sum_spans,
 )
 from unimatrix.ops.lanes_native import (
     OPTIONS,
@@ -342,7 +343,7 @@ def run_backward(
     inputs = (x, before, *given, prepared.vectors, prepared.controls, vectors)
     outputs = (dh.contiguous(), dvectors.contiguous(), dcontrols.contiguous(), dx, drecent, grads)
     run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *inputs, *outputs)
-    return dx, drecent, grads.sum(dim=0)
+    return dx, drecent, sum_spans(grads)
 
 
 def _or_zeros(recent: Tensor | None, x: Tensor, num_taps: int) -> Tensor:

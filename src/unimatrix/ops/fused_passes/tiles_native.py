@@ -17,6 +17,13 @@ def count_spans(num_tiles: int) -> int:
     return min(torch.get_num_threads(), num_tiles)
 
 
+def sum_spans(grads: Tensor) -> Tensor:
+    """Return the sum of the spans' gradients [S, n]; may write into the first."""
+    if len(grads) > 2:
+        return grads.sum(dim=0)
+    return grads[0] if len(grads) == 1 else grads[0].add_(grads[1])
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a backward pass may come that needs what a kernel computes."""
     given = (tensor for tensor in tensors if tensor is not None)
