@@ -8,6 +8,7 @@ from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, TokenCost, count_
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.configuration import PRESETS
+from unimatrix.modeling import UniMatrixForCausalLM
 
 B, T = 2, 12
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -23,6 +24,8 @@ def build(name: str):
 def count_flops(model, *, backward: bool, **options) -> dict[str, int]:
     """Return what the counter saw by operation."""
     ids = torch.randint(0, 256, (B, T), generator=torch.Generator().manual_seed(0))
+    if isinstance(model, UniMatrixForCausalLM):
+        model.set_backend({"fused_passes": "reference"})  # products that torch sees
     with FlopCounterMode(display=False) as counter:
         output = model(input_ids=ids, labels=ids, use_cache=False, **options)
         if backward:
@@ -41,6 +44,15 @@ def test_projections_forward_and_backward(name: str) -> None:
     once = FLOPS_PER_MULTIPLY_ADD * B * T * (cost.linear + cost.head)
     assert count_projections(count_flops(model, backward=False)) == once
     assert count_projections(count_flops(model, backward=True)) == 3 * once
+
+
+def test_a_counter_runs_over_passes_that_it_does_not_see() -> None:
+    model = build("core")
+    ids = torch.zeros(2, 20, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert model.model.block.feed_forward.up_proj.weight.grad is not None
+    assert counter.get_total_flops() > 0
 
 
 def test_reading_a_matrix_state_is_a_third_of_its_recurrence() -> None:

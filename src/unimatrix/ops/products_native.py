@@ -16,7 +16,8 @@ LANES = (0,) * 16  # columns handled together; numbers of columns are multiples
 
 
 def cut_panels(matrix: Tensor) -> Tensor:
-    """Return [columns / 16, rows, 16] of a matrix [rows, columns], for ``multiply``."""
+    """Return [columns / 16, rows, 16] of a matrix [rows, columns], without gradient."""
+    matrix = matrix.detach()  # for what needs no copy is a view, and one of a parameter
     return matrix.reshape(matrix.shape[0], -1, len(LANES)).transpose(0, 1).contiguous()
 
 

@@ -288,9 +288,8 @@ def prepare(
     up_bias = None if up_bias is None else pad(up_bias, (0, missing))
     down = pad(down, (0, missing))
     weights = FeedForwardWeights(scale, shift, padded, up_bias, down, down_bias)
-    with torch.no_grad():
-        panels = (cut_panels(matrix) for matrix in (padded, padded.t(), down, down.t()))
-        return PreparedFeedForward(weights, scale.new_tensor([eps]), *panels)
+    panels = (cut_panels(matrix) for matrix in (padded, padded.t(), down, down.t()))
+    return PreparedFeedForward(weights, scale.new_tensor([eps]), *panels)
 
 
 def _plan(x: Tensor, prepared: PreparedFeedForward) -> tuple[_Form, int, tuple[int, ...], int]:

@@ -42,9 +42,8 @@ class PreparedMixing(NamedTuple):
 
 def prepare_mixing(out: Tensor, gates: Tensor, gates_bias: Tensor) -> PreparedMixing:
     """Reorder weights; D and R are multiples of the kernels' lanes."""
-    with torch.no_grad():
-        panels = (cut_panels(matrix) for matrix in (out, out.t(), gates, gates.t()))
-        return PreparedMixing(out, gates, gates_bias, *panels)
+    panels = (cut_panels(matrix) for matrix in (out, out.t(), gates, gates.t()))
+    return PreparedMixing(out, gates, gates_bias, *panels)
 
 
 @numba.njit(cache=True, **OPTIONS)

@@ -89,12 +89,9 @@ class PreparedProjections(NamedTuple):
 def prepare_projections(eps: float, weights: ProjectionWeights) -> PreparedProjections:
     """Reorder weights; D and V are multiples of the kernels' lanes."""
     vectors, controls = weights.vectors, weights.controls
-    with torch.no_grad():
-        padded = pad(controls, (0, 0, 0, -controls.shape[0] % len(LANES)))
-        matrices = (vectors, vectors.t(), controls, padded.t())
-        return PreparedProjections(
-            weights, weights.scale.new_tensor([eps]), *map(cut_panels, matrices)
-        )
+    padded = pad(controls.detach(), (0, 0, 0, -controls.shape[0] % len(LANES)))
+    matrices = (vectors, vectors.t(), controls, padded.t())
+    return PreparedProjections(weights, weights.scale.new_tensor([eps]), *map(cut_panels, matrices))
 
 
 @numba.njit(**OPTIONS)
