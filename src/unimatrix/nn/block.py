@@ -2,15 +2,15 @@
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.dense_mixer import DenseMixer
-from unimatrix.nn.feed_forward import build_feed_forward, fuse_feed_forward
+from unimatrix.nn.feed_forward import build_feed_forward
+from unimatrix.nn.fusion import fuse_feed_forward, fuse_mixing, fuse_projections
 from unimatrix.nn.matrix_mixer import MatrixMixer
-from unimatrix.nn.norm import RowNorm, build_norm
-from unimatrix.nn.packed_linear import PackedWeights, apply_together, is_bare, is_plain, pack
+from unimatrix.nn.norm import build_norm
+from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead, SelectiveState
 from unimatrix.nn.shift import take_last
 from unimatrix.nn.slot_mixer import SlotMixer
@@ -18,7 +18,6 @@ from unimatrix.ops.dense_memory import DenseMemory
 from unimatrix.ops.fused_passes import (
     add_feed_forward,
     add_mixed,
-    fuses_products,
     project,
     sum_gated,
 )
@@ -165,71 +164,20 @@ class UniMatrixBlock(nn.Module):
         """
         layers = self._list_gates(reads=self._association_mixer is not None)
         gates = pack(layers) if layers else None
-        projections = self._fuse_projections(x)
+        projections = fuse_projections(self.norm, self.matrix_mixer, x, self.backend)
         drops = self.training and self.dropout.p > 0
         mixer = self.matrix_mixer if projections is None else None
         return BlockWeights(
             matrix_mixer=(None, None) if mixer is None else mixer.pack(),
             projections=projections,
             gates=gates,
-            mixing=None if drops else self._fuse_mixing(x, layers, gates),
+            mixing=None
+            if drops
+            else fuse_mixing(self.matrix_mixer, layers, gates, x, self.backend),
             feed_forward=None
             if drops
             else fuse_feed_forward(self.ffn_norm, self.feed_forward, x, self.backend),
         )
-
-    def _fuse_projections(self, x: Tensor) -> "PreparedProjections | None":
-        """Return norm and projections as one pass over x [B, T, D], where they run as one."""
-        norm, mixer = self.norm, self.matrix_mixer
-        if mixer is None or not isinstance(norm, RowNorm | nn.LayerNorm):
-            return None
-        convolution = mixer.short_conv
-        parts: list[nn.Module] = [norm, mixer]
-        if convolution is not None:
-            parts.append(convolution)
-        layers = [*mixer.vector_layers, *mixer.control_layers]
-        if not (all(map(is_bare, parts)) and all(map(is_plain, layers))):
-            return None
-        weights = [norm.weight, *(layer.weight for layer in layers)]
-        num_vectors = sum(layer.out_features for layer in mixer.vector_layers)
-        if not fuses_products(x, weights, self.backend) or num_vectors % 16:
-            return None
-        # Imported here: it loads the compiler.
-        from unimatrix.ops.fused_passes import projection_native as native
-
-        joined = native.ProjectionWeights(
-            scale=norm.weight,
-            shift=norm.bias if isinstance(norm, nn.LayerNorm) else None,
-            filters=None if convolution is None else convolution.weight,
-            vectors=torch.cat([layer.weight for layer in mixer.vector_layers]),
-            controls=torch.cat([layer.weight for layer in mixer.control_layers]),
-            controls_bias=torch.cat([layer.bias for layer in mixer.control_layers]),
-        )
-        assert norm.eps is not None
-        return native.prepare_projections(norm.eps, joined)
-
-    def _fuse_mixing(
-        self, x: Tensor, layers: list[nn.Linear], gates: PackedWeights | None
-    ) -> "PreparedMixing | None":
-        """Return the readout's projection and the gates as one pass, where they run as one.
-
-        Args:
-            x: [B, T, D], the stream.
-            layers: of the gates.
-            gates: what ``pack`` made of them.
-        """
-        mixer = self.matrix_mixer
-        if mixer is None or not all(map(is_plain, [*layers, mixer.out_proj])):
-            return None
-        weights = [mixer.out_proj.weight, *(layer.weight for layer in layers)]
-        if not fuses_products(x, weights, self.backend) or mixer.out_proj.in_features % 16:
-            return None
-        # Imported here: it loads the compiler.
-        from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
-
-        weight, bias = gates or PackedWeights(layers[0].weight, layers[0].bias)
-        assert bias is not None
-        return prepare_mixing(mixer.out_proj.weight, weight, bias)
 
     def retrieve(
         self, source: Tensor, sequence: Sequence, associations: Associations

@@ -1,0 +1,120 @@
+"""Which parts of a block run as one compiled pass each.
+
+A part does where all its modules are no more than their weights (no hook, no adapter), nothing is
+dropped inside, and ``fuses_products`` takes its sizes. Else the block calls the modules.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
+from unimatrix.nn.matrix_mixer import MatrixMixer
+from unimatrix.nn.norm import RowNorm
+from unimatrix.nn.packed_linear import PackedWeights, is_bare, is_plain
+from unimatrix.ops.fused_passes import fuses_products
+
+if TYPE_CHECKING:
+    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
+    from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
+    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
+
+_LANES = 16  # inner widths are multiples, like the stream's
+
+
+def fuse_projections(
+    norm: nn.Module, mixer: MatrixMixer | None, x: Tensor, backend: str
+) -> "PreparedProjections | None":
+    """Return norm and a mixer's projections as one pass; ``None`` where they are to be called.
+
+    Args:
+        norm: of ``build_norm``.
+        mixer: its short convolution included.
+        x: [B, T, D], the stream, or one like it.
+        backend: of the fused passes.
+    """
+    if mixer is None or not isinstance(norm, RowNorm | nn.LayerNorm):
+        return None
+    convolution = mixer.short_conv
+    whole: list[nn.Module] = [norm, mixer, *([] if convolution is None else [convolution])]
+    layers = [*mixer.vector_layers, *mixer.control_layers]
+    if not (all(map(is_bare, whole)) and all(map(is_plain, layers))):
+        return None
+    weights = [norm.weight, *(layer.weight for layer in layers)]
+    num_vectors = sum(layer.out_features for layer in mixer.vector_layers)
+    if not fuses_products(x, weights, backend) or num_vectors % _LANES:
+        return None
+    # Imported here: it loads the compiler.
+    from unimatrix.ops.fused_passes import projection_native as native
+
+    joined = native.ProjectionWeights(
+        scale=norm.weight,
+        shift=norm.bias if isinstance(norm, nn.LayerNorm) else None,
+        filters=None if convolution is None else convolution.weight,
+        vectors=torch.cat([layer.weight for layer in mixer.vector_layers]),
+        controls=torch.cat([layer.weight for layer in mixer.control_layers]),
+        controls_bias=torch.cat([layer.bias for layer in mixer.control_layers]),
+    )
+    assert norm.eps is not None
+    return native.prepare_projections(norm.eps, joined)
+
+
+def fuse_mixing(
+    mixer: MatrixMixer | None,
+    layers: list[nn.Linear],
+    gates: PackedWeights | None,
+    x: Tensor,
+    backend: str,
+) -> "PreparedMixing | None":
+    """Return the readout's projection and the gates as one pass; ``None`` as above.
+
+    Args:
+        mixer: whose readout it is.
+        layers: of the gates, the readout's first.
+        gates: what ``pack`` made of them.
+        x: [B, T, D], the stream, or one like it.
+        backend: of the fused passes.
+    """
+    if mixer is None or not all(map(is_plain, [*layers, mixer.out_proj])):
+        return None
+    weights = [mixer.out_proj.weight, *(layer.weight for layer in layers)]
+    if not fuses_products(x, weights, backend) or mixer.out_proj.in_features % _LANES:
+        return None
+    # Imported here: it loads the compiler.
+    from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
+
+    weight, bias = gates or PackedWeights(layers[0].weight, layers[0].bias)
+    assert bias is not None
+    return prepare_mixing(mixer.out_proj.weight, weight, bias)
+
+
+def fuse_feed_forward(
+    norm: nn.Module, network: FeedForward | GatedFeedForward, x: Tensor, backend: str
+) -> "PreparedFeedForward | None":
+    """Return norm and network as one compiled pass; ``None`` as above.
+
+    Args:
+        norm: of ``build_norm``.
+        network: without the residual sum.
+        x: [..., D], the stream, or one like it.
+        backend: of the fused passes.
+    """
+    layers = [*network.up_projs, network.down_proj]
+    whole = [norm, network, network.dropout]
+    if not (all(map(is_bare, whole)) and all(map(is_plain, layers))):
+        return None
+    if not isinstance(norm, RowNorm | nn.LayerNorm) or (network.training and network.dropout.p):
+        return None
+    up = [layer.weight for layer in network.up_projs]
+    if not fuses_products(x, [norm.weight, *up, network.down_proj.weight], backend):
+        return None
+    # Imported here: it loads the compiler.
+    from unimatrix.ops.fused_passes.feed_forward_native import prepare
+
+    assert norm.eps is not None
+    shift = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    down = network.down_proj
+    return prepare(
+        norm.weight, shift, norm.eps, up, network.up_projs[0].bias, down.weight, down.bias
+    )
