@@ -290,7 +290,10 @@ def add_feed_forward(
 
 @add_feed_forward.register_fake
 def _(x: Tensor, weights: list[Tensor], panels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], weights[2].shape[0])
+    from unimatrix.ops.fused_passes import feed_forward_native as native
+
+    num_kept = native.count_kept(native.FeedForwardWeights(*without_empty(weights)))
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], num_kept)
 
 
 @torch.library.custom_op("unimatrix::feed_forward_backward", mutates_args=(), device_types="cpu")

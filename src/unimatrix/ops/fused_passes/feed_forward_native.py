@@ -1,7 +1,7 @@
 """Norm, feed-forward network and residual sum in Numba: one pass forward, one backward.
 
 Each thread takes a few rows at a time through all of it, so that what stands between the products
-is in its cache. Of the inner features, the product alone is kept for the backward pass.
+is in its cache. The activations and their derivatives are kept for the backward pass.
 """
 # mypy: allow-untyped-defs
 
@@ -130,17 +130,18 @@ def _activate_and_slope(form, u, u_row, rows, inner, up_bias, a, a_row, slopes, 
 
 
 @numba.njit(**OPTIONS)
-def _pass_activation(form, u, u_row, da, a_row, rows, inner, dup_bias):
-    """Replace the derivatives ``u`` by the gradient; add to that of the bias."""
+def _pass_activation(form, slopes, slopes_row, da, a_row, rows, inner, du, u_row, dup_bias):
+    """Set ``du`` to the gradient before the activation; add to that of the bias."""
     lanes = form.lanes
     for row in range(rows):
-        source, grad = at(u, row * u_row), at(da, row * a_row)
+        slope, grad = at(slopes, row * slopes_row), at(da, row * a_row)
+        target = at(du, row * u_row)
         for j in range(0, inner, len(lanes)):
             along = load(grad, j, lanes)
-            inward = times(along, load(source, j, lanes))
-            store(source, j, inward)
+            inward = times(along, load(slope, j, lanes))
+            store(target, j, inward)
             if len(form.gated):
-                store(source, inner + j, times(along, load(source, inner + j, lanes)))
+                store(target, inner + j, times(along, load(slope, inner + j, lanes)))
             else:
                 store(dup_bias, j, plus(load(dup_bias, j, lanes), inward))
 
@@ -157,8 +158,8 @@ def _apply_spans(
     scratch = np.empty(TILE * (2 * D + u_row + a_row + 1), x.dtype)
     units, h, u = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
     a = at(u, TILE * u_row)
-    u_row = P if len(kept) else u_row
     inverses = at(a, TILE * a_row)
+    a_row = P + a_row if len(kept) else a_row
     for tile in range(first * num_tiles // num_spans, last * num_tiles // num_spans):
         start = tile * TILE
         rows = min(TILE, num_rows - start)
@@ -167,9 +168,16 @@ def _apply_spans(
             form, source, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),
             units, h, D, inverses,
         )  # fmt: skip
-        u = pointer(kept, start * P) if len(kept) else u
         multiply(form.lanes, h, D, 1, pointer(up_across, 0), D * W, W, u, u_row, rows, P, D, False)
-        _activate(form, u, u_row, rows, F, pointer(up_bias, 0), a, a_row)
+        bias = pointer(up_bias, 0)
+        if len(kept):
+            slopes = pointer(kept, start * a_row)
+            a = at(slopes, P)
+            _activate_and_slope(form, u, u_row, rows, F, bias, a, a_row, slopes, a_row)
+            for row in range(rows):  # what is to spare, so that nothing comes undefined
+                store(a, row * a_row + F, zeros(a, form.lanes))
+        else:
+            _activate(form, u, u_row, rows, F, bias, a, a_row)
         for row in range(rows):
             for j in range(0, D, W):
                 sums = load(source, row * D + j, form.lanes)
@@ -184,18 +192,18 @@ def _apply_spans(
 @numba.njit(cache=True, **OPTIONS)
 def _backward_spans(
     first, last, form, num_spans, num_rows, width, inner, x, eps, scale, shift,
-    up, up_bias, down, kept, dy, dx, grads,
+    up, down, kept, dy, dx, grads,
 ):  # fmt: skip
     lanes, D, F, W = form.lanes, width, inner, len(form.lanes)
     P = 2 * F if len(form.gated) else F
     h_row, u_row, a_row = D + W, P + W, F + W  # apart by no power of two
     num_tiles = (num_rows + TILE - 1) // TILE
     num_grads = len(grads) // num_spans
-    scratch = np.empty(TILE * (2 * D + h_row + u_row + 2 * a_row + 1), x.dtype)
+    kept_row = P + a_row
+    scratch = np.empty(TILE * (2 * D + h_row + u_row + a_row + 1), x.dtype)
     units, dh, h = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
     u = at(h, TILE * h_row)
-    a = at(u, TILE * u_row)
-    da = at(a, TILE * a_row)
+    da = at(u, TILE * u_row)
     inverses = at(da, TILE * a_row)
     for span in range(first, last):
         grads[span * num_grads : (span + 1) * num_grads] = 0
@@ -212,12 +220,11 @@ def _backward_spans(
                 form, source, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),
                 units, h, h_row, inverses,
             )  # fmt: skip
-            _activate_and_slope(
-                form, pointer(kept, start * P), P, rows, F, pointer(up_bias, 0), a, a_row, u, u_row
-            )
-            multiply(lanes, grad, 1, D, a, W, a_row, ddown, F, D, F, rows, True)
+            slopes = pointer(kept, start * kept_row)
+            a = at(slopes, P)
+            multiply(lanes, grad, 1, D, a, W, kept_row, ddown, F, D, F, rows, True)
             multiply(lanes, grad, D, 1, pointer(down, 0), D * W, W, da, a_row, rows, F, D, False)
-            _pass_activation(form, u, u_row, da, a_row, rows, F, dup_bias)
+            _pass_activation(form, slopes, kept_row, da, a_row, rows, F, u, u_row, dup_bias)
             multiply(lanes, u, 1, u_row, h, W, h_row, dup, D, P, D, rows, True)
             multiply(lanes, u, u_row, 1, pointer(up, 0), P * W, W, dh, D, rows, D, P, False)
             if len(form.gated) == 0:
@@ -307,9 +314,9 @@ def _plan(x: Tensor, prepared: PreparedFeedForward) -> tuple[_Form, int, tuple[i
 def run_forward(x: Tensor, prepared: PreparedFeedForward, *, saves: bool) -> tuple[Tensor, Tensor]:
     """Run the forward kernel on [..., D]; return the result, and what the backward kernel needs."""
     form, num_spans, sizes, work = _plan(x, prepared)
-    scale, shift, up, up_bias, _, down_bias = prepared.weights
+    scale, shift, _, up_bias, _, down_bias = prepared.weights
     y, none = torch.empty_like(x), x.new_empty(0)
-    kept = x.new_empty(sizes[0], up.shape[0]) if saves else none
+    kept = x.new_empty(sizes[0], count_kept(prepared.weights)) if saves else none
     given = [x, prepared.eps, scale, none if shift is None else shift, prepared.up_across]
     given += [none if up_bias is None else up_bias, prepared.down_across]
     given += [none if down_bias is None else down_bias, kept, y]
@@ -322,14 +329,19 @@ def run_backward(
 ) -> tuple[Tensor, Tensor]:
     """Run the backward kernel; return the gradient of x, and those of the weights in one row."""
     form, num_spans, sizes, work = _plan(x, prepared)
-    scale, shift, _, up_bias, _, _ = prepared.weights
+    scale, shift, *_ = prepared.weights
     dx, none = torch.empty_like(x), x.new_empty(0)
     grads = x.new_empty(num_spans, sum(_count(prepared.weights)))
     given = [x, prepared.eps, scale, none if shift is None else shift, prepared.up]
-    given += [none if up_bias is None else up_bias, prepared.down, kept]
-    given += [dy.contiguous(), dx, grads]
+    given += [prepared.down, kept, dy.contiguous(), dx, grads]
     run_rows(_backward_spans, form, num_spans, 3 * work, num_spans, *sizes, *given)
     return dx, sum_spans(grads)
+
+
+def count_kept(weights: FeedForwardWeights) -> int:
+    """Return how many numbers a row keeps for the backward kernel."""
+    # Activations and derivatives; and lanes to spare, as rows a power of two apart cost cache.
+    return weights.up.shape[0] + weights.down.shape[1] + len(LANES)
 
 
 def _count(weights: FeedForwardWeights) -> list[int]:
