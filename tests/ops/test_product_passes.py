@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, rms_norm, silu
+from torch.nn.functional import gelu, layer_norm, linear, pad, rms_norm, silu
 
 from tests.models import VARIANTS, build_model, draw_ids
 from tests.ops.oracle import Outputs, compare_with_reference
@@ -152,6 +152,27 @@ def test_projections(num_taps: int, is_carried: bool, is_centred: bool, dtype: t
             compare_with_reference("fused_passes", "native", run, leaves)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [30.0, 1e4, 1e18])
+def test_extremes_are_those_of_torch(size: float, dtype: torch.dtype) -> None:
+    """Before an activation, both signs and zero; what is no number stays none."""
+    bias = pad(torch.tensor([-size, -1.0, 0.0, 1.0, size], dtype=dtype), (0, 11))
+    x, one = torch.zeros(1, 1, 16, dtype=dtype), torch.ones(16, dtype=dtype)
+    eye = torch.eye(16, dtype=dtype)
+
+    def run(bias: Tensor) -> tuple[Tensor, Tensor]:
+        # LayerNorm of zeros is its shift.
+        network = prepare(one, bias, EPS, [eye], 0 * one, eye, 0 * one)
+        weights = ProjectionWeights(one, bias, None, eye, eye, 0 * one)
+        _, vectors, _ = project(x, None, prepare_projections(EPS, weights), squashes=True)
+        return add_feed_forward(x, network)[0, 0], vectors[0, 0]
+
+    activated, squashed = run(bias)
+    torch.testing.assert_close(activated, gelu(bias), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(squashed, bias.tanh(), rtol=1e-5, atol=0)
+    assert all(found.isnan().all() for found in run(torch.nan * bias))
+
+
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_the_threads_agree_with_one(num_threads: int) -> None:
     """Results are the same numbers; gradients are summed in another order."""
@@ -253,4 +274,6 @@ def test_what_fits() -> None:
     assert fuses_products(x[:, :8], [x], "native")
     assert not fuses_products(x.bfloat16(), [x.bfloat16()])
     assert not fuses_products(x, [x.double()])
+    assert fuses_products(x, [x], inner_width=32)
+    assert not fuses_products(x, [x], inner_width=20)
     assert not fuses_products(x, [torch.empty(1, device="meta")])

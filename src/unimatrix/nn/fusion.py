@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
     from unimatrix.ops.fused_passes.projection_native import PreparedProjections
 
-_LANES = 16  # inner widths are multiples, like the stream's
-
 
 def fuse_projections(
     norm: nn.Module, mixer: MatrixMixer | None, x: Tensor, backend: str
@@ -43,7 +41,7 @@ def fuse_projections(
         return None
     weights = [norm.weight, *(layer.weight for layer in layers)]
     num_vectors = sum(layer.out_features for layer in mixer.vector_layers)
-    if not fuses_products(x, weights, backend) or num_vectors % _LANES:
+    if not fuses_products(x, weights, backend, inner_width=num_vectors):
         return None
     # Imported here: it loads the compiler.
     from unimatrix.ops.fused_passes import projection_native as native
@@ -79,7 +77,7 @@ def fuse_mixing(
     if mixer is None or not all(map(is_plain, [*layers, mixer.out_proj])):
         return None
     weights = [mixer.out_proj.weight, *(layer.weight for layer in layers)]
-    if not fuses_products(x, weights, backend) or mixer.out_proj.in_features % _LANES:
+    if not fuses_products(x, weights, backend, inner_width=mixer.out_proj.in_features):
         return None
     # Imported here: it loads the compiler.
     from unimatrix.ops.fused_passes.mixing_native import prepare_mixing

@@ -7,10 +7,14 @@ in two or falls back to tensor operations, and stays correct.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
+    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
 
 
 @torch.library.custom_op("unimatrix::scan_projected", mutates_args=(), device_types="cpu")
@@ -100,9 +104,25 @@ def fill_absent(weights: Sequence[Tensor | None]) -> list[Tensor]:
     return [first.new_empty(0) if weight is None else weight for weight in weights]
 
 
-def without_empty(weights: Sequence[Tensor]) -> list[Any]:
+def _without_empty(weights: Sequence[Tensor]) -> list[Any]:
     """Return weights with ``None`` for what is empty."""
     return [weight if weight.numel() else None for weight in weights]
+
+
+def _prepare_projections(weights: list[Tensor], panels: list[Tensor]) -> "PreparedProjections":
+    """Put together what an operator was given of projections."""
+    from unimatrix.ops.fused_passes import projection_native as native
+
+    joined = native.ProjectionWeights(*_without_empty(weights))
+    return native.PreparedProjections(joined, *panels)
+
+
+def _prepare_feed_forward(weights: list[Tensor], panels: list[Tensor]) -> "PreparedFeedForward":
+    """Put together what an operator was given of a feed-forward network."""
+    from unimatrix.ops.fused_passes import feed_forward_native as native
+
+    joined = native.FeedForwardWeights(*_without_empty(weights))
+    return native.PreparedFeedForward(joined, *panels)
 
 
 @torch.library.custom_op("unimatrix::project", mutates_args=(), device_types="cpu")
@@ -116,9 +136,7 @@ def project(
     """Run norm, convolution and projections; see ``projection_native.PreparedProjections``."""
     from unimatrix.ops.fused_passes import projection_native as native
 
-    prepared = native.PreparedProjections(
-        native.ProjectionWeights(*without_empty(weights)), *panels
-    )
+    prepared = _prepare_projections(weights, panels)
     return native.run_forward(x.contiguous(), recent, prepared, squashes=squashes)
 
 
@@ -146,9 +164,7 @@ def _project_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from unimatrix.ops.fused_passes import projection_native as native
 
-    prepared = native.PreparedProjections(
-        native.ProjectionWeights(*without_empty(weights)), *panels
-    )
+    prepared = _prepare_projections(weights, panels)
     return native.run_backward(x.contiguous(), recent, prepared, vectors, *grads, squashes=squashes)
 
 
@@ -197,7 +213,7 @@ def _differentiate_projections(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     x, recent, weights, panels, vectors = _recall_all(ctx)
     given = (x, recent, weights, panels, vectors, list(grads), ctx.squashes)
     dx, drecent, row = _project_backward(*given)
-    of_weights = native.split_gradients(row, native.ProjectionWeights(*without_empty(weights)))
+    of_weights = native.split_gradients(row, _prepare_projections(weights, panels).weights)
     of_recent = None if recent is None else drecent.to(recent.dtype)
     return dx, of_recent, list(of_weights), [None] * len(panels), None
 
@@ -282,9 +298,7 @@ def add_feed_forward(
     """Run norm and feed-forward network; see ``feed_forward_native.PreparedFeedForward``."""
     from unimatrix.ops.fused_passes import feed_forward_native as native
 
-    prepared = native.PreparedFeedForward(
-        native.FeedForwardWeights(*without_empty(weights)), *panels
-    )
+    prepared = _prepare_feed_forward(weights, panels)
     return native.run_forward(x.contiguous(), prepared, saves=True)
 
 
@@ -292,7 +306,7 @@ def add_feed_forward(
 def _(x: Tensor, weights: list[Tensor], panels: list[Tensor]) -> tuple[Tensor, Tensor]:
     from unimatrix.ops.fused_passes import feed_forward_native as native
 
-    num_kept = native.count_kept(native.FeedForwardWeights(*without_empty(weights)))
+    num_kept = native.count_kept(_prepare_feed_forward(weights, panels).weights)
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], num_kept)
 
 
@@ -302,9 +316,7 @@ def _feed_forward_backward(
 ) -> tuple[Tensor, Tensor]:
     from unimatrix.ops.fused_passes import feed_forward_native as native
 
-    prepared = native.PreparedFeedForward(
-        native.FeedForwardWeights(*without_empty(weights)), *panels
-    )
+    prepared = _prepare_feed_forward(weights, panels)
     return native.run_backward(x.contiguous(), kept, prepared, dy)
 
 
@@ -326,7 +338,7 @@ def _differentiate_feed_forward(ctx: Any, dy: Tensor, _unused: Any) -> tuple[Any
 
     x, weights, panels, kept = _recall_all(ctx)
     dx, row = _feed_forward_backward(x, kept, weights, panels, dy)
-    of_weights = native.split_gradients(row, native.FeedForwardWeights(*without_empty(weights)))
+    of_weights = native.split_gradients(row, _prepare_feed_forward(weights, panels).weights)
     return dx, list(of_weights), [None] * len(panels)
 
 

@@ -63,7 +63,9 @@ def _runs_native(backend: str, *tensors: Tensor | None) -> bool:
     return backend == "native"
 
 
-def fuses_products(x: Tensor, weights: Sequence[Tensor], backend: str = "auto") -> bool:
+def fuses_products(
+    x: Tensor, weights: Sequence[Tensor], backend: str = "auto", *, inner_width: int = 0
+) -> bool:
     """Return whether layers and what stands between them may run as one compiled pass.
 
     Under ``torch.compile`` too: its compiler joins what stands between products, this the products.
@@ -72,8 +74,11 @@ def fuses_products(x: Tensor, weights: Sequence[Tensor], backend: str = "auto") 
         x: [..., D], the stream.
         weights: of all layers.
         backend: ``auto``, ``reference`` or ``native``.
+        inner_width: of a product inside that is not padded.
     """
-    if backend == "reference" or x.shape[-1] % _LANES or is_autocast(x.device.type):
+    if backend == "reference" or is_autocast(x.device.type):
+        return False
+    if x.shape[-1] % _LANES or inner_width % _LANES:
         return False
     plain = all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
     kinds = {(tensor.device.type, tensor.dtype) for tensor in (x, *weights)}
