@@ -17,6 +17,7 @@ from unimatrix.configuration import PRESETS
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.ops import opaque
 from unimatrix.ops.fused_passes.feed_forward_native import prepare
+from unimatrix.ops.fused_passes.head_native import prepare_head
 from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
 from unimatrix.ops.fused_passes.projection_native import ProjectionWeights, prepare_projections
 from unimatrix.ops.selective_slots import empty_selective_slots
@@ -80,6 +81,10 @@ def make_arguments(op: str) -> tuple[Any, ...]:
             torch.randn(16, 20), torch.randn(16),
         )  # fmt: skip
         return x, opaque.fill_absent(network.weights), list(network[1:])
+    if op == "sum_cross_entropy":
+        head = list(prepare_head(torch.randn(20, 16, requires_grad=True)))
+        shares = torch.randn(2, 9, 4, requires_grad=True)
+        return x, head, ids, ids[..., None].expand(2, 9, 3), shares, -100
     assert op == "match_suffixes"
     return ids, 4
 
@@ -94,6 +99,7 @@ def make_arguments(op: str) -> tuple[Any, ...]:
         "project",
         "add_mixed",
         "add_feed_forward",
+        "sum_cross_entropy",
     ],
 )
 def test_an_operator_keeps_its_promises(op: str) -> None:

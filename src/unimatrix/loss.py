@@ -1,18 +1,40 @@
 """The loss: which positions it needs, cross entropy in nats, and the scale of hindsight."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
+from unimatrix.ops.fused_passes import sum_cross_entropy
+
+if TYPE_CHECKING:
+    from unimatrix.ops.fused_passes.head_native import PreparedHead
 
 IGNORED_LABEL = -100
 
 
+class UnscoredRows(NamedTuple):
+    """What a pass over head and loss together begins with.
+
+    Attributes:
+        h: [..., D], what the head reads.
+        head: from ``fuse_head``.
+        token_ids: [..., K] int64, what a pointer proposes; ``None`` without one.
+        shares: votes [..., K], or ln of the shares of a mixture [..., 1 + K].
+    """
+
+    h: Tensor
+    head: "PreparedHead"
+    token_ids: Tensor | None
+    shares: Tensor | None
+
+
 def compute_loss(
-    logits: Tensor | MixedLogits, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+    logits: Tensor | MixedLogits | UnscoredRows,
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Return the mean cross entropy in nats.
 
@@ -20,10 +42,16 @@ def compute_loss(
     float32.
 
     Args:
-        logits: [..., V], or those of a mixture, of which only the targets are computed.
+        logits: [..., V], or those of a mixture, of which only the targets are computed, or what
+            comes before them.
         targets: [...] int64, -100 ignored.
         num_items_in_batch: divisor instead of the number of targets here.
     """
+    if isinstance(logits, UnscoredRows):
+        h, head, *pointer = logits
+        total = sum_cross_entropy(h, head, targets, *pointer, ignored=IGNORED_LABEL)
+        num_targets = (targets != IGNORED_LABEL).sum()
+        return total / (num_targets if num_items_in_batch is None else num_items_in_batch)
     targets = targets.flatten()
     if isinstance(logits, MixedLogits):
         counted = targets != IGNORED_LABEL

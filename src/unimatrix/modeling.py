@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.loss import IGNORED_LABEL, add_scale, choose_rows, compute_loss
+from unimatrix.loss import IGNORED_LABEL, UnscoredRows, add_scale, choose_rows, compute_loss
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import (
     Associations,
@@ -24,6 +24,7 @@ from unimatrix.nn.block import (
     Sequence,
     UniMatrixBlock,
 )
+from unimatrix.nn.fusion import fuse_head
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.packed_linear import is_bare
 from unimatrix.nn.padding import Padding, find_padding
@@ -411,11 +412,12 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         # 6. The tied head, and the votes of the pointer or the mixture with it.
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         rows: Any = (slice(None), kept)
+        is_scored_only = loss_only and shift_labels is not None
         if loss_only and shift_labels is not None:
             rows = choose_rows(shift_labels)
         elif logits_at is not None:
             rows = (logits_at,)
-        predicted = self._predict(output, rows)
+        predicted = self._predict(output, rows, is_scored_only=is_scored_only)
         loss = None
         if shift_labels is not None:
             targets = shift_labels[rows]
@@ -423,7 +425,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             if output.hindsight_scale is not None:
                 loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
         logits = None
-        if loss is None or not loss_only:
+        if not is_scored_only:
+            assert not isinstance(predicted, UnscoredRows)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         result = UniMatrixCausalLMOutput(
             loss=loss,
@@ -436,19 +439,34 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def _predict(self, output: UniMatrixModelOutput, rows: Any) -> Tensor | MixedLogits:
-        """Return the logits of the positions wanted, or what a mixture is made of there."""
+    def _predict(
+        self, output: UniMatrixModelOutput, rows: Any, *, is_scored_only: bool
+    ) -> Tensor | MixedLogits | UnscoredRows:
+        """Return the logits of the positions wanted, or what their loss is computed from."""
         assert output.last_hidden_state is not None
-        logits: Tensor = self.lm_head(output.last_hidden_state[rows])  # [..., V]
-        if output.pointer_token_ids is None:
+        h = output.last_hidden_state[rows]
+        token_ids, votes, log_weights = (
+            None if part is None else part[rows]
+            for part in (
+                output.pointer_token_ids,
+                output.pointer_weights,
+                output.pointer_log_weights,
+            )
+        )
+        shares = votes if log_weights is None else log_weights
+        if is_scored_only:
+            head = fuse_head(self.lm_head, h, self.model.block.backend)
+            if head is not None:
+                shares = None if shares is None else shares.to(h.dtype)
+                return UnscoredRows(h, head, token_ids, shares)
+        logits: Tensor = self.lm_head(h)  # [..., V]
+        if token_ids is None:
             return logits
-        token_ids = output.pointer_token_ids[rows]
-        if output.pointer_log_weights is not None:
-            return MixedLogits(logits, token_ids, output.pointer_log_weights[rows])
-        assert output.pointer_weights is not None
-        votes = output.pointer_weights[rows].to(logits.dtype)
+        if log_weights is not None:
+            return MixedLogits(logits, token_ids, log_weights)
+        assert votes is not None
         # In place: the head's product is not needed backward, and a copy is B x T x V.
-        return logits.scatter_add_(-1, token_ids, votes)
+        return logits.scatter_add_(-1, token_ids, votes.to(logits.dtype))
 
 
 def _require_token_ids(input_ids: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Passes that hold whole layers (projections, mixing, feed-forward): native against torch's own."""
+"""Passes that hold whole layers (projections, mixing, feed-forward, head): native against torch."""
 
 import functools
 from collections.abc import Sequence
@@ -6,19 +6,24 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, pad, rms_norm, silu
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, pad, rms_norm, silu
 
 from tests.models import VARIANTS, build_model, draw_ids
 from tests.ops.oracle import Outputs, compare_with_reference
 from tests.tolerances import error, limit
+from unimatrix.errors import InputError
+from unimatrix.nn.fusion import fuse_head
+from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 from unimatrix.ops.fused_passes import (
     add_feed_forward,
     add_mixed,
     convolve_recent,
     fuses_products,
     project,
+    sum_cross_entropy,
 )
 from unimatrix.ops.fused_passes.feed_forward_native import prepare
+from unimatrix.ops.fused_passes.head_native import prepare_head
 from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
 from unimatrix.ops.fused_passes.projection_native import ProjectionWeights, prepare_projections
 from unimatrix.ops.fused_passes.tiles_native import TILE
@@ -152,6 +157,75 @@ def test_projections(num_taps: int, is_carried: bool, is_centred: bool, dtype: t
             compare_with_reference("fused_passes", "native", run, leaves)
 
 
+def run_head(targets: Tensor, token_ids: Tensor | None, backend: str, h, weight, shares) -> Outputs:
+    """Return the summed loss of plain logits, of votes on them, or of a mixture with them."""
+    if backend == "native":
+        head = prepare_head(weight)
+        return {"nats": sum_cross_entropy(h, head, targets, token_ids, shares, ignored=-100)}
+    logits = linear(h, weight)
+    if shares is None or token_ids is None or shares.shape == token_ids.shape:
+        if shares is not None and token_ids is not None:
+            logits = logits.scatter_add(-1, token_ids, shares)
+        return {"nats": cross_entropy(logits[0], targets[0], reduction="sum")}
+    counted = targets >= 0
+    nats = score_targets(MixedLogits(logits, token_ids, shares), targets.clamp_min(0))
+    return {"nats": nats[counted].sum()}
+
+
+def draw_pointer(
+    targets: Tensor, vocab: int, pointed: str, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ids that a pointer proposes, some of them twice or right, and their shares."""
+    if pointed == "nothing":
+        return None, None
+    generator = torch.Generator().manual_seed(4)
+    token_ids = torch.randint(0, vocab, (*targets.shape, 3), generator=generator)
+    token_ids[:, ::2, 0] = targets[:, ::2].clamp_min(0)
+    token_ids[:, ::3, 1] = token_ids[:, ::3, 0]
+    shares = draw(*targets.shape, 4, dtype=dtype, seed=5).log_softmax(dim=-1)
+    if pointed == "votes":
+        return token_ids, shares[..., 1:].exp()
+    shares[:, ::5, 1:3] = -torch.inf
+    return token_ids, shares
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pointed", ["nothing", "votes", "mixture"])
+def test_head(pointed: str, dtype: torch.dtype) -> None:
+    make = functools.partial(draw, dtype=dtype)
+    generator = torch.Generator().manual_seed(3)
+    for num_rows in ROWS:
+        for width, vocab in ((16, 5), (64, 259), (48, 32)):
+            targets = torch.randint(0, vocab, (1, num_rows), generator=generator)
+            targets[:, 1::4] = -100
+            token_ids, shares = draw_pointer(targets, vocab, pointed, dtype)
+            leaves: Leaves = {
+                "h": make(1, num_rows, width, seed=1),
+                "weight": make(vocab, width, seed=2) * width**0.5,
+                "shares": shares,
+            }
+            run = functools.partial(run_head, targets, token_ids)
+            compare_with_reference("fused_passes", "native", run, leaves)
+
+
+def test_the_loss_of_extremes_is_that_of_torch() -> None:
+    targets = torch.zeros(1, 1, dtype=torch.int64)
+    h = torch.ones(1, 1, 16)
+    for weight in (1e4 * torch.eye(16), torch.full((3, 16), -1e6), torch.full((3, 16), torch.nan)):
+        nats = sum_cross_entropy(h, prepare_head(weight), targets, ignored=-100)
+        expected = cross_entropy(linear(h, weight)[0], targets[0])
+        torch.testing.assert_close(nats, expected, equal_nan=True)
+
+
+def test_a_label_that_is_no_token() -> None:
+    head, h = prepare_head(torch.ones(5, 16)), torch.ones(1, 3, 16)
+    nothing = sum_cross_entropy(h, head, torch.full((1, 3), -100), ignored=-100)
+    assert nothing == 0
+    for label in (5, -1):
+        with pytest.raises(InputError, match=r"1 labels are no tokens .* pass 0 to 4, or -100"):
+            sum_cross_entropy(h, head, torch.tensor([[0, label, -100]]), ignored=-100)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [30.0, 1e4, 1e18])
 def test_extremes_are_those_of_torch(size: float, dtype: torch.dtype) -> None:
@@ -206,10 +280,10 @@ def measure(backend: str, variant: str, dtype: torch.dtype) -> dict[str, Tensor]
     model = build_model(variant, dtype=dtype, dropout=0.0, **kept).train()
     model.set_backend({"fused_passes": backend})
     ids = draw_ids(2, 40)
-    output = model(ids, labels=ids)
-    output.loss.backward()
+    loss = model(ids, labels=ids, loss_only=True).loss
+    loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": output.logits.detach(), **grads}
+    return {"logits": model(ids).logits.detach(), "loss": loss.detach(), **grads}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -218,7 +292,7 @@ def test_every_preset_is_the_same_with_them(variant: str) -> None:
     actual = measure("native", variant, torch.float64)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        quantity = "value" if name == "logits" else "grad"
+        quantity = "value" if name in ("logits", "loss") else "grad"
         assert error(actual[name], tensor) < limit("fused_passes", torch.float64, quantity), name
 
 
@@ -264,6 +338,15 @@ def test_a_block_that_drops_or_is_hooked_does_not() -> None:
         hook = module.register_forward_hook(lambda *_: None)
         assert block.pack(x).projections is None
         hook.remove()
+
+
+def test_a_head_that_is_hooked_is_called() -> None:
+    head, x = torch.nn.Linear(16, 40, bias=False), torch.zeros(2, 40, 16)
+    assert fuse_head(head, x, "auto") is not None
+    assert fuse_head(head, x, "reference") is None
+    assert fuse_head(head, x[0, :5], "auto") is None
+    head.register_forward_hook(lambda *_: None)
+    assert fuse_head(head, x, "auto") is None
 
 
 def test_what_fits() -> None:

@@ -1,7 +1,7 @@
-"""Which parts of a block run as one compiled pass each.
+"""Which parts of a model run as one compiled pass each.
 
 A part does where all its modules are no more than their weights (no hook, no adapter), nothing is
-dropped inside, and ``fuses_products`` takes its sizes. Else the block calls the modules.
+dropped inside, and ``fuses_products`` takes its sizes. Else the modules are called.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from unimatrix.ops.fused_passes import fuses_products
 
 if TYPE_CHECKING:
     from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
+    from unimatrix.ops.fused_passes.head_native import PreparedHead
     from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
     from unimatrix.ops.fused_passes.projection_native import PreparedProjections
 
@@ -116,3 +117,19 @@ def fuse_feed_forward(
     return prepare(
         norm.weight, shift, norm.eps, up, network.up_projs[0].bias, down.weight, down.bias
     )
+
+
+def fuse_head(head: nn.Linear, h: Tensor, backend: str) -> "PreparedHead | None":
+    """Return the output head and the cross entropy as one pass; ``None`` as above.
+
+    Args:
+        head: without a bias.
+        h: [..., D], what the head reads, or a tensor like it.
+        backend: of the fused passes.
+    """
+    if not is_plain(head) or not fuses_products(h, [head.weight], backend):
+        return None
+    # Imported here: it loads the compiler.
+    from unimatrix.ops.fused_passes.head_native import prepare_head
+
+    return prepare_head(head.weight)

@@ -61,14 +61,16 @@ class SelectiveRead(NamedTuple):
 
 
 class _Values(NamedTuple):
-    """Normalised embeddings of what was found.
+    """Normalised and projected embeddings of what was found.
 
     Attributes:
         embed: the token embedding.
-        table: all of them normalised, [V, D], or ``None``.
+        proj: of the normalised embeddings.
+        table: all of them normalised and projected, [V, D], or ``None``.
     """
 
     embed: nn.Embedding
+    proj: nn.Linear
     table: Tensor | None
 
     def mix(self, token_ids: Tensor, weights: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ class _Values(NamedTuple):
         if self.table is None:
             values = self.embed(token_ids)  # [B, T, Q, D]
             mixed = (weights.unsqueeze(-1) * _normalize(values)).sum(dim=2)
-            return mixed.to(values.dtype)
+            projected: Tensor = self.proj(mixed.to(values.dtype))
+            return projected
         # Elsewhere than here, earlier releases of torch have no such kernel.
         if self.table.device.type not in ("cpu", "cuda"):
             return (weights.unsqueeze(-1) * embedding(token_ids, self.table)).sum(dim=2)
@@ -219,17 +222,18 @@ class SelectiveMixer(nn.Module):
             behind = entries.gather(1, final.writers) if entries.requires_grad else None
             kept = SelectiveState(final.slots, self._take_recent(stream, lengths), behind)
         offered = (write_keys >= 0) & find_real_tokens(lengths, token_ids).unsqueeze(-1)
-        values = _Values(embed, table)
+        projected = None if table is None else linear(table, self.value_proj.weight)
+        values = _Values(embed, self.value_proj, projected)
         return self._read(values, lookup, entries, logits, offered), kept
 
     def _normalize_table(self, embed: nn.Embedding, num_tokens: int) -> Tensor | None:
         """Return every token's embedding over its root mean square, [V, D].
 
-        What is made of embeddings alone is made of V rows then, not of every position. ``None``
+        What layers make of embeddings alone is made of V rows then, not of every position. ``None``
         where there are fewer positions, where a layer is more than its weights, and in less than 32
         bits, of which a sum of two products would keep fewer than one product of both.
         """
-        if not (is_plain(embed) and is_plain(self.gate_up)):
+        if not all(map(is_plain, (embed, self.gate_up, self.value_proj))):
             return None
         weight = embed.weight
         is_narrow = weight.dtype not in (torch.float32, torch.float64)
@@ -298,5 +302,5 @@ class SelectiveMixer(nn.Module):
                 log_weights, logits, lookup.entries, offered, self.num_slots, self.rules
             )
         weights = log_weights.exp()  # [B, T, Q]
-        context = self.value_proj(values.mix(lookup.value_ids, weights))
+        context = values.mix(lookup.value_ids, weights)
         return SelectiveRead(context, lookup.value_ids, log_strength, elsewhere, scale)

@@ -192,6 +192,31 @@ def total(_: Any, lanes: Any) -> Any:
 
 
 @intrinsic
+def largest(_: Any, lanes: Any) -> Any:
+    """Return the largest of the lanes; one that is no number is passed over."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0].type
+        reduce = builder.module.declare_intrinsic(
+            f"llvm.vector.reduce.fmax.v{lanes.width}f{lanes.dtype.bitwidth}",
+            fnty=ir.FunctionType(vector.element, [vector]),
+        )
+        return builder.call(reduce, [args[0]])
+
+    return lanes.dtype(lanes), generate
+
+
+@intrinsic
+def larger(_: Any, lanes: Any, other: Any) -> Any:
+    """Return the larger of two lanes each."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return lanes(lanes, lanes), generate
+
+
+@intrinsic
 def where_negative(_: Any, lanes: Any, this: Any, that: Any) -> Any:
     """Return ``this`` in the lanes that are below zero, ``that`` in the others."""
 

@@ -345,6 +345,52 @@ def _differentiate_feed_forward(ctx: Any, dy: Tensor, _unused: Any) -> tuple[Any
 add_feed_forward.register_autograd(_differentiate_feed_forward, setup_context=_keep_feed_forward)
 
 
+@torch.library.custom_op("unimatrix::sum_cross_entropy", mutates_args=(), device_types="cpu")
+def sum_cross_entropy(
+    h: Tensor,
+    head: list[Tensor],
+    targets: Tensor,
+    token_ids: Tensor | None,
+    shares: Tensor | None,
+    ignored: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run head and loss; see ``head_native.PreparedHead`` and ``head_native.run_head``."""
+    from unimatrix.ops.fused_passes.head_native import PreparedHead, run_head
+
+    shares = None if shares is None else shares.contiguous()
+    given = h.contiguous(), PreparedHead(*head), targets, token_ids, shares
+    return run_head(*given, ignored=ignored, saves=True)
+
+
+@sum_cross_entropy.register_fake
+def _(
+    h: Tensor,
+    head: list[Tensor],
+    targets: Tensor,
+    token_ids: Tensor | None,
+    shares: Tensor | None,
+    ignored: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dshares = h.new_empty(0 if shares is None else shares.shape)
+    return h.new_empty(()), h.new_empty(h.shape), h.new_empty(head[0].shape), dshares
+
+
+def _keep_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, dh, dweight, dshares = output
+    ctx.save_for_backward(dh, dweight, dshares)
+    ctx.num_panels, ctx.has_shares = len(inputs[1]) - 1, inputs[4] is not None
+    ctx.mark_non_differentiable(dh, dweight, dshares)
+
+
+def _differentiate_head(ctx: Any, dtotal: Tensor, *_unused: Any) -> tuple[Any, ...]:
+    dh, dweight, dshares = ctx.saved_tensors
+    of_head = [dtotal * dweight, *[None] * ctx.num_panels]
+    return dtotal * dh, of_head, None, None, dtotal * dshares if ctx.has_shares else None, None
+
+
+sum_cross_entropy.register_autograd(_differentiate_head, setup_context=_keep_head)
+
+
 @torch.library.custom_op("unimatrix::allocate_slots", mutates_args=())
 def allocate_slots(
     queries: Tensor,

@@ -3,8 +3,9 @@
 Composed of tensor operations, a norm, a gated sum, a gated unit or a short convolution reads and
 writes its features ten to twenty times, and at the widths of small models that takes longer than
 the products. The native back end (float32 and float64 on the CPU, differentiable once) does each in
-one compiled loop. ``project``, ``add_mixed`` and ``add_feed_forward`` take the products with them,
-where ``fuses_products``. Elsewhere, and for the few rows of a decoding step, the reference runs.
+one compiled loop. ``project``, ``add_mixed``, ``add_feed_forward`` and ``sum_cross_entropy`` take
+the products with them, where ``fuses_products``. Elsewhere, and for the few rows of a decoding
+step, the reference runs.
 """
 
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from unimatrix.ops.fused_passes import reference
 
 if TYPE_CHECKING:
     from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
+    from unimatrix.ops.fused_passes.head_native import PreparedHead
     from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
     from unimatrix.ops.fused_passes.projection_native import PreparedProjections
 
@@ -31,6 +33,7 @@ __all__ = [
     "fuses_products",
     "normalize_rows",
     "project",
+    "sum_cross_entropy",
     "sum_gated",
 ]
 
@@ -164,6 +167,45 @@ def project(
     from unimatrix.ops.fused_passes.projection_native import project_native
 
     return project_native(x, recent, prepared, squashes=squashes)
+
+
+def sum_cross_entropy(
+    h: Tensor,
+    prepared: "PreparedHead",
+    targets: Tensor,
+    token_ids: Tensor | None = None,
+    shares: Tensor | None = None,
+    *,
+    ignored: int,
+) -> Tensor:
+    """Apply the output head and return the sum of the cross entropies in nats.
+
+    Equation: E9, E17.
+
+    Args:
+        h: [..., D], for which ``fuses_products``.
+        prepared: from ``head_native.prepare_head``.
+        targets: [...] int64, ``ignored`` where nothing is counted.
+        token_ids: [..., K] int64, what a pointer proposes; ``None`` without one.
+        shares: [..., K], votes to add to those tokens' logits; or [..., 1 + K], ln of the
+            vocabulary's and the tokens' shares of the probability.
+        ignored: a number that is no token.
+
+    Returns:
+        [] in the dtype of h.
+
+    Raises:
+        InputError: for a target that is no token and not ``ignored``.
+    """
+    if torch.compiler.is_compiling():
+        from unimatrix.ops import opaque
+
+        head = list(prepared)
+        total: Tensor = opaque.sum_cross_entropy(h, head, targets, token_ids, shares, ignored)[0]
+        return total
+    from unimatrix.ops.fused_passes.head_native import sum_cross_entropy_native
+
+    return sum_cross_entropy_native(h, prepared, targets, token_ids, shares, ignored=ignored)
 
 
 def normalize_rows(

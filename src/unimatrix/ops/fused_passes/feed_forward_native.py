@@ -154,15 +154,14 @@ def _apply_spans(
     D, F, W = width, inner, len(form.lanes)
     P = 2 * F if len(form.gated) else F
     u_row, a_row = P + W, F + W  # apart by no power of two
-    num_tiles = (num_rows + TILE - 1) // TILE
     scratch = np.empty(TILE * (2 * D + u_row + a_row + 1), x.dtype)
     units, h, u = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
     a = at(u, TILE * u_row)
     inverses = at(a, TILE * a_row)
     a_row = P + a_row if len(kept) else a_row
-    for tile in range(first * num_tiles // num_spans, last * num_tiles // num_spans):
-        start = tile * TILE
-        rows = min(TILE, num_rows - start)
+    end = last * num_rows // num_spans
+    for start in range(first * num_rows // num_spans, end, TILE):
+        rows = min(TILE, end - start)
         source, target = pointer(x, start * D), pointer(y, start * D)
         normalize_tile(
             form, source, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),
@@ -197,7 +196,6 @@ def _backward_spans(
     lanes, D, F, W = form.lanes, width, inner, len(form.lanes)
     P = 2 * F if len(form.gated) else F
     h_row, u_row, a_row = D + W, P + W, F + W  # apart by no power of two
-    num_tiles = (num_rows + TILE - 1) // TILE
     num_grads = len(grads) // num_spans
     kept_row = P + a_row
     scratch = np.empty(TILE * (2 * D + h_row + u_row + a_row + 1), x.dtype)
@@ -212,9 +210,9 @@ def _backward_spans(
         dscale = at(ddown, D * F)
         dshift, dup_bias = at(dscale, D), at(dscale, 2 * D)
         ddown_bias = at(dup_bias, P)
-        for tile in range(span * num_tiles // num_spans, (span + 1) * num_tiles // num_spans):
-            start = tile * TILE
-            rows = min(TILE, num_rows - start)
+        end = (span + 1) * num_rows // num_spans
+        for start in range(span * num_rows // num_spans, end, TILE):
+            rows = min(TILE, end - start)
             source, grad = pointer(x, start * D), pointer(dy, start * D)
             normalize_tile(
                 form, source, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),

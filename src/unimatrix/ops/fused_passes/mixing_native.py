@@ -52,11 +52,10 @@ def _apply_spans(
     x, h, readout, one, two, out_across, gates_across, gates_bias, kept_gates, kept_readout, y,
 ):  # fmt: skip
     D, R, W, C = width, inner, len(lanes), num_gates * width
-    num_tiles = (num_rows + TILE - 1) // TILE
     scratch = np.empty(0 if len(kept_gates) else TILE * (C + D), x.dtype)
-    for tile in range(first * num_tiles // num_spans, last * num_tiles // num_spans):
-        start = tile * TILE
-        rows = min(TILE, num_rows - start)
+    end = last * num_rows // num_spans
+    for start in range(first * num_rows // num_spans, end, TILE):
+        rows = min(TILE, end - start)
         source, target = pointer(x, start * D), pointer(y, start * D)
         if len(kept_gates):
             gates, projected = pointer(kept_gates, start * C), pointer(kept_readout, start * D)
@@ -93,7 +92,6 @@ def _backward_spans(
     dy, dh, dreadout, done, dtwo, grads,
 ):  # fmt: skip
     D, R, W, C = width, inner, len(lanes), num_gates * width
-    num_tiles = (num_rows + TILE - 1) // TILE
     num_grads = len(grads) // num_spans
     slopes_row = C + W  # apart by no power of two
     scratch = np.empty(TILE * (slopes_row + D), dy.dtype)
@@ -103,9 +101,9 @@ def _backward_spans(
         dout = pointer(grads, span * num_grads)
         dgates = at(dout, D * R)
         dbias = at(dgates, C * D)
-        for tile in range(span * num_tiles // num_spans, (span + 1) * num_tiles // num_spans):
-            start = tile * TILE
-            rows = min(TILE, num_rows - start)
+        end = (span + 1) * num_rows // num_spans
+        for start in range(span * num_rows // num_spans, end, TILE):
+            rows = min(TILE, end - start)
             source, grad = pointer(h, start * D), pointer(dy, start * D)
             read, gates = pointer(readout, start * R), pointer(kept_gates, start * C)
             contexts = (

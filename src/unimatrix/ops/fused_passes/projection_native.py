@@ -159,8 +159,9 @@ def _apply_spans(
     mixed = at(around, room)
     logits = at(mixed, TILE * D)
     for tile in range(first * num_tiles // num_spans, last * num_tiles // num_spans):
-        row, start = tile // per_row, tile % per_row * TILE
-        rows = min(TILE, num_tokens - start)
+        row, part = tile // per_row, tile % per_row
+        start = part * num_tokens // per_row
+        rows = (part + 1) * num_tokens // per_row - start
         position = row * num_tokens + start
         _normalize_around(
             form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
@@ -212,8 +213,9 @@ def _backward_spans(
         by_controls = at(by_vectors, V * D)
         by_bias = at(by_controls, C * D)
         for tile in range(span * num_tiles // num_spans, (span + 1) * num_tiles // num_spans):
-            row, start = tile // per_row, tile % per_row * TILE
-            rows = min(TILE, num_tokens - start)
+            row, part = tile // per_row, tile % per_row
+            start = part * num_tokens // per_row
+            rows = (part + 1) * num_tokens // per_row - start
             position = row * num_tokens + start
             _normalize_around(
                 form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
