@@ -14,6 +14,8 @@ take them in arrays.
 # mypy: allow-untyped-defs
 
 import ctypes
+import functools
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -97,9 +99,10 @@ def run_in_team(
     num_spans = len(bounds) - 1
     numbers: list[int] = [0, num_spans, _find_entry(kernel, args), 0, *bounds]
     _flatten(args, numbers)
-    assert len(numbers) <= _HEAD + len(bounds) + _MOST_NUMBERS
-    table = (ctypes.c_int64 * (_HEAD + len(bounds) + _MOST_NUMBERS))(*numbers)
-    libgomp.GOMP_parallel(_WORK, table, num_spans, 0)
+    missing = _HEAD + len(bounds) + _MOST_NUMBERS - len(numbers)
+    assert missing >= 0
+    table = array("q", numbers + [0] * missing)
+    libgomp.GOMP_parallel(_WORK, table.buffer_info()[0], num_spans, 0)
     if table[3]:
         raise RuntimeError(f"{kernel.__name__} failed in {table[3]} of {num_spans} spans")
 
@@ -114,10 +117,18 @@ def _flatten(values: Iterable[Any], numbers: list[int]) -> None:
             address = value.__array_interface__["data"][0]
             numbers += (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
         elif isinstance(value, tuple):
-            _flatten(value, numbers)
+            numbers += _flatten_tuple(value)
         else:
             assert not isinstance(value, float), "a kernel takes floats in an array"
             numbers.append(int(value))
+
+
+@functools.lru_cache(maxsize=256)
+def _flatten_tuple(values: tuple[Any, ...]) -> list[int]:
+    """Return the numbers of a nested tuple."""
+    numbers: list[int] = []
+    _flatten(values, numbers)
+    return numbers
 
 
 _entries: dict[tuple[Any, ...], int] = {}
@@ -125,10 +136,7 @@ _entries: dict[tuple[Any, ...], int] = {}
 
 def _find_entry(kernel: Any, args: tuple[Any, ...]) -> int:
     """Return the address of the kernel compiled for such arguments."""
-    key = (
-        kernel,
-        *(value.dtype if isinstance(value, Tensor) else _describe(value) for value in args),
-    )
+    key = (kernel, *map(_describe, args))
     if key not in _entries:
         arrays = (x.view(-1).numpy() if isinstance(x, Tensor) else x for x in args)
         signature = (types.int64, types.int64, *map(numba.typeof, arrays))
@@ -145,5 +153,5 @@ def _describe(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.dtype.char, value.ndim, value.flags.c_contiguous, value.flags.writeable
     if isinstance(value, tuple):
-        return (type(value), *map(_describe, value))
+        return type(value), value  # there are few, and comparing them is quick
     return type(value)

@@ -51,25 +51,8 @@ def map_rows(kernel: Callable[..., Any], num_rows: int, *args: Any) -> None:
         args: passed on unchanged: arrays, contiguous tensors (the kernel sees flat arrays), whole
             numbers and tuples of them; the kernel writes its results into them.
     """
-    num_threads = min(torch.get_num_threads(), num_rows)
-    if num_threads <= 1:
-        kernel(0, num_rows, *_to_arrays(args))
-        return
-    bounds = [num_rows * i // num_threads for i in range(num_threads + 1)]
-    libgomp = None if _is_forked else _find_libgomp()
-    if libgomp is not None and _MACHINE_IS_KNOWN:
-        # Imported here: it loads the compiler.
-        from unimatrix.ops.team_native import run_in_team
-
-        run_in_team(libgomp, kernel, bounds, args)
-        return
-    arrays = _to_arrays(args)
-    _run_in_pool(
-        [
-            functools.partial(kernel, first, last, *arrays)
-            for first, last in itertools.pairwise(bounds)
-        ]
-    )
+    num_threads = max(1, min(torch.get_num_threads(), num_rows))
+    _run_spans(kernel, [num_rows * i // num_threads for i in range(num_threads + 1)], args)
 
 
 def run_rows(
@@ -90,9 +73,28 @@ def run_rows(
     """
     given = [x.contiguous() if isinstance(x, Tensor) else x for x in args]
     if num_rows * work_per_row < _MIN_THREADED_WORK:
-        kernel(0, num_rows, form, *_to_arrays(given))
+        _run_spans(kernel, [0, num_rows], (form, *given))
     else:
         map_rows(kernel, num_rows, form, *given)
+
+
+def _run_spans(kernel: Callable[..., Any], bounds: list[int], args: tuple[Any, ...]) -> None:
+    """Call ``kernel(first, last, *args)`` for every span between two bounds, a thread for each."""
+    libgomp = None if _is_forked else _find_libgomp()
+    if libgomp is not None and _MACHINE_IS_KNOWN:
+        # Imported here: it loads the compiler. Also for a single span: it costs half of a call
+        # through the compiler's own dispatch.
+        from unimatrix.ops.team_native import run_in_team
+
+        run_in_team(libgomp, kernel, bounds, args)
+        return
+    arrays = _to_arrays(args)
+    _run_in_pool(
+        [
+            functools.partial(kernel, first, last, *arrays)
+            for first, last in itertools.pairwise(bounds)
+        ]
+    )
 
 
 def _to_arrays(args: Sequence[Any]) -> list[Any]:
