@@ -243,8 +243,8 @@ def _seconds(cell: dict[str, Any]) -> str:
     planned = 60 * cell["asked"]["minutes"]
     is_timed = cell["asked"]["steps"] is None
     if is_timed and abs(taken - planned) > _TIME_TOLERANCE * planned:
-        return f"{taken:.0f} (planned {planned:.0f})"
-    return f"{taken:.0f}"
+        return f"{taken:,.0f} (planned {planned:,.0f})"
+    return f"{taken:,.0f}"
 
 
 def _bits(value: float | None) -> str:
