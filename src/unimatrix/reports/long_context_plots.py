@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -78,7 +79,8 @@ def plot_positions(record: Record) -> Figure:
     axes.set_xlabel("bytes read before (ends of bins that double)")
     axes.set_ylabel("bits per byte in the bin")
     _finish(axes)
-    name = ", ".join(record["plan"]["data"]).replace("$", r"\$")
+    names = [Path(source).name for source in record["plan"]["data"]]
+    name = ", ".join(names).replace("$", r"\$")
     _add_title(figure, f"Bits per byte by position, {name}")
     _add_legend(figure, [axes])
     return figure
