@@ -71,7 +71,7 @@ def test_a_model_and_a_peer_stand_in_the_same_tables(ours, peer, book, tmp_path)
     ]
     for table in ("eval-long", "eval-long-text", "eval-long-code"):
         text = TABLES[table]({"eval-long/first": record})
-        assert text.startswith("`first`, 1 examples, seed 0:\n\n| ")
+        assert text.startswith("`first`, text of book.txt, 1 examples, seed 0:\n\n| ")
         assert "| ours |" in text or "| peer |" in text or "ours | peer |" in text
         assert TABLES[table]({}) == "No evaluation is recorded yet."
 

@@ -129,7 +129,7 @@ def test_tasks_that_nothing_answered_share_a_row() -> None:
 
     record = {
         "models": {"ours": {}},
-        "plan": {"num_examples": 5},
+        "plan": {"num_examples": 5, "data": ["pystdlib"]},
         "seed": 0,
         "cells": [
             *(cell("niah_single_1", 0.0, n) for n in (1024, 4096)),

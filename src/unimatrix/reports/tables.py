@@ -458,7 +458,8 @@ def _tabulate_eval_long(
     for name, record in _select(records, "eval-long/").items():
         found = tabulate(record)
         if found.rows:
-            plan, text = record["plan"], ", ".join(record["plan"]["data"])
+            plan = record["plan"]
+            text = ", ".join(Path(source).name for source in plan["data"])
             settings = f"text of {text}, {plan['num_examples']} examples, seed {record['seed']}"
             parts.append(f"`{name}`, {settings}:\n\n{_format_table(*found)}")
     return "\n\n".join(parts) or _NO_EVALUATION
