@@ -50,8 +50,9 @@ def compute_loss(
     if isinstance(logits, UnscoredRows):
         h, head, *pointer = logits
         total = sum_cross_entropy(h, head, targets, *pointer, ignored=IGNORED_LABEL)
-        num_targets = (targets != IGNORED_LABEL).sum()
-        return total / (num_targets if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / (targets != IGNORED_LABEL).sum()
+        return total / num_items_in_batch
     targets = targets.flatten()
     if isinstance(logits, MixedLogits):
         counted = targets != IGNORED_LABEL

@@ -412,12 +412,12 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         # 6. The tied head, and the votes of the pointer or the mixture with it.
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         rows: Any = (slice(None), kept)
-        is_scored_only = loss_only and shift_labels is not None
-        if loss_only and shift_labels is not None:
-            rows = choose_rows(shift_labels)
+        only_labels = shift_labels if loss_only else None
+        if only_labels is not None:
+            rows = choose_rows(only_labels)
         elif logits_at is not None:
             rows = (logits_at,)
-        predicted = self._predict(output, rows, is_scored_only=is_scored_only)
+        predicted = self._predict(output, rows, is_scored_only=only_labels is not None)
         loss = None
         if shift_labels is not None:
             targets = shift_labels[rows]
@@ -425,7 +425,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             if output.hindsight_scale is not None:
                 loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
         logits = None
-        if not is_scored_only:
+        if only_labels is None:
             assert not isinstance(predicted, UnscoredRows)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         result = UniMatrixCausalLMOutput(

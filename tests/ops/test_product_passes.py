@@ -222,7 +222,7 @@ def test_a_label_that_is_no_token() -> None:
     nothing = sum_cross_entropy(h, head, torch.full((1, 3), -100), ignored=-100)
     assert nothing == 0
     for label in (5, -1):
-        with pytest.raises(InputError, match=r"1 labels are no tokens .* pass 0 to 4, or -100"):
+        with pytest.raises(InputError, match=rf"label {label} is no token .* pass 0 to 4, or -100"):
             sum_cross_entropy(h, head, torch.tensor([[0, label, -100]]), ignored=-100)
 
 

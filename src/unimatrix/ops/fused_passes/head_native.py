@@ -206,9 +206,10 @@ def run_head(
     run_rows(_score_spans, form, num_spans, work, *sizes, *given, dh, dshares, grads, sums)
     nats, num_strange = sums.sum(dim=0)
     if num_strange:
+        is_strange = ((targets < 0) | (targets >= vocab)) & (targets != ignored)
         raise InputError(
-            f"{int(num_strange)} labels are no tokens of the vocabulary; pass 0 to {vocab - 1}, or "
-            f"{ignored} where no loss is wanted"
+            f"label {int(targets[is_strange][0])} is no token of the vocabulary; pass 0 to "
+            f"{vocab - 1}, or {ignored} where no loss is wanted"
         )
     dweight = sum_spans(grads)[: vocab * width].view(vocab, width) if saves else none
     return nats.to(h.dtype), dh, dweight, dshares
