@@ -16,10 +16,10 @@ from unimatrix import training
 from unimatrix.configuration import PRESETS
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.ops import opaque
-from unimatrix.ops.fused_passes.feed_forward_native import prepare
+from unimatrix.ops.fused_passes.feed_forward_native import prepare_feed_forward
 from unimatrix.ops.fused_passes.head_native import prepare_head
 from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
-from unimatrix.ops.fused_passes.projection_native import ProjectionWeights, prepare_projections
+from unimatrix.ops.fused_passes.projection_native import prepare_projections
 from unimatrix.ops.selective_slots import empty_selective_slots
 from unimatrix.training import train_model
 
@@ -66,25 +66,25 @@ def make_arguments(op: str) -> tuple[Any, ...]:
         return writes, list(empty_selective_slots(2, 4, 300)), True, [8, 0, 3]
     x = torch.randn(2, 9, 16, requires_grad=True)
     if op == "project":
-        weights = (torch.ones(16), None, torch.randn(3, 16), torch.randn(48, 16))
-        joined = ProjectionWeights(*weights, torch.randn(5, 16), torch.randn(5))
-        prepared = prepare_projections(1e-5, joined)
-        return x, torch.randn(2, 2, 16), opaque.fill_absent(joined), list(prepared[1:]), True
+        scale = torch.ones(16, requires_grad=True)
+        layers = [torch.randn(48, 16)], [torch.randn(5, 16)], [torch.randn(5)]
+        weights = prepare_projections(scale, None, 1e-5, torch.randn(3, 16), *layers)
+        return x, torch.randn(2, 2, 16), *weights, True
     if op == "add_mixed":
-        mixing = prepare_mixing(torch.randn(16, 32), torch.randn(32, 16), torch.randn(32))
+        mixing = prepare_mixing(torch.randn(16, 32), [torch.randn(32, 16)], [torch.randn(32)])
         contexts = [torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 16)]
         h = torch.randn(2, 9, 16, requires_grad=True)
-        return x, h, contexts, list(mixing[:3]), list(mixing[3:])
+        return x, h, contexts, *mixing[:3]
     if op == "add_feed_forward":
-        network = prepare(
+        network = prepare_feed_forward(
             torch.ones(16), torch.zeros(16), 1e-5, [torch.randn(20, 16)], torch.randn(20),
             torch.randn(16, 20), torch.randn(16),
         )  # fmt: skip
-        return x, opaque.fill_absent(network.weights), list(network[1:])
+        return x, *network
     if op == "sum_cross_entropy":
-        head = list(prepare_head(torch.randn(20, 16, requires_grad=True)))
+        head = prepare_head(torch.randn(20, 16, requires_grad=True))
         shares = torch.randn(2, 9, 4, requires_grad=True)
-        return x, head, ids, ids[..., None].expand(2, 9, 3), shares, -100
+        return x, *head[:3], ids, ids[..., None].expand(2, 9, 3), shares, -100
     assert op == "match_suffixes"
     return ids, 4
 

@@ -1,6 +1,6 @@
 """The loss: which positions it needs, cross entropy in nats, and the scale of hindsight."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,9 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 from unimatrix.ops.fused_passes import sum_cross_entropy
-
-if TYPE_CHECKING:
-    from unimatrix.ops.fused_passes.head_native import PreparedHead
+from unimatrix.ops.fused_passes.pass_weights import PassWeights
 
 IGNORED_LABEL = -100
 
@@ -26,7 +24,7 @@ class UnscoredRows(NamedTuple):
     """
 
     h: Tensor
-    head: "PreparedHead"
+    head: PassWeights
     token_ids: Tensor | None
     shares: Tensor | None
 

@@ -22,10 +22,10 @@ from unimatrix.ops.fused_passes import (
     project,
     sum_cross_entropy,
 )
-from unimatrix.ops.fused_passes.feed_forward_native import prepare
+from unimatrix.ops.fused_passes.feed_forward_native import prepare_feed_forward
 from unimatrix.ops.fused_passes.head_native import prepare_head
 from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
-from unimatrix.ops.fused_passes.projection_native import ProjectionWeights, prepare_projections
+from unimatrix.ops.fused_passes.projection_native import prepare_projections
 from unimatrix.ops.fused_passes.tiles_native import TILE
 
 EPS = 1e-5
@@ -61,8 +61,8 @@ def run_feed_forward(backend: str, x, scale, shift, gate, up, up_bias, down, dow
     """Return the stream after the network, gated or not."""
     if backend == "native":
         matrices = [up] if gate is None else [gate, up]
-        prepared = prepare(scale, shift, EPS, matrices, up_bias, down, down_bias)
-        return {"y": add_feed_forward(x, prepared)}
+        weights = prepare_feed_forward(scale, shift, EPS, matrices, up_bias, down, down_bias)
+        return {"y": add_feed_forward(x, weights)}
     h = normalize(x, scale, shift)
     inner = gelu(linear(h, up, up_bias)) if gate is None else silu(linear(h, gate)) * linear(h, up)
     return {"y": x + linear(inner, down, down_bias)}
@@ -94,7 +94,7 @@ def run_mixing(backend: str, x, h, readout, out, gates, gates_bias, **others) ->
     """Return the stream after the gated sum of the contexts."""
     contexts = [readout, *others.values()]
     if backend == "native":
-        return {"y": add_mixed(x, h, contexts, prepare_mixing(out, gates, gates_bias))}
+        return {"y": add_mixed(x, h, contexts, prepare_mixing(out, [gates], [gates_bias]))}
     shares = torch.sigmoid(linear(h, gates, gates_bias)).chunk(len(contexts), dim=-1)
     contexts[0] = linear(readout, out)
     return {"y": x + sum(s * c for s, c in zip(shares, contexts, strict=True))}
@@ -124,15 +124,15 @@ def run_projections(
 ) -> Outputs:
     """Return the normalised stream, the vectors and the controls."""
     if backend == "native":
-        weights = ProjectionWeights(scale, shift, filters, vectors, controls, controls_bias)
-        prepared = prepare_projections(EPS, weights)
-        h, made, logits = project(x, recent, prepared, squashes=squashes)
-        return {"h": h, "vectors": made, "controls": logits}
+        layers = [vectors], [controls], [controls_bias]
+        weights = prepare_projections(scale, shift, EPS, filters, *layers)
+        stream, h, made, logits = project(x, recent, weights, squashes=squashes)
+        return {"stream": stream, "h": h, "vectors": made, "controls": logits}
     h = normalize(x, scale, shift)
     source = h if filters is None else convolve_recent(h, filters, recent, backend="reference")
     made = linear(source, vectors)
     made = made.tanh() if squashes else made
-    return {"h": h, "vectors": made, "controls": linear(h, controls, controls_bias)}
+    return {"stream": x, "h": h, "vectors": made, "controls": linear(h, controls, controls_bias)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,9 +236,9 @@ def test_extremes_are_those_of_torch(size: float, dtype: torch.dtype) -> None:
 
     def run(bias: Tensor) -> tuple[Tensor, Tensor]:
         # LayerNorm of zeros is its shift.
-        network = prepare(one, bias, EPS, [eye], 0 * one, eye, 0 * one)
-        weights = ProjectionWeights(one, bias, None, eye, eye, 0 * one)
-        _, vectors, _ = project(x, None, prepare_projections(EPS, weights), squashes=True)
+        network = prepare_feed_forward(one, bias, EPS, [eye], 0 * one, eye, 0 * one)
+        layers = prepare_projections(one, bias, EPS, None, [eye], [eye], [0 * one])
+        vectors = project(x, None, layers, squashes=True)[2]
         return add_feed_forward(x, network)[0, 0], vectors[0, 0]
 
     activated, squashed = run(bias)
@@ -263,7 +263,8 @@ def test_the_threads_agree_with_one(num_threads: int) -> None:
             torch.set_num_threads(count)
             leaves = [make(3, 400, 64, seed=1), *weights]
             x, scale, gate, up, down = (leaf.clone().requires_grad_() for leaf in leaves)
-            y = add_feed_forward(x, prepare(scale, None, EPS, [gate, up], None, down, None))
+            weights_given = prepare_feed_forward(scale, None, EPS, [gate, up], None, down, None)
+            y = add_feed_forward(x, weights_given)
             y.square().sum().backward()
             found.append([y.detach(), *(leaf.grad for leaf in (x, scale, gate, up, down))])
     finally:

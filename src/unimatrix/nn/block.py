@@ -1,6 +1,6 @@
 """The one block of weights that every depth step applies."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,12 +21,8 @@ from unimatrix.ops.fused_passes import (
     project,
     sum_gated,
 )
+from unimatrix.ops.fused_passes.pass_weights import PassWeights
 from unimatrix.ops.slots import SlotRead, SlotState
-
-if TYPE_CHECKING:
-    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
-    from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
-    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
 
 
 class Sequence(NamedTuple):
@@ -100,16 +96,16 @@ class BlockWeights(NamedTuple):
     Attributes:
         matrix_mixer: what the matrix mixer packs.
         projections: of norm and matrix mixer, where they run as one pass.
-        gates: of all mixers together.
         mixing: of the gates and the readout's projection, where they run as one pass.
+        gates: of all mixers together, where they do not.
         feed_forward: of norm and feed-forward network, where they run as one pass.
     """
 
     matrix_mixer: tuple[PackedWeights | None, PackedWeights | None] = (None, None)
-    projections: "PreparedProjections | None" = None
+    projections: PassWeights | None = None
+    mixing: PassWeights | None = None
     gates: PackedWeights | None = None
-    mixing: "PreparedMixing | None" = None
-    feed_forward: "PreparedFeedForward | None" = None
+    feed_forward: PassWeights | None = None
 
 
 class UniMatrixBlock(nn.Module):
@@ -163,17 +159,15 @@ class UniMatrixBlock(nn.Module):
             x: [B, T, D], the residual stream before any of them.
         """
         layers = self._list_gates(reads=self._association_mixer is not None)
-        gates = pack(layers) if layers else None
         projections = fuse_projections(self.norm, self.matrix_mixer, x, self.backend)
         drops = self.training and self.dropout.p > 0
         mixer = self.matrix_mixer if projections is None else None
+        mixing = None if drops else fuse_mixing(self.matrix_mixer, layers, x, self.backend)
         return BlockWeights(
             matrix_mixer=(None, None) if mixer is None else mixer.pack(),
             projections=projections,
-            gates=gates,
-            mixing=None
-            if drops
-            else fuse_mixing(self.matrix_mixer, layers, gates, x, self.backend),
+            mixing=mixing,
+            gates=pack(layers) if layers and mixing is None else None,
             feed_forward=None
             if drops
             else fuse_feed_forward(self.ffn_norm, self.feed_forward, x, self.backend),
@@ -244,7 +238,7 @@ class UniMatrixBlock(nn.Module):
         projected = None
         if weights.projections is not None:
             assert self.matrix_mixer is not None
-            h, *projected = project(
+            x, h, *projected = project(
                 x, recent, weights.projections, squashes=self.matrix_mixer.squashes
             )
         else:

@@ -4,27 +4,19 @@ A part does where all its modules are no more than their weights (no hook, no ad
 dropped inside, and ``fuses_products`` takes its sizes. Else the modules are called.
 """
 
-from typing import TYPE_CHECKING
-
-import torch
 from torch import Tensor, nn
 
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.norm import RowNorm
-from unimatrix.nn.packed_linear import PackedWeights, is_bare, is_plain
+from unimatrix.nn.packed_linear import is_bare, is_plain
 from unimatrix.ops.fused_passes import fuses_products
-
-if TYPE_CHECKING:
-    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
-    from unimatrix.ops.fused_passes.head_native import PreparedHead
-    from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
-    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
+from unimatrix.ops.fused_passes.pass_weights import PassWeights
 
 
 def fuse_projections(
     norm: nn.Module, mixer: MatrixMixer | None, x: Tensor, backend: str
-) -> "PreparedProjections | None":
+) -> PassWeights | None:
     """Return norm and a mixer's projections as one pass; ``None`` where they are to be called.
 
     Args:
@@ -45,33 +37,28 @@ def fuse_projections(
     if not fuses_products(x, weights, backend, inner_width=num_vectors):
         return None
     # Imported here: it loads the compiler.
-    from unimatrix.ops.fused_passes import projection_native as native
+    from unimatrix.ops.fused_passes.projection_native import prepare_projections
 
-    joined = native.ProjectionWeights(
-        scale=norm.weight,
-        shift=norm.bias if isinstance(norm, nn.LayerNorm) else None,
-        filters=None if convolution is None else convolution.weight,
-        vectors=torch.cat([layer.weight for layer in mixer.vector_layers]),
-        controls=torch.cat([layer.weight for layer in mixer.control_layers]),
-        controls_bias=torch.cat([layer.bias for layer in mixer.control_layers]),
-    )
     assert norm.eps is not None
-    return native.prepare_projections(norm.eps, joined)
+    return prepare_projections(
+        norm.weight,
+        norm.bias if isinstance(norm, nn.LayerNorm) else None,
+        norm.eps,
+        None if convolution is None else convolution.weight,
+        [layer.weight for layer in mixer.vector_layers],
+        [layer.weight for layer in mixer.control_layers],
+        [layer.bias for layer in mixer.control_layers],
+    )
 
 
 def fuse_mixing(
-    mixer: MatrixMixer | None,
-    layers: list[nn.Linear],
-    gates: PackedWeights | None,
-    x: Tensor,
-    backend: str,
-) -> "PreparedMixing | None":
+    mixer: MatrixMixer | None, layers: list[nn.Linear], x: Tensor, backend: str
+) -> PassWeights | None:
     """Return the readout's projection and the gates as one pass; ``None`` as above.
 
     Args:
         mixer: whose readout it is.
         layers: of the gates, the readout's first.
-        gates: what ``pack`` made of them.
         x: [B, T, D], the stream, or one like it.
         backend: of the fused passes.
     """
@@ -83,14 +70,13 @@ def fuse_mixing(
     # Imported here: it loads the compiler.
     from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
 
-    weight, bias = gates or PackedWeights(layers[0].weight, layers[0].bias)
-    assert bias is not None
-    return prepare_mixing(mixer.out_proj.weight, weight, bias)
+    gates, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return prepare_mixing(mixer.out_proj.weight, gates, biases)
 
 
 def fuse_feed_forward(
     norm: nn.Module, network: FeedForward | GatedFeedForward, x: Tensor, backend: str
-) -> "PreparedFeedForward | None":
+) -> PassWeights | None:
     """Return norm and network as one compiled pass; ``None`` as above.
 
     Args:
@@ -109,17 +95,17 @@ def fuse_feed_forward(
     if not fuses_products(x, [norm.weight, *up, network.down_proj.weight], backend):
         return None
     # Imported here: it loads the compiler.
-    from unimatrix.ops.fused_passes.feed_forward_native import prepare
+    from unimatrix.ops.fused_passes.feed_forward_native import prepare_feed_forward
 
     assert norm.eps is not None
     shift = norm.bias if isinstance(norm, nn.LayerNorm) else None
     down = network.down_proj
-    return prepare(
+    return prepare_feed_forward(
         norm.weight, shift, norm.eps, up, network.up_projs[0].bias, down.weight, down.bias
     )
 
 
-def fuse_head(head: nn.Linear, h: Tensor, backend: str) -> "PreparedHead | None":
+def fuse_head(head: nn.Linear, h: Tensor, backend: str) -> PassWeights | None:
     """Return the output head and the cross entropy as one pass; ``None`` as above.
 
     Args:

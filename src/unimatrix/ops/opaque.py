@@ -7,14 +7,12 @@ in two or falls back to tensor operations, and stays correct.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
-    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
+from unimatrix.ops.fused_passes.pass_weights import PassWeights
 
 
 @torch.library.custom_op("unimatrix::scan_projected", mutates_args=(), device_types="cpu")
@@ -98,57 +96,35 @@ def _differentiate_scan(ctx: Any, dy: Tensor, dfinal: Tensor, *_unused: Any) -> 
 scan_projected.register_autograd(_differentiate_scan, setup_context=_keep_scan)
 
 
-def fill_absent(weights: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return weights with an empty tensor for ``None``, which a list of an operator cannot hold."""
-    first = next(weight for weight in weights if weight is not None)
-    return [first.new_empty(0) if weight is None else weight for weight in weights]
-
-
-def _without_empty(weights: Sequence[Tensor]) -> list[Any]:
-    """Return weights with ``None`` for what is empty."""
-    return [weight if weight.numel() else None for weight in weights]
-
-
-def _prepare_projections(weights: list[Tensor], panels: list[Tensor]) -> "PreparedProjections":
-    """Put together what an operator was given of projections."""
-    from unimatrix.ops.fused_passes import projection_native as native
-
-    joined = native.ProjectionWeights(*_without_empty(weights))
-    return native.PreparedProjections(joined, *panels)
-
-
-def _prepare_feed_forward(weights: list[Tensor], panels: list[Tensor]) -> "PreparedFeedForward":
-    """Put together what an operator was given of a feed-forward network."""
-    from unimatrix.ops.fused_passes import feed_forward_native as native
-
-    joined = native.FeedForwardWeights(*_without_empty(weights))
-    return native.PreparedFeedForward(joined, *panels)
-
-
 @torch.library.custom_op("unimatrix::project", mutates_args=(), device_types="cpu")
 def project(
     x: Tensor,
     recent: Tensor | None,
-    weights: list[Tensor],
-    panels: list[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
+    eps: float,
     squashes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run norm, convolution and projections; see ``projection_native.PreparedProjections``."""
+    """Run norm, convolution and projections; see ``PassWeights`` for what weights are."""
     from unimatrix.ops.fused_passes import projection_native as native
 
-    prepared = _prepare_projections(weights, panels)
-    return native.run_forward(x.contiguous(), recent, prepared, squashes=squashes)
+    weights = PassWeights(row, panels, tuple(sizes), eps)
+    return native.run_forward(x.contiguous(), recent, weights, squashes=squashes)
 
 
 @project.register_fake
 def _(
     x: Tensor,
     recent: Tensor | None,
-    weights: list[Tensor],
-    panels: list[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
+    eps: float,
     squashes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vectors, controls = (x.new_empty(*x.shape[:2], weight.shape[0]) for weight in weights[3:5])
+    _, columns, num_controls, *_ = sizes
+    vectors, controls = (x.new_empty(*x.shape[:2], size) for size in (columns, num_controls))
     return x.new_empty(x.shape), vectors, controls
 
 
@@ -156,66 +132,49 @@ def _(
 def _project_backward(
     x: Tensor,
     recent: Tensor | None,
-    weights: list[Tensor],
-    panels: list[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
+    eps: float,
     vectors: Tensor,
-    grads: list[Tensor],
+    grads: Sequence[Tensor],
     squashes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from unimatrix.ops.fused_passes import projection_native as native
 
-    prepared = _prepare_projections(weights, panels)
-    return native.run_backward(x.contiguous(), recent, prepared, vectors, *grads, squashes=squashes)
+    weights = PassWeights(row, panels, tuple(sizes), eps)
+    elsewhere = x.new_empty(0)  # the stream's own gradient, which the graph adds
+    given = (x.contiguous(), recent, weights, vectors, (elsewhere, *grads))
+    return native.run_backward(*given, squashes=squashes)
 
 
 @_project_backward.register_fake
 def _(
     x: Tensor,
     recent: Tensor | None,
-    weights: list[Tensor],
-    panels: list[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
+    eps: float,
     vectors: Tensor,
-    grads: list[Tensor],
+    grads: Sequence[Tensor],
     squashes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, D = x.shape
-    num_before = max(weights[2].shape[0] - 1, 0)
-    count = D + sum(weight.numel() for weight in (weights[0], *weights[2:]))
-    return x.new_empty(x.shape), x.new_empty(B, num_before, D), x.new_empty(count)
-
-
-def _keep_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep every tensor given, and how they were grouped."""
-    ctx.groups = [len(group) if isinstance(group, list) else None for group in inputs]
-    flat = [
-        [group] if size is None else group for group, size in zip(inputs, ctx.groups, strict=True)
-    ]
-    ctx.save_for_backward(*[tensor for group in flat for tensor in group])
-
-
-def _recall_all(ctx: Any) -> list[Any]:
-    """Return what ``_keep_all`` kept."""
-    tensors = iter(ctx.saved_tensors)
-    return [
-        next(tensors) if size is None else [next(tensors) for _ in range(size)]
-        for size in ctx.groups
-    ]
+    num_before = max(sizes[3] - 1, 0)
+    before = x.new_empty(x.shape[0], num_before, x.shape[2])
+    return x.new_empty(x.shape), before, row.new_empty(row.shape)
 
 
 def _keep_projections(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_all(ctx, (*inputs[:-1], output[1]), output)
-    ctx.squashes = inputs[-1]
+    x, recent, row, panels, *ctx.rest, ctx.squashes = inputs
+    ctx.save_for_backward(x, recent, row, panels, output[1])
 
 
 def _differentiate_projections(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    from unimatrix.ops.fused_passes import projection_native as native
-
-    x, recent, weights, panels, vectors = _recall_all(ctx)
-    given = (x, recent, weights, panels, vectors, list(grads), ctx.squashes)
-    dx, drecent, row = _project_backward(*given)
-    of_weights = native.split_gradients(row, _prepare_projections(weights, panels).weights)
-    of_recent = None if recent is None else drecent.to(recent.dtype)
-    return dx, of_recent, list(of_weights), [None] * len(panels), None
+    *given, vectors = ctx.saved_tensors
+    dx, drecent, drow = _project_backward(*given, *ctx.rest, vectors, list(grads), ctx.squashes)
+    recent = given[1]
+    return dx, None if recent is None else drecent.to(recent.dtype), drow, None, None, None, None
 
 
 project.register_autograd(_differentiate_projections, setup_context=_keep_projections)
@@ -223,69 +182,80 @@ project.register_autograd(_differentiate_projections, setup_context=_keep_projec
 
 @torch.library.custom_op("unimatrix::add_mixed", mutates_args=(), device_types="cpu")
 def add_mixed(
-    x: Tensor, h: Tensor, contexts: list[Tensor], weights: list[Tensor], panels: list[Tensor]
+    x: Tensor,
+    h: Tensor,
+    contexts: Sequence[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run projection, gates and gated sum; see ``mixing_native.PreparedMixing``."""
+    """Run projection, gates and gated sum; see ``PassWeights`` for what weights are."""
     from unimatrix.ops.fused_passes import mixing_native as native
 
     readout, *others = (context.contiguous() for context in contexts)
-    prepared = native.PreparedMixing(*weights, *panels)
-    return native.run_forward(x.contiguous(), h.contiguous(), readout, others, prepared, saves=True)
+    weights = PassWeights(row, panels, tuple(sizes))
+    return native.run_forward(x.contiguous(), h.contiguous(), readout, others, weights, saves=True)
 
 
 @add_mixed.register_fake
 def _(
-    x: Tensor, h: Tensor, contexts: list[Tensor], weights: list[Tensor], panels: list[Tensor]
+    x: Tensor,
+    h: Tensor,
+    contexts: Sequence[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    width = x.shape[-1]
+    width, _, num_gates = sizes
     num_rows = x.numel() // width
-    gates = x.new_empty(num_rows, weights[1].shape[0])
+    gates = x.new_empty(num_rows, num_gates * width)
     return x.new_empty(x.shape), gates, x.new_empty(num_rows, width)
 
 
 @torch.library.custom_op("unimatrix::add_mixed_backward", mutates_args=(), device_types="cpu")
 def _add_mixed_backward(
     h: Tensor,
-    contexts: list[Tensor],
-    kept: list[Tensor],
-    weights: list[Tensor],
-    panels: list[Tensor],
+    contexts: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
     dy: Tensor,
 ) -> list[Tensor]:
     from unimatrix.ops.fused_passes import mixing_native as native
 
     readout, *others = (context.contiguous() for context in contexts)
-    prepared = native.PreparedMixing(*weights, *panels)
-    dh, dreadout, dothers, row = native.run_backward(
-        h.contiguous(), readout, others, kept, prepared, dy
+    weights = PassWeights(row, panels, tuple(sizes))
+    dh, dreadout, dothers, drow = native.run_backward(
+        h.contiguous(), readout, others, kept, weights, dy
     )
-    return [dh, dreadout, *dothers, row]
+    return [dh, dreadout, *dothers, drow]
 
 
 @_add_mixed_backward.register_fake
 def _(
     h: Tensor,
-    contexts: list[Tensor],
-    kept: list[Tensor],
-    weights: list[Tensor],
-    panels: list[Tensor],
+    contexts: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
     dy: Tensor,
 ) -> list[Tensor]:
-    row = h.new_empty(sum(weight.numel() for weight in weights))
-    return [h.new_empty(h.shape), *(h.new_empty(c.shape) for c in contexts), row]
+    return [h.new_empty(made.shape) for made in (h, *contexts, row)]
 
 
 def _keep_mixing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_all(ctx, (*inputs[1:], list(output[1:])), output)
+    _, h, contexts, row, panels, ctx.sizes = inputs
+    ctx.save_for_backward(h, row, panels, *output[1:], *contexts)
 
 
 def _differentiate_mixing(ctx: Any, dy: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    from unimatrix.ops.fused_passes import mixing_native as native
-
-    h, contexts, weights, panels, kept = _recall_all(ctx)
-    dh, *dcontexts, row = _add_mixed_backward(h, contexts, kept, weights, panels, dy)
-    of_weights = native.split_gradients(row, native.PreparedMixing(*weights, *panels))
-    return dy, dh, dcontexts, of_weights, [None] * len(panels)
+    h, row, panels, gates, projected, *contexts = ctx.saved_tensors
+    dh, *dcontexts, drow = _add_mixed_backward(
+        h, contexts, [gates, projected], row, panels, ctx.sizes, dy
+    )
+    return dy, dh, dcontexts, drow, None, None
 
 
 add_mixed.register_autograd(_differentiate_mixing, setup_context=_keep_mixing)
@@ -293,53 +263,59 @@ add_mixed.register_autograd(_differentiate_mixing, setup_context=_keep_mixing)
 
 @torch.library.custom_op("unimatrix::add_feed_forward", mutates_args=(), device_types="cpu")
 def add_feed_forward(
-    x: Tensor, weights: list[Tensor], panels: list[Tensor]
+    x: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Run norm and feed-forward network; see ``feed_forward_native.PreparedFeedForward``."""
+    """Run norm and feed-forward network; see ``PassWeights`` for what weights are."""
     from unimatrix.ops.fused_passes import feed_forward_native as native
 
-    prepared = _prepare_feed_forward(weights, panels)
-    return native.run_forward(x.contiguous(), prepared, saves=True)
+    weights = PassWeights(row, panels, tuple(sizes), eps)
+    return native.run_forward(x.contiguous(), weights, saves=True)
 
 
 @add_feed_forward.register_fake
-def _(x: Tensor, weights: list[Tensor], panels: list[Tensor]) -> tuple[Tensor, Tensor]:
-    from unimatrix.ops.fused_passes import feed_forward_native as native
-
-    num_kept = native.count_kept(_prepare_feed_forward(weights, panels).weights)
-    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], num_kept)
+def _(
+    x: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], sizes[-1])
 
 
 @torch.library.custom_op("unimatrix::feed_forward_backward", mutates_args=(), device_types="cpu")
 def _feed_forward_backward(
-    x: Tensor, kept: Tensor, weights: list[Tensor], panels: list[Tensor], dy: Tensor
+    x: Tensor,
+    kept: Tensor,
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
+    eps: float,
+    dy: Tensor,
 ) -> tuple[Tensor, Tensor]:
     from unimatrix.ops.fused_passes import feed_forward_native as native
 
-    prepared = _prepare_feed_forward(weights, panels)
-    return native.run_backward(x.contiguous(), kept, prepared, dy)
+    weights = PassWeights(row, panels, tuple(sizes), eps)
+    return native.run_backward(x.contiguous(), kept, weights, dy)
 
 
 @_feed_forward_backward.register_fake
 def _(
-    x: Tensor, kept: Tensor, weights: list[Tensor], panels: list[Tensor], dy: Tensor
+    x: Tensor,
+    kept: Tensor,
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
+    eps: float,
+    dy: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    scale, _, up, _, down, _ = weights
-    count = up.numel() + down.numel() + 3 * scale.numel() + up.shape[0]
-    return x.new_empty(x.shape), x.new_empty(count)
+    return x.new_empty(x.shape), row.new_empty(row.shape)
 
 
 def _keep_feed_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _keep_all(ctx, (*inputs, output[1]), output)
+    x, row, panels, *ctx.rest = inputs
+    ctx.save_for_backward(x, output[1], row, panels)
 
 
 def _differentiate_feed_forward(ctx: Any, dy: Tensor, _unused: Any) -> tuple[Any, ...]:
-    from unimatrix.ops.fused_passes import feed_forward_native as native
-
-    x, weights, panels, kept = _recall_all(ctx)
-    dx, row = _feed_forward_backward(x, kept, weights, panels, dy)
-    of_weights = native.split_gradients(row, _prepare_feed_forward(weights, panels).weights)
-    return dx, list(of_weights), [None] * len(panels)
+    dx, drow = _feed_forward_backward(*ctx.saved_tensors, *ctx.rest, dy)
+    return dx, drow, None, None, None
 
 
 add_feed_forward.register_autograd(_differentiate_feed_forward, setup_context=_keep_feed_forward)
@@ -348,44 +324,49 @@ add_feed_forward.register_autograd(_differentiate_feed_forward, setup_context=_k
 @torch.library.custom_op("unimatrix::sum_cross_entropy", mutates_args=(), device_types="cpu")
 def sum_cross_entropy(
     h: Tensor,
-    head: list[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
     targets: Tensor,
     token_ids: Tensor | None,
     shares: Tensor | None,
     ignored: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run head and loss; see ``head_native.PreparedHead`` and ``head_native.run_head``."""
-    from unimatrix.ops.fused_passes.head_native import PreparedHead, run_head
+    """Run head and loss; see ``PassWeights`` and ``head_native.run_head``."""
+    from unimatrix.ops.fused_passes import head_native as native
 
     shares = None if shares is None else shares.contiguous()
-    given = h.contiguous(), PreparedHead(*head), targets, token_ids, shares
-    return run_head(*given, ignored=ignored, saves=True)
+    weights = PassWeights(row, panels, tuple(sizes))
+    given = h.contiguous(), weights, targets, token_ids, shares
+    return native.run_head(*given, ignored=ignored, saves=True)
 
 
 @sum_cross_entropy.register_fake
 def _(
     h: Tensor,
-    head: list[Tensor],
+    row: Tensor,
+    panels: Tensor,
+    sizes: Sequence[int],
     targets: Tensor,
     token_ids: Tensor | None,
     shares: Tensor | None,
     ignored: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dshares = h.new_empty(0 if shares is None else shares.shape)
-    return h.new_empty(()), h.new_empty(h.shape), h.new_empty(head[0].shape), dshares
+    return h.new_empty(()), h.new_empty(h.shape), row.new_empty(row.shape), dshares
 
 
 def _keep_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, dh, dweight, dshares = output
-    ctx.save_for_backward(dh, dweight, dshares)
-    ctx.num_panels, ctx.has_shares = len(inputs[1]) - 1, inputs[4] is not None
-    ctx.mark_non_differentiable(dh, dweight, dshares)
+    _, dh, drow, dshares = output
+    ctx.save_for_backward(dh, drow, dshares)
+    ctx.has_shares = inputs[6] is not None
+    ctx.mark_non_differentiable(dh, drow, dshares)
 
 
 def _differentiate_head(ctx: Any, dtotal: Tensor, *_unused: Any) -> tuple[Any, ...]:
-    dh, dweight, dshares = ctx.saved_tensors
-    of_head = [dtotal * dweight, *[None] * ctx.num_panels]
-    return dtotal * dh, of_head, None, None, dtotal * dshares if ctx.has_shares else None, None
+    dh, drow, dshares = ctx.saved_tensors
+    of_shares = dtotal * dshares if ctx.has_shares else None
+    return dtotal * dh, dtotal * drow, None, None, None, None, of_shares, None
 
 
 sum_cross_entropy.register_autograd(_differentiate_head, setup_context=_keep_head)

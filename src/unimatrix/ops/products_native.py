@@ -8,17 +8,11 @@ product runs on one core.
 # mypy: allow-untyped-defs
 
 import numba
-from torch import Tensor
 
+from unimatrix.ops.fused_passes.pass_weights import NUM_LANES
 from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, store, times, zeros
 
-LANES = (0,) * 16  # columns handled together; numbers of columns are multiples
-
-
-def cut_panels(matrix: Tensor) -> Tensor:
-    """Return [columns / 16, rows, 16] of a matrix [rows, columns], without gradient."""
-    matrix = matrix.detach()  # for what needs no copy is a view, and one of a parameter
-    return matrix.reshape(matrix.shape[0], -1, len(LANES)).transpose(0, 1).contiguous()
+LANES = (0,) * NUM_LANES  # numbers of columns are multiples
 
 
 @numba.njit(**OPTIONS)
@@ -68,7 +62,7 @@ def multiply(
         lanes: ``LANES``.
         a, a_row, a_step: an operand in any order; a[i, k] is ``a[i * a_row + k * a_step]``.
         b, b_panel, b_step: an operand in panels of ``len(lanes)`` columns; the row k of panel n
-            starts at ``b[n * b_panel + k * b_step]``. ``cut_panels`` makes them of a matrix whose
+            starts at ``b[n * b_panel + k * b_step]``. ``order_panels`` is for a matrix whose
             rows are too many or a power of two apart, which cost cache; rows that lie close have
             ``len(lanes)`` from panel to panel.
         c, c_row: the result, its columns neighbours; it must not overlap with an operand.

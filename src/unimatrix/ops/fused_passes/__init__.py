@@ -9,7 +9,6 @@ step, the reference runs.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,7 @@ from unimatrix.errors import InputError
 from unimatrix.ops.backends import require_backend
 from unimatrix.ops.checks import is_autocast
 from unimatrix.ops.fused_passes import reference
-
-if TYPE_CHECKING:
-    from unimatrix.ops.fused_passes.feed_forward_native import PreparedFeedForward
-    from unimatrix.ops.fused_passes.head_native import PreparedHead
-    from unimatrix.ops.fused_passes.mixing_native import PreparedMixing
-    from unimatrix.ops.fused_passes.projection_native import PreparedProjections
+from unimatrix.ops.fused_passes.pass_weights import NUM_LANES, PassWeights
 
 __all__ = [
     "add_feed_forward",
@@ -40,7 +34,6 @@ __all__ = [
 # Below, torch is as fast and needs no compiler.
 _FEWEST_ROWS = 17
 _MOST_CONTEXTS = 3
-_LANES = 16  # of the products inside kernels
 _MOST_WEIGHTS = 600_000  # of one pass; above, a library's products are as fast
 
 
@@ -81,7 +74,7 @@ def fuses_products(
     """
     if backend == "reference" or is_autocast(x.device.type):
         return False
-    if x.shape[-1] % _LANES or inner_width % _LANES:
+    if x.shape[-1] % NUM_LANES or inner_width % NUM_LANES:
         return False
     plain = all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
     kinds = {(tensor.device.type, tensor.dtype) for tensor in (x, *weights)}
@@ -91,14 +84,14 @@ def fuses_products(
     return backend == "native" or (is_small and x.shape[:-1].numel() >= _FEWEST_ROWS)
 
 
-def add_feed_forward(x: Tensor, prepared: "PreparedFeedForward") -> Tensor:
+def add_feed_forward(x: Tensor, weights: PassWeights) -> Tensor:
     """Return the stream and what a feed-forward network makes of its norm.
 
     Equation: E23.
 
     Args:
         x: [..., D], for which ``fuses_products``.
-        prepared: from ``feed_forward_native.prepare``.
+        weights: from ``feed_forward_native.prepare_feed_forward``.
 
     Returns:
         [..., D].
@@ -106,17 +99,14 @@ def add_feed_forward(x: Tensor, prepared: "PreparedFeedForward") -> Tensor:
     if torch.compiler.is_compiling():
         from unimatrix.ops import opaque
 
-        weights, panels = opaque.fill_absent(prepared.weights), list(prepared[1:])
-        result: Tensor = opaque.add_feed_forward(x, weights, panels)[0]
+        result: Tensor = opaque.add_feed_forward(x, *weights)[0]
         return result
     from unimatrix.ops.fused_passes.feed_forward_native import add_feed_forward_native
 
-    return add_feed_forward_native(x, prepared)
+    return add_feed_forward_native(x, weights)
 
 
-def add_mixed(
-    x: Tensor, h: Tensor, contexts: Sequence[Tensor], prepared: "PreparedMixing"
-) -> Tensor:
+def add_mixed(x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights) -> Tensor:
     """Return the stream and the gated sum of the mixers' contexts.
 
     Equation: E4 (the readout's projection), E11.
@@ -125,7 +115,7 @@ def add_mixed(
         x: [..., D], for which ``fuses_products``.
         h: [..., D], what the gates see.
         contexts: one to three, the readout [..., R] before its projection, then [..., D].
-        prepared: from ``mixing_native.prepare_mixing``.
+        weights: from ``mixing_native.prepare_mixing``.
 
     Returns:
         [..., D].
@@ -133,17 +123,16 @@ def add_mixed(
     if torch.compiler.is_compiling():
         from unimatrix.ops import opaque
 
-        weights, panels = list(prepared[:3]), list(prepared[3:])
-        mixed: Tensor = opaque.add_mixed(x, h, list(contexts), weights, panels)[0]
+        mixed: Tensor = opaque.add_mixed(x, h, list(contexts), *weights[:3])[0]
         return mixed
     from unimatrix.ops.fused_passes.mixing_native import add_mixed_native
 
-    return add_mixed_native(x, h, contexts, prepared)
+    return add_mixed_native(x, h, contexts, weights)
 
 
 def project(
-    x: Tensor, recent: Tensor | None, prepared: "PreparedProjections", *, squashes: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise the stream, convolve, and apply a mixer's projections.
 
     Equation: E19, E22; E24 with tanh.
@@ -151,27 +140,25 @@ def project(
     Args:
         x: [B, T, D], for which ``fuses_products``.
         recent: [B, K - 1, D], normalised streams of the tokens before; ``None`` is zeros.
-        prepared: from ``projection_native.prepare_projections``.
+        weights: from ``projection_native.prepare_projections``.
         squashes: whether the vectors pass through tanh.
 
     Returns:
-        the normalised stream, the vectors and the controls, [B, T, D or V or C].
+        the stream, to go on with (its gradient is then summed in the pass), the normalised stream,
+        the vectors and the controls, [B, T, D or D or V or C].
     """
     if torch.compiler.is_compiling():
         from unimatrix.ops import opaque
 
-        projected: tuple[Tensor, Tensor, Tensor] = opaque.project(
-            x, recent, opaque.fill_absent(prepared.weights), list(prepared[1:]), squashes
-        )
-        return projected
+        return x, *opaque.project(x, recent, *weights, squashes)
     from unimatrix.ops.fused_passes.projection_native import project_native
 
-    return project_native(x, recent, prepared, squashes=squashes)
+    return project_native(x, recent, weights, squashes=squashes)
 
 
 def sum_cross_entropy(
     h: Tensor,
-    prepared: "PreparedHead",
+    weights: PassWeights,
     targets: Tensor,
     token_ids: Tensor | None = None,
     shares: Tensor | None = None,
@@ -184,7 +171,7 @@ def sum_cross_entropy(
 
     Args:
         h: [..., D], for which ``fuses_products``.
-        prepared: from ``head_native.prepare_head``.
+        weights: from ``head_native.prepare_head``.
         targets: [...] int64, ``ignored`` where nothing is counted.
         token_ids: [..., K] int64, what a pointer proposes; ``None`` without one.
         shares: [..., K], votes to add to those tokens' logits; or [..., 1 + K], ln of the
@@ -200,12 +187,12 @@ def sum_cross_entropy(
     if torch.compiler.is_compiling():
         from unimatrix.ops import opaque
 
-        head = list(prepared)
-        total: Tensor = opaque.sum_cross_entropy(h, head, targets, token_ids, shares, ignored)[0]
+        others = (targets, token_ids, shares, ignored)
+        total: Tensor = opaque.sum_cross_entropy(h, *weights[:3], *others)[0]
         return total
     from unimatrix.ops.fused_passes.head_native import sum_cross_entropy_native
 
-    return sum_cross_entropy_native(h, prepared, targets, token_ids, shares, ignored=ignored)
+    return sum_cross_entropy_native(h, weights, targets, token_ids, shares, ignored=ignored)
 
 
 def normalize_rows(

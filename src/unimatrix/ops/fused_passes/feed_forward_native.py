@@ -17,6 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from unimatrix.ops.fused_passes.gated_sum_native import squash
+from unimatrix.ops.fused_passes.pass_weights import (
+    PassWeights,
+    hold_float,
+    join_weights,
+    order_panels,
+)
 from unimatrix.ops.fused_passes.tiles_native import (
     TILE,
     add_rows,
@@ -41,7 +47,7 @@ from unimatrix.ops.lanes_native import (
     where_negative,
     zeros,
 )
-from unimatrix.ops.products_native import LANES, cut_panels, multiply
+from unimatrix.ops.products_native import LANES, multiply
 from unimatrix.ops.threads import run_rows
 
 # ln(erfc(z) / t) + z^2 with t = 2 / (2 + z), as a polynomial in 2 t - 1: a Chebyshev fit to the
@@ -148,11 +154,16 @@ def _pass_activation(form, slopes, slopes_row, da, a_row, rows, inner, du, u_row
 
 @numba.njit(cache=True, **OPTIONS)
 def _apply_spans(
-    first, last, form, num_spans, num_rows, width, inner, x, eps, scale, shift,
-    up_across, up_bias, down_across, down_bias, kept, y,
+    first, last, form, num_spans, num_rows, width, inner, x, eps, weights, panels, kept, y,
 ):  # fmt: skip
     D, F, W = width, inner, len(form.lanes)
     P = 2 * F if len(form.gated) else F
+    scale = pointer(weights, D * (P + F))
+    shift = at(scale, D)
+    up_bias = at(scale, D * (1 + len(form.centred)))
+    down_bias = at(up_bias, F)
+    up_across = pointer(panels, 0)
+    down_across = at(up_across, D * P)
     u_row, a_row = P + W, F + W  # apart by no power of two
     scratch = np.empty(TILE * (2 * D + u_row + a_row + 1), x.dtype)
     units, h, u = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
@@ -163,38 +174,36 @@ def _apply_spans(
     for start in range(first * num_rows // num_spans, end, TILE):
         rows = min(TILE, end - start)
         source, target = pointer(x, start * D), pointer(y, start * D)
-        normalize_tile(
-            form, source, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),
-            units, h, D, inverses,
-        )  # fmt: skip
-        multiply(form.lanes, h, D, 1, pointer(up_across, 0), D * W, W, u, u_row, rows, P, D, False)
-        bias = pointer(up_bias, 0)
+        normalize_tile(form, source, rows, D, eps[0], scale, shift, units, h, D, inverses)
+        multiply(form.lanes, h, D, 1, up_across, D * W, W, u, u_row, rows, P, D, False)
         if len(kept):
             slopes = pointer(kept, start * a_row)
             a = at(slopes, P)
-            _activate_and_slope(form, u, u_row, rows, F, bias, a, a_row, slopes, a_row)
+            _activate_and_slope(form, u, u_row, rows, F, up_bias, a, a_row, slopes, a_row)
             for row in range(rows):  # what is to spare, so that nothing comes undefined
                 store(a, row * a_row + F, zeros(a, form.lanes))
         else:
-            _activate(form, u, u_row, rows, F, bias, a, a_row)
+            _activate(form, u, u_row, rows, F, up_bias, a, a_row)
         for row in range(rows):
             for j in range(0, D, W):
                 sums = load(source, row * D + j, form.lanes)
                 if len(form.gated) == 0:
-                    sums = plus(sums, load(pointer(down_bias, 0), j, form.lanes))
+                    sums = plus(sums, load(down_bias, j, form.lanes))
                 store(target, row * D + j, sums)
-        multiply(
-            form.lanes, a, a_row, 1, pointer(down_across, 0), F * W, W, target, D, rows, D, F, True
-        )
+        multiply(form.lanes, a, a_row, 1, down_across, F * W, W, target, D, rows, D, F, True)
 
 
 @numba.njit(cache=True, **OPTIONS)
 def _backward_spans(
-    first, last, form, num_spans, num_rows, width, inner, x, eps, scale, shift,
-    up, down, kept, dy, dx, grads,
+    first, last, form, num_spans, num_rows, width, inner, x, eps, weights, panels, kept,
+    dy, dx, grads,
 ):  # fmt: skip
     lanes, D, F, W = form.lanes, width, inner, len(form.lanes)
-    P = 2 * F if len(form.gated) else F
+    P, num_norms = 2 * F if len(form.gated) else F, 1 + len(form.centred)
+    scale = pointer(weights, D * (P + F))
+    shift = at(scale, D)
+    up = pointer(panels, D * (P + F))
+    down = at(up, P * D)
     h_row, u_row, a_row = D + W, P + W, F + W  # apart by no power of two
     num_grads = len(grads) // num_spans
     kept_row = P + a_row
@@ -208,70 +217,47 @@ def _backward_spans(
         dup = pointer(grads, span * num_grads)
         ddown = at(dup, P * D)
         dscale = at(ddown, D * F)
-        dshift, dup_bias = at(dscale, D), at(dscale, 2 * D)
-        ddown_bias = at(dup_bias, P)
+        dshift, dup_bias = at(dscale, D), at(dscale, num_norms * D)
+        ddown_bias = at(dup_bias, F)
         end = (span + 1) * num_rows // num_spans
         for start in range(span * num_rows // num_spans, end, TILE):
             rows = min(TILE, end - start)
             source, grad = pointer(x, start * D), pointer(dy, start * D)
-            normalize_tile(
-                form, source, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),
-                units, h, h_row, inverses,
-            )  # fmt: skip
+            normalize_tile(form, source, rows, D, eps[0], scale, shift, units, h, h_row, inverses)
             slopes = pointer(kept, start * kept_row)
             a = at(slopes, P)
             multiply(lanes, grad, 1, D, a, W, kept_row, ddown, F, D, F, rows, True)
-            multiply(lanes, grad, D, 1, pointer(down, 0), D * W, W, da, a_row, rows, F, D, False)
+            multiply(lanes, grad, D, 1, down, D * W, W, da, a_row, rows, F, D, False)
             _pass_activation(form, slopes, kept_row, da, a_row, rows, F, u, u_row, dup_bias)
             multiply(lanes, u, 1, u_row, h, W, h_row, dup, D, P, D, rows, True)
-            multiply(lanes, u, u_row, 1, pointer(up, 0), P * W, W, dh, D, rows, D, P, False)
+            multiply(lanes, u, u_row, 1, up, P * W, W, dh, D, rows, D, P, False)
             if len(form.gated) == 0:
                 add_rows(lanes, grad, rows, D, ddown_bias)
             copy_rows(lanes, grad, pointer(dx, start * D), rows * D)
             normalize_tile_backward(
-                form, dh, units, inverses, rows, D, pointer(scale, 0),
-                pointer(dx, start * D), dscale, dshift,
+                form, dh, units, inverses, rows, D, scale, pointer(dx, start * D), dscale, dshift,
             )  # fmt: skip
 
 
-class FeedForwardWeights(NamedTuple):
-    """Weights of norm and network; [D] and [F] padded to [F'], a multiple of the kernel's lanes.
+class FeedForwardSizes(NamedTuple):
+    """What the row of weights holds: up, down, scale, shift, and of GELU's network both biases.
 
     Attributes:
-        scale: [D], of the norm.
-        shift: [D], of LayerNorm; ``None`` is RMSNorm.
-        up: [F', D], or [2 F', D] with the gate first.
-        up_bias: [F'], of a network with GELU; ``None`` with a gate.
-        down: [D, F'].
-        down_bias: [D], or ``None`` with a gate.
+        width: D.
+        inner: F', the inner features with zeros to a multiple of the kernels' lanes.
+        is_centred: 1 if the norm is LayerNorm, which has a shift.
+        is_gated: 1 if ``up`` holds a gate's matrix before its own.
+        num_kept: numbers that a row of features keeps for the backward kernel.
     """
 
-    scale: Tensor
-    shift: Tensor | None
-    up: Tensor
-    up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    width: int
+    inner: int
+    is_centred: int
+    is_gated: int
+    num_kept: int
 
 
-class PreparedFeedForward(NamedTuple):
-    """Weights in the order in which the kernels read them, for several passes.
-
-    Attributes:
-        weights: to which gradients go.
-        eps: [1], of the norm.
-        up, up_across, down, down_across: matrices and their transposes from ``cut_panels``.
-    """
-
-    weights: FeedForwardWeights
-    eps: Tensor
-    up: Tensor
-    up_across: Tensor
-    down: Tensor
-    down_across: Tensor
-
-
-def prepare(
+def prepare_feed_forward(
     scale: Tensor,
     shift: Tensor | None,
     eps: float,
@@ -279,105 +265,88 @@ def prepare(
     up_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-) -> PreparedFeedForward:
-    """Pad and reorder weights.
+) -> PassWeights:
+    """Join the weights of norm and network.
 
     Args:
-        scale, shift, eps: of the norm.
+        scale, shift, eps: [D] each, of the norm; no shift is RMSNorm.
         up: one [F, D], or with a gate two, the gate's first.
-        up_bias, down, down_bias: as in ``FeedForwardWeights``, not padded.
+        up_bias: [F], of a network with GELU; ``None`` with a gate.
+        down: [D, F].
+        down_bias: [D], or ``None`` with a gate.
     """
-    missing = -down.shape[1] % len(LANES)
-    # A gate of zero closes a column, and GELU of zero is zero.
-    padded = torch.cat([pad(matrix, (0, 0, 0, missing)) for matrix in up])
-    up_bias = None if up_bias is None else pad(up_bias, (0, missing))
-    down = pad(down, (0, missing))
-    weights = FeedForwardWeights(scale, shift, padded, up_bias, down, down_bias)
-    panels = (cut_panels(matrix) for matrix in (padded, padded.t(), down, down.t()))
-    return PreparedFeedForward(weights, scale.new_tensor([eps]), *panels)
+    width, inner = down.shape
+    missing = -inner % len(LANES)
+    if missing:
+        # A gate of zero closes a column, and GELU of zero is zero.
+        zeros = down.new_zeros(missing * width)
+        up = [part for matrix in up for part in (matrix, zeros)]
+        down, inner = pad(down, (0, missing)), inner + missing
+        up_bias = None if up_bias is None else pad(up_bias, (0, missing))
+    is_gated = up_bias is None
+    columns = 2 * inner if is_gated else inner
+    # Activations and derivatives; and lanes to spare, as rows a power of two apart cost cache.
+    num_kept = columns + inner + len(LANES)
+    sizes = FeedForwardSizes(width, inner, int(shift is not None), int(is_gated), num_kept)
+    order = order_panels(((0, columns, width), (columns * width, width, inner)))
+    others = [weight for weight in (scale, shift, up_bias, down_bias) if weight is not None]
+    return join_weights([*up, down, *others], order, sizes, eps)
 
 
-def _plan(x: Tensor, prepared: PreparedFeedForward) -> tuple[_Form, int, tuple[int, ...], int]:
-    """Return the kernels' form, spans of rows, sizes, and the multiply-adds of a span."""
-    scale, shift, up, up_bias, down, _ = prepared.weights
-    (width, inner), num_rows = down.shape, x.numel() // x.shape[-1]
-    form = _Form(
-        LANES, (0,) * (shift is not None), (0,) * (up_bias is None), (0,) * (scale.itemsize == 8)
-    )
+def _plan(
+    x: Tensor, weights: PassWeights
+) -> tuple[_Form, int, int, tuple[int, ...], tuple[Any, ...]]:
+    """Return the kernels' form, spans of rows, the work of one, sizes, and what both take first."""
+    num_rows = x.numel() // x.shape[-1]
+    width, inner, is_centred, is_gated, _ = FeedForwardSizes(*weights.sizes)
+    form = _Form(LANES, (0,) * is_centred, (0,) * is_gated, (0,) * (x.itemsize == 8))
     num_spans = count_spans(-(-num_rows // TILE))
-    work = num_rows * (up.numel() + down.numel()) // num_spans
-    return form, num_spans, (num_rows, width, inner), work
+    work = num_rows * weights.row.numel() // num_spans
+    given = (x, hold_float(weights.eps, x.dtype), weights.row, weights.panels)
+    return form, num_spans, work, (num_spans, num_rows, width, inner), given
 
 
-def run_forward(x: Tensor, prepared: PreparedFeedForward, *, saves: bool) -> tuple[Tensor, Tensor]:
+def run_forward(x: Tensor, weights: PassWeights, *, saves: bool) -> tuple[Tensor, Tensor]:
     """Run the forward kernel on [..., D]; return the result, and what the backward kernel needs."""
-    form, num_spans, sizes, work = _plan(x, prepared)
-    scale, shift, _, up_bias, _, down_bias = prepared.weights
-    y, none = torch.empty_like(x), x.new_empty(0)
-    kept = x.new_empty(sizes[0], count_kept(prepared.weights)) if saves else none
-    given = [x, prepared.eps, scale, none if shift is None else shift, prepared.up_across]
-    given += [none if up_bias is None else up_bias, prepared.down_across]
-    given += [none if down_bias is None else down_bias, kept, y]
-    run_rows(_apply_spans, form, num_spans, work, num_spans, *sizes, *given)
+    form, num_spans, work, sizes, given = _plan(x, weights)
+    kept = x.new_empty(sizes[1] if saves else 0, weights.sizes[-1])
+    y = torch.empty_like(x)
+    run_rows(_apply_spans, form, num_spans, work, *sizes, *given, kept, y)
     return y, kept
 
 
 def run_backward(
-    x: Tensor, kept: Tensor, prepared: PreparedFeedForward, dy: Tensor
+    x: Tensor, kept: Tensor, weights: PassWeights, dy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward kernel; return the gradient of x, and those of the weights in one row."""
-    form, num_spans, sizes, work = _plan(x, prepared)
-    scale, shift, *_ = prepared.weights
-    dx, none = torch.empty_like(x), x.new_empty(0)
-    grads = x.new_empty(num_spans, sum(_count(prepared.weights)))
-    given = [x, prepared.eps, scale, none if shift is None else shift, prepared.up]
-    given += [prepared.down, kept, dy.contiguous(), dx, grads]
-    run_rows(_backward_spans, form, num_spans, 3 * work, num_spans, *sizes, *given)
-    return dx, sum_spans(grads)
-
-
-def count_kept(weights: FeedForwardWeights) -> int:
-    """Return how many numbers a row keeps for the backward kernel."""
-    # Activations and derivatives; and lanes to spare, as rows a power of two apart cost cache.
-    return weights.up.shape[0] + weights.down.shape[1] + len(LANES)
-
-
-def _count(weights: FeedForwardWeights) -> list[int]:
-    """Return how many numbers the kernel's gradients have, in its order."""
-    width, columns = weights.scale.numel(), weights.up.shape[0]
-    return [weights.up.numel(), weights.down.numel(), width, width, columns, width]
-
-
-def split_gradients(row: Tensor, weights: FeedForwardWeights) -> tuple[Tensor | None, ...]:
-    """Return what ``run_backward`` says of each of the weights, ``None`` where there is none."""
-    up, down, scale, shift, up_bias, down_bias = row.split(_count(weights))
-    grads = (scale, shift, up.view_as(weights.up), up_bias, down.view_as(weights.down), down_bias)
-    return tuple(None if w is None else g for w, g in zip(weights, grads, strict=True))
+    """Run the backward kernel; return the gradients of x and of the row of weights."""
+    form, num_spans, work, sizes, given = _plan(x, weights)
+    dx, dweights = torch.empty_like(x), x.new_empty(num_spans, weights.row.numel())
+    given = (*given, kept, dy.contiguous(), dx, dweights)
+    run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *given)
+    return dx, sum_spans(dweights)
 
 
 class _AddFeedForward(torch.autograd.Function):
     """The pass with its backward kernel; not differentiable twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, saves: bool, prepared: PreparedFeedForward, x: Tensor, *weights: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, saves: bool, given: PassWeights, x: Tensor, row: Tensor) -> Tensor:
         x = x.contiguous()
-        y, kept = run_forward(x, prepared, saves=saves)
-        ctx.save_for_backward(x, kept, *weights, *prepared[1:])
+        y, kept = run_forward(x, given, saves=saves)
+        ctx.save_for_backward(x, kept, row, given.panels)
+        ctx.rest = given[2:]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, *given = ctx.saved_tensors
-        prepared = PreparedFeedForward(FeedForwardWeights(*given[:6]), *given[6:])
-        dx, row = run_backward(x, kept, prepared, dy)
-        return None, None, dx, *split_gradients(row, prepared.weights)
+        dx, drow = run_backward(x, kept, PassWeights(*given, *ctx.rest), dy)
+        return None, None, dx, drow
 
 
-def add_feed_forward_native(x: Tensor, prepared: PreparedFeedForward) -> Tensor:
+def add_feed_forward_native(x: Tensor, weights: PassWeights) -> Tensor:
     """Run the pass on the CPU; arguments as in ``add_feed_forward``."""
-    saves = needs_gradient(x, *prepared.weights)
-    y: Tensor = _AddFeedForward.apply(saves, prepared, x, *prepared.weights)
+    saves = needs_gradient(x, weights.row)
+    y: Tensor = _AddFeedForward.apply(saves, weights, x, weights.row)
     return y

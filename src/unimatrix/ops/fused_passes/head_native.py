@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from unimatrix.errors import InputError
+from unimatrix.ops.fused_passes.pass_weights import PassWeights, join_weights, order_panels
 from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, needs_gradient, sum_spans
 from unimatrix.ops.lanes_native import (
     OPTIONS,
@@ -32,7 +32,7 @@ from unimatrix.ops.lanes_native import (
     total,
     zeros,
 )
-from unimatrix.ops.products_native import LANES, cut_panels, multiply
+from unimatrix.ops.products_native import LANES, multiply
 from unimatrix.ops.threads import run_rows
 
 _FAR_BELOW = -1e30  # a logit of no weight, finite in float32
@@ -46,24 +46,22 @@ class _Form(NamedTuple):
     saves: tuple[int, ...]  # empty: no gradients
 
 
-class PreparedHead(NamedTuple):
-    """The head's weight in the orders in which the kernel reads it.
+class HeadSizes(NamedTuple):
+    """What the row of weights holds, the head's [V, D].
 
     Attributes:
-        weight: [V, D], to which gradients go.
-        panels, across: the matrix and its transpose from ``cut_panels``, V padded to a multiple of
-            the kernel's lanes.
+        vocab: V.
+        width: D, a multiple of the kernel's lanes.
     """
 
-    weight: Tensor
-    panels: Tensor
-    across: Tensor
+    vocab: int
+    width: int
 
 
-def prepare_head(weight: Tensor) -> PreparedHead:
-    """Pad and reorder the weight [V, D]; D is a multiple of the kernel's lanes."""
-    padded = pad(weight.detach(), (0, 0, 0, -weight.shape[0] % len(LANES)))
-    return PreparedHead(weight, cut_panels(padded), cut_panels(padded.t()))
+def prepare_head(weight: Tensor) -> PassWeights:
+    """Prepare the head's weight [V, D]; D is a multiple of the kernel's lanes."""
+    sizes = HeadSizes(*weight.shape)
+    return join_weights([weight], order_panels(((0, *sizes),)), sizes)
 
 
 @numba.njit(**OPTIONS)
@@ -117,27 +115,26 @@ def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_poin
 
 @numba.njit(cache=True, **OPTIONS)
 def _score_spans(
-    first, last, form, num_spans, num_rows, width, vocab, num_pointed, ignored,
-    h, panels, across, targets, token_ids, shares, dh, dshares, grads, sums,
+    first, last, form, num_spans, num_rows, vocab, width, num_pointed, ignored,
+    h, panels, targets, token_ids, shares, dh, dshares, grads, sums,
 ):  # fmt: skip
     lanes, D, K, W = form.lanes, width, num_pointed, len(form.lanes)
     S = K + len(form.mixes)
     V = (vocab + W - 1) // W * W
+    across = pointer(panels, 0)
+    matrix = at(across, D * V)
     logits_row = V + W  # apart by no power of two
     scratch = np.empty(TILE * logits_row, h.dtype)
     logits = pointer(scratch, 0)
     for span in range(first, last):
         if len(form.saves):
-            grads[span * V * D : (span + 1) * V * D] = 0
+            grads[span * vocab * D : (span + 1) * vocab * D] = 0
         nats, num_strange = 0.0, 0
         end = (span + 1) * num_rows // num_spans
         for start in range(span * num_rows // num_spans, end, TILE):
             rows = min(TILE, end - start)
             source = pointer(h, start * D)
-            multiply(
-                lanes, source, D, 1, pointer(across, 0), D * W, W,
-                logits, logits_row, rows, V, D, False,
-            )  # fmt: skip
+            multiply(lanes, source, D, 1, across, D * W, W, logits, logits_row, rows, V, D, False)
             for row in range(rows):
                 target, mine = targets[start + row], at(logits, row * logits_row)
                 if 0 <= target < vocab:
@@ -153,19 +150,19 @@ def _score_spans(
                     dshares[(start + row) * S : (start + row + 1) * S] = 0
             if len(form.saves):
                 multiply(
-                    lanes, logits, logits_row, 1, pointer(panels, 0), V * W, W,
-                    pointer(dh, start * D), D, rows, D, V, False,
+                    lanes, logits, logits_row, 1, matrix, vocab * W, W,
+                    pointer(dh, start * D), D, rows, D, vocab, False,
                 )  # fmt: skip
                 multiply(
                     lanes, logits, 1, logits_row, source, W, D,
-                    pointer(grads, span * V * D), D, V, D, rows, True,
+                    pointer(grads, span * vocab * D), D, vocab, D, rows, True,
                 )  # fmt: skip
         sums[2 * span], sums[2 * span + 1] = nats, num_strange
 
 
 def run_head(
     h: Tensor,
-    prepared: PreparedHead,
+    weights: PassWeights,
     targets: Tensor,
     token_ids: Tensor | None,
     shares: Tensor | None,
@@ -177,7 +174,7 @@ def run_head(
 
     Args:
         h: [..., D].
-        prepared: V x D.
+        weights: from ``prepare_head``.
         targets: [...] int64.
         token_ids: [..., K] int64, or ``None`` without a pointer.
         shares: [..., K] votes or [..., 1 + K] logarithms, as in ``sum_cross_entropy``.
@@ -185,24 +182,24 @@ def run_head(
         saves: return gradients; else they are empty.
 
     Returns:
-        the sum of the losses, and its gradients by h, by the weight and by the shares.
+        the sum of the losses, and its gradients by h, by the row of weights and by the shares.
 
     Raises:
         InputError: for a target that is neither a token nor ``ignored``.
     """
-    (vocab, width), num_rows = prepared.weight.shape, h.numel() // h.shape[-1]
+    vocab, num_rows = weights.sizes[0], h.numel() // h.shape[-1]
     num_spans = count_spans(-(-num_rows // TILE))
-    work = (3 if saves else 1) * num_rows * prepared.weight.numel() // num_spans
+    work = (3 if saves else 1) * num_rows * weights.row.numel() // num_spans
     num_pointed = 0 if token_ids is None else token_ids.shape[-1]
     mixes = shares is not None and shares.shape[-1] > num_pointed
     form, none = _Form(LANES, (0,) * mixes, (0,) * saves), h.new_empty(0)
     shares = none if shares is None else shares
     token_ids = targets.new_empty(0) if token_ids is None else token_ids
     dh, dshares = (torch.empty_like(part) if saves else none for part in (h, shares))
-    padded = prepared.panels.numel() if saves else 0
-    grads, sums = h.new_empty(num_spans, padded), h.new_empty(num_spans, 2, dtype=torch.float64)
-    sizes = (num_spans, num_rows, width, vocab, num_pointed, ignored)
-    given = (h, prepared.panels, prepared.across, targets, token_ids, shares)
+    grads = h.new_empty(num_spans, weights.row.numel() if saves else 0)
+    sums = h.new_empty(num_spans, 2, dtype=torch.float64)
+    sizes = (num_spans, num_rows, *weights.sizes, num_pointed, ignored)
+    given = (h, weights.panels, targets, token_ids, shares)
     run_rows(_score_spans, form, num_spans, work, *sizes, *given, dh, dshares, grads, sums)
     nats, num_strange = sums.sum(dim=0)
     if num_strange:
@@ -211,8 +208,7 @@ def run_head(
             f"label {int(targets[is_strange][0])} is no token of the vocabulary; pass 0 to "
             f"{vocab - 1}, or {ignored} where no loss is wanted"
         )
-    dweight = sum_spans(grads)[: vocab * width].view(vocab, width) if saves else none
-    return nats.to(h.dtype), dh, dweight, dshares
+    return nats.to(h.dtype), dh, sum_spans(grads) if saves else none, dshares
 
 
 class _SumCrossEntropy(torch.autograd.Function):
@@ -223,17 +219,16 @@ class _SumCrossEntropy(torch.autograd.Function):
         ctx: Any,
         saves: bool,
         ignored: int,
-        panels: tuple[Tensor, ...],
+        given: PassWeights,
         targets: Tensor,
         token_ids: Tensor | None,
         h: Tensor,
-        weight: Tensor,
+        row: Tensor,
         shares: Tensor | None,
     ) -> Tensor:
-        prepared, rows = PreparedHead(weight, *panels), h.contiguous()
         shares = None if shares is None else shares.contiguous()
-        given = (rows, prepared, targets.contiguous(), token_ids, shares)
-        nats, *grads = run_head(*given, ignored=ignored, saves=saves)
+        inputs = (h.contiguous(), given, targets.contiguous(), token_ids, shares)
+        nats, *grads = run_head(*inputs, ignored=ignored, saves=saves)
         ctx.save_for_backward(*grads)
         ctx.has_shares = shares is not None
         return nats
@@ -241,14 +236,14 @@ class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dweight, dshares = ctx.saved_tensors
+        dh, drow, dshares = ctx.saved_tensors
         of_shares = dnats * dshares if ctx.has_shares else None
-        return None, None, None, None, None, dnats * dh, dnats * dweight, of_shares
+        return None, None, None, None, None, dnats * dh, dnats * drow, of_shares
 
 
 def sum_cross_entropy_native(
     h: Tensor,
-    prepared: PreparedHead,
+    weights: PassWeights,
     targets: Tensor,
     token_ids: Tensor | None,
     shares: Tensor | None,
@@ -256,7 +251,7 @@ def sum_cross_entropy_native(
     ignored: int,
 ) -> Tensor:
     """Run the pass on the CPU; arguments as in ``sum_cross_entropy``."""
-    saves = needs_gradient(h, prepared.weight, shares)
-    others = (prepared[1:], targets, token_ids, h, prepared.weight, shares)
+    saves = needs_gradient(h, weights.row, shares)
+    others = (weights, targets, token_ids, h, weights.row, shares)
     nats: Tensor = _SumCrossEntropy.apply(saves, ignored, *others)
     return nats

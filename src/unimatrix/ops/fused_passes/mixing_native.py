@@ -14,44 +14,53 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.fused_passes.gated_sum_native import squash
+from unimatrix.ops.fused_passes.pass_weights import PassWeights, join_weights, order_panels
 from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, needs_gradient, sum_spans
 from unimatrix.ops.lanes_native import OPTIONS, at, load, minus, plus, pointer, store, times, zeros
-from unimatrix.ops.products_native import LANES, cut_panels, multiply
+from unimatrix.ops.products_native import LANES, multiply
 from unimatrix.ops.threads import run_rows
 
 
-class PreparedMixing(NamedTuple):
-    """Weights in the order in which the kernels read them, for several passes.
+class MixingSizes(NamedTuple):
+    """What the row of weights holds: the readout's projection, the gates' matrices and biases.
 
     Attributes:
-        out: [D, R], of the readout's projection.
-        gates: [G D, D], of the gates of G contexts side by side, the readout's first.
-        gates_bias: [G D].
-        out_panels, out_across, gates_panels, gates_across: matrices and their transposes from
-            ``cut_panels``.
+        width: D, a multiple of the kernels' lanes.
+        inner: R, likewise, of the readout before its projection.
+        num_gates: G.
     """
 
-    out: Tensor
-    gates: Tensor
-    gates_bias: Tensor
-    out_panels: Tensor
-    out_across: Tensor
-    gates_panels: Tensor
-    gates_across: Tensor
+    width: int
+    inner: int
+    num_gates: int
 
 
-def prepare_mixing(out: Tensor, gates: Tensor, gates_bias: Tensor) -> PreparedMixing:
-    """Reorder weights; D and R are multiples of the kernels' lanes."""
-    panels = (cut_panels(matrix) for matrix in (out, out.t(), gates, gates.t()))
-    return PreparedMixing(out, gates, gates_bias, *panels)
+def prepare_mixing(
+    out: Tensor, gates: Sequence[Tensor], gates_bias: Sequence[Tensor]
+) -> PassWeights:
+    """Join the weights of projection and gates.
+
+    Args:
+        out: [D, R], of the readout's projection.
+        gates, gates_bias: [.., D] and [..] each, of the gates of G contexts, G D together, the
+            readout's first.
+    """
+    width, inner = out.shape
+    columns = sum(matrix.shape[0] for matrix in gates)
+    order = order_panels(((0, width, inner), (width * inner, columns, width)))
+    sizes = MixingSizes(width, inner, columns // width)
+    return join_weights([out, *gates, *gates_bias], order, sizes)
 
 
 @numba.njit(cache=True, **OPTIONS)
 def _apply_spans(
     first, last, lanes, num_spans, num_rows, width, inner, num_gates,
-    x, h, readout, one, two, out_across, gates_across, gates_bias, kept_gates, kept_readout, y,
+    x, h, readout, one, two, weights, panels, kept_gates, kept_readout, y,
 ):  # fmt: skip
     D, R, W, C = width, inner, len(lanes), num_gates * width
+    gates_bias = pointer(weights, D * (R + C))
+    out_across = pointer(panels, 0)
+    gates_across = at(out_across, D * R)
     scratch = np.empty(0 if len(kept_gates) else TILE * (C + D), x.dtype)
     end = last * num_rows // num_spans
     for start in range(first * num_rows // num_spans, end, TILE):
@@ -63,11 +72,11 @@ def _apply_spans(
             gates, projected = pointer(scratch, 0), pointer(scratch, TILE * C)
         contexts = (projected, pointer(one, start * D), pointer(two, start * D))
         multiply(
-            lanes, pointer(readout, start * R), R, 1, pointer(out_across, 0), R * W, W,
+            lanes, pointer(readout, start * R), R, 1, out_across, R * W, W,
             projected, D, rows, D, R, False,
         )  # fmt: skip
         multiply(
-            lanes, pointer(h, start * D), D, 1, pointer(gates_across, 0), D * W, W,
+            lanes, pointer(h, start * D), D, 1, gates_across, D * W, W,
             gates, C, rows, C, D, False,
         )  # fmt: skip
         ones = plus(zeros(source, lanes), 1.0)
@@ -76,9 +85,8 @@ def _apply_spans(
                 mixed = load(source, row * D + j, lanes)
                 for n in range(num_gates):
                     place = row * C + n * D + j
-                    logits = plus(
-                        load(gates, place, lanes), load(pointer(gates_bias, 0), n * D + j, lanes)
-                    )
+                    bias = load(gates_bias, n * D + j, lanes)
+                    logits = plus(load(gates, place, lanes), bias)
                     share = squash(logits, ones)
                     store(gates, place, share)
                     mixed = plus(mixed, times(share, load(contexts[n], row * D + j, lanes)))
@@ -88,10 +96,11 @@ def _apply_spans(
 @numba.njit(cache=True, **OPTIONS)
 def _backward_spans(
     first, last, lanes, num_spans, num_rows, width, inner, num_gates,
-    h, readout, one, two, kept_gates, kept_readout, out_panels, gates_panels,
-    dy, dh, dreadout, done, dtwo, grads,
+    h, readout, one, two, kept_gates, kept_readout, panels, dy, dh, dreadout, done, dtwo, grads,
 ):  # fmt: skip
     D, R, W, C = width, inner, len(lanes), num_gates * width
+    out_panels = pointer(panels, D * (R + C))
+    gates_panels = at(out_panels, D * R)
     num_grads = len(grads) // num_spans
     slopes_row = C + W  # apart by no power of two
     scratch = np.empty(TILE * (slopes_row + D), dy.dtype)
@@ -124,23 +133,22 @@ def _backward_spans(
                         store(dbias, here, plus(load(dbias, here, lanes), slope))
             multiply(lanes, slopes, 1, slopes_row, source, W, D, dgates, D, C, D, rows, True)
             multiply(
-                lanes, slopes, slopes_row, 1, pointer(gates_panels, 0), C * W, W,
+                lanes, slopes, slopes_row, 1, gates_panels, C * W, W,
                 pointer(dh, start * D), D, rows, D, C, False,
             )  # fmt: skip
             multiply(lanes, dprojected, 1, D, read, W, R, dout, R, D, R, rows, True)
             multiply(
-                lanes, dprojected, D, 1, pointer(out_panels, 0), D * W, W,
+                lanes, dprojected, D, 1, out_panels, D * W, W,
                 pointer(dreadout, start * R), R, rows, R, D, False,
             )  # fmt: skip
 
 
-def _plan(h: Tensor, prepared: PreparedMixing) -> tuple[int, int, tuple[int, ...]]:
+def _plan(h: Tensor, weights: PassWeights) -> tuple[int, int, tuple[int, ...]]:
     """Return spans of rows, the multiply-adds of one, and the kernels' sizes."""
-    (width, inner), num_rows = prepared.out.shape, h.numel() // h.shape[-1]
+    num_rows, sizes = h.numel() // h.shape[-1], MixingSizes(*weights.sizes)
     num_spans = count_spans(-(-num_rows // TILE))
-    work = num_rows * (prepared.out.numel() + prepared.gates.numel()) // num_spans
-    num_gates = prepared.gates.shape[0] // width
-    return num_spans, work, (num_spans, num_rows, width, inner, num_gates)
+    work = num_rows * weights.row.numel() // num_spans
+    return num_spans, work, (num_spans, num_rows, *sizes)
 
 
 def run_forward(
@@ -148,7 +156,7 @@ def run_forward(
     h: Tensor,
     readout: Tensor,
     contexts: Sequence[Tensor],
-    prepared: PreparedMixing,
+    weights: PassWeights,
     *,
     saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,13 +165,12 @@ def run_forward(
     Returns:
         the stream afterwards, and for the backward kernel the gates and the projected readout.
     """
-    num_spans, work, sizes = _plan(h, prepared)
-    y, num_kept = torch.empty_like(x), sizes[1] if saves else 0
-    gates = x.new_empty(num_kept, prepared.gates.shape[0])
-    projected = x.new_empty(num_kept, x.shape[-1])
-    given = (x, h, readout, *_fill(contexts, h), prepared.out_across, prepared.gates_across)
-    results = (gates, projected, y)
-    run_rows(_apply_spans, LANES, num_spans, work, *sizes, *given, prepared.gates_bias, *results)
+    num_spans, work, sizes = _plan(h, weights)
+    y, num_kept, width = torch.empty_like(x), sizes[1] if saves else 0, x.shape[-1]
+    gates = x.new_empty(num_kept, sizes[-1] * width)
+    projected = x.new_empty(num_kept, width)
+    given = (x, h, readout, *_fill(contexts, h), weights.row, weights.panels)
+    run_rows(_apply_spans, LANES, num_spans, work, *sizes, *given, gates, projected, y)
     return y, gates, projected
 
 
@@ -172,23 +179,22 @@ def run_backward(
     readout: Tensor,
     contexts: Sequence[Tensor],
     kept: Sequence[Tensor],
-    prepared: PreparedMixing,
+    weights: PassWeights,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     """Run the backward kernel; ``kept`` are the last results of ``run_forward``.
 
     Returns:
-        the gradients of h, of the readout, of the other contexts, and of the weights in one row.
+        the gradients of h, of the readout, of the other contexts, and of the row of weights.
     """
-    num_spans, work, sizes = _plan(h, prepared)
+    num_spans, work, sizes = _plan(h, weights)
     dh, dreadout = torch.empty_like(h), torch.empty_like(readout)
     dcontexts = [torch.empty_like(context) for context in contexts]
-    num_grads = prepared.out.numel() + prepared.gates.numel() + prepared.gates_bias.numel()
-    grads = h.new_empty(num_spans, num_grads)
-    given = (h, readout, *_fill(contexts, h), *kept, prepared.out_panels, prepared.gates_panels)
-    results = (dy.contiguous(), dh, dreadout, *_fill(dcontexts, dh), grads)
+    dweights = h.new_empty(num_spans, weights.row.numel())
+    given = (h, readout, *_fill(contexts, h), *kept, weights.panels, dy.contiguous())
+    results = (dh, dreadout, *_fill(dcontexts, dh), dweights)
     run_rows(_backward_spans, LANES, num_spans, 3 * work, *sizes, *given, *results)
-    return dh, dreadout, dcontexts, sum_spans(grads)
+    return dh, dreadout, dcontexts, sum_spans(dweights)
 
 
 def _fill(contexts: Sequence[Tensor], other: Tensor) -> list[Tensor]:
@@ -196,45 +202,32 @@ def _fill(contexts: Sequence[Tensor], other: Tensor) -> list[Tensor]:
     return [*contexts, other, other][:2]
 
 
-def split_gradients(row: Tensor, prepared: PreparedMixing) -> list[Tensor]:
-    """Return what ``run_backward`` says of each of the weights."""
-    weights = prepared[:3]
-    grads = row.split([weight.numel() for weight in weights])
-    return [grad.view_as(weight) for grad, weight in zip(grads, weights, strict=True)]
-
-
 class _AddMixed(torch.autograd.Function):
     """The pass with its backward kernel; not differentiable twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        saves: bool,
-        panels: tuple[Tensor, ...],
-        out: Tensor,
-        gates: Tensor,
-        gates_bias: Tensor,
-        *streams: Tensor,
-    ) -> Tensor:
-        prepared = PreparedMixing(out, gates, gates_bias, *panels)
+    def forward(ctx: Any, saves: bool, given: PassWeights, row: Tensor, *streams: Tensor) -> Tensor:
         x, h, readout, *contexts = (stream.contiguous() for stream in streams)
-        y, *kept = run_forward(x, h, readout, contexts, prepared, saves=saves)
-        ctx.save_for_backward(*prepared, *kept, h, readout, *contexts)
+        y, *kept = run_forward(x, h, readout, contexts, given, saves=saves)
+        ctx.save_for_backward(row, given.panels, *kept, h, readout, *contexts)
+        ctx.sizes = given.sizes
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.saved_tensors
-        prepared, kept, (h, readout, *contexts) = PreparedMixing(*given[:7]), given[7:9], given[9:]
-        dh, dreadout, dcontexts, row = run_backward(h, readout, contexts, kept, prepared, dy)
-        return None, None, *split_gradients(row, prepared), dy, dh, dreadout, *dcontexts
+        row, panels, gates, projected, h, readout, *contexts = ctx.saved_tensors
+        weights = PassWeights(row, panels, ctx.sizes)
+        dh, dreadout, dcontexts, drow = run_backward(
+            h, readout, contexts, (gates, projected), weights, dy
+        )
+        return None, None, drow, dy, dh, dreadout, *dcontexts
 
 
 def add_mixed_native(
-    x: Tensor, h: Tensor, contexts: Sequence[Tensor], prepared: PreparedMixing
+    x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights
 ) -> Tensor:
     """Run the pass on the CPU; arguments as in ``add_mixed``."""
-    saves = needs_gradient(x, h, *contexts, *prepared[:3])
-    y: Tensor = _AddMixed.apply(saves, prepared[3:], *prepared[:3], x, h, *contexts)
+    saves = needs_gradient(x, h, *contexts, weights.row)
+    y: Tensor = _AddMixed.apply(saves, weights, weights.row, x, h, *contexts)
     return y

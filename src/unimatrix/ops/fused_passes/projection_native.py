@@ -5,6 +5,7 @@ sequence and normalises the few tokens before it once more, as the convolution s
 """
 # mypy: allow-untyped-defs
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numba
@@ -12,8 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
+from unimatrix.ops.fused_passes.pass_weights import (
+    PassWeights,
+    hold_float,
+    join_weights,
+    order_panels,
+)
 from unimatrix.ops.fused_passes.tiles_native import (
     TILE,
     copy_rows,
@@ -36,7 +42,7 @@ from unimatrix.ops.lanes_native import (
     where_negative,
     zeros,
 )
-from unimatrix.ops.products_native import LANES, cut_panels, multiply
+from unimatrix.ops.products_native import LANES, multiply
 from unimatrix.ops.threads import run_rows
 
 
@@ -48,50 +54,50 @@ class _Form(NamedTuple):
     squashed: tuple[int, ...]  # empty: the vectors do not pass through tanh
 
 
-class ProjectionWeights(NamedTuple):
-    """Weights of norm, convolution and projections.
+class ProjectionSizes(NamedTuple):
+    """What the row of weights holds: scale, shift, filters, vectors, controls and their bias.
 
     Attributes:
-        scale: [D], of the norm.
-        shift: [D], of LayerNorm; ``None`` is RMSNorm.
+        width: D.
+        columns: V, a multiple of the kernels' lanes.
+        num_controls: C.
+        num_taps: K, 0 without a convolution.
+        is_centred: 1 if the norm is LayerNorm, which has a shift.
+    """
+
+    width: int
+    columns: int
+    num_controls: int
+    num_taps: int
+    is_centred: int
+
+
+def prepare_projections(
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    filters: Tensor | None,
+    vectors: Sequence[Tensor],
+    controls: Sequence[Tensor],
+    controls_bias: Sequence[Tensor],
+) -> PassWeights:
+    """Join the weights of norm, convolution and projections.
+
+    Args:
+        scale, shift, eps: [D] each, of the norm; no shift is RMSNorm.
         filters: [K, D], of the convolution, the current token's last; ``None`` is none.
-        vectors: [V, D], V a multiple of the kernels' lanes; they see the convolution.
-        controls: [C, D]; they do not.
-        controls_bias: [C].
+        vectors: [.., D] each, V together, a multiple of the kernels' lanes as D is; they see the
+            convolution.
+        controls, controls_bias: [.., D] and [..] each, C together; they do not.
     """
-
-    scale: Tensor
-    shift: Tensor | None
-    filters: Tensor | None
-    vectors: Tensor
-    controls: Tensor
-    controls_bias: Tensor
-
-
-class PreparedProjections(NamedTuple):
-    """Weights in the order in which the kernels read them, for several passes.
-
-    Attributes:
-        weights: to which gradients go.
-        eps: [1], of the norm.
-        vectors, vectors_across, controls, controls_across: matrices and their transposes from
-            ``cut_panels``.
-    """
-
-    weights: ProjectionWeights
-    eps: Tensor
-    vectors: Tensor
-    vectors_across: Tensor
-    controls: Tensor
-    controls_across: Tensor
-
-
-def prepare_projections(eps: float, weights: ProjectionWeights) -> PreparedProjections:
-    """Reorder weights; D and V are multiples of the kernels' lanes."""
-    vectors, controls = weights.vectors, weights.controls
-    padded = pad(controls.detach(), (0, 0, 0, -controls.shape[0] % len(LANES)))
-    matrices = (vectors, vectors.t(), controls, padded.t())
-    return PreparedProjections(weights, weights.scale.new_tensor([eps]), *map(cut_panels, matrices))
+    width, columns = scale.numel(), sum(matrix.shape[0] for matrix in vectors)
+    num_controls = sum(matrix.shape[0] for matrix in controls)
+    num_taps = 0 if filters is None else filters.shape[0]
+    sizes = ProjectionSizes(width, columns, num_controls, num_taps, int(shift is not None))
+    first = width * (1 + sizes.is_centred + num_taps)
+    order = order_panels(((first, columns, width), (first + columns * width, num_controls, width)))
+    others = [weight for weight in (scale, shift, filters) if weight is not None]
+    return join_weights([*others, *vectors, *controls, *controls_bias], order, sizes, eps)
 
 
 @numba.njit(**OPTIONS)
@@ -145,11 +151,16 @@ def _squash(lanes, vectors, count):
 @numba.njit(cache=True, **OPTIONS)
 def _apply_spans(
     first, last, form, num_spans, num_tokens, width, columns, num_controls, num_taps,
-    x, recent, eps, scale, shift, filters, vectors_across, controls_across, controls_bias,
-    h, vectors, controls,
+    x, recent, eps, weights, panels, h, vectors, controls,
 ):  # fmt: skip
     lanes, D, V, C, W = form.lanes, width, columns, num_controls, len(form.lanes)
     padded = (C + W - 1) // W * W
+    scale = pointer(weights, 0)
+    shift = at(scale, D)
+    filters = at(scale, D * (1 + len(form.centred)))
+    controls_bias = at(filters, D * (num_taps + V + C))
+    vectors_across = pointer(panels, 0)
+    controls_across = at(vectors_across, V * D)
     num_before = max(num_taps - 1, 0)
     per_row = (num_tokens + TILE - 1) // TILE
     num_tiles = len(x) // (num_tokens * D) * per_row
@@ -165,22 +176,22 @@ def _apply_spans(
         position = row * num_tokens + start
         _normalize_around(
             form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
-            num_taps, start, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0), units, around,
+            num_taps, start, rows, D, eps[0], scale, shift, units, around,
         )  # fmt: skip
         here = at(around, num_before * D)
         copy_rows(lanes, here, pointer(h, position * D), rows * D)
         multiply(
-            lanes, here, D, 1, pointer(controls_across, 0), D * W, W,
+            lanes, here, D, 1, controls_across, D * W, W,
             logits, padded, rows, padded, D, False,
         )  # fmt: skip
         for i in range(rows):
             for j in range(C):
                 controls[(position + i) * C + j] = logits[i * padded + j] + controls_bias[j]
         if num_taps:
-            _convolve(lanes, around, pointer(filters, 0), num_taps, rows, D, mixed)
+            _convolve(lanes, around, filters, num_taps, rows, D, mixed)
             here = mixed
         multiply(
-            lanes, here, D, 1, pointer(vectors_across, 0), D * W, W,
+            lanes, here, D, 1, vectors_across, D * W, W,
             pointer(vectors, position * V), V, rows, V, D, False,
         )  # fmt: skip
         if len(form.squashed):
@@ -190,10 +201,16 @@ def _apply_spans(
 @numba.njit(cache=True, **OPTIONS)
 def _backward_spans(
     first, last, form, num_spans, num_tokens, width, columns, num_controls, num_taps,
-    x, recent, eps, scale, shift, filters, vectors_panels, controls_panels,
-    vectors, dh, dvectors, dcontrols, dx, drecent, grads,
+    x, recent, eps, weights, panels, vectors, dstream, dh, dvectors, dcontrols,
+    dx, drecent, grads,
 ):  # fmt: skip
     lanes, D, V, C, W = form.lanes, width, columns, num_controls, len(form.lanes)
+    padded, num_norms = (C + W - 1) // W * W, 1 + len(form.centred)
+    scale = pointer(weights, 0)
+    shift = at(scale, D)
+    filters = at(scale, D * num_norms)
+    vectors_panels = pointer(panels, D * (V + padded))
+    controls_panels = at(vectors_panels, V * D)
     num_before = max(num_taps - 1, 0)
     per_row = (num_tokens + TILE - 1) // TILE
     num_tiles = len(x) // (num_tokens * D) * per_row
@@ -204,11 +221,11 @@ def _backward_spans(
     units, around, dmixed = pointer(scratch, 0), pointer(scratch, room), pointer(scratch, 2 * room)
     mixed, within = at(dmixed, room), at(dmixed, room + TILE * D)
     by = at(within, TILE * D)
-    filter_rows, inverses = pointer(filters, 0), at(units, (num_before + TILE) * D)
+    inverses = at(units, (num_before + TILE) * D)
     for span in range(first, last):
         grads[span * num_grads : (span + 1) * num_grads] = 0
         dscale = pointer(grads, span * num_grads)
-        dshift, dfilters = at(dscale, D), at(dscale, 2 * D)
+        dshift, dfilters = at(dscale, D), at(dscale, num_norms * D)
         by_vectors = at(dfilters, num_taps * D)
         by_controls = at(by_vectors, V * D)
         by_bias = at(by_controls, C * D)
@@ -219,13 +236,12 @@ def _backward_spans(
             position = row * num_tokens + start
             _normalize_around(
                 form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
-                num_taps, start, rows, D, eps[0], pointer(scale, 0), pointer(shift, 0),
-                units, around,
+                num_taps, start, rows, D, eps[0], scale, shift, units, around,
             )  # fmt: skip
             here = at(around, num_before * D)
             source = here
             if num_taps:
-                _convolve(lanes, around, filter_rows, num_taps, rows, D, mixed)
+                _convolve(lanes, around, filters, num_taps, rows, D, mixed)
                 source = mixed
             # Of the tokens behind the tile too, whose convolutions see it.
             reached = min(rows + num_before, num_tokens - start)
@@ -240,7 +256,7 @@ def _backward_spans(
                     copy_rows(lanes, along, target, V)
             logits = pointer(dcontrols, position * C)
             multiply(
-                lanes, by, by_row, 1, pointer(vectors_panels, 0), V * W, W,
+                lanes, by, by_row, 1, vectors_panels, V * W, W,
                 dmixed, D, reached, D, V, False,
             )  # fmt: skip
             multiply(lanes, by, 1, by_row, source, W, D, by_vectors, D, V, D, rows, True)
@@ -250,7 +266,7 @@ def _backward_spans(
                     by_bias[j] += logits[i * C + j]
             copy_rows(lanes, pointer(dh, position * D), within, rows * D)
             multiply(
-                lanes, logits, C, 1, pointer(controls_panels, 0), C * W, W,
+                lanes, logits, C, 1, controls_panels, C * W, W,
                 within, D, rows, D, C, True,
             )  # fmt: skip
             if num_taps == 0:
@@ -260,7 +276,7 @@ def _backward_spans(
                 behind = num_before - k  # tokens until the filter sees a row
                 for j in range(0, D, W):
                     tap, sums = (
-                        load(filter_rows, k * D + j, lanes),
+                        load(filters, k * D + j, lanes),
                         load(dfilters, k * D + j, lanes),
                     )
                     for i in range(rows):
@@ -278,43 +294,44 @@ def _backward_spans(
                         sums = zeros(before, lanes)
                         for k in range(min(i + 1, num_taps)):
                             if i - k < reached:
-                                tap = load(filter_rows, k * D + j, lanes)
+                                tap = load(filters, k * D + j, lanes)
                                 sums = plus(sums, times(load(dmixed, (i - k) * D + j, lanes), tap))
                         store(before, i * D + j, sums)
             target = pointer(dx, position * D)
-            for j in range(0, rows * D, W):
-                store(target, j, zeros(target, lanes))
+            if len(dstream):
+                copy_rows(lanes, pointer(dstream, position * D), target, rows * D)
+            else:
+                for j in range(0, rows * D, W):
+                    store(target, j, zeros(target, lanes))
             normalize_tile_backward(
                 form, within, at(units, num_before * D), at(inverses, min(num_before, start)),
-                rows, D, pointer(scale, 0), target, dscale, dshift,
+                rows, D, scale, target, dscale, dshift,
             )  # fmt: skip
 
 
 def _plan(
-    x: Tensor, prepared: PreparedProjections, squashes: bool
-) -> tuple[_Form, int, int, tuple[int, ...], list[Tensor]]:
-    """Return the kernels' form, spans of rows, the work of one, sizes, and what both take first."""
-    (B, T, D), none = x.shape, x.new_empty(0)
-    scale, shift, filters, vectors, controls, _ = prepared.weights
-    form = _Form(LANES, (0,) * (shift is not None), (0,) * squashes)
+    x: Tensor, weights: PassWeights, squashes: bool
+) -> tuple[_Form, int, int, tuple[int, ...], tuple[Any, ...]]:
+    """Return the kernels' form, spans of rows, the work of one, sizes, and the weights."""
+    B, T, D = x.shape
+    *sizes, is_centred = ProjectionSizes(*weights.sizes)
+    form = _Form(LANES, (0,) * is_centred, (0,) * squashes)
     num_spans = count_spans(B * -(-T // TILE))
-    work = B * T * (vectors.numel() + controls.numel()) // num_spans
-    num_taps = 0 if filters is None else filters.shape[0]
-    sizes = (num_spans, T, D, vectors.shape[0], controls.shape[0], num_taps)
-    absent = (none if weight is None else weight for weight in (shift, filters))
-    return form, num_spans, work, sizes, [prepared.eps, scale, *absent]
+    work = B * T * D * (sizes[1] + sizes[2]) // num_spans
+    given = (hold_float(weights.eps, x.dtype), weights.row, weights.panels)
+    return form, num_spans, work, (num_spans, T, *sizes), given
 
 
 def run_forward(
-    x: Tensor, recent: Tensor | None, prepared: PreparedProjections, *, squashes: bool
+    x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the forward kernel; return h, vectors and controls, [B, T, D or V or C]."""
-    form, num_spans, work, sizes, given = _plan(x, prepared, squashes)
-    weights = prepared.weights
-    h, rest = torch.empty_like(x), (prepared.vectors_across, prepared.controls_across)
-    vectors = x.new_empty(*x.shape[:2], weights.vectors.shape[0])
-    controls = x.new_empty(*x.shape[:2], weights.controls.shape[0])
-    inputs = (x, _or_zeros(recent, x, sizes[-1]), *given, *rest, weights.controls_bias)
+    form, num_spans, work, sizes, given = _plan(x, weights, squashes)
+    _, columns, num_controls, num_taps, _ = weights.sizes
+    h = torch.empty_like(x)
+    vectors = x.new_empty(*x.shape[:2], columns)
+    controls = x.new_empty(*x.shape[:2], num_controls)
+    inputs = (x, _or_zeros(recent, x, num_taps), *given)
     run_rows(_apply_spans, form, num_spans, work, *sizes, *inputs, h, vectors, controls)
     return h, vectors, controls
 
@@ -322,27 +339,31 @@ def run_forward(
 def run_backward(
     x: Tensor,
     recent: Tensor | None,
-    prepared: PreparedProjections,
+    weights: PassWeights,
     vectors: Tensor,
-    dh: Tensor,
-    dvectors: Tensor,
-    dcontrols: Tensor,
+    grads: Sequence[Tensor],
     *,
     squashes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward kernel; ``vectors`` are from ``run_forward``.
+    """Run the backward kernel.
+
+    Args:
+        x, recent, weights, squashes: as in ``run_forward``.
+        vectors: from there.
+        grads: of the stream where it goes on beside the pass (empty if that is summed elsewhere),
+            and of the results.
 
     Returns:
-        the gradients of x, of ``recent``, and of the weights in one row.
+        the gradients of x, of ``recent``, and of the row of weights.
     """
-    form, num_spans, work, sizes, given = _plan(x, prepared, squashes)
-    before = _or_zeros(recent, x, sizes[-1])
+    form, num_spans, work, sizes, given = _plan(x, weights, squashes)
+    before = _or_zeros(recent, x, weights.sizes[3])
     dx, drecent = torch.empty_like(x), torch.empty_like(before)
-    grads = x.new_empty(num_spans, sum(_count(prepared.weights)))
-    inputs = (x, before, *given, prepared.vectors, prepared.controls, vectors)
-    outputs = (dh.contiguous(), dvectors.contiguous(), dcontrols.contiguous(), dx, drecent, grads)
+    dweights = x.new_empty(num_spans, weights.row.numel())
+    inputs = (x, before, *given, vectors, *(grad.contiguous() for grad in grads))
+    outputs = (dx, drecent, dweights)
     run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *inputs, *outputs)
-    return dx, drecent, sum_spans(grads)
+    return dx, drecent, sum_spans(dweights)
 
 
 def _or_zeros(recent: Tensor | None, x: Tensor, num_taps: int) -> Tensor:
@@ -352,54 +373,31 @@ def _or_zeros(recent: Tensor | None, x: Tensor, num_taps: int) -> Tensor:
     return x.new_zeros(x.shape[0], max(num_taps - 1, 0), x.shape[2])
 
 
-def _count(weights: ProjectionWeights) -> list[int]:
-    """Return how many numbers the kernel's gradients have, in its order."""
-    width, filters = weights.scale.numel(), weights.filters
-    num_filters = 0 if filters is None else filters.numel()
-    shared = [weights.vectors.numel(), weights.controls.numel(), weights.controls_bias.numel()]
-    return [width, width, num_filters, *shared]
-
-
-def split_gradients(row: Tensor, weights: ProjectionWeights) -> tuple[Tensor | None, ...]:
-    """Return what ``run_backward`` says of each of the weights, ``None`` where there is none."""
-    grads = row.split(_count(weights))
-    return tuple(
-        None if weight is None else grad.view_as(weight)
-        for weight, grad in zip(weights, grads, strict=True)
-    )
-
-
 class _Project(torch.autograd.Function):
     """The pass with its backward kernel; not differentiable twice."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        squashes: bool,
-        prepared: PreparedProjections,
-        x: Tensor,
-        recent: Tensor | None,
-        *weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, squashes: bool, given: PassWeights, x: Tensor, recent: Tensor | None, row: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = x.contiguous()
-        h, vectors, controls = run_forward(x, recent, prepared, squashes=squashes)
-        ctx.save_for_backward(x, recent, vectors, *weights, *prepared[1:])
-        ctx.squashes = squashes
-        return h, vectors, controls
+        h, vectors, controls = run_forward(x, recent, given, squashes=squashes)
+        ctx.save_for_backward(x, recent, vectors, row, given.panels)
+        ctx.squashes, ctx.rest = squashes, given[2:]
+        return x, h, vectors, controls
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, recent, vectors, *kept = ctx.saved_tensors
-        prepared = PreparedProjections(ProjectionWeights(*kept[:6]), *kept[6:])
-        dx, drecent, row = run_backward(x, recent, prepared, vectors, *grads, squashes=ctx.squashes)
-        of_recent = None if recent is None else drecent.to(recent.dtype)
-        return None, None, dx, of_recent, *split_gradients(row, prepared.weights)
+        given = (x, recent, PassWeights(*kept, *ctx.rest), vectors, grads)
+        dx, drecent, drow = run_backward(*given, squashes=ctx.squashes)
+        return None, None, dx, None if recent is None else drecent.to(recent.dtype), drow
 
 
 def project_native(
-    x: Tensor, recent: Tensor | None, prepared: PreparedProjections, *, squashes: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the pass on the CPU; arguments as in ``project``."""
-    h, vectors, controls = _Project.apply(squashes, prepared, x, recent, *prepared.weights)
-    return h, vectors, controls
+    x, h, vectors, controls = _Project.apply(squashes, weights, x, recent, weights.row)
+    return x, h, vectors, controls
