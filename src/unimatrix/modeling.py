@@ -138,7 +138,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         # 4. The same block at every depth step.
         depth = self._apply_depth(x, sequence, past, retrieval, associations, use_cache)
         hidden_states = [*depth.hidden_states[:-1], self.norm(depth.hidden_states[-1])]
-        pointer = self._point(hidden_states[-1], depth, sequence)
+        hidden_states[-1], pointer = self._point(hidden_states[-1], depth, sequence)
 
         if padding is not None:
             hidden_states = [padding.unpack(hidden) for hidden in hidden_states]
@@ -279,17 +279,16 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         packed: BlockWeights = self.block.pack(x)
         return packed
 
-    def _point(self, h: Tensor, depth: "_Depth", sequence: Sequence) -> "_Pointer":
-        """Return what retrieved tokens say about the output, from the normalised last stream."""
+    def _point(self, h: Tensor, depth: "_Depth", sequence: Sequence) -> tuple[Tensor, "_Pointer"]:
+        """Return the normalised last stream, and what retrieved tokens say about the output."""
         read = None if depth.retrieval is None else depth.retrieval.selective
         scale = None if read is None else read.scale
         if self.pointer_mixture is not None:
             found = read if self.config.pointer else None
-            token_ids, log_weights = self.pointer_mixture(h, found, sequence.match)
-            return _Pointer(token_ids, None, log_weights, scale)
-        if depth.votes is not None:
-            return _Pointer(*depth.votes, None, scale)
-        return _Pointer(None, None, None, scale)
+            h, token_ids, log_weights = self.pointer_mixture(h, found, sequence.match)
+            return h, _Pointer(token_ids, None, log_weights, scale)
+        token_ids, votes = depth.votes or (None, None)
+        return h, _Pointer(token_ids, votes, None, scale)
 
 
 class _Depth(NamedTuple):

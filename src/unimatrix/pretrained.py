@@ -14,13 +14,14 @@ from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import GatedFeedForward
 from unimatrix.nn.matrix_mixer import RetentionProjection
 from unimatrix.nn.norm import RowNorm
+from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops import matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
 
-_USE_FUSED_PASSES = (UniMatrixBlock, RowNorm, GatedFeedForward, ShortConvolution)
+_USE_FUSED_PASSES = (UniMatrixBlock, RowNorm, GatedFeedForward, ShortConvolution, PointerMixture)
 
 
 class UniMatrixPreTrainedModel(PreTrainedModel):

@@ -1,8 +1,12 @@
 """The pointer mixture against the sum of probabilities that it stands for."""
 
+import pytest
 import torch
 
-from unimatrix.nn.pointer_mixture import MixedLogits, mix_logits, score_targets
+from tests.models import build_model
+from tests.ops.oracle import compare_with_reference
+from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits, score_targets
+from unimatrix.nn.selective_mixer import SelectiveRead
 
 
 def draw(seed=0, vocab=7, num_pointers=4):
@@ -65,3 +69,60 @@ def test_a_certain_pointer_and_a_hopeless_vocabulary_stay_finite() -> None:
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
     assert torch.isfinite(log_weights.grad).all()
+
+
+def draw_found(num_tokens: int, num_reads: int, generator):
+    """Return what slots and automaton found, each of them sometimes nothing."""
+    shape = (2, num_tokens, num_reads)
+    log_strength = torch.randn(shape, generator=generator, dtype=torch.float64)
+    log_strength[:, ::3] = -torch.inf
+    slot_ids = torch.randint(0, 9, shape, generator=generator)
+    lengths = torch.randint(0, 3000, shape[:2], generator=generator)
+    lengths[:, :40] = torch.arange(40)[:num_tokens]
+    predicted = torch.randint(0, 9, shape[:2], generator=generator).masked_fill(lengths == 0, -1)
+    return log_strength, slot_ids, (predicted, lengths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [16, 27])
+@pytest.mark.parametrize(("num_reads", "matches"), [(0, True), (3, True), (2, False)])
+@pytest.mark.parametrize("learns", [False, True])
+def test_one_pass_is_what_the_modules_do(num_reads, matches, learns, width, dtype) -> None:
+    """With slots, an automaton or both; what was not found has a share of zero."""
+    config = build_model("unimatrix").config
+    config.hidden_size, config.automaton_pointer = width, matches
+    module = PointerMixture(config, num_reads).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    log_strength, slot_ids, match = draw_found(50, num_reads, generator)
+    names = [name.replace(".", "_") for name, _ in module.named_parameters()]
+
+    def run(backend: str, h, log_strength, elsewhere, **weights) -> dict[str, torch.Tensor]:
+        module.backend = backend
+        by_name = {name: weights[name.replace(".", "_")] for name, _ in module.named_parameters()}
+        read = SelectiveRead(h, slot_ids, log_strength, elsewhere, None) if num_reads else None
+        h, ids, log_weights = torch.func.functional_call(module, by_name, (h, read, match))
+        # A share of zero has no finite logarithm to be compared.
+        found = {"ids": ids, "h": h, "log_weights": log_weights.clamp_min(-1e3)}
+        return found | {"none": log_weights.isneginf()}
+
+    leaves = {
+        "h": torch.randn(2, 50, width, generator=generator).to(dtype),
+        "log_strength": log_strength.to(dtype),
+        "elsewhere": torch.zeros_like(log_strength).to(dtype) if learns else None,
+    }
+    for name, weight in zip(names, module.parameters(), strict=True):
+        leaves[name] = torch.randn(weight.shape, generator=generator).to(dtype)
+    compare_with_reference("fused_passes", "native", run, leaves)
+
+
+def test_layers_that_are_hooked_are_called() -> None:
+    module = PointerMixture(build_model("unimatrix").config, 1)
+    h, read = torch.zeros(2, 40, module.slot_score.in_features), None
+    assert module._is_one_pass(h, read)
+    assert not module._is_one_pass(h[:, :8], read)
+    for layer in (module, module.slot_score, module.length_score):
+        hook = layer.register_forward_hook(lambda *_: None)
+        assert not module._is_one_pass(h, read)
+        hook.remove()
+    module.backend = "reference"
+    assert not module._is_one_pass(h, read)

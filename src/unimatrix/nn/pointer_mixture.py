@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.packed_linear import is_bare, is_plain
 from unimatrix.nn.selective_mixer import SelectiveRead
+from unimatrix.ops.checks import is_autocast
+from unimatrix.ops.fused_passes import FoundInSlots, FoundMatch, runs_native, weigh_retrieved
 
 # Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
 _NUM_LENGTH_BUCKETS = 10
@@ -27,6 +30,7 @@ class PointerMixture(nn.Module):
 
     def __init__(self, config: UniMatrixConfig, num_reads: int) -> None:
         super().__init__()
+        self.backend = "auto"
         self.num_reads = num_reads
         self.slot_score = nn.Linear(config.hidden_size, num_reads) if num_reads else None
         self.automaton_score: nn.Linear | None = None
@@ -37,7 +41,7 @@ class PointerMixture(nn.Module):
 
     def forward(
         self, h: Tensor, read: SelectiveRead | None, match: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tokens that share the probability, and ln of the shares.
 
         Args:
@@ -47,14 +51,17 @@ class PointerMixture(nn.Module):
                 no match.
 
         Returns:
-            token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary first, -inf for
-            what was not found.
+            h, to go on with; token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary
+            first, -inf for what was not found.
         """
+        if self._is_one_pass(h, read):
+            return weigh_retrieved(h, *self._list_found(read, match))
         ids, scores, elsewhere = [], [torch.zeros_like(h[..., :1])], [torch.zeros_like(h[..., :1])]
         if self.slot_score is not None and read is not None:
             ids.append(read.token_ids)
             scores.append(self.slot_score(h) + read.log_strength)
-            elsewhere.append(read.elsewhere + torch.zeros_like(read.log_strength))
+            zeros = torch.zeros_like(read.log_strength)
+            elsewhere.append(zeros if read.elsewhere is None else read.elsewhere + zeros)
         if self.automaton_score is not None and self.length_score is not None:
             assert match is not None
             predicted, lengths = (part.unsqueeze(-1) for part in match)  # [B, T, 1]
@@ -65,7 +72,30 @@ class PointerMixture(nn.Module):
             elsewhere.append(torch.zeros_like(score))
             ids.append(predicted.clamp_min(0))
         log_weights = log_softmax(torch.cat(scores, dim=-1), dim=-1)
-        return torch.cat(ids, dim=-1), log_weights + torch.cat(elsewhere, dim=-1)
+        return h, torch.cat(ids, dim=-1), log_weights + torch.cat(elsewhere, dim=-1)
+
+    def _is_one_pass(self, h: Tensor, read: SelectiveRead | None) -> bool:
+        """Return whether all of it runs as one compiled pass."""
+        layers = (self.slot_score, self.automaton_score, self.length_score)
+        own = [layer for layer in layers if layer is not None]
+        if is_autocast(h.device.type) or not (is_bare(self) and all(map(is_plain, own))):
+            return False
+        weights = [weight for layer in own for weight in layer.parameters()]
+        return runs_native(self.backend, h, *weights, None if read is None else read.log_strength)
+
+    def _list_found(
+        self, read: SelectiveRead | None, match: tuple[Tensor, Tensor] | None
+    ) -> tuple[FoundInSlots | None, FoundMatch | None]:
+        """Return what was found beside the weights that score it."""
+        slots, matched = None, None
+        if self.slot_score is not None and read is not None:
+            found = (read.token_ids, read.log_strength, read.elsewhere)
+            slots = FoundInSlots(self.slot_score.weight, self.slot_score.bias, *found)
+        if self.automaton_score is not None and self.length_score is not None:
+            assert match is not None
+            score, by_length = self.automaton_score, self.length_score.weight.flatten()
+            matched = FoundMatch(score.weight, score.bias, by_length, *match)
+        return slots, matched
 
 
 class MixedLogits(NamedTuple):

@@ -10,6 +10,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.packed_linear import is_plain
 from unimatrix.ops.checks import find_real_tokens, is_autocast
 from unimatrix.ops.fused_passes import normalize_rows
+from unimatrix.ops.fused_passes.pass_weights import NUM_LANES
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
     CODES_PER_NAT,
@@ -25,6 +26,7 @@ from unimatrix.ops.selective_slots import (
 )
 
 _FIRST_READ_SCORE = 4.0
+_COMPILED = ("auto", "native")  # back ends with which gate and read are compiled, too
 
 
 class SelectiveState(NamedTuple):
@@ -49,14 +51,14 @@ class SelectiveRead(NamedTuple):
         context: [B, T, D], weighted values, projected.
         token_ids: [B, T, Q] int64, the values; 0 where nothing was found.
         log_strength: [B, T, Q], ln of the strength they are held with; -inf for nothing.
-        elsewhere: [B, T, Q] zeros to add to the pointer's log weights (``ops.hindsight``), or 0.
-        scale: to be added to the loss; ``None`` where nothing is learned in hindsight.
+        elsewhere: [B, T, Q] zeros to add to the pointer's log weights (``ops.hindsight``).
+        scale: to be added to the loss; both are ``None`` where nothing is learned in hindsight.
     """
 
     context: Tensor
     token_ids: Tensor
     log_strength: Tensor
-    elsewhere: Tensor | float
+    elsewhere: Tensor | None
     scale: HindsightScale | None
 
 
@@ -95,6 +97,11 @@ class _Values(NamedTuple):
 def _normalize(vectors: Tensor) -> Tensor:
     """Return vectors [..., D] over their root mean square."""
     return normalize_rows(vectors, None, torch.finfo(vectors.dtype).eps)
+
+
+def _join_entries(held_logits: Tensor, logits: Tensor) -> Tensor:
+    """Return the logits of slots [B, M] and writes [B, T, N] by entry, [B, M + T N]."""
+    return torch.cat([held_logits, logits.flatten(1)], dim=1)
 
 
 class SelectiveMixer(nn.Module):
@@ -181,8 +188,7 @@ class SelectiveMixer(nn.Module):
         stream = torch.cat([recent, token_ids], dim=1)  # [B, n + T]
         keys = hash_contexts(stream, self.patterns)  # [B, n + T, N]
         table = self._normalize_table(embed, token_ids.numel())
-        logits = self._weigh_writes(embed, table, stream, hidden)  # [B, T, N]
-        codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
+        logits, codes = self._weigh_writes(embed, table, stream, hidden)  # [B, T, N]
         write_keys = self._ending(keys, 1)
 
         def scan(read_keys: Tensor, bounded: bool) -> SlotScan:
@@ -213,18 +219,18 @@ class SelectiveMixer(nn.Module):
         held_logits = logits.new_zeros(batch, self.num_slots)
         if state is not None and state.logits is not None:
             held_logits = state.logits
-        entries = torch.cat([held_logits, logits.flatten(1)], dim=1)  # [B, M + T N]
         kept = None
         if keeps_state:
             final = scan(read_keys, bounded=True) if scanned.slots is None else scanned
             assert final.slots is not None
             assert final.writers is not None
+            entries = _join_entries(held_logits, logits)
             behind = entries.gather(1, final.writers) if entries.requires_grad else None
             kept = SelectiveState(final.slots, self._take_recent(stream, lengths), behind)
         offered = (write_keys >= 0) & find_real_tokens(lengths, token_ids).unsqueeze(-1)
         projected = None if table is None else linear(table, self.value_proj.weight)
         values = _Values(embed, self.value_proj, projected)
-        return self._read(values, lookup, entries, logits, offered), kept
+        return self._read(values, lookup, held_logits, logits, offered), kept
 
     def _normalize_table(self, embed: nn.Embedding, num_tokens: int) -> Tensor | None:
         """Return every token's embedding over its root mean square, [V, D].
@@ -233,7 +239,7 @@ class SelectiveMixer(nn.Module):
         where there are fewer positions, where a layer is more than its weights, and in less than 32
         bits, of which a sum of two products would keep fewer than one product of both.
         """
-        if not all(map(is_plain, (embed, self.gate_up, self.value_proj))):
+        if not all(map(is_plain, (embed, self.gate_up, self.gate_down, self.value_proj))):
             return None
         weight = embed.weight
         is_narrow = weight.dtype not in (torch.float32, torch.float64)
@@ -241,10 +247,15 @@ class SelectiveMixer(nn.Module):
             return None
         return _normalize(weight)
 
+    def _is_compiled(self, table: Tensor | None) -> bool:
+        """Return whether gate and read, which need every token's features, are compiled passes."""
+        is_here = table is not None and table.device.type == "cpu"
+        return is_here and self.backend in _COMPILED and not torch.compiler.is_compiling()
+
     def _weigh_writes(
         self, embed: nn.Embedding, table: Tensor | None, stream: Tensor, hidden: Tensor | None
-    ) -> Tensor:
-        """Return the logit of each write's strength, [B, T, N]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logit of each write's strength and its code, int64, [B, T, N] each."""
         pair = stream[:, self.num_recent - 1 :]  # [B, 1 + T], -1 before the first token
         if table is None:
             features = _normalize(embed(pair.clamp_min(0)) * (pair >= 0).unsqueeze(-1))
@@ -254,14 +265,26 @@ class SelectiveMixer(nn.Module):
             up = self.gate_up(torch.cat(inputs, dim=-1))
         else:
             of_last, of_this, *of_hidden = torch.split(self.gate_up.weight, table.shape[1], dim=1)
-            after = pad(linear(table, of_last), (0, 0, 1, 0))  # [1 + V, D / 2], zeros for none
-            up = embedding(pair[:, :-1] + 1, after)
-            up = up + embedding(pair[:, 1:], linear(table, of_this, self.gate_up.bias))
+            after, here = linear(table, of_last), linear(table, of_this, self.gate_up.bias)
+            if hidden is None and after.shape[1] % NUM_LANES == 0 and self._is_compiled(table):
+                # Imported here: it loads the compiler.
+                from unimatrix.ops.selective_slots.gate_native import weigh_writes_native
+
+                down = self.gate_down
+                return weigh_writes_native(
+                    stream, self.num_recent, after, here, down.weight, down.bias
+                )
+            # [1 + V, D / 2], zeros for none
+            up = embedding(pair[:, :-1] + 1, pad(after, (0, 0, 1, 0))) + embedding(
+                pair[:, 1:], here
+            )
             if hidden is not None:
                 up = up + linear(_normalize(hidden), of_hidden[0])
         logits: Tensor = self.gate_down(gelu(up))
         # Strengths are carried and compared: no fewer digits than the state has.
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
+        return logits, codes
 
     def _ending(self, keys: Tensor, offset: int) -> Tensor:
         """Return the contexts that end ``offset`` tokens before each position, [B, T, N]."""
@@ -281,11 +304,20 @@ class SelectiveMixer(nn.Module):
         self,
         values: _Values,
         lookup: SlotLookup,
-        entries: Tensor,
+        held_logits: Tensor,
         logits: Tensor,
         offered: Tensor,
     ) -> SelectiveRead:
         """Weigh what was found and mix its values."""
+        rules = self.rules if self.training else None
+        if values.table is not None and self._is_compiled(values.table):
+            # Imported here: it loads the compiler.
+            from unimatrix.ops.selective_slots.read_native import read_found_native
+
+            given = (logits, held_logits, self.read_score, values.table, offered, rules)
+            context, log_strength, elsewhere, scale = read_found_native(lookup, *given)
+            return SelectiveRead(context, lookup.value_ids, log_strength, elsewhere, scale)
+        entries = _join_entries(held_logits, logits)
         found = lookup.entries >= 0  # [B, T, Q]
         held = lookup.codes.to(logits.dtype) / CODES_PER_NAT
         # The value is that of the code, as the slots keep it; the gradient is the gate's.
@@ -295,11 +327,10 @@ class SelectiveMixer(nn.Module):
         scores = self.read_score + log_strength
         nothing = torch.zeros_like(scores[..., :1])
         log_weights = torch.cat([nothing, scores], dim=-1).log_softmax(dim=-1)[..., 1:]
-        elsewhere: Tensor | float = 0.0
-        scale = None
-        if self.training and self.rules is not None:
+        elsewhere = scale = None
+        if rules is not None:
             log_weights, elsewhere, scale = watch_reads(
-                log_weights, logits, lookup.entries, offered, self.num_slots, self.rules
+                log_weights, logits, lookup.entries, offered, self.num_slots, rules
             )
         weights = log_weights.exp()  # [B, T, Q]
         context = values.mix(lookup.value_ids, weights)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LABELS = ("attribution", "read_hit", "read_weight")
-_LEAST_WEIGHT = 0.05
+LEAST_WEIGHT = 0.05
 
 
 class HindsightRules(NamedTuple):
@@ -134,7 +134,7 @@ def _value_reads(
     """Return what each read [B, T, Q] was worth, as the label counts it."""
     if label == "attribution":
         return -(d_weights + d_elsewhere) / scale
-    read = log_weights.exp() > _LEAST_WEIGHT
+    read = log_weights.exp() > LEAST_WEIGHT
     if label == "read_hit":
-        read &= d_elsewhere < -_LEAST_WEIGHT * scale
+        read &= d_elsewhere < -LEAST_WEIGHT * scale
     return read.to(d_weights.dtype)

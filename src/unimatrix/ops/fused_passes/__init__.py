@@ -9,6 +9,7 @@ step, the reference runs.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from unimatrix.ops.fused_passes import reference
 from unimatrix.ops.fused_passes.pass_weights import NUM_LANES, PassWeights
 
 __all__ = [
+    "FoundInSlots",
+    "FoundMatch",
     "add_feed_forward",
     "add_mixed",
     "apply_gated_unit",
@@ -27,8 +30,10 @@ __all__ = [
     "fuses_products",
     "normalize_rows",
     "project",
+    "runs_native",
     "sum_cross_entropy",
     "sum_gated",
+    "weigh_retrieved",
 ]
 
 # Below, torch is as fast and needs no compiler.
@@ -37,8 +42,47 @@ _MOST_CONTEXTS = 3
 _MOST_WEIGHTS = 600_000  # of one pass; above, a library's products are as fast
 
 
-def _runs_native(backend: str, *tensors: Tensor | None) -> bool:
+class FoundInSlots(NamedTuple):
+    """What slots found for a pointer, and how it is scored.
+
+    Attributes:
+        weight, bias: [Q, D] and [Q], of the scores of h.
+        token_ids: [..., Q] int64.
+        log_strength: [..., Q], added to the scores; -inf where nothing was found.
+        elsewhere: [..., Q] zeros (``ops.hindsight``), to which the gradients by ln of these shares
+            go; ``None`` where nobody asks.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    token_ids: Tensor
+    log_strength: Tensor
+    elsewhere: Tensor | None
+
+
+class FoundMatch(NamedTuple):
+    """What an automaton predicts for a pointer, and how it is scored.
+
+    Attributes:
+        weight, bias: [1, D] and [1], of the score of h.
+        by_length: [L], added for matches of 1, 2, 3-4, 5-8, ... tokens, the last for all longer.
+        predicted_ids: [...] int64, -1 where nothing matched.
+        match_lengths: [...] int64.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    by_length: Tensor
+    predicted_ids: Tensor
+    match_lengths: Tensor
+
+
+def runs_native(backend: str, *tensors: Tensor | None) -> bool:
     """Return whether the compiled pass is asked for, or wanted and able to take the tensors.
+
+    Args:
+        backend: ``auto``, ``reference`` or ``native``.
+        tensors: [..., D] the first; ``None`` is none.
 
     Raises:
         InputError: if the back end does not exist, or is ``native`` and cannot take them.
@@ -195,6 +239,28 @@ def sum_cross_entropy(
     return sum_cross_entropy_native(h, weights, targets, token_ids, shares, ignored=ignored)
 
 
+def weigh_retrieved(
+    h: Tensor, slots: FoundInSlots | None, match: FoundMatch | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh retrieved tokens against the vocabulary's distribution, whose score is 0.
+
+    Equation: E17.
+
+    Args:
+        h: [..., D], which with all floats of the others is for ``runs_native``.
+        slots: what they found, or ``None``.
+        match: what the automaton predicts, or ``None``; one of both is given.
+
+    Returns:
+        h, to go on with (its gradient is then summed in the pass); token ids [..., K] int64, those
+        of the slots first; ln of the shares [..., 1 + K], the vocabulary's first, -inf for what was
+        not found.
+    """
+    from unimatrix.ops.fused_passes.pointer_native import weigh_retrieved_native
+
+    return weigh_retrieved_native(h, slots, match)
+
+
 def normalize_rows(
     x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto"
 ) -> Tensor:
@@ -211,7 +277,7 @@ def normalize_rows(
     Returns:
         [..., D] in the dtype of x.
     """
-    if not _runs_native(backend, x, weight):
+    if not runs_native(backend, x, weight):
         return reference.normalize_rows(x, weight, eps)
     from unimatrix.ops.fused_passes.row_norm_native import normalize_rows_native
 
@@ -240,7 +306,7 @@ def sum_gated(gates: Tensor, contexts: Sequence[Tensor], *, backend: str = "auto
             f"there are {len(contexts)} contexts of width {width} and {gates.shape[-1]} gate "
             f"logits; pass at most {_MOST_CONTEXTS} contexts and a logit for each of their numbers"
         )
-    if not _runs_native(backend, gates, *contexts):
+    if not runs_native(backend, gates, *contexts):
         return reference.sum_gated(gates, contexts)
     from unimatrix.ops.fused_passes.gated_sum_native import sum_gated_native
 
@@ -260,7 +326,7 @@ def apply_gated_unit(gate_and_up: Tensor, *, backend: str = "auto") -> Tensor:
     Returns:
         [..., F].
     """
-    if not _runs_native(backend, gate_and_up):
+    if not runs_native(backend, gate_and_up):
         return reference.apply_gated_unit(gate_and_up)
     from unimatrix.ops.fused_passes.gated_unit_native import apply_gated_unit_native
 
@@ -295,7 +361,7 @@ def convolve_recent(
             f"h is {list(h.shape)}, weight {list(weight.shape)} and recent {list(recent.shape)}; "
             "pass [B, T, D], [K, D] and [B, K - 1, D]"
         )
-    if not _runs_native(backend, h, weight, recent):
+    if not runs_native(backend, h, weight, recent):
         return reference.convolve_recent(h, weight, recent)
     from unimatrix.ops.fused_passes.convolution_native import convolve_recent_native
 

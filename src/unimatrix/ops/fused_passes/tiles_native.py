@@ -92,3 +92,26 @@ def normalize_tile_backward(form, dh, units, inverses, rows, width, scale, dx, d
             inward = times(load(grad, j, lanes), load(scale, j, lanes))
             inward = plus(plus(inward, times(load(unit, j, lanes), outward)), mean)
             store(target, j, plus(load(target, j, lanes), times(inward, inverses[row])))
+
+
+@numba.njit(**OPTIONS)
+def multiply_rows(lanes, one, other, width):
+    """Return the sum of the products of two rows' numbers; of any width."""
+    even = width - width % len(lanes)
+    sums = zeros(one, lanes)
+    for j in range(0, even, len(lanes)):
+        sums = plus(sums, times(load(one, j, lanes), load(other, j, lanes)))
+    product = total(sums)
+    for j in range(even, width):
+        product += one[j] * other[j]
+    return product
+
+
+@numba.njit(**OPTIONS)
+def add_multiple(lanes, row, factor, width, target):
+    """Add a multiple of a row to ``target``; of any width."""
+    even = width - width % len(lanes)
+    for j in range(0, even, len(lanes)):
+        store(target, j, plus(load(target, j, lanes), times(load(row, j, lanes), factor)))
+    for j in range(even, width):
+        target[j] += factor * row[j]

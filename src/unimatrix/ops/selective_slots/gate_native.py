@@ -1,0 +1,160 @@
+"""The gate that weighs a write by the two tokens before and at it, in Numba."""
+# mypy: allow-untyped-defs
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.ops.fused_passes.normal_native import find_normal_density, integrate_normal
+from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, sum_spans
+from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, pointer, store, times, total, zeros
+from unimatrix.ops.products_native import LANES
+from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
+from unimatrix.ops.threads import run_rows
+
+
+class _Form(NamedTuple):
+    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+
+    lanes: tuple[int, ...]
+    double: tuple[int, ...]  # empty: float32
+
+
+@numba.njit(**OPTIONS)
+def _add_inputs(lanes, of_last, of_this, last_id, this_id, inner, j):
+    """Return what enters the activation from column j on."""
+    inputs = load(of_this, this_id * inner + j, lanes)
+    if last_id >= 0:
+        inputs = plus(inputs, load(of_last, last_id * inner + j, lanes))
+    return inputs
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _weigh_rows(
+    first, last, form, num_tokens, num_before, inner, num_patterns,
+    stream, of_last, of_this, down, down_bias, logits, codes,
+):  # fmt: skip
+    lanes, G, N = form.lanes, inner, num_patterns
+    activations = np.empty(G, logits.dtype)
+    held = pointer(activations, 0)
+    for row in range(first, last):
+        place = (row // num_tokens + 1) * num_before + row
+        last_id, this_id = stream[place - 1], stream[place]
+        for j in range(0, G, len(lanes)):
+            u = _add_inputs(lanes, pointer(of_last, 0), pointer(of_this, 0), last_id, this_id, G, j)
+            store(held, j, times(u, integrate_normal(form.double, u)))
+        for n in range(N):
+            sums = zeros(held, lanes)
+            for j in range(0, G, len(lanes)):
+                sums = plus(sums, times(load(held, j, lanes), load(pointer(down, n * G), j, lanes)))
+            logit = total(sums) + down_bias[n]
+            logits[row * N + n] = logit
+            code = np.rint(logit * CODES_PER_NAT)
+            codes[row * N + n] = int(min(max(code, MIN_CODE), MAX_CODE))
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _backward_spans(
+    first, last, form, num_spans, num_rows, num_tokens, num_before, inner, num_patterns,
+    stream, of_last, of_this, down, dlogits, grads,
+):  # fmt: skip
+    lanes, G, N = form.lanes, inner, num_patterns
+    num_grads = len(grads) // num_spans
+    for span in range(first, last):
+        grads[span * num_grads : (span + 1) * num_grads] = 0
+        dlast = pointer(grads, span * num_grads)
+        dthis = at(dlast, len(of_last))
+        ddown = at(dthis, len(of_this))
+        dbias = at(ddown, N * G)
+        for row in range(span * num_rows // num_spans, (span + 1) * num_rows // num_spans):
+            place = (row // num_tokens + 1) * num_before + row
+            last_id, this_id = stream[place - 1], stream[place]
+            for n in range(N):
+                dbias[n] += dlogits[row * N + n]
+            for j in range(0, G, len(lanes)):
+                u = _add_inputs(
+                    lanes, pointer(of_last, 0), pointer(of_this, 0), last_id, this_id, G, j
+                )
+                share = integrate_normal(form.double, u)
+                activation, along = times(u, share), zeros(ddown, lanes)
+                for n in range(N):
+                    slope, by = dlogits[row * N + n], at(ddown, n * G)
+                    along = plus(along, times(load(pointer(down, n * G), j, lanes), slope))
+                    store(by, j, plus(load(by, j, lanes), times(activation, slope)))
+                inward = times(along, plus(share, times(u, find_normal_density(u))))
+                target = at(dthis, this_id * G)
+                store(target, j, plus(load(target, j, lanes), inward))
+                if last_id >= 0:
+                    target = at(dlast, last_id * G)
+                    store(target, j, plus(load(target, j, lanes), inward))
+
+
+class _WeighWrites(torch.autograd.Function):
+    """The pass with its backward kernel; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, stream: Tensor, num_before: int, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        stream = stream.contiguous()
+        of_last, of_this, down, down_bias = (weight.contiguous() for weight in weights)
+        (num_patterns, inner), batch = down.shape, stream.shape[0]
+        num_tokens = stream.shape[1] - num_before
+        logits = down.new_empty(batch, num_tokens, num_patterns)
+        codes = stream.new_empty(logits.shape)
+        form = _Form(LANES, (0,) * (down.itemsize == 8))
+        sizes = (num_tokens, num_before, inner, num_patterns)
+        given = (stream, of_last, of_this, down, down_bias, logits, codes)
+        run_rows(_weigh_rows, form, batch * num_tokens, 20 * inner, *sizes, *given)
+        ctx.save_for_backward(stream, of_last, of_this, down)
+        ctx.form, ctx.sizes = form, sizes
+        ctx.mark_non_differentiable(codes)
+        return logits, codes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        stream, of_last, of_this, down = ctx.saved_tensors
+        num_tokens, _num_before, inner, num_patterns = ctx.sizes
+        num_rows = stream.shape[0] * num_tokens
+        num_spans = count_spans(-(-num_rows // TILE))
+        counts = [of_last.numel(), of_this.numel(), down.numel(), num_patterns]
+        grads = down.new_empty(num_spans, sum(counts))
+        work = 30 * num_rows * inner // num_spans
+        given = (num_rows, *ctx.sizes, stream, of_last, of_this, down, dlogits, grads)
+        run_rows(_backward_spans, ctx.form, num_spans, work, num_spans, *given)
+        dlast, dthis, ddown, dbias = sum_spans(grads).split(counts)
+        tables = dlast.view_as(of_last), dthis.view_as(of_this)
+        return None, None, *tables, ddown.view_as(down), dbias
+
+
+def weigh_writes_native(
+    stream: Tensor,
+    num_before: int,
+    of_last: Tensor,
+    of_this: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weigh writes by the token of each position and the one before.
+
+    Equation: E14 (the gate).
+
+    Args:
+        stream: [B, n + T] int64, -1 where there is no token, n >= 1.
+        num_before: n.
+        of_last, of_this: [V, G] each, what the token before and that of the position add before the
+            activation, G a multiple of 16.
+        down, down_bias: [N, G] and [N].
+
+    Returns:
+        logits [B, T, N], differentiable once in the four weights, and their strength codes, int64.
+    """
+    weighed: tuple[Tensor, Tensor] = _WeighWrites.apply(
+        stream, num_before, of_last, of_this, down, down_bias
+    )
+    return weighed

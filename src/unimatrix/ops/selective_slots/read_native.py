@@ -1,0 +1,250 @@
+"""What slots found, weighed and mixed, in Numba: one pass forward, two short ones backward.
+
+The backward pass also judges the writes in hindsight, as ``ops.hindsight`` does.
+"""
+# mypy: allow-untyped-defs
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.ops.fused_passes.tiles_native import (
+    TILE,
+    add_multiple,
+    count_spans,
+    multiply_rows,
+    sum_spans,
+)
+from unimatrix.ops.hindsight import LABELS, LEAST_WEIGHT, HindsightRules, HindsightScale
+from unimatrix.ops.lanes_native import OPTIONS, at, pointer
+from unimatrix.ops.products_native import LANES
+from unimatrix.ops.selective_slots.state import CODES_PER_NAT, SlotLookup
+from unimatrix.ops.threads import run_rows
+
+_ATTRIBUTION, _READ_HIT, _READ_WEIGHT = range(len(LABELS))
+
+
+class FoundValues(NamedTuple):
+    """What is made of a lookup.
+
+    Attributes:
+        context: [B, T, D], weighted sums of the values.
+        log_strength: [B, T, Q], ln of the strengths; -inf where nothing was found.
+        elsewhere: [B, T, Q] zeros for the pointer (``ops.hindsight``).
+        scale: to be added to the loss; both are ``None`` without rules.
+    """
+
+    context: Tensor
+    log_strength: Tensor
+    elsewhere: Tensor | None
+    scale: HindsightScale | None
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _read_rows(
+    first, last, lanes, width, num_reads, entries, codes, value_ids, read_score, table,
+    context, log_strength, weights,
+):  # fmt: skip
+    Q = num_reads
+    for row in range(first, last):
+        target, shares = pointer(context, row * width), pointer(weights, row * Q)
+        strengths = pointer(log_strength, row * Q)
+        for j in range(width):
+            target[j] = 0
+        best = 0.0
+        for q in range(Q):
+            strengths[q] = -math.inf
+            if entries[row * Q + q] >= 0:
+                held = codes[row * Q + q] / CODES_PER_NAT
+                strengths[q] = min(held, 0.0) - math.log1p(math.exp(-abs(held)))
+            shares[q] = read_score[q] + strengths[q]
+            best = max(best, shares[q])
+        whole = math.exp(-best)
+        for q in range(Q):
+            shares[q] = math.exp(shares[q] - best)
+            whole += shares[q]
+        for q in range(Q):
+            shares[q] /= whole
+            if entries[row * Q + q] >= 0:
+                value = pointer(table, value_ids[row * Q + q] * width)
+                add_multiple(lanes, value, shares[q], width, target)
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _backward_spans(
+    first, last, lanes, num_spans, num_rows, width, num_reads, label,
+    entries, codes, value_ids, table, weights, dcontext, dlog_strength, delsewhere, scale,
+    worths, dheld, grads,
+):  # fmt: skip
+    """Set what every read was worth, and its gradient by the logit behind its strength."""
+    Q = num_reads
+    num_grads = len(grads) // num_spans
+    slopes = np.empty(Q, weights.dtype)
+    for span in range(first, last):
+        grads[span * num_grads : (span + 1) * num_grads] = 0
+        dscore = pointer(grads, span * num_grads)
+        dtable = at(dscore, Q)
+        for row in range(span * num_rows // num_spans, (span + 1) * num_rows // num_spans):
+            grad, whole = pointer(dcontext, row * width), 0.0
+            for q in range(Q):
+                place = row * Q + q
+                value, share = value_ids[place] * width, weights[place]
+                slopes[q], worths[place] = 0, 0
+                if entries[place] < 0:
+                    continue
+                along = multiply_rows(lanes, grad, pointer(table, value), width)
+                slopes[q] = share * along
+                whole += slopes[q]
+                add_multiple(lanes, grad, share, width, at(dtable, value))
+                if label == _ATTRIBUTION:
+                    worths[place] = -(slopes[q] + delsewhere[place]) / scale[0]
+                elif share > LEAST_WEIGHT:
+                    is_hit = delsewhere[place] < -LEAST_WEIGHT * scale[0]
+                    worths[place] = 1 if label == _READ_WEIGHT or is_hit else 0
+            for q in range(Q):
+                place = row * Q + q
+                slope = slopes[q] - weights[place] * whole
+                dscore[q] += slope
+                dheld[place] = 0
+                if entries[place] >= 0:
+                    held = codes[place] / CODES_PER_NAT
+                    dheld[place] = (slope + dlog_strength[place]) / (1 + math.exp(held))
+
+
+@numba.njit(cache=True, **OPTIONS)
+def _judge_rows(
+    first, last, lanes, num_reads, num_writes, num_initial, judges, label,
+    entries, worths, dheld, logits, offered, rules, dlogits, dinitial,
+):  # fmt: skip
+    """Give every write the gradient of its reads, and that of the gate's loss."""
+    share, floor, factor = rules[0], rules[1], rules[2]
+    sums = np.empty(num_writes, worths.dtype)
+    for row in range(first, last):
+        slopes, slots = pointer(dlogits, row * num_writes), pointer(dinitial, row * num_initial)
+        sums[:] = 0
+        for m in range(num_initial):
+            slots[m] = 0
+        for w in range(num_writes):
+            slopes[w] = 0
+        for place in range(row * num_reads, (row + 1) * num_reads):
+            w = entries[place] - num_initial
+            if w >= 0:
+                sums[w] += worths[place]
+                slopes[w] += dheld[place]
+            elif entries[place] >= 0:
+                slots[entries[place]] += dheld[place]
+        if judges == 0:
+            continue
+        least = 0.0
+        if label == _ATTRIBUTION:
+            least = max(share * sums.max(), floor)
+        for w in range(num_writes):
+            place = row * num_writes + w
+            if offered[place]:
+                strength = 1 / (1 + math.exp(-logits[place]))
+                slopes[w] += factor * (strength - (sums[w] > least))
+
+
+class _ReadFound(torch.autograd.Function):
+    """The pass with its backward kernels; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lookup: SlotLookup,
+        offered: Tensor,
+        rules: HindsightRules | None,
+        logits: Tensor,
+        initial_logits: Tensor,
+        read_score: Tensor,
+        table: Tensor,
+    ) -> tuple[Tensor, ...]:
+        entries, codes, value_ids = (part.contiguous() for part in lookup)
+        (*lead, num_reads), width = entries.shape, table.shape[1]
+        logits, table, offered = logits.contiguous(), table.contiguous(), offered.contiguous()
+        context = table.new_empty(*lead, width)
+        log_strength, weights = (table.new_empty(entries.shape) for _ in range(2))
+        given = (entries, codes, value_ids, read_score, table, context, log_strength, weights)
+        rows = context.numel() // width, 2 * width * num_reads
+        run_rows(_read_rows, LANES, *rows, width, num_reads, *given)
+        kept = (entries, codes, value_ids, offered, logits, initial_logits, table, weights)
+        ctx.save_for_backward(*kept)
+        ctx.rules = rules
+        if rules is None:
+            return context, log_strength
+        of_target, of_gate = table.new_zeros(2)
+        return context, log_strength, torch.zeros_like(weights), of_target, of_gate
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dcontext: Tensor, dlog_strength: Tensor, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        entries, codes, value_ids, offered, logits, initial_logits, table, weights = (
+            ctx.saved_tensors
+        )
+        width, (batch, num_initial) = table.shape[1], initial_logits.shape
+        num_tokens, num_reads = entries.shape[1:]
+        num_writes = logits[0].numel()
+        delsewhere, scale, label, judged = dlog_strength, 1.0, _READ_WEIGHT, (0.0, 0.0, 0.0)
+        if ctx.rules is not None:
+            delsewhere, label = grads[0], LABELS.index(ctx.rules.label)
+            scale = max(abs(float(grads[1])), torch.finfo(table.dtype).tiny)
+            factor = ctx.rules.weight * float(grads[2]) / max(int(offered.sum()), 1)
+            judged = (ctx.rules.share, ctx.rules.floor, factor)
+        as_array = functools.partial(np.array, dtype=weights.numpy().dtype)
+        num_rows = batch * num_tokens
+        num_spans = count_spans(-(-num_rows // TILE))
+        worths, dheld = weights.new_empty(2, *weights.shape)
+        by_weights = table.new_empty(num_spans, num_reads + table.numel())
+        sizes = (num_spans, num_rows, width, num_reads, label)
+        given = (entries, codes, value_ids, table, weights, dcontext, dlog_strength, delsewhere)
+        work = 3 * num_rows * num_reads * width // num_spans
+        results = (as_array([scale]), worths, dheld, by_weights)
+        run_rows(_backward_spans, LANES, num_spans, work, *sizes, *given, *results)
+        dlogits, dinitial = torch.empty_like(logits), torch.empty_like(initial_logits)
+        sizes = (num_tokens * num_reads, num_writes, num_initial, int(ctx.rules is not None), label)
+        given = (entries, worths, dheld, logits, offered, as_array(judged), dlogits, dinitial)
+        run_rows(_judge_rows, LANES, batch, 16 * num_writes, *sizes, *given)
+        dscore, dtable = sum_spans(by_weights).split([num_reads, table.numel()])
+        return None, None, None, dlogits, dinitial, dscore, dtable.view_as(table)
+
+
+def read_found_native(
+    lookup: SlotLookup,
+    logits: Tensor,
+    initial_logits: Tensor,
+    read_score: Tensor,
+    table: Tensor,
+    offered: Tensor,
+    rules: HindsightRules | None,
+) -> FoundValues:
+    """Weigh what was found by its strength, and sum its values.
+
+    Equation: E13 (the read), E15 and E16 with rules.
+
+    Args:
+        lookup: what was found.
+        logits: [B, T, N], those of the writes' strengths; a strength has the value of its code and
+            the gradient of its logit.
+        initial_logits: [B, M], likewise of the slots before.
+        read_score: [Q], added to ln of a strength; reading nothing has a score of 0.
+        table: [V, D], the value of every token id.
+        offered: [B, T, N] bool, whether the position offered that write.
+        rules: how a write is judged in hindsight; ``None`` is not at all.
+
+    Returns:
+        see ``FoundValues``. Differentiable once in the four floats.
+    """
+    found = _ReadFound.apply(lookup, offered, rules, logits, initial_logits, read_score, table)
+    context, log_strength, *others = found
+    if rules is None:
+        return FoundValues(context, log_strength, None, None)
+    elsewhere, of_target, of_gate = others
+    return FoundValues(context, log_strength, elsewhere, HindsightScale(of_target, of_gate))
