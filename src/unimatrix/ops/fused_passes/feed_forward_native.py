@@ -1,7 +1,7 @@
 """Norm, feed-forward network and residual sum in Numba: one pass forward, one backward.
 
 Each thread takes a few rows at a time through all of it, so that what stands between the products
-is in its cache. The activations and their derivatives are kept for the backward pass.
+is in its cache.
 """
 # mypy: allow-untyped-defs
 
@@ -74,42 +74,48 @@ def _activate(form, u, u_row, rows, inner, up_bias, a, a_row):
 
 
 @numba.njit(**OPTIONS)
-def _activate_and_slope(form, u, u_row, rows, inner, up_bias, a, a_row, slopes, slopes_row):
-    """Set ``a`` to the activations of ``u``, and ``slopes`` to the derivatives of ``a`` by it."""
+def _activate_and_slope(form, u, u_row, rows, inner, up_bias, a, slopes, kept_row):
+    """Set ``a`` to GELU of ``u``, and ``slopes`` to its derivatives."""
     lanes = form.lanes
     for row in range(rows):
-        source, target, slope = at(u, row * u_row), at(a, row * a_row), at(slopes, row * slopes_row)
-        ones = plus(zeros(source, lanes), 1.0)
+        source, target, slope = (
+            at(u, row * u_row),
+            at(a, row * kept_row),
+            at(slopes, row * kept_row),
+        )
         for j in range(0, inner, len(lanes)):
-            gate = load(source, j, lanes)
-            if len(form.gated):
-                up, share = load(source, inner + j, lanes), squash(gate, ones)
-                let = times(gate, share)
-                store(target, j, times(let, up))
-                store(slope, j, times(up, plus(share, times(let, minus(ones, share)))))
-                store(slope, inner + j, let)
-            else:
-                gate = plus(gate, load(up_bias, j, lanes))
-                share = integrate_normal(form.double, gate)
-                store(target, j, times(gate, share))
-                store(slope, j, plus(share, times(gate, find_normal_density(gate))))
+            gate = plus(load(source, j, lanes), load(up_bias, j, lanes))
+            share = integrate_normal(form.double, gate)
+            store(target, j, times(gate, share))
+            store(slope, j, plus(share, times(gate, find_normal_density(gate))))
 
 
 @numba.njit(**OPTIONS)
-def _pass_activation(form, slopes, slopes_row, da, a_row, rows, inner, du, u_row, dup_bias):
-    """Set ``du`` to the gradient before the activation; add to that of the bias."""
-    lanes = form.lanes
+def _pass_gate(lanes, u, u_row, rows, inner, a, a_row, du):
+    """Set ``du`` to the gradient before the gate, and ``a`` from its gradient to itself."""
+    for row in range(rows):
+        source, target, inward = at(u, row * u_row), at(a, row * a_row), at(du, row * u_row)
+        ones = plus(zeros(source, lanes), 1.0)
+        for j in range(0, inner, len(lanes)):
+            gate, up = load(source, j, lanes), load(source, inner + j, lanes)
+            share, along = squash(gate, ones), load(target, j, lanes)
+            let = times(gate, share)
+            slope = plus(share, times(let, minus(ones, share)))
+            store(inward, j, times(times(along, up), slope))
+            store(inward, inner + j, times(along, let))
+            store(target, j, times(let, up))
+
+
+@numba.njit(**OPTIONS)
+def _pass_slopes(lanes, slopes, slopes_row, da, a_row, rows, inner, du, u_row, dup_bias):
+    """Set ``du`` to the gradient before GELU; add to that of the bias."""
     for row in range(rows):
         slope, grad = at(slopes, row * slopes_row), at(da, row * a_row)
         target = at(du, row * u_row)
         for j in range(0, inner, len(lanes)):
-            along = load(grad, j, lanes)
-            inward = times(along, load(slope, j, lanes))
+            inward = times(load(grad, j, lanes), load(slope, j, lanes))
             store(target, j, inward)
-            if len(form.gated):
-                store(target, inner + j, times(along, load(slope, inner + j, lanes)))
-            else:
-                store(dup_bias, j, plus(load(dup_bias, j, lanes), inward))
+            store(dup_bias, j, plus(load(dup_bias, j, lanes), inward))
 
 
 @numba.njit(cache=True, **OPTIONS)
@@ -129,19 +135,24 @@ def _apply_spans(
     units, h, u = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
     a = at(u, TILE * u_row)
     inverses = at(a, TILE * a_row)
-    a_row = P + a_row if len(kept) else a_row
+    kept_row = 2 * F + W
+    if len(kept) and len(form.gated) == 0:
+        a_row = kept_row
     end = last * num_rows // num_spans
     for start in range(first * num_rows // num_spans, end, TILE):
         rows = min(TILE, end - start)
         source, target = pointer(x, start * D), pointer(y, start * D)
         normalize_tile(form, source, rows, D, eps[0], scale, shift, units, h, D, inverses)
-        multiply(form.lanes, h, D, 1, up_across, D * W, W, u, u_row, rows, P, D, False)
+        here = pointer(kept, start * kept_row)
         if len(kept):
-            slopes = pointer(kept, start * a_row)
-            a = at(slopes, P)
-            _activate_and_slope(form, u, u_row, rows, F, up_bias, a, a_row, slopes, a_row)
             for row in range(rows):  # what is to spare, so that nothing comes undefined
-                store(a, row * a_row + F, zeros(a, form.lanes))
+                store(here, row * kept_row + 2 * F, zeros(here, form.lanes))
+            if len(form.gated):
+                u = here
+        multiply(form.lanes, h, D, 1, up_across, D * W, W, u, u_row, rows, P, D, False)
+        if len(kept) and len(form.gated) == 0:
+            a = at(here, F)
+            _activate_and_slope(form, u, u_row, rows, F, up_bias, a, here, kept_row)
         else:
             _activate(form, u, u_row, rows, F, up_bias, a, a_row)
         for row in range(rows):
@@ -166,7 +177,7 @@ def _backward_spans(
     down = at(up, P * D)
     h_row, u_row, a_row = D + W, P + W, F + W  # apart by no power of two
     num_grads = len(grads) // num_spans
-    kept_row = P + a_row
+    kept_row = 2 * F + W
     scratch = np.empty(TILE * (2 * D + h_row + u_row + a_row + 1), x.dtype)
     units, dh, h = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
     u = at(h, TILE * h_row)
@@ -184,11 +195,15 @@ def _backward_spans(
             rows = min(TILE, end - start)
             source, grad = pointer(x, start * D), pointer(dy, start * D)
             normalize_tile(form, source, rows, D, eps[0], scale, shift, units, h, h_row, inverses)
-            slopes = pointer(kept, start * kept_row)
-            a = at(slopes, P)
-            multiply(lanes, grad, 1, D, a, W, kept_row, ddown, F, D, F, rows, True)
+            here = pointer(kept, start * kept_row)
             multiply(lanes, grad, D, 1, down, D * W, W, da, a_row, rows, F, D, False)
-            _pass_activation(form, slopes, kept_row, da, a_row, rows, F, u, u_row, dup_bias)
+            if len(form.gated):
+                _pass_gate(lanes, here, kept_row, rows, F, da, a_row, u)
+                a, kept_a_row = da, a_row
+            else:
+                _pass_slopes(lanes, here, kept_row, da, a_row, rows, F, u, u_row, dup_bias)
+                a, kept_a_row = at(here, F), kept_row
+            multiply(lanes, grad, 1, D, a, W, kept_a_row, ddown, F, D, F, rows, True)
             multiply(lanes, u, 1, u_row, h, W, h_row, dup, D, P, D, rows, True)
             multiply(lanes, u, u_row, 1, up, P * W, W, dh, D, rows, D, P, False)
             if len(form.gated) == 0:
@@ -245,8 +260,9 @@ def prepare_feed_forward(
         up_bias = None if up_bias is None else pad(up_bias, (0, missing))
     is_gated = up_bias is None
     columns = 2 * inner if is_gated else inner
-    # Activations and derivatives; and lanes to spare, as rows a power of two apart cost cache.
-    num_kept = columns + inner + len(LANES)
+    # What enters the gate, or GELU's values and derivatives, of which it costs more to compute them
+    # again; and lanes to spare, as rows a power of two apart cost cache.
+    num_kept = 2 * inner + len(LANES)
     sizes = FeedForwardSizes(width, inner, int(shift is not None), int(is_gated), num_kept)
     order = order_panels(((0, columns, width), (columns * width, width, inner)))
     others = [weight for weight in (scale, shift, up_bias, down_bias) if weight is not None]
