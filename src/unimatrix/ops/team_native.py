@@ -97,30 +97,38 @@ def run_in_team(
             truth values; nested tuples of whole numbers.
     """
     num_spans = len(bounds) - 1
-    numbers: list[int] = [0, num_spans, _find_entry(kernel, args), 0, *bounds]
-    _flatten(args, numbers)
+    numbers: list[int] = [0, num_spans, 0, 0, *bounds]
+    numbers[2] = _find_entry(kernel, args, _flatten(args, numbers))
     missing = _HEAD + len(bounds) + _MOST_NUMBERS - len(numbers)
     assert missing >= 0
-    table = array("q", numbers + [0] * missing)
+    table = array("q", numbers)
+    table.frombytes(bytes(missing * table.itemsize))
     libgomp.GOMP_parallel(_WORK, table.buffer_info()[0], num_spans, 0)
     if table[3]:
         raise RuntimeError(f"{kernel.__name__} failed in {table[3]} of {num_spans} spans")
 
 
-def _flatten(values: Iterable[Any], numbers: list[int]) -> None:
-    """Append what the values are as arguments of machine code."""
+def _flatten(values: Iterable[Any], numbers: list[int]) -> list[Any]:
+    """Append what the values are as arguments of machine code; return what tells their types."""
+    kinds: list[Any] = []
     for value in values:
         if isinstance(value, Tensor):
-            size, step = value.numel(), value.element_size()
+            size, step = value.numel(), value.itemsize
             numbers += (0, 0, size, step, value.data_ptr(), size, step)
-        elif isinstance(value, np.ndarray):
-            address = value.__array_interface__["data"][0]
-            numbers += (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
+            kinds.append(value.dtype)
+        elif isinstance(value, int):
+            numbers.append(value)
+            kinds.append(type(value))
         elif isinstance(value, tuple):
             numbers += _flatten_tuple(value)
+            kinds += (type(value), value)  # there are few, and comparing them is quick
         else:
-            assert not isinstance(value, float), "a kernel takes floats in an array"
-            numbers.append(int(value))
+            assert isinstance(value, np.ndarray), "a kernel takes floats in an array"
+            address = value.__array_interface__["data"][0]
+            numbers += (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
+            flags = value.flags
+            kinds.append((value.dtype.char, value.ndim, flags.c_contiguous, flags.writeable))
+    return kinds
 
 
 @functools.lru_cache(maxsize=256)
@@ -134,9 +142,9 @@ def _flatten_tuple(values: tuple[Any, ...]) -> list[int]:
 _entries: dict[tuple[Any, ...], int] = {}
 
 
-def _find_entry(kernel: Any, args: tuple[Any, ...]) -> int:
+def _find_entry(kernel: Any, args: tuple[Any, ...], kinds: list[Any]) -> int:
     """Return the address of the kernel compiled for such arguments."""
-    key = (kernel, *map(_describe, args))
+    key = (kernel, *kinds)
     if key not in _entries:
         arrays = (x.view(-1).numpy() if isinstance(x, Tensor) else x for x in args)
         signature = (types.int64, types.int64, *map(numba.typeof, arrays))
@@ -144,14 +152,3 @@ def _find_entry(kernel: Any, args: tuple[Any, ...]) -> int:
         compiled = kernel.overloads[signature]
         _entries[key] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
     return _entries[key]
-
-
-def _describe(value: Any) -> Any:
-    """Return what distinguishes the Numba types of two arguments."""
-    if isinstance(value, Tensor):
-        return value.dtype
-    if isinstance(value, np.ndarray):
-        return value.dtype.char, value.ndim, value.flags.c_contiguous, value.flags.writeable
-    if isinstance(value, tuple):
-        return type(value), value  # there are few, and comparing them is quick
-    return type(value)
