@@ -163,6 +163,19 @@ def exponential(_: Any, lanes: Any) -> Any:
 
 
 @intrinsic
+def root(_: Any, lanes: Any) -> Any:
+    """Return the square root of each lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0].type
+        name = f"llvm.sqrt.v{lanes.width}f{lanes.dtype.bitwidth}"
+        function = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(vector, [vector]))
+        return builder.call(function, args)
+
+    return lanes(lanes), generate
+
+
+@intrinsic
 def plus_at(_: Any, lanes: Any, index: Any, other: Any) -> Any:
     """Return ``lanes`` with ``other``, or its lane, added in lane ``index`` alone."""
 

@@ -53,7 +53,18 @@ def weigh_rules(form, write, pi):
 
 
 @numba.njit(**OPTIONS)
-def write_and_read(form, source, target, retention, factors, rows, columns, d, reader, out):
+def make_identity(N, like):
+    """Return the rows of an identity matrix: an addition of one lane is a multiple of a row."""
+    identity = np.zeros(N * N, like.dtype)
+    for n in range(N):
+        identity[n * N + n] = 1
+    return identity
+
+
+@numba.njit(**OPTIONS)
+def write_and_read(
+    form, identity, source, target, retention, factors, rows, columns, d, reader, out
+):  # fmt: skip
     """Write a token (E1, E2), divide by the norm (E3), read it (E4); return the norm."""
     N, width = len(form.width), form.width
     outer, swapped, diagonal = factors
@@ -66,7 +77,7 @@ def write_and_read(form, source, target, retention, factors, rows, columns, d, r
         row = plus(row, times(written, rows[i]))
         if len(form.mixed):
             row = plus(row, times(other, columns[i]))
-            row = plus_at(row, i, corner)
+            row = plus(row, times(load(identity, i * N, width), corner))
         if len(form.norm_guard):
             squares = plus(squares, times(row, row))
         store(target, i * N, row)
@@ -99,8 +110,14 @@ def _read_gradient(form, G, after, norm, q, dy):
 
 
 @numba.njit(**OPTIONS)
-def write_gradient(form, G, before, retention, factors, q, k, v, d, dy, dk, dv, dd):
-    """Set dk, dv, dd; carry G over the token; return d loss / d (retention, factors)."""
+def write_gradient(
+    form, identity, G, across, before, retention, factors, q, k, v, d, dy, dk, dv, dd
+):  # fmt: skip
+    """Set dk, dv, dd; carry G over the token; return d loss / d (retention, factors).
+
+    ``across`` is G transposed, carried beside it: G v and G k are then sums of rows, as v G and k G
+    are, and no sums within registers. With a norm guard it is not used.
+    """
     N, width = len(form.width), form.width
     outer, swapped, diagonal = factors
     query, payload, address = load(q, 0, width), load(k, 0, width), load(v, 0, width)
@@ -112,12 +129,22 @@ def write_gradient(form, G, before, retention, factors, q, k, v, d, dy, dk, dv, 
             row = plus(row, times(query, dy[i]))
         kept = plus(kept, times(row, load(before, i * N, width)))
         kG = plus(kG, times(row, k[i]))
-        Gv = plus_at(Gv, i, total(times(row, address)))
+        if len(form.norm_guard):
+            Gv = plus_at(Gv, i, total(times(row, address)))
         if len(form.mixed):
             vG = plus(vG, times(row, v[i]))
-            Gk = plus_at(Gk, i, total(times(row, payload)))
-            corner = plus_at(corner, i, row)
+            corner = plus(corner, times(load(identity, i * N, width), row))
+            if len(form.norm_guard):
+                Gk = plus_at(Gk, i, total(times(row, payload)))
         store(G, i * N, times(row, retention))
+    if not len(form.norm_guard):
+        along = load(dy, 0, width)
+        for j in range(N):
+            column = plus(load(across, j * N, width), times(along, q[j]))
+            Gv = plus(Gv, times(column, v[j]))
+            if len(form.mixed):
+                Gk = plus(Gk, times(column, k[j]))
+            store(across, j * N, times(column, retention))
     store(dk, 0, plus(times(Gv, outer), times(vG, swapped)))
     store(dv, 0, plus(times(kG, outer), times(Gk, swapped)))
     if len(form.mixed):
@@ -133,6 +160,7 @@ def _scan_rows(
     num_tokens, num_heads, interval, y, final, checkpoints,
 ):  # fmt: skip
     N = len(form.width)
+    identity = make_identity(N, final)
     S = np.empty(N * N, final.dtype)  # [address, payload]
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * N * N)
     for row in range(first, last):
@@ -149,7 +177,7 @@ def _scan_rows(
             token = (b * num_tokens + t) * num_heads + h
             at = token * N
             write_and_read(
-                form, pointer(S, 0), pointer(S, 0), retention[token],
+                form, pointer(identity, 0), pointer(S, 0), pointer(S, 0), retention[token],
                 weigh_rules(form, write[token], pointer(rule_weights, 3 * token)),
                 pointer(v, at), pointer(k, at), pointer(d, at),
                 pointer(q, at), pointer(y, at),
@@ -168,6 +196,7 @@ def _backward_rows(
     N = len(form.width)
     size = N * N
     G = np.empty(size, dq.dtype)  # d loss / d S of the token at hand, [payload, address]
+    across, identity = np.empty(size, dq.dtype), make_identity(N, dq)  # the same transposed
     S = np.empty((interval + 1) * size, dq.dtype)  # the states around a few tokens
     norms = np.empty(interval, dq.dtype)
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * size)
@@ -175,6 +204,7 @@ def _backward_rows(
         b, h = row // num_heads, row % num_heads
         for n in range(size):
             G[n] = dfinal[row * size + n]
+            across[n % N * N + n // N] = G[n]
         for chunk in range((lengths[b] - 1) // interval, -1, -1):
             start, stop = chunk * interval, min((chunk + 1) * interval, lengths[b])
             for n in range(size):
@@ -183,7 +213,8 @@ def _backward_rows(
                 token = (b * num_tokens + t) * num_heads + h
                 at, now = token * N, (t - start) * size
                 norms[t - start] = write_and_read(
-                    form, pointer(S, now), pointer(S, now + size), retention[token],
+                    form, pointer(identity, 0), pointer(S, now), pointer(S, now + size),
+                    retention[token],
                     weigh_rules(form, write[token], pointer(rule_weights, 3 * token)),
                     pointer(k, at), pointer(v, at), pointer(d, at),
                     pointer(dy, at), pointer(dq, at),
@@ -196,7 +227,8 @@ def _backward_rows(
                     _read_gradient(form, G_, pointer(S, now + size), norms[t - start], q_t, dy_t)
                 rho, pi = retention[token], pointer(rule_weights, 3 * token)
                 kept, by_outer, by_swapped, by_diagonal = write_gradient(
-                    form, G_, pointer(S, now), rho, weigh_rules(form, write[token], pi),
+                    form, pointer(identity, 0), G_, pointer(across, 0), pointer(S, now),
+                    rho, weigh_rules(form, write[token], pi),
                     q_t, pointer(k, at), pointer(v, at), pointer(d, at), dy_t,
                     pointer(dk, at), pointer(dv, at), pointer(dd, at),
                 )  # fmt: skip

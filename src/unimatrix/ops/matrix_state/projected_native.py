@@ -5,7 +5,6 @@ never stand in memory. The backward keeps the units of a few tokens beside their
 """
 # mypy: allow-untyped-defs
 
-import math
 from typing import Any, NamedTuple
 
 import numba
@@ -14,14 +13,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, pointer, store, times, total
+from unimatrix.ops.lanes_native import (
+    OPTIONS,
+    at,
+    exponential,
+    larger,
+    load,
+    minus,
+    over,
+    plus,
+    pointer,
+    root,
+    store,
+    times,
+    total,
+    where_negative,
+    zeros,
+)
 from unimatrix.ops.matrix_state.native import (
     choose_interval,
+    make_identity,
     weigh_rules,
     write_and_read,
     write_gradient,
 )
 from unimatrix.ops.matrix_state.projected import READOUT_EPS
+from unimatrix.ops.products_native import LANES
 from unimatrix.ops.threads import run_rows
 
 _UNIT_EPS = 1e-12  # of torch's normalize
@@ -30,6 +47,7 @@ _UNIT_EPS = 1e-12  # of torch's normalize
 class _Form(NamedTuple):
     """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
 
+    lanes: tuple[int, ...]  # of tokens weighed together
     width: tuple[int, ...]  # N zeros
     mixed: tuple[int, ...]  # empty: the outer rule alone
     norm_guard: tuple[int, ...]  # always empty
@@ -37,36 +55,62 @@ class _Form(NamedTuple):
 
 
 @numba.njit(**OPTIONS)
-def _logistic(x):
-    """Return the sigmoid of x and that of -x, both exact where they are small."""
-    fading = math.exp(-abs(x))
-    larger, smaller = 1 / (1 + fading), fading / (1 + fading)
-    return (larger, smaller) if x >= 0 else (smaller, larger)
+def _weigh_tokens(form, controls, num_heads, h, count, room, weights):
+    """Set the weights of up to 16 tokens: retention, its complement and the three rules'.
 
-
-@numba.njit(**OPTIONS)
-def _weigh_token(form, controls, num_heads, h, weights):
-    """Set ``weights`` to retention, its complement and the three rules' weights."""
-    weights[0], weights[1] = _logistic(controls[h])
+    Args:
+        controls: of the first token.
+        count: how many there are.
+        room: for 9 lanes.
+        weights: of the first token and the head.
+    """
+    lanes, W, per_head = form.lanes, len(form.lanes), 4 if len(form.mixed) else 1
+    for i in range(W):
+        of_token = at(controls, min(i, count - 1) * num_heads * per_head)
+        room[i] = of_token[h]
+        for n in range(1, per_head):
+            room[n * W + i] = of_token[num_heads + 3 * h + n - 1]
+    x, made = load(room, 0, lanes), at(room, 4 * W)
+    ones = plus(zeros(room, lanes), 1.0)
+    fading = exponential(where_negative(x, x, times(x, -1.0)))
+    greater = over(ones, plus(ones, fading))
+    lesser = times(fading, greater)
+    store(made, 0, where_negative(x, lesser, greater))
+    store(made, W, where_negative(x, greater, lesser))
     if len(form.mixed):
-        first = num_heads + 3 * h
-        outer, diagonal, symmetric = controls[first], controls[first + 1], controls[first + 2]
-        largest = max(outer, max(diagonal, symmetric))
-        weights[2], weights[3] = math.exp(outer - largest), math.exp(diagonal - largest)
-        weights[4] = math.exp(symmetric - largest)
-        share = 1 / (weights[2] + weights[3] + weights[4])
-        weights[2], weights[3], weights[4] = (
-            weights[2] * share, weights[3] * share, weights[4] * share,
-        )  # fmt: skip
+        outer, diagonal = load(room, W, lanes), load(room, 2 * W, lanes)
+        symmetric = load(room, 3 * W, lanes)
+        most = larger(outer, larger(diagonal, symmetric))
+        outer, diagonal = exponential(minus(outer, most)), exponential(minus(diagonal, most))
+        symmetric = exponential(minus(symmetric, most))
+        share = over(ones, plus(plus(outer, diagonal), symmetric))
+        store(made, 2 * W, times(outer, share))
+        store(made, 3 * W, times(diagonal, share))
+        store(made, 4 * W, times(symmetric, share))
+    for i in range(count):
+        for n in range(5 if len(form.mixed) else 2):
+            weights[5 * num_heads * i + n] = made[n * W + i]
 
 
 @numba.njit(**OPTIONS)
-def _bind(form, vector, unit):
-    """Set ``unit`` to the vector divided by its length; return the divisor's inverse."""
-    lanes = load(vector, 0, form.width)
-    inverse = 1 / max(math.sqrt(total(times(lanes, lanes))), _UNIT_EPS)
-    store(unit, 0, times(lanes, inverse))
-    return inverse
+def _invert_lengths(form, vectors, apart, count, inverses):
+    """Set ``inverses`` to 1 over the lengths of the vectors of up to 16 tokens, by vector.
+
+    Args:
+        vectors: of the first token, ``apart`` numbers from one to the next and so from the last of
+            a token to the first of the token behind.
+        count: how many tokens there are.
+    """
+    lanes, W = form.lanes, len(form.lanes)
+    num_vectors = 4 if len(form.mixed) else 3
+    for i in range(count):
+        for n in range(num_vectors):
+            vector = load(vectors, (i * num_vectors + n) * apart, form.width)
+            inverses[n * W + i] = total(times(vector, vector))
+    least = plus(zeros(inverses, lanes), _UNIT_EPS)
+    for n in range(num_vectors):
+        length = larger(least, root(load(inverses, n * W, lanes)))
+        store(inverses, n * W, over(plus(zeros(inverses, lanes), 1.0), length))
 
 
 @numba.njit(**OPTIONS)
@@ -78,12 +122,22 @@ def _unbind(form, gradient, unit, inverse):
 
 
 @numba.njit(**OPTIONS)
-def _normalize_readout(form, y):
-    """Divide a readout by the root of its mean square; return the divisor's inverse."""
-    lanes = load(y, 0, form.width)
-    inverse = 1 / math.sqrt(total(times(lanes, lanes)) / len(form.width) + READOUT_EPS)
-    store(y, 0, times(lanes, inverse))
-    return inverse
+def _normalize_readouts(form, y, num_heads, count, room, inverses):
+    """Divide readouts of up to 16 tokens by the roots of their mean squares; keep the inverses.
+
+    Args:
+        y, inverses: of the first token and the head.
+        count: how many tokens there are.
+        room: for the inverses.
+    """
+    lanes, N = form.lanes, len(form.width)
+    for i in range(count):
+        vector = load(y, i * num_heads * N, form.width)
+        room[i] = total(times(vector, vector)) / N + READOUT_EPS
+    store(room, 0, over(plus(zeros(room, lanes), 1.0), root(load(room, 0, lanes))))
+    for i in range(count):
+        place, inverses[i * num_heads] = i * num_heads * N, room[i]
+        store(y, place, times(load(y, place, form.width), room[i]))
 
 
 @numba.njit(**OPTIONS)
@@ -102,8 +156,12 @@ def _scan_rows(
     N = len(form.width)
     num_vectors = 4 if len(form.mixed) else 3
     num_controls = num_heads * (4 if len(form.mixed) else 1)
+    identity = make_identity(N, final)
     S = np.empty(N * N, final.dtype)  # [address, payload]
     units = np.empty(4 * N, final.dtype)  # q, k, v, d
+    W = len(form.lanes)
+    room = np.ones(9 * W, final.dtype)
+    inverted = np.ones(4 * W, final.dtype)
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * N * N)
     for row in range(first, last):
         b, h = row // num_heads, row % num_heads
@@ -119,36 +177,48 @@ def _scan_rows(
             position = b * num_tokens + t
             token = position * num_heads + h
             weigh = pointer(weights, 5 * token)
-            _weigh_token(form, pointer(controls, position * num_controls), num_heads, h, weigh)
             apart = num_heads * N
             vectors = pointer(projected, position * num_vectors * apart + h * N)
+            if t % W == 0:
+                count = min(W, lengths[b] - t)
+                _weigh_tokens(
+                    form, pointer(controls, position * num_controls), num_heads, h, count,
+                    pointer(room, 0), weigh,
+                )  # fmt: skip
+                if len(form.unit):
+                    _invert_lengths(form, vectors, apart, count, pointer(inverted, 0))
             if len(form.unit):
                 for n in range(num_vectors):
-                    source = pointer(projected, (position * num_vectors + n) * apart + h * N)
-                    _bind(form, source, pointer(units, n * N))
+                    unit = times(load(vectors, n * apart, form.width), inverted[n * W + t % W])
+                    store(pointer(units, 0), n * N, unit)
                 vectors, apart = pointer(units, 0), N
             q, k = at(vectors, 0), at(vectors, apart)
             v, d = at(vectors, 2 * apart), at(vectors, (num_vectors - 1) * apart)
             out = pointer(y, token * N)
             write_and_read(
-                form, pointer(S, 0), pointer(S, 0), weigh[0],
+                form, pointer(identity, 0), pointer(S, 0), pointer(S, 0), weigh[0],
                 weigh_rules(form, weigh[1], at(weigh, 2)), v, k, d, q, out,
             )  # fmt: skip
-            if len(form.unit):
-                inverses[token] = _normalize_readout(form, out)
+            if len(form.unit) and (t % W == W - 1 or t == lengths[b] - 1):
+                begun = token - t % W * num_heads
+                _normalize_readouts(
+                    form, pointer(y, begun * N), num_heads, t % W + 1,
+                    pointer(room, 0), pointer(inverses, begun),
+                )  # fmt: skip
         for i in range(N):
             for j in range(N):
                 final[(row * N + i) * N + j] = S[j * N + i]
 
 
 @numba.njit(**OPTIONS)
-def _bind_token(form, vectors, apart, dy, y, inverse, kept):
+def _bind_token(form, vectors, apart, inverted, dy, y, inverse, kept):
     """Keep a token's q, k, v, d and dy, bound, and their divisors' inverses."""
     N = len(form.width)
     num_vectors = 4 if len(form.mixed) else 3
     if len(form.unit):
         for n in range(num_vectors):
-            kept[5 * N + n] = _bind(form, at(vectors, n * apart), at(kept, n * N))
+            kept[5 * N + n] = inverted[n * len(form.lanes)]
+            store(kept, n * N, times(load(vectors, n * apart, form.width), kept[5 * N + n]))
         _pass_readout(form, dy, y, inverse, at(kept, 4 * N))
     else:
         for n in range(num_vectors):
@@ -183,14 +253,18 @@ def _backward_rows(
     num_vectors = 4 if len(form.mixed) else 3
     num_controls = num_heads * (4 if len(form.mixed) else 1)
     G = np.empty(size, dprojected.dtype)  # d loss / d S of the token at hand, [payload, address]
+    across = np.empty(size, dprojected.dtype)  # the same transposed
+    identity = make_identity(N, G)
     S = np.empty((interval + 1) * size, dprojected.dtype)  # the states around a few tokens
-    num_kept = 5 * N + 4
+    num_kept, W = 5 * N + 4, len(form.lanes)
+    inverted = np.ones(4 * W, dprojected.dtype)
     kept = np.empty(interval * num_kept, dprojected.dtype)  # see _bind_token
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * size)
     for row in range(first, last):
         b, h = row // num_heads, row % num_heads
         for n in range(size):
             G[n] = dfinal[row * size + n]
+            across[n % N * N + n // N] = G[n]
         for chunk in range((lengths[b] - 1) // interval, -1, -1):
             start, stop = chunk * interval, min((chunk + 1) * interval, lengths[b])
             for n in range(size):
@@ -199,13 +273,18 @@ def _backward_rows(
                 position = b * num_tokens + t
                 token, vectors = position * num_heads + h, position * num_vectors * apart + h * N
                 of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
+                if len(form.unit) and (t - start) % W == 0:
+                    count = min(W, stop - t)
+                    _invert_lengths(
+                        form, pointer(projected, vectors), apart, count, pointer(inverted, 0)
+                    )
                 _bind_token(
-                    form, pointer(projected, vectors), apart,
+                    form, pointer(projected, vectors), apart, pointer(inverted, (t - start) % W),
                     pointer(dy, token * N), pointer(y, token * N), inverses[token], of_token,
                 )  # fmt: skip
                 weigh = pointer(weights, 5 * token)
                 write_and_read(
-                    form, pointer(S, now), pointer(S, now + size), weigh[0],
+                    form, pointer(identity, 0), pointer(S, now), pointer(S, now + size), weigh[0],
                     weigh_rules(form, weigh[1], at(weigh, 2)), at(of_token, N),
                     at(of_token, 2 * N), at(of_token, 3 * N),
                     at(of_token, 4 * N), pointer(dprojected, vectors),
@@ -216,8 +295,8 @@ def _backward_rows(
                 of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
                 weigh, grads = pointer(weights, 5 * token), pointer(dprojected, vectors)
                 by = write_gradient(
-                    form, pointer(G, 0), pointer(S, now), weigh[0],
-                    weigh_rules(form, weigh[1], at(weigh, 2)),
+                    form, pointer(identity, 0), pointer(G, 0), pointer(across, 0),
+                    pointer(S, now), weigh[0], weigh_rules(form, weigh[1], at(weigh, 2)),
                     of_token, at(of_token, N), at(of_token, 2 * N), at(of_token, 3 * N),
                     at(of_token, 4 * N), at(grads, apart), at(grads, 2 * apart),
                     at(grads, (num_vectors - 1) * apart),
@@ -249,7 +328,7 @@ def run_forward(
         way, the weights of the rules, and what the readouts were divided by, inverted.
     """
     B, T, P, H, N = projected.shape
-    form = _Form((0,) * N, (0,) * (P == 4), (), (0,) * unit)
+    form = _Form(LANES, (0,) * N, (0,) * (P == 4), (), (0,) * unit)
     interval = choose_interval(N) if saves else 0
     allocate = projected.new_empty if lengths is None else projected.new_zeros
     y, inverses = allocate(B, T, H, N), allocate(B, T, H)
@@ -283,7 +362,7 @@ def run_backward(
         the gradients of projected, controls and the initial state.
     """
     B, T, P, H, N = projected.shape
-    form = _Form((0,) * N, (0,) * (P == 4), (), (0,) * unit)
+    form = _Form(LANES, (0,) * N, (0,) * (P == 4), (), (0,) * unit)
     checkpoints, weights, y, inverses = saved
     allocate = projected.new_empty if lengths is None else projected.new_zeros
     dprojected = allocate(projected.shape)
