@@ -1,7 +1,7 @@
 """Norm, feed-forward network and residual sum in Numba: one pass forward, one backward.
 
 Each thread takes a few rows at a time through all of it, so that what stands between the products
-is in its cache.
+is in its cache. For the backward pass it keeps what enters the activation.
 """
 # mypy: allow-untyped-defs
 
@@ -74,48 +74,32 @@ def _activate(form, u, u_row, rows, inner, up_bias, a, a_row):
 
 
 @numba.njit(**OPTIONS)
-def _activate_and_slope(form, u, u_row, rows, inner, up_bias, a, slopes, kept_row):
-    """Set ``a`` to GELU of ``u``, and ``slopes`` to its derivatives."""
+def _pass_activation(form, u, u_row, rows, inner, up_bias, a, a_row, du, dup_bias):
+    """Set ``du`` to the gradient before the activation, and ``a`` from its gradient to itself.
+
+    Adds to the gradient of the bias.
+    """
     lanes = form.lanes
-    for row in range(rows):
-        source, target, slope = (
-            at(u, row * u_row),
-            at(a, row * kept_row),
-            at(slopes, row * kept_row),
-        )
-        for j in range(0, inner, len(lanes)):
-            gate = plus(load(source, j, lanes), load(up_bias, j, lanes))
-            share = integrate_normal(form.double, gate)
-            store(target, j, times(gate, share))
-            store(slope, j, plus(share, times(gate, find_normal_density(gate))))
-
-
-@numba.njit(**OPTIONS)
-def _pass_gate(lanes, u, u_row, rows, inner, a, a_row, du):
-    """Set ``du`` to the gradient before the gate, and ``a`` from its gradient to itself."""
     for row in range(rows):
         source, target, inward = at(u, row * u_row), at(a, row * a_row), at(du, row * u_row)
         ones = plus(zeros(source, lanes), 1.0)
         for j in range(0, inner, len(lanes)):
-            gate, up = load(source, j, lanes), load(source, inner + j, lanes)
-            share, along = squash(gate, ones), load(target, j, lanes)
-            let = times(gate, share)
-            slope = plus(share, times(let, minus(ones, share)))
-            store(inward, j, times(times(along, up), slope))
-            store(inward, inner + j, times(along, let))
-            store(target, j, times(let, up))
-
-
-@numba.njit(**OPTIONS)
-def _pass_slopes(lanes, slopes, slopes_row, da, a_row, rows, inner, du, u_row, dup_bias):
-    """Set ``du`` to the gradient before GELU; add to that of the bias."""
-    for row in range(rows):
-        slope, grad = at(slopes, row * slopes_row), at(da, row * a_row)
-        target = at(du, row * u_row)
-        for j in range(0, inner, len(lanes)):
-            inward = times(load(grad, j, lanes), load(slope, j, lanes))
-            store(target, j, inward)
-            store(dup_bias, j, plus(load(dup_bias, j, lanes), inward))
+            gate, along = load(source, j, lanes), load(target, j, lanes)
+            if len(form.gated):
+                up, share = load(source, inner + j, lanes), squash(gate, ones)
+                let = times(gate, share)
+                slope = plus(share, times(let, minus(ones, share)))
+                store(inward, j, times(times(along, up), slope))
+                store(inward, inner + j, times(along, let))
+                store(target, j, times(let, up))
+            else:
+                gate = plus(gate, load(up_bias, j, lanes))
+                share = integrate_normal(form.double, gate)
+                slope = plus(share, times(gate, find_normal_density(gate)))
+                slope = times(along, slope)
+                store(inward, j, slope)
+                store(dup_bias, j, plus(load(dup_bias, j, lanes), slope))
+                store(target, j, times(gate, share))
 
 
 @numba.njit(cache=True, **OPTIONS)
@@ -135,26 +119,17 @@ def _apply_spans(
     units, h, u = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
     a = at(u, TILE * u_row)
     inverses = at(a, TILE * a_row)
-    kept_row = 2 * F + W
-    if len(kept) and len(form.gated) == 0:
-        a_row = kept_row
     end = last * num_rows // num_spans
     for start in range(first * num_rows // num_spans, end, TILE):
         rows = min(TILE, end - start)
         source, target = pointer(x, start * D), pointer(y, start * D)
         normalize_tile(form, source, rows, D, eps[0], scale, shift, units, h, D, inverses)
-        here = pointer(kept, start * kept_row)
         if len(kept):
+            u = pointer(kept, start * u_row)
             for row in range(rows):  # what is to spare, so that nothing comes undefined
-                store(here, row * kept_row + 2 * F, zeros(here, form.lanes))
-            if len(form.gated):
-                u = here
+                store(u, row * u_row + P, zeros(u, form.lanes))
         multiply(form.lanes, h, D, 1, up_across, D * W, W, u, u_row, rows, P, D, False)
-        if len(kept) and len(form.gated) == 0:
-            a = at(here, F)
-            _activate_and_slope(form, u, u_row, rows, F, up_bias, a, here, kept_row)
-        else:
-            _activate(form, u, u_row, rows, F, up_bias, a, a_row)
+        _activate(form, u, u_row, rows, F, up_bias, a, a_row)
         for row in range(rows):
             for j in range(0, D, W):
                 sums = load(source, row * D + j, form.lanes)
@@ -173,16 +148,16 @@ def _backward_spans(
     P, num_norms = 2 * F if len(form.gated) else F, 1 + len(form.centred)
     scale = pointer(weights, D * (P + F))
     shift = at(scale, D)
+    up_bias = at(scale, D * num_norms)
     up = pointer(panels, D * (P + F))
     down = at(up, P * D)
     h_row, u_row, a_row = D + W, P + W, F + W  # apart by no power of two
     num_grads = len(grads) // num_spans
-    kept_row = 2 * F + W
     scratch = np.empty(TILE * (2 * D + h_row + u_row + a_row + 1), x.dtype)
     units, dh, h = pointer(scratch, 0), pointer(scratch, TILE * D), pointer(scratch, 2 * TILE * D)
     u = at(h, TILE * h_row)
-    da = at(u, TILE * u_row)
-    inverses = at(da, TILE * a_row)
+    a = at(u, TILE * u_row)
+    inverses = at(a, TILE * a_row)
     for span in range(first, last):
         grads[span * num_grads : (span + 1) * num_grads] = 0
         dup = pointer(grads, span * num_grads)
@@ -195,15 +170,10 @@ def _backward_spans(
             rows = min(TILE, end - start)
             source, grad = pointer(x, start * D), pointer(dy, start * D)
             normalize_tile(form, source, rows, D, eps[0], scale, shift, units, h, h_row, inverses)
-            here = pointer(kept, start * kept_row)
-            multiply(lanes, grad, D, 1, down, D * W, W, da, a_row, rows, F, D, False)
-            if len(form.gated):
-                _pass_gate(lanes, here, kept_row, rows, F, da, a_row, u)
-                a, kept_a_row = da, a_row
-            else:
-                _pass_slopes(lanes, here, kept_row, da, a_row, rows, F, u, u_row, dup_bias)
-                a, kept_a_row = at(here, F), kept_row
-            multiply(lanes, grad, 1, D, a, W, kept_a_row, ddown, F, D, F, rows, True)
+            multiply(lanes, grad, D, 1, down, D * W, W, a, a_row, rows, F, D, False)
+            before = pointer(kept, start * u_row)
+            _pass_activation(form, before, u_row, rows, F, up_bias, a, a_row, u, dup_bias)
+            multiply(lanes, grad, 1, D, a, W, a_row, ddown, F, D, F, rows, True)
             multiply(lanes, u, 1, u_row, h, W, h_row, dup, D, P, D, rows, True)
             multiply(lanes, u, u_row, 1, up, P * W, W, dh, D, rows, D, P, False)
             if len(form.gated) == 0:
@@ -260,9 +230,8 @@ def prepare_feed_forward(
         up_bias = None if up_bias is None else pad(up_bias, (0, missing))
     is_gated = up_bias is None
     columns = 2 * inner if is_gated else inner
-    # What enters the gate, or GELU's values and derivatives, of which it costs more to compute them
-    # again; and lanes to spare, as rows a power of two apart cost cache.
-    num_kept = 2 * inner + len(LANES)
+    # What enters the activation; and lanes to spare, as rows a power of two apart cost cache.
+    num_kept = columns + len(LANES)
     sizes = FeedForwardSizes(width, inner, int(shift is not None), int(is_gated), num_kept)
     order = order_panels(((0, columns, width), (columns * width, width, inner)))
     others = [weight for weight in (scale, shift, up_bias, down_bias) if weight is not None]
