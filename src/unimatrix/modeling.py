@@ -262,9 +262,11 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             if self.gradient_checkpointing and self.training:
                 block = partial(self._gradient_checkpointing_func, self.block.__call__)
             is_last = depth_step == len(past.depth) - 1
-            x, carry_after, votes = block(x, sequence, carry, retrieval, is_last, weights)
+            x, carried, votes, sequence, retrieval = block(
+                x, sequence, carry, retrieval, is_last, weights
+            )
             hidden_states.append(x)
-            carries.append(carry_after)
+            carries.append(carried)
         return _Depth(hidden_states, tuple(carries), votes, retrieval, associations)
 
     def _pack_block(self, x: Tensor) -> BlockWeights | None:

@@ -94,10 +94,11 @@ def run_mixing(backend: str, x, h, readout, out, gates, gates_bias, **others) ->
     """Return the stream after the gated sum of the contexts."""
     contexts = [readout, *others.values()]
     if backend == "native":
-        return {"y": add_mixed(x, h, contexts, prepare_mixing(out, [gates], [gates_bias]))}
+        made = add_mixed(x, h, contexts, prepare_mixing(out, [gates], [gates_bias]))
+        return dict(zip(["y", *others], made, strict=True))
     shares = torch.sigmoid(linear(h, gates, gates_bias)).chunk(len(contexts), dim=-1)
     contexts[0] = linear(readout, out)
-    return {"y": x + sum(s * c for s, c in zip(shares, contexts, strict=True))}
+    return {"y": x + sum(s * c for s, c in zip(shares, contexts, strict=True)), **others}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

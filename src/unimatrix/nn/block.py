@@ -218,7 +218,7 @@ class UniMatrixBlock(nn.Module):
         retrieval: Retrieval | None,
         is_last: bool,
         weights: BlockWeights | None = None,
-    ) -> tuple[Tensor, DepthCarry, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, DepthCarry, tuple[Tensor, Tensor] | None, Sequence, Retrieval | None]:
         """Apply one depth step.
 
         Args:
@@ -230,8 +230,9 @@ class UniMatrixBlock(nn.Module):
             weights: from ``pack``; without, every depth step packs its own.
 
         Returns:
-            the stream, the carry after the last real token, and the pointer's ids and gated
-            weights ([B, T, K] each; ``None`` without pointer and before the last depth step).
+            the stream, the carry after the last real token, the pointer's ids and gated weights
+            ([B, T, K] each; ``None`` without pointer and before the last depth step); ``sequence``
+            and ``retrieval``, to go on with.
         """
         weights = self.pack(x) if weights is None else weights
         matrix_state, recent, associations = carry
@@ -262,7 +263,11 @@ class UniMatrixBlock(nn.Module):
         reads = retrieval is not None
         is_whole = reads or self._association_mixer is None
         if weights.mixing is not None and is_whole:
-            x = add_mixed(x, h, contexts, weights.mixing)
+            x, *contexts = add_mixed(x, h, contexts, weights.mixing)
+            if sequence.residual_context is not None:
+                sequence = sequence._replace(residual_context=contexts.pop())
+            if retrieval is not None:
+                retrieval = retrieval._replace(context=contexts.pop())
         elif contexts:
             if self.matrix_mixer is not None:
                 contexts[0] = self.matrix_mixer.out_proj(contexts[0])
@@ -276,4 +281,5 @@ class UniMatrixBlock(nn.Module):
             x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))
         if sequence.modulation is not None:
             x = x * sequence.modulation
-        return x, DepthCarry(matrix_state, recent, associations), pointer
+        carry = DepthCarry(matrix_state, recent, associations)
+        return x, carry, pointer, sequence, None if self.reads_hidden else retrieval

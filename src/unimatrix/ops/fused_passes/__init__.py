@@ -150,7 +150,9 @@ def add_feed_forward(x: Tensor, weights: PassWeights) -> Tensor:
     return add_feed_forward_native(x, weights)
 
 
-def add_mixed(x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights) -> Tensor:
+def add_mixed(
+    x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights
+) -> tuple[Tensor, ...]:
     """Return the stream and the gated sum of the mixers' contexts.
 
     Equation: E4 (the readout's projection), E11.
@@ -162,13 +164,14 @@ def add_mixed(x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWei
         weights: from ``mixing_native.prepare_mixing``.
 
     Returns:
-        [..., D].
+        the stream, and the contexts but the first, to go on with (their gradients are then summed
+        in the pass), [..., D] each.
     """
     if torch.compiler.is_compiling():
         from unimatrix.ops import opaque
 
         mixed: Tensor = opaque.add_mixed(x, h, list(contexts), *weights[:3])[0]
-        return mixed
+        return mixed, *contexts[1:]
     from unimatrix.ops.fused_passes.mixing_native import add_mixed_native
 
     return add_mixed_native(x, h, contexts, weights)

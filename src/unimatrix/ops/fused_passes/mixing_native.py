@@ -96,7 +96,8 @@ def _apply_spans(
 @numba.njit(cache=True, **OPTIONS)
 def _backward_spans(
     first, last, lanes, num_spans, num_rows, width, inner, num_gates,
-    h, readout, one, two, kept_gates, kept_readout, panels, dy, dh, dreadout, done, dtwo, grads,
+    h, readout, one, two, kept_gates, kept_readout, panels,
+    dy, one_elsewhere, two_elsewhere, dh, dreadout, done, dtwo, grads,
 ):  # fmt: skip
     D, R, W, C = width, inner, len(lanes), num_gates * width
     out_panels = pointer(panels, D * (R + C))
@@ -119,6 +120,9 @@ def _backward_spans(
                 pointer(kept_readout, start * D), pointer(one, start * D), pointer(two, start * D),
             )  # fmt: skip
             dcontexts = (dprojected, pointer(done, start * D), pointer(dtwo, start * D))
+            elsewhere = (
+                dprojected, pointer(one_elsewhere, start * D), pointer(two_elsewhere, start * D),
+            )  # fmt: skip
             for row in range(rows):
                 for j in range(0, D, W):
                     along = load(grad, row * D + j, lanes)
@@ -128,6 +132,8 @@ def _backward_spans(
                         let = times(along, share)
                         slope = minus(let, times(let, share))
                         slope = times(slope, load(contexts[n], row * D + j, lanes))
+                        if n > 0 and len(one_elsewhere):
+                            let = plus(let, load(elsewhere[n], row * D + j, lanes))
                         store(dcontexts[n], row * D + j, let)
                         store(slopes, row * slopes_row + here, slope)
                         store(dbias, here, plus(load(dbias, here, lanes), slope))
@@ -181,8 +187,16 @@ def run_backward(
     kept: Sequence[Tensor],
     weights: PassWeights,
     dy: Tensor,
+    elsewhere: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """Run the backward kernel; ``kept`` are the last results of ``run_forward``.
+    """Run the backward kernel.
+
+    Args:
+        h, readout, contexts, weights: as in ``run_forward``.
+        kept: its last results.
+        dy: gradient of the stream.
+        elsewhere: gradients of the other contexts where they go on beside the pass; empty if that
+            is summed elsewhere.
 
     Returns:
         the gradients of h, of the readout, of the other contexts, and of the row of weights.
@@ -191,7 +205,8 @@ def run_backward(
     dh, dreadout = torch.empty_like(h), torch.empty_like(readout)
     dcontexts = [torch.empty_like(context) for context in contexts]
     dweights = h.new_empty(num_spans, weights.row.numel())
-    given = (h, readout, *_fill(contexts, h), *kept, weights.panels, dy.contiguous())
+    along = [dy, *_fill(elsewhere, h.new_empty(0))]
+    given = (h, readout, *_fill(contexts, h), *kept, weights.panels, *along)
     results = (dh, dreadout, *_fill(dcontexts, dh), dweights)
     run_rows(_backward_spans, LANES, num_spans, 3 * work, *sizes, *given, *results)
     return dh, dreadout, dcontexts, sum_spans(dweights)
@@ -206,28 +221,30 @@ class _AddMixed(torch.autograd.Function):
     """The pass with its backward kernel; not differentiable twice."""
 
     @staticmethod
-    def forward(ctx: Any, saves: bool, given: PassWeights, row: Tensor, *streams: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, saves: bool, given: PassWeights, row: Tensor, *streams: Tensor
+    ) -> tuple[Tensor, ...]:
         x, h, readout, *contexts = (stream.contiguous() for stream in streams)
         y, *kept = run_forward(x, h, readout, contexts, given, saves=saves)
         ctx.save_for_backward(row, given.panels, *kept, h, readout, *contexts)
         ctx.sizes = given.sizes
-        return y
+        return y, *contexts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *elsewhere: Tensor) -> tuple[Tensor | None, ...]:
         row, panels, gates, projected, h, readout, *contexts = ctx.saved_tensors
         weights = PassWeights(row, panels, ctx.sizes)
         dh, dreadout, dcontexts, drow = run_backward(
-            h, readout, contexts, (gates, projected), weights, dy
+            h, readout, contexts, (gates, projected), weights, dy, elsewhere
         )
         return None, None, drow, dy, dh, dreadout, *dcontexts
 
 
 def add_mixed_native(
     x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """Run the pass on the CPU; arguments as in ``add_mixed``."""
     saves = needs_gradient(x, h, *contexts, weights.row)
-    y: Tensor = _AddMixed.apply(saves, weights, weights.row, x, h, *contexts)
-    return y
+    mixed: tuple[Tensor, ...] = _AddMixed.apply(saves, weights, weights.row, x, h, *contexts)
+    return mixed
