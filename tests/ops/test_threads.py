@@ -53,7 +53,7 @@ def _fill_table(
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 100])
 def test_every_row_is_covered_once(team: str, num_rows: int) -> None:
-    counts = np.zeros(num_rows, dtype=np.int64)
+    counts = torch.zeros(num_rows, dtype=torch.int64)
     for add in range(1, 51):
         threads.map_rows(_count_up, num_rows, counts, add)
     assert (counts == 50 * 51 // 2).all()
@@ -70,15 +70,15 @@ def test_an_error_in_a_thread_reaches_the_caller(team: str) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 def test_arguments_of_every_kind(team: str, is_doubled: bool, stride: int) -> None:
     flat = torch.arange(9.0).view(3, 3)
-    table = np.zeros((9, 5 * stride))[:, ::stride]
-    threads.map_rows(_fill_table, 9, ((10, 7), 100), flat, table, is_doubled)
-    expected = np.arange(9.0)[:, None] + 10 * np.arange(5.0) + 107
+    table = torch.zeros(9, 5 * stride, dtype=torch.float64)[:, ::stride]
+    threads.map_rows(_fill_table, 9, ((10, 7), 100), flat, threads.Shaped(table), is_doubled)
+    expected = torch.arange(9.0)[:, None] + 10 * torch.arange(5.0) + 107
     assert (table == expected * (2 if is_doubled else 1)).all()
 
 
 def _count_in_child(results: multiprocessing.Queue) -> None:
     torch.set_num_threads(2)
-    counts = np.zeros(10, dtype=np.int64)
+    counts = torch.zeros(10, dtype=torch.int64)
     threads.map_rows(_count_up, 10, counts, 3)
     results.put(counts.tolist())
 
@@ -86,7 +86,7 @@ def _count_in_child(results: multiprocessing.Queue) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork on Windows")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_has_threads_of_its_own(team: str) -> None:
-    threads.map_rows(_count_up, 10, np.zeros(10, dtype=np.int64), 1)
+    threads.map_rows(_count_up, 10, torch.zeros(10, dtype=torch.int64), 1)
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     child = context.Process(target=_count_in_child, args=(results,))

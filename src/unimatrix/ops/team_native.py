@@ -20,11 +20,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from unimatrix.ops.threads import Shaped, to_array
 
 _MOST_NUMBERS = 320
 # The table: next span, spans, entry point, failures; then the spans' bounds; then the arguments.
@@ -93,8 +94,7 @@ def run_in_team(
         libgomp: with ``GOMP_parallel(function, data, num_threads, flags)``.
         kernel: a compiled function.
         bounds: rising row numbers.
-        args: arrays; contiguous tensors, which the kernel sees as flat arrays; whole numbers and
-            truth values; nested tuples of whole numbers.
+        args: as in ``threads.map_rows``.
     """
     num_spans = len(bounds) - 1
     numbers: list[int] = [0, num_spans, 0, 0, *bounds]
@@ -123,11 +123,12 @@ def _flatten(values: Iterable[Any], numbers: list[int]) -> list[Any]:
             numbers += _flatten_tuple(value)
             kinds += (type(value), value)  # there are few, and comparing them is quick
         else:
-            assert isinstance(value, np.ndarray), "a kernel takes floats in an array"
-            address = value.__array_interface__["data"][0]
-            numbers += (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
-            flags = value.flags
-            kinds.append((value.dtype.char, value.ndim, flags.c_contiguous, flags.writeable))
+            assert isinstance(value, Shaped), "a kernel takes floats and arrays in tensors"
+            tensor, step = value.tensor, value.tensor.itemsize
+            shape, strides = tensor.shape, tensor.stride()
+            numbers += (0, 0, tensor.numel(), step, tensor.data_ptr(), *shape)
+            numbers += [step * stride for stride in strides]
+            kinds.append((tensor.dtype, len(shape), tensor.is_contiguous()))
     return kinds
 
 
@@ -146,7 +147,7 @@ def _find_entry(kernel: Any, args: tuple[Any, ...], kinds: list[Any]) -> int:
     """Return the address of the kernel compiled for such arguments."""
     key = (kernel, *kinds)
     if key not in _entries:
-        arrays = (x.view(-1).numpy() if isinstance(x, Tensor) else x for x in args)
+        arrays = (to_array(x) if isinstance(x, Tensor | Shaped) else x for x in args)
         signature = (types.int64, types.int64, *map(numba.typeof, arrays))
         kernel.compile(signature)
         compiled = kernel.overloads[signature]

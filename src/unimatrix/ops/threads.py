@@ -42,16 +42,30 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-def map_rows(kernel: Callable[..., Any], num_rows: int, *args: Any) -> None:
+class Shaped:
+    """A tensor that a kernel sees as an array of its shape, where others are flat."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def map_rows(
+    kernel: Callable[..., Any], num_rows: int, *args: Any, work: int | None = None
+) -> None:
     """Call ``kernel(first_row, last_row, *args)`` so that all rows are covered once.
 
     Args:
         kernel: a ``nogil`` compiled function that handles rows ``first_row <= row < last_row``.
         num_rows: number of independent rows; split over as many threads as torch uses.
-        args: passed on unchanged: arrays, contiguous tensors (the kernel sees flat arrays), whole
-            numbers and tuples of them; the kernel writes its results into them.
+        args: contiguous tensors (the kernel sees flat arrays), ``Shaped`` ones, whole numbers and
+            tuples of them; the kernel writes its results into the tensors.
+        work: multiply-adds in all, roughly; for few, one thread is done before another has started.
+            ``None`` is many.
     """
-    num_threads = max(1, min(torch.get_num_threads(), num_rows))
+    is_small = work is not None and work < _MIN_THREADED_WORK
+    num_threads = 1 if is_small else max(1, min(torch.get_num_threads(), num_rows))
     _run_spans(kernel, [num_rows * i // num_threads for i in range(num_threads + 1)], args)
 
 
@@ -62,7 +76,7 @@ def run_rows(
     work_per_row: int,
     *args: Tensor | int,
 ) -> None:
-    """Call ``kernel(first_row, last_row, form, *args)``, in threads if there is enough to do.
+    """Call ``kernel(first_row, last_row, form, *args)``, by as many threads as are worth it.
 
     Args:
         kernel: as in ``map_rows``; it sees tensors as flat arrays.
@@ -72,10 +86,7 @@ def run_rows(
         args: tensors and whole numbers; a tensor that is written must be contiguous.
     """
     given = [x.contiguous() if isinstance(x, Tensor) else x for x in args]
-    if num_rows * work_per_row < _MIN_THREADED_WORK:
-        _run_spans(kernel, [0, num_rows], (form, *given))
-    else:
-        map_rows(kernel, num_rows, form, *given)
+    map_rows(kernel, num_rows, form, *given, work=num_rows * work_per_row)
 
 
 def _run_spans(kernel: Callable[..., Any], bounds: list[int], args: tuple[Any, ...]) -> None:
@@ -98,8 +109,15 @@ def _run_spans(kernel: Callable[..., Any], bounds: list[int], args: tuple[Any, .
 
 
 def _to_arrays(args: Sequence[Any]) -> list[Any]:
-    """Return tensors as flat arrays; anything else as it is."""
-    return [x.detach().view(-1).numpy() if isinstance(x, Tensor) else x for x in args]
+    """Return tensors as arrays; anything else as it is."""
+    return [to_array(x) if isinstance(x, Tensor | Shaped) else x for x in args]
+
+
+def to_array(value: Tensor | Shaped) -> Any:
+    """Return the array that a kernel sees."""
+    if isinstance(value, Shaped):
+        return value.tensor.detach().numpy()
+    return value.detach().view(-1).numpy()
 
 
 @contextlib.contextmanager

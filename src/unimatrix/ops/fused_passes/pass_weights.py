@@ -2,9 +2,8 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,6 +79,6 @@ def _cut_panels(matrix: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def hold_float(number: float, dtype: torch.dtype) -> Any:
-    """Return a number as kernels take it, in an array [1]."""
-    return np.array([number], dtype=str(dtype).removeprefix("torch."))
+def hold_float(number: float, dtype: torch.dtype) -> Tensor:
+    """Return a number as kernels take it, in a tensor [1]."""
+    return torch.tensor([number], dtype=dtype)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.fused_passes.pass_weights import hold_float
 from unimatrix.ops.lanes_native import OPTIONS, load, plus, pointer, store, times, total, zeros
 from unimatrix.ops.threads import run_rows
 
@@ -79,7 +80,7 @@ class _NormalizeRows(torch.autograd.Function):
         y, inverses = torch.empty_like(x), x.new_empty(num_rows)
         num_blocks = -(-num_rows // _ROWS_PER_BLOCK)
         sizes = (num_blocks, 4 * _ROWS_PER_BLOCK * width)
-        given = (num_rows, width, x, weight, x.new_tensor([eps]), y, inverses)
+        given = (num_rows, width, x, weight, hold_float(eps, x.dtype), y, inverses)
         run_rows(_normalize_blocks, _LANES, *sizes, *given)
         ctx.save_for_backward(x, weight, inverses)
         ctx.sizes = sizes

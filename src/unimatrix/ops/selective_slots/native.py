@@ -16,12 +16,11 @@ from unimatrix.ops.selective_slots.state import (
     SlotScan,
     SlotWrites,
 )
-from unimatrix.ops.threads import map_rows
+from unimatrix.ops.threads import Shaped, map_rows
 
 Array = np.ndarray[Any, Any]
 
-# Below this many comparisons one thread is done before another has started.
-_MIN_THREADED_WORK = 1 << 17
+_COMPARISON = 4  # multiply-adds that take as long
 
 
 @numba.njit(nogil=True, cache=True)
@@ -194,15 +193,12 @@ def scan_native(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy)
     )
     held = [tensor.to(torch.int64, copy=True).contiguous() for tensor in initial]
     writers = torch.zeros_like(held[0])
-    arrays = [tensor.contiguous().numpy() for tensor in writes]
+    given = [Shaped(tensor.contiguous()) for tensor in writes]
     rules = (policy.margin, policy.keep_first, policy.fade_tokens)
-    results = [tensor.numpy() for tensor in (*held, writers, *lookup)]
+    results = [Shaped(tensor) for tensor in (*held, writers, *lookup)]
     kernel = _scan_rows if policy.bounded else _scan_rows_unbounded
     work = writes.write_keys.numel() * (max(held[0].shape[1], 8) if policy.bounded else 8)
-    if work < _MIN_THREADED_WORK:
-        kernel(0, shape[0], *arrays, *rules, *results)
-    else:
-        map_rows(kernel, shape[0], *arrays, *rules, *results)
+    map_rows(kernel, shape[0], *given, *rules, *results, work=_COMPARISON * work)
     if not policy.bounded:
         return SlotScan(lookup, None, None)
     pairs = zip(held, initial, strict=True)

@@ -4,7 +4,6 @@ The backward pass also judges the writes in hindsight, as ``ops.hindsight`` does
 """
 # mypy: allow-untyped-defs
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -198,7 +197,6 @@ class _ReadFound(torch.autograd.Function):
             scale = max(abs(float(grads[1])), torch.finfo(table.dtype).tiny)
             factor = ctx.rules.weight * float(grads[2]) / max(int(offered.sum()), 1)
             judged = (ctx.rules.share, ctx.rules.floor, factor)
-        as_array = functools.partial(np.array, dtype=weights.numpy().dtype)
         num_rows = batch * num_tokens
         num_spans = count_spans(-(-num_rows // TILE))
         worths, dheld = weights.new_empty(2, *weights.shape)
@@ -206,12 +204,18 @@ class _ReadFound(torch.autograd.Function):
         sizes = (num_spans, num_rows, width, num_reads, label)
         given = (entries, codes, value_ids, table, weights, dcontext, dlog_strength, delsewhere)
         work = 3 * num_rows * num_reads * width // num_spans
-        results = (as_array([scale]), worths, dheld, by_weights)
+        results = (weights.new_tensor([scale]), worths, dheld, by_weights)
         run_rows(_backward_spans, LANES, num_spans, work, *sizes, *given, *results)
         dlogits, dinitial = torch.empty_like(logits), torch.empty_like(initial_logits)
-        sizes = (num_tokens * num_reads, num_writes, num_initial, int(ctx.rules is not None), label)
-        given = (entries, worths, dheld, logits, offered, as_array(judged), dlogits, dinitial)
-        run_rows(_judge_rows, LANES, batch, 16 * num_writes, *sizes, *given)
+        counts = (
+            num_tokens * num_reads,
+            num_writes,
+            num_initial,
+            int(ctx.rules is not None),
+            label,
+        )
+        reads = (entries, worths, dheld, logits, offered, logits.new_tensor(judged))
+        run_rows(_judge_rows, LANES, batch, 16 * num_writes, *counts, *reads, dlogits, dinitial)
         dscore, dtable = sum_spans(by_weights).split([num_reads, table.numel()])
         return None, None, None, dlogits, dinitial, dscore, dtable.view_as(table)
 

@@ -23,12 +23,9 @@ from unimatrix.ops.cosine_read import (
 )
 from unimatrix.ops.slots.decisions import Allocation, prepare_strengths
 from unimatrix.ops.slots.slot_state import SlotRules
-from unimatrix.ops.threads import map_rows
+from unimatrix.ops.threads import Shaped, map_rows
 
 Array = np.ndarray[Any, Any]
-
-# Below this many multiply-adds one thread is done before another has started.
-_MIN_THREADED_WORK = 1 << 19
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -198,13 +195,10 @@ def allocate_native(
         reads,
         writes,
     )
-    arrays = [tensor.detach().cpu().contiguous().numpy() for tensor in inputs]
-    results = [tensor.numpy() for tensor in (chosen, writers, ages)]
-    arguments = (*arrays, np.array([rules.match_threshold]), *results)
-    if 2 * queries.numel() * num_slots < _MIN_THREADED_WORK:
-        _allocate_rows(0, batch, *arguments)
-    else:
-        map_rows(_allocate_rows, batch, *arguments)
+    threshold = torch.tensor([rules.match_threshold], dtype=torch.float64)
+    given = [*(tensor.cpu().contiguous() for tensor in inputs), threshold, chosen, writers, ages]
+    work = 2 * queries.numel() * num_slots
+    map_rows(_allocate_rows, batch, *map(Shaped, given), work=work)
     return Allocation(*(tensor.to(queries.device) for tensor in (chosen, writers, ages)))
 
 
@@ -350,8 +344,7 @@ class _Read(torch.autograd.Function):
         queries, keys, values, _, chosen = inputs
         context = values.new_empty((*queries.shape[:2], values.shape[2]))
         weights = queries.new_empty(chosen.shape)
-        arrays = [tensor.detach().numpy() for tensor in (*inputs, context, weights)]
-        map_rows(_read_rows, queries.shape[0], *arrays)
+        map_rows(_read_rows, queries.shape[0], *map(Shaped, (*inputs, context, weights)))
         ctx.save_for_backward(queries, keys, values, chosen, weights)
         return context, weights
 
@@ -362,8 +355,7 @@ class _Read(torch.autograd.Function):
         queries, keys, values, chosen, weights = ctx.saved_tensors
         found = [torch.empty_like(x) for x in (queries, keys, values, keys[..., 0])]
         given = [x.contiguous() for x in (queries, keys, values, chosen, weights, *grads)]
-        arrays = [tensor.detach().numpy() for tensor in (*given, *found)]
-        map_rows(_read_backward_rows, queries.shape[0], *arrays)
+        map_rows(_read_backward_rows, queries.shape[0], *map(Shaped, (*given, *found)))
         return (*found, None)
 
 

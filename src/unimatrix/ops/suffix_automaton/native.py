@@ -54,7 +54,7 @@ from unimatrix.ops.suffix_automaton.storage import (
     bound_capacity,
     extend_rows,
 )
-from unimatrix.ops.threads import map_rows
+from unimatrix.ops.threads import Shaped, map_rows
 
 SPLAY_LENGTH = 32
 _PUSHED, _DONE, _NODES_WANTED, _EDGES_WANTED = range(4)
@@ -316,7 +316,7 @@ def _reserve_index(automaton: AutomatonState, num_nodes: int, num_slots: int) ->
     if num_slots > automaton.edges.shape[1]:
         rows, _, columns = automaton.edges.shape
         edges = automaton.edges.new_zeros(rows, num_slots, columns)
-        map_rows(_rehash_rows, rows, automaton.edges.numpy(), edges.numpy())
+        map_rows(_rehash_rows, rows, Shaped(automaton.edges), Shaped(edges))
         automaton = automaton._replace(edges=edges)
     return automaton
 
@@ -368,10 +368,10 @@ def scan_native(
     predicted_ids = torch.full_like(input_ids, -1)
     match_lengths = torch.zeros_like(input_ids)
     progress = torch.zeros(batch, 4, dtype=torch.int64)
-    call = [t.numpy() for t in (input_ids, lengths, predicted_ids, match_lengths, progress)]
+    call = [input_ids, lengths, predicted_ids, match_lengths, progress]
     automaton = _reserve_tokens(automaton, int(lengths.max()))
     while True:
-        map_rows(_scan_rows, batch, *call, *(t.numpy() for t in automaton), SPLAY_LENGTH)
+        map_rows(_scan_rows, batch, *map(Shaped, (*call, *automaton)), SPLAY_LENGTH)
         num_nodes, num_edges = progress[:, _NODES_WANTED:].amax(0).tolist()
         if num_nodes == 0:
             return predicted_ids, match_lengths, automaton
