@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from unimatrix.ops.fused_passes import FoundInSlots, FoundMatch
 
 
+_WORK_OF_SHARES = 1000  # multiply-adds in the time of a row's exponentials
+
+
 class _Form(NamedTuple):
     """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
 
@@ -138,7 +141,7 @@ class _WeighRetrieved(torch.autograd.Function):
         log_weights = h.new_empty(*h.shape[:-1], 1 + num_components)
         given = (h, weight, bias, log_strength, token_ids, match_weight, match_bias, by_length)
         results = (predicted_ids, match_lengths, all_ids, log_weights)
-        sizes = (h.numel() // width, width * num_components)
+        sizes = (h.numel() // width, _WORK_OF_SHARES + width * num_components)
         run_rows(_weigh_rows, form, *sizes, width, num_slots, num_buckets, *given, *results)
         ctx.save_for_backward(
             h, weight, match_weight, predicted_ids, match_lengths, by_length, log_weights
@@ -162,7 +165,7 @@ class _WeighRetrieved(torch.autograd.Function):
         dlog_strength, delsewhere = h.new_empty(2, *h.shape[:-1], num_slots)
         counts = (num_components * width, num_components, num_buckets)
         grads = h.new_empty(num_spans, sum(counts))
-        work = 2 * num_rows * counts[0] // num_spans
+        work = num_rows * (_WORK_OF_SHARES + 2 * counts[0]) // num_spans
         sizes = (num_spans, num_rows, width, num_slots, num_buckets)
         given = (h, weight, match_weight, *ids, log_weights, dstream, dlog_weights)
         results = (dh, dlog_strength, delsewhere, grads)

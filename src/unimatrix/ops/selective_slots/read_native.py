@@ -26,6 +26,7 @@ from unimatrix.ops.products_native import LANES
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, SlotLookup
 from unimatrix.ops.threads import run_rows
 
+_WORK_OF_SHARES = 1000  # multiply-adds in the time of a read's exponentials
 _ATTRIBUTION, _READ_HIT, _READ_WEIGHT = range(len(LABELS))
 
 
@@ -170,7 +171,7 @@ class _ReadFound(torch.autograd.Function):
         context = table.new_empty(*lead, width)
         log_strength, weights = (table.new_empty(entries.shape) for _ in range(2))
         given = (entries, codes, value_ids, read_score, table, context, log_strength, weights)
-        rows = context.numel() // width, 2 * width * num_reads
+        rows = context.numel() // width, num_reads * (_WORK_OF_SHARES + 2 * width)
         run_rows(_read_rows, LANES, *rows, width, num_reads, *given)
         kept = (entries, codes, value_ids, offered, logits, initial_logits, table, weights)
         ctx.save_for_backward(*kept)
@@ -203,7 +204,7 @@ class _ReadFound(torch.autograd.Function):
         by_weights = table.new_empty(num_spans, num_reads + table.numel())
         sizes = (num_spans, num_rows, width, num_reads, label)
         given = (entries, codes, value_ids, table, weights, dcontext, dlog_strength, delsewhere)
-        work = 3 * num_rows * num_reads * width // num_spans
+        work = num_rows * num_reads * (_WORK_OF_SHARES + 3 * width) // num_spans
         results = (weights.new_tensor([scale]), worths, dheld, by_weights)
         run_rows(_backward_spans, LANES, num_spans, work, *sizes, *given, *results)
         dlogits, dinitial = torch.empty_like(logits), torch.empty_like(initial_logits)
