@@ -24,6 +24,7 @@ from unimatrix.nn.block import (
     Sequence,
     UniMatrixBlock,
 )
+from unimatrix.nn.embed_tokens import embed_tokens
 from unimatrix.nn.fusion import fuse_head
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.packed_linear import is_bare
@@ -124,7 +125,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         ids = input_ids if padding is None else padding.pack(input_ids)  # [B, T]
 
         # 2. Token features, and the position of each real token.
-        token_features = self.embed_tokens(ids)  # [B, T, D]
+        token_features = embed_tokens(self.embed_tokens, ids, backend=self.block.backend)
         x = self.dropout(self._add_positions(token_features, past, lengths))
 
         # 3. What depends on token ids and their embeddings alone is computed once.
@@ -215,7 +216,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         if suffix_match is not None:
             assert self.residual_context is not None
             match = suffix_match[..., 0], suffix_match[..., 1]
-            context = self.residual_context.embed_predicted(match[0])
+            context = self.residual_context.embed_predicted(match[0], self.block.backend)
         elif self.residual_context is not None:
             context, automaton, match = self.residual_context(
                 ids,
@@ -224,6 +225,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 lengths,
                 in_place=gives_up_cache,
                 keeps_state=use_cache,
+                passes=self.block.backend,
             )
         if self.token_modulation is not None:
             modulation = self.token_modulation(ids)

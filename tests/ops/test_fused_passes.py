@@ -5,6 +5,7 @@ import torch
 
 from tests.ops.oracle import Outputs, candidates, compare_with_reference
 from unimatrix.errors import InputError
+from unimatrix.nn.embed_tokens import _is_pass, embed_tokens
 from unimatrix.ops.fused_passes import (
     apply_gated_unit,
     convolve_recent,
@@ -149,3 +150,41 @@ def test_other_types_take_the_reference() -> None:
         sum_gated(x, [x, x])
     with pytest.raises(InputError, match=r"pass \[B, T, D\], \[K, D\] and \[B, K - 1, D\]"):
         convolve_recent(x.view(1, 40, 8), x[:4], x.view(1, 40, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 64])
+@pytest.mark.parametrize("allows_none", [False, True])
+def test_embedding(allows_none: bool, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(-int(allows_none), 7, (3, 80), generator=generator)
+
+    def run(backend: str, table) -> Outputs:
+        embed = torch.nn.Embedding(7, width, dtype=dtype)
+        del embed.weight
+        embed.weight = table
+        given = {"allows_none": allows_none, "backend": backend}
+        return {"rows": embed_tokens(embed, token_ids, **given)}
+
+    leaves = {"table": torch.randn(7, width, generator=generator).to(dtype)}
+    compare_with_reference("fused_passes", "native", run, leaves)
+
+
+def test_an_embedding_takes_the_pass_where_it_is_no_more_than_its_rows() -> None:
+    ids, embed = torch.full((2, 20), 6), torch.nn.Embedding(20, 16)
+    assert _is_pass(embed, ids, "auto")
+    assert not _is_pass(embed, ids[:, :9], "auto")
+    assert not _is_pass(embed, ids, "reference")
+    assert not _is_pass(torch.nn.Embedding(20, 16, padding_idx=0), ids, "auto")
+    embed.register_forward_hook(lambda *_: None)
+    assert not _is_pass(embed, ids, "auto")
+
+
+@pytest.mark.parametrize("token_id", [-1, 20, -2])
+def test_a_token_that_is_not_in_the_vocabulary(token_id: int) -> None:
+    ids, embed = torch.full((2, 20), 6), torch.nn.Embedding(20, 16)
+    ids[1, 3] = token_id
+    with pytest.raises(InputError, match=rf"token id {token_id} is not .* pass 0 to 19"):
+        embed_tokens(embed, ids)
+    if token_id == -1:
+        assert not embed_tokens(embed, ids, allows_none=True)[1, 3].any()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.embed_tokens import embed_tokens
 from unimatrix.nn.shift import shift_to_previous
 from unimatrix.ops import opaque
 from unimatrix.ops.suffix_automaton import AutomatonState, predict_from_suffix
@@ -37,6 +38,7 @@ class ResidualContext(nn.Module):
         *,
         in_place: bool = False,
         keeps_state: bool = True,
+        passes: str = "auto",
     ) -> tuple[Tensor, AutomatonState | None, tuple[Tensor, Tensor] | None]:
         """Return the context of every position and the automaton after the last real token.
 
@@ -48,6 +50,7 @@ class ResidualContext(nn.Module):
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
             in_place: change the tensors of ``automaton``, which the caller then gives up.
             keeps_state: return the automaton.
+            passes: back end of the fused passes.
 
         Returns:
             [B, T, D], zero where nothing matched; the automaton, if it is kept; its predicted ids
@@ -61,7 +64,7 @@ class ResidualContext(nn.Module):
         if torch.compiler.is_compiling() and not keeps_state and automaton is None:
             # Padding comes last, and nothing is read from it.
             match = opaque.match_suffixes(input_ids, self.window).unbind(dim=-1)
-            return self.embed_predicted(match[0]), None, match
+            return self.embed_predicted(match[0], passes), None, match
         prediction, automaton = predict_from_suffix(
             input_ids.cpu(),
             lengths=None if lengths is None else lengths.cpu(),
@@ -73,10 +76,8 @@ class ResidualContext(nn.Module):
         )
         device = input_ids.device
         match = prediction.predicted_ids.to(device), prediction.match_lengths.to(device)
-        return self.embed_predicted(match[0]), automaton, match
+        return self.embed_predicted(match[0], passes), automaton, match
 
-    def embed_predicted(self, predicted_ids: Tensor) -> Tensor:
+    def embed_predicted(self, predicted_ids: Tensor, passes: str = "auto") -> Tensor:
         """Return the context [B, T, D] of the automaton's predicted ids [B, T], -1 for none."""
-        known = (predicted_ids >= 0).unsqueeze(-1)
-        context: Tensor = self.embed(predicted_ids.clamp(min=0))  # [B, T, D]
-        return context * known
+        return embed_tokens(self.embed, predicted_ids, allows_none=True, backend=passes)

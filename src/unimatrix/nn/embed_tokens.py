@@ -1,0 +1,43 @@
+"""Embeddings of token ids, some of which may be none."""
+
+from torch import Tensor, nn
+
+from unimatrix.nn.packed_linear import is_plain
+from unimatrix.ops.fused_passes import runs_native
+
+
+def embed_tokens(
+    embed: nn.Embedding, token_ids: Tensor, *, allows_none: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Return the embedding of each token.
+
+    Args:
+        embed: of V tokens in D numbers.
+        token_ids: [...] int64.
+        allows_none: -1 stands for no token, whose embedding is zero.
+        backend: of the fused passes.
+
+    Returns:
+        [..., D].
+    """
+    if _is_pass(embed, token_ids, backend):
+        # Imported here: it loads the compiler.
+        from unimatrix.ops.fused_passes.embedding_native import embed_tokens_native
+
+        return embed_tokens_native(token_ids, embed.weight, allows_none=allows_none)
+    if not allows_none:
+        features: Tensor = embed(token_ids)
+        return features
+    known = (token_ids >= 0).unsqueeze(-1)
+    rows: Tensor = embed(token_ids.clamp(min=0))
+    return rows * known
+
+
+def _is_pass(embed: nn.Embedding, token_ids: Tensor, backend: str) -> bool:
+    """Return whether it is no more than its rows, and few enough that each thread may sum them."""
+    if embed.num_embeddings > token_ids.numel():
+        return False
+    if not is_plain(embed) or embed.padding_idx is not None or embed.max_norm is not None:
+        return False
+    is_dense = not (embed.sparse or embed.scale_grad_by_freq)
+    return is_dense and runs_native(backend, embed.weight)
