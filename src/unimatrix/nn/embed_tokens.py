@@ -35,9 +35,8 @@ def embed_tokens(
 
 def _is_pass(embed: nn.Embedding, token_ids: Tensor, backend: str) -> bool:
     """Return whether it is no more than its rows, and few enough that each thread may sum them."""
-    if embed.num_embeddings > token_ids.numel():
-        return False
     if not is_plain(embed) or embed.padding_idx is not None or embed.max_norm is not None:
         return False
     is_dense = not (embed.sparse or embed.scale_grad_by_freq)
-    return is_dense and runs_native(backend, embed.weight)
+    is_small = embed.num_embeddings <= token_ids.numel()
+    return is_dense and is_small and runs_native(backend, embed.weight)
