@@ -212,9 +212,9 @@ def _compute_norm(vectors: Array, i: int) -> float:
 
 
 @numba.njit(nogil=True, cache=True)
-def _compute_norms(vectors: Array, norms: Array) -> None:
-    """Write max(norm, 1e-12) of every row of [P, C] to ``norms``."""
-    for i in range(vectors.shape[0]):
+def _norm_rows(first_row: int, last_row: int, vectors: Array, norms: Array) -> None:
+    """Write max(norm, 1e-12) of rows of [R, C] to ``norms``."""
+    for i in range(first_row, last_row):
         norms[i] = _compute_norm(vectors, i)
 
 
@@ -240,98 +240,136 @@ def _read_rows(
     values: Array,  # [B, P, Dv]
     log_strength: Array,  # [B, P]
     chosen: Array,  # [B, T, K] int64, -1 from where fewer exist
+    key_norms: Array,  # [B, P]
     context: Array,  # [B, T, Dv], written here
     weights: Array,  # [B, T, K], written here
 ) -> None:
+    """Read at positions b T + t."""
     scale = 1.0 / math.sqrt(queries.shape[2])
-    key_norms = np.empty(keys.shape[1])
-    for b in range(first_row, last_row):
-        _compute_norms(keys[b], key_norms)
-        for t in range(queries.shape[1]):
-            count = 0
-            best = -np.inf
-            query_norm = _compute_norm(queries[b], t)
-            context[b, t] = 0.0
-            weights[b, t] = 0.0
-            for k in range(chosen.shape[2]):
-                entry = chosen[b, t, k]
-                if entry < 0:
-                    break
-                cosine = 0.0
-                for c in range(queries.shape[2]):
-                    cosine += queries[b, t, c] * keys[b, entry, c]
-                cosine /= query_norm * key_norms[entry]
-                logit = LOGIT_SCALE * (cosine * scale + log_strength[b, entry])
-                weights[b, t, k] = logit
-                best = max(best, logit)
-                count += 1
-            total = 0.0
-            for k in range(count):
-                weight = math.exp(weights[b, t, k] - best)
-                weights[b, t, k] = weight
-                total += weight
-            for k in range(count):
-                weight = weights[b, t, k] / total
-                weights[b, t, k] = weight
-                entry = chosen[b, t, k]
-                for i in range(values.shape[2]):
-                    context[b, t, i] += weight * values[b, entry, i]
+    for row in range(first_row, last_row):
+        b, t = row // queries.shape[1], row % queries.shape[1]
+        count = 0
+        best = -np.inf
+        query_norm = _compute_norm(queries[b], t)
+        context[b, t] = 0.0
+        weights[b, t] = 0.0
+        for k in range(chosen.shape[2]):
+            entry = chosen[b, t, k]
+            if entry < 0:
+                break
+            cosine = 0.0
+            for c in range(queries.shape[2]):
+                cosine += queries[b, t, c] * keys[b, entry, c]
+            cosine /= query_norm * key_norms[b, entry]
+            logit = LOGIT_SCALE * (cosine * scale + log_strength[b, entry])
+            weights[b, t, k] = logit
+            best = max(best, logit)
+            count += 1
+        total = 0.0
+        for k in range(count):
+            weight = math.exp(weights[b, t, k] - best)
+            weights[b, t, k] = weight
+            total += weight
+        for k in range(count):
+            weight = weights[b, t, k] / total
+            weights[b, t, k] = weight
+            entry = chosen[b, t, k]
+            for i in range(values.shape[2]):
+                context[b, t, i] += weight * values[b, entry, i]
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _read_backward_rows(
+def _query_gradient_rows(
     first_row: int,
     last_row: int,
     queries: Array,  # [B, T, C]
     keys: Array,  # [B, P, C]
     values: Array,  # [B, P, Dv]
     chosen: Array,  # [B, T, K] int64
+    key_norms: Array,  # [B, P]
     weights: Array,  # [B, T, K]
     d_context: Array,  # [B, T, Dv]
     d_weights: Array,  # [B, T, K]
-    d_queries: Array,  # written here, as the three after it
-    d_keys: Array,
-    d_values: Array,
-    d_log_strength: Array,
+    d_scores: Array,  # [B, T, K], written here: by the score of each read
+    shares: Array,  # [B, T, K], written here: by a key, in multiples of the query
+    d_queries: Array,  # [B, T, C], written here
 ) -> None:
+    """Find the gradients at positions b T + t, which no other position has part in."""
     scale = 1.0 / math.sqrt(queries.shape[2])
-    slopes = np.empty(chosen.shape[2])
-    key_norms = np.empty(keys.shape[1])
-    for b in range(first_row, last_row):
-        _compute_norms(keys[b], key_norms)
-        d_queries[b] = 0.0
-        d_keys[b] = 0.0
-        d_values[b] = 0.0
-        d_log_strength[b] = 0.0
+    for row in range(first_row, last_row):
+        b, t = row // queries.shape[1], row % queries.shape[1]
+        count = 0
+        mean = 0.0
+        query_norm = _compute_norm(queries[b], t)
+        d_queries[b, t] = 0.0
+        for k in range(chosen.shape[2]):
+            entry = chosen[b, t, k]
+            if entry < 0:
+                break
+            slope = 0.0
+            for i in range(values.shape[2]):
+                slope += d_context[b, t, i] * values[b, entry, i]
+            d_scores[b, t, k] = slope + d_weights[b, t, k]
+            mean += weights[b, t, k] * d_scores[b, t, k]
+            count += 1
+        for k in range(count):
+            entry = chosen[b, t, k]
+            d_score = LOGIT_SCALE * weights[b, t, k] * (d_scores[b, t, k] - mean)
+            d_scores[b, t, k] = d_score
+            # Gradients of the unit vectors first: they are summed before they are projected.
+            shares[b, t, k] = d_score * scale / query_norm
+            from_key = d_score * scale / key_norms[b, entry]
+            for c in range(queries.shape[2]):
+                d_queries[b, t, c] += from_key * keys[b, entry, c]
+        _leave_sphere(queries[b], d_queries[b], t, query_norm)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+def _entry_gradient_rows(
+    first_row: int,
+    last_row: int,
+    num_parts: int,
+    queries: Array,  # [B, T, C]
+    chosen: Array,  # [B, T, K] int64
+    weights: Array,  # [B, T, K]
+    d_context: Array,  # [B, T, Dv]
+    d_scores: Array,  # [B, T, K]
+    shares: Array,  # [B, T, K]
+    d_keys: Array,  # [B, P, C], written here, as the two after it
+    d_values: Array,  # [B, P, Dv]
+    d_log_strength: Array,  # [B, P]
+) -> None:
+    """Sum the gradients of a sequence's entries, each part some columns of keys and values."""
+    for row in range(first_row, last_row):
+        b, part = row // num_parts, row % num_parts
+        first_key = part * d_keys.shape[2] // num_parts
+        last_key = (part + 1) * d_keys.shape[2] // num_parts
+        first_value = part * d_values.shape[2] // num_parts
+        last_value = (part + 1) * d_values.shape[2] // num_parts
+        d_keys[b, :, first_key:last_key] = 0.0
+        d_values[b, :, first_value:last_value] = 0.0
+        if part == 0:
+            d_log_strength[b] = 0.0
         for t in range(queries.shape[1]):
-            count = 0
-            mean = 0.0
-            query_norm = _compute_norm(queries[b], t)
             for k in range(chosen.shape[2]):
                 entry = chosen[b, t, k]
                 if entry < 0:
                     break
-                slope = 0.0
-                for i in range(values.shape[2]):
-                    slope += d_context[b, t, i] * values[b, entry, i]
+                for i in range(first_value, last_value):
                     d_values[b, entry, i] += weights[b, t, k] * d_context[b, t, i]
-                slopes[k] = slope + d_weights[b, t, k]
-                mean += weights[b, t, k] * slopes[k]
-                count += 1
-            for k in range(count):
-                entry = chosen[b, t, k]
-                d_score = LOGIT_SCALE * weights[b, t, k] * (slopes[k] - mean)
-                d_log_strength[b, entry] += d_score
-                d_cosine = d_score * scale
-                # Gradients of the unit vectors first: they are summed before they are projected.
-                from_key = d_cosine / key_norms[entry]
-                from_query = d_cosine / query_norm
-                for c in range(queries.shape[2]):
-                    d_queries[b, t, c] += from_key * keys[b, entry, c]
-                    d_keys[b, entry, c] += from_query * queries[b, t, c]
-            _leave_sphere(queries[b], d_queries[b], t, query_norm)
-        for entry in range(keys.shape[1]):
-            _leave_sphere(keys[b], d_keys[b], entry, key_norms[entry])
+                for c in range(first_key, last_key):
+                    d_keys[b, entry, c] += shares[b, t, k] * queries[b, t, c]
+                if part == 0:
+                    d_log_strength[b, entry] += d_scores[b, t, k]
+
+
+@numba.njit(nogil=True, cache=True)
+def _leave_sphere_rows(
+    first_row: int, last_row: int, vectors: Array, norms: Array, grads: Array
+) -> None:
+    """Turn gradients of the unit vectors of rows of [R, C] into those of the rows."""
+    for i in range(first_row, last_row):
+        _leave_sphere(vectors, grads, i, norms[i])
 
 
 class _Read(torch.autograd.Function):
@@ -340,23 +378,41 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return context [B, T, Dv] and weights [B, T, K]."""
-        inputs = tuple(tensor.contiguous() for tensor in inputs)
-        queries, keys, values, _, chosen = inputs
+        queries, keys, values, log_strength, chosen = (x.contiguous() for x in inputs)
         context = values.new_empty((*queries.shape[:2], values.shape[2]))
-        weights = queries.new_empty(chosen.shape)
-        map_rows(_read_rows, queries.shape[0], *map(Shaped, (*inputs, context, weights)))
-        ctx.save_for_backward(queries, keys, values, chosen, weights)
+        weights, key_norms = queries.new_empty(chosen.shape), keys.new_empty(keys.shape[:2])
+        rows = Shaped(keys.flatten(0, 1)), Shaped(key_norms.view(-1))
+        map_rows(_norm_rows, key_norms.numel(), *rows, work=keys.numel())
+        given = (queries, keys, values, log_strength, chosen, key_norms, context, weights)
+        work = chosen.numel() * (queries.shape[2] + values.shape[2])
+        map_rows(_read_rows, chosen.shape[0] * chosen.shape[1], *map(Shaped, given), work=work)
+        ctx.save_for_backward(queries, keys, values, chosen, key_norms, weights)
         return context, weights
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of queries, keys, values and log strength."""
-        queries, keys, values, chosen, weights = ctx.saved_tensors
-        found = [torch.empty_like(x) for x in (queries, keys, values, keys[..., 0])]
-        given = [x.contiguous() for x in (queries, keys, values, chosen, weights, *grads)]
-        map_rows(_read_backward_rows, queries.shape[0], *map(Shaped, (*given, *found)))
-        return (*found, None)
+        queries, keys, values, chosen, key_norms, weights = ctx.saved_tensors
+        d_context, d_weights = (x.contiguous() for x in grads)
+        d_queries, d_keys, d_values, d_log_strength = (
+            torch.empty_like(x) for x in (queries, keys, values, key_norms)
+        )
+        d_scores, shares = torch.zeros_like(weights), torch.zeros_like(weights)
+        batch, num_tokens = chosen.shape[:2]
+        work = chosen.numel() * (queries.shape[2] + values.shape[2])
+        given = [queries, keys, values, chosen, key_norms, weights, d_context, d_weights]
+        given += [d_scores, shares, d_queries]
+        map_rows(_query_gradient_rows, batch * num_tokens, *map(Shaped, given), work=work)
+        # Where there are fewer sequences than threads, each takes some columns.
+        num_parts = -(-torch.get_num_threads() // batch)
+        given = [queries, chosen, weights, d_context, d_scores, shares]
+        given += [d_keys, d_values, d_log_strength]
+        num_rows = batch * num_parts
+        map_rows(_entry_gradient_rows, num_rows, num_parts, *map(Shaped, given), work=work)
+        given = [keys.flatten(0, 1), key_norms.view(-1), d_keys.flatten(0, 1)]
+        map_rows(_leave_sphere_rows, key_norms.numel(), *map(Shaped, given), work=keys.numel())
+        return d_queries, d_keys, d_values, d_log_strength, None
 
 
 def read_native(
