@@ -57,29 +57,26 @@ def make_cell(model: str, *, bits: float | None = 2.0, steps: int = 100, **asked
 
 
 def test_the_comparison_of_books_has_a_table_of_its_own(tmp_path) -> None:
-    results = {"bits_per_byte": 1.5, "parameters": 99, "context": "carried, after 7 bytes"}
-    ours = {
-        "books/training": {"num_optim_steps": 1234, "train_s": 60.0},
-        "books/middlemarch": {"results": results},
-        "books/moby-dick": {"results": results | {"bits_per_byte": 1.75}},
-    }
-    alone = TABLES["book-models"](ours)
-    row = "| unimatrix | 1.500 | 1.750 | 99 | 1,234 | 60 | carried, after 7 bytes |"
-    assert alone.splitlines()[2:] == [row]
     cells = {
         "time/books/llama": make_cell("llama", steps=77),
         "time/books/mamba2": make_cell("mamba2", bits=None),
     }
     cells["time/books/llama"]["asked"]["steps"] = None
     peers = {f"compare/books/{name}": cell for name, cell in cells.items()}
-    table = TABLES["book-models"](ours | peers)
-    assert row in table
+    table = TABLES["book-models"](peers)
     assert "| llama | 2.000 | 2.250 | 12,345 | 77 |" in table
     assert "| mamba2 | diverged |" in table
     assert "llama" not in TABLES["compare-time"](peers)
-    own = peers | {"compare/books/time/books/unimatrix": make_cell("unimatrix")}
-    assert row not in TABLES["book-models"](ours | own)
     write_compare_report(cells, tmp_path / "report.html")
+
+
+def test_recall_has_a_column_where_it_was_asked_for() -> None:
+    records = {"time/text/a": make_cell("a")}
+    assert "recall, 4 bindings" not in tabulate_text(records, "time", "text").header
+    asked = {"recall/a": {"status": "failed"}}
+    table = tabulate_text(records | asked, "time", "text")
+    assert table.rows[0][table.header.index("recall, 4 bindings")] == ""
+    assert {len(row) for row in table.rows} == {len(table.header)}
 
 
 @pytest.mark.parametrize("table", ["time", "parameters"])

@@ -159,6 +159,8 @@ def _render(records: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
     tables.append(("compressors, bits per byte", tabulate_compressors(records)))
     parts = []
     for title, content in tables:
+        if not content.rows:
+            continue
         kept = [i for i, name in enumerate(content.header) if name not in _REPORT_ONLY]
         shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for index in kept:

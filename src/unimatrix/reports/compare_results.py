@@ -13,6 +13,7 @@ TABLE_TITLES = {
 _BUDGETS = {"parameters": "equal steps", "time": "equal time"}
 _TEXT_CELL = re.compile(r"(parameters|time)/([^/]+)/([^/]+)")
 _DIVERGED = "diverged"
+_RECALL = "recall, 4 bindings"
 _TIME_TOLERANCE = 0.15
 
 
@@ -67,18 +68,24 @@ def select_text_cells(records: Records, table: str, corpus: str) -> dict[str, di
 
 
 def tabulate_text(records: Records, table: str, corpus: str) -> Table:
-    """Return a table of language modelling, the best on validation text first."""
+    """Return a table of language modelling, the best on validation text first.
+
+    With a column of recall where any model was asked for it.
+    """
     cells = select_text_cells(records, table, corpus)
     lengths = next(
         (list(cell["results"]["state_bytes"]) for cell in cells.values() if cell["results"]), []
     )
     header = ["model", "valid", "test", "parameters", "steps", "training s", "tokens/s"]
     header += ["learning rate", *(f"state bytes at {int(n):,}" for n in lengths)]
-    header += ["recall, 4 bindings", "context"]
+    header += [_RECALL, "context"]
     rows = [
         _write_row(model, cell, lengths, records.get(f"recall/{model}"))
         for model, cell in cells.items()
     ]
+    if not any(name.startswith("recall/") for name in records):
+        place = header.index(_RECALL)
+        header, *rows = (row[:place] + row[place + 1 :] for row in (header, *rows))
     return Table(header, rows)
 
 

@@ -384,27 +384,11 @@ def _tabulate_books(records: Mapping[str, Record]) -> str:
 
 
 def _tabulate_book_models(records: Mapping[str, Record]) -> str:
-    """Return the comparison `books`; until it has ours, the run of the recipe `books` stands in."""
-    ours, peers = _select(records, "books/"), _split_comparisons(records).get(_BOOKS, {})
-    rows = []
-    own = "time/books/unimatrix" in peers
-    if not own and {"training", "middlemarch", "moby-dick"} <= set(ours):
-        training, (valid, test) = ours["training"], (ours[n] for n in ("middlemarch", "moby-dick"))
-        rows.append(
-            [
-                "unimatrix",
-                f"{valid['results']['bits_per_byte']:.3f}",
-                f"{test['results']['bits_per_byte']:.3f}",
-                f"{valid['results']['parameters']:,}",
-                f"{training['num_optim_steps']:,}",
-                f"{training['train_s']:,.0f}",
-                valid["results"]["context"],
-            ]
-        )
-    found = tabulate_text(peers, "time", "books")
+    """Return the comparison `books`, the best on validation text first."""
+    found = tabulate_text(_split_comparisons(records).get(_BOOKS, {}), "time", "books")
     header = ["model", "valid", "test", "parameters", "steps", "training s", "context"]
     kept = [found.header.index(name) for name in header]
-    rows += [[row[index] for index in kept] for row in found.rows]
+    rows = [[row[index] for index in kept] for row in found.rows]
     return _format_table(["model", "Middlemarch", "Moby Dick", *header[3:]], rows)
 
 

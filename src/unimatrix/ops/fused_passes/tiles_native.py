@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, store, times, total, zeros
 
-TILE = 96  # rows; with the weights of small models they stay in a core's cache
+TILE = 128  # rows; with the weights of small models they stay in a core's cache
 
 
 def count_spans(num_tiles: int) -> int:

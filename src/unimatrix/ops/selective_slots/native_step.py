@@ -1,5 +1,6 @@
 """Contexts as integers, compiled: ``keys.hash_contexts`` at one position and at all."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from unimatrix.ops.selective_slots.keys import _MASK, _MIX, _STEP
 from unimatrix.ops.selective_slots.native import _scan_rows
 from unimatrix.ops.selective_slots.state import NO_KEY
+from unimatrix.ops.threads import Shaped, map_rows
 
 __all__ = ["hash_context", "hash_contexts_native", "scan_token"]
 
 Array = np.ndarray[Any, Any]
+
+_HASHED = 8  # multiply-adds in the time that it takes to hash a token
 
 scan_token = _scan_rows
 """E13 and E14 over rows of one token each, the slots changed in place."""
@@ -52,8 +56,8 @@ def hash_context(stream: Array, last: int, patterns: Array, number: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _hash_rows(ids: Array, patterns: Array, keys: Array) -> None:
-    for b in range(ids.shape[0]):
+def _hash_rows(first_row: int, last_row: int, ids: Array, patterns: Array, keys: Array) -> None:
+    for b in range(first_row, last_row):
         for t in range(ids.shape[1]):
             for number in range(patterns.shape[0]):
                 keys[b, t, number] = hash_context(ids[b], t, patterns, number)
@@ -61,9 +65,17 @@ def _hash_rows(ids: Array, patterns: Array, keys: Array) -> None:
 
 def hash_contexts_native(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
     """Hash contexts on the CPU; arguments as in ``keys.hash_contexts``."""
-    table = np.full((len(patterns), max(map(len, patterns))), -1, dtype=np.int64)
-    for number, pattern in enumerate(patterns):
-        table[number, : len(pattern)] = pattern
+    table = _tabulate(tuple(map(tuple, patterns)))
     keys = torch.empty(*ids.shape, len(patterns), dtype=torch.int64)
-    _hash_rows(ids.contiguous().numpy(), table, keys.numpy())
+    work = _HASHED * ids.numel() * table.numel()
+    map_rows(_hash_rows, ids.shape[0], *map(Shaped, (ids.contiguous(), table, keys)), work=work)
     return keys
+
+
+@functools.lru_cache(maxsize=64)
+def _tabulate(patterns: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Return the patterns [N, P], -1 behind the last distance of each."""
+    table = torch.full((len(patterns), max(map(len, patterns))), -1)
+    for number, pattern in enumerate(patterns):
+        table[number, : len(pattern)] = torch.tensor(pattern)
+    return table

@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+# Tokens of an automaton that is not kept, up to which it has room for any text from the start.
+_MOST_ROOM = 1 << 16
+
+
 class SuffixPrediction(NamedTuple):
     """What the longest earlier suffix says about each position."""
 
@@ -86,7 +90,9 @@ def predict_from_suffix(
         # Nothing is dropped from the first two generations.
         if not keeps_state and window is not None and input_ids.shape[1] <= 2 * window:
             window = None
-        automaton = empty_automaton(input_ids.shape[0], window)
+        batch, num_tokens = input_ids.shape
+        room = {} if keeps_state or num_tokens > _MOST_ROOM else {"num_tokens": num_tokens}
+        automaton = empty_automaton(batch, window, **room)
     else:
         _check_initial(initial, input_ids.shape[0], window)
         automaton = _own_tensors(initial, in_place)

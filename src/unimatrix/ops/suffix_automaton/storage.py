@@ -58,12 +58,15 @@ class AutomatonState(NamedTuple):
     counters: torch.Tensor  # [B, 10] int64
 
 
-def empty_automaton(batch: int, window: int | None = None) -> AutomatonState:
+def empty_automaton(
+    batch: int, window: int | None = None, *, num_tokens: int = _MIN_TOKENS
+) -> AutomatonState:
     """Build the automaton of ``batch`` empty streams.
 
     Args:
         batch: number of rows B.
         window: tokens W of a generation; fixes the capacity for ever. ``None``: grows as needed.
+        num_tokens: tokens for which there is room from the start, without a window.
 
     Returns:
         A new automaton on the CPU.
@@ -72,13 +75,13 @@ def empty_automaton(batch: int, window: int | None = None) -> AutomatonState:
         InputError: if ``window`` is not in 1 .. 2**29.
 
     Cost:
-        124 bytes a row and token of the window.
+        124 bytes a row and token of the window, or 62 bytes a row and token.
     """
     if window is not None and not 1 <= window <= MAX_TOKENS // 2:
         raise InputError(
             f"window is {window}; pass 1 to {MAX_TOKENS // 2} tokens, or None for no bound."
         )
-    num_tokens = _MIN_TOKENS if window is None else 2 * window
+    num_tokens = num_tokens if window is None else 2 * window
     num_nodes, num_slots = bound_capacity(num_tokens)
     counters = torch.zeros(batch, NUM_COUNTERS, dtype=torch.int64)
     counters[:, WINDOW] = window or 0
