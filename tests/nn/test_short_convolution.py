@@ -52,3 +52,11 @@ def test_gradients() -> None:
     h = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)
     before = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *given: convolution(*given, None), (h, before))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_is_carried_holds_no_more_than_its_tokens(learns: bool) -> None:
+    """With a gradient too: a cache that is detached outlives its graph."""
+    h = torch.randn(2, 50, 3, dtype=torch.float64, requires_grad=learns)
+    recent = build(4).take_recent(h, None, None).detach()
+    assert recent.untyped_storage().nbytes() == recent.numel() * recent.itemsize

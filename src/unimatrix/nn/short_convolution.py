@@ -55,9 +55,8 @@ class ShortConvolution(nn.Module):
         """
         num_recent = self.kernel - 1
         if lengths is None and h.shape[1] >= num_recent:
-            last = h[:, h.shape[1] - num_recent :]
-            # Copied: a view would keep the whole stream in memory. A gradient's graph does anyway.
-            return last if last.requires_grad else last.clone()
+            # Copied: a view would keep the whole stream in memory.
+            return h[:, h.shape[1] - num_recent :].clone()
         before = h.new_zeros(h.shape[0], num_recent, h.shape[2]) if recent is None else recent
         stream = torch.cat([before.to(h.dtype), h], dim=1)  # [B, kernel - 1 + T, D]
         return _take_last(stream, num_recent, lengths)

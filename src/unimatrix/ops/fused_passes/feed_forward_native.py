@@ -266,7 +266,7 @@ def run_backward(
     """Run the backward kernel; return the gradients of x and of the row of weights."""
     form, num_spans, work, sizes, given = _plan(x, weights)
     dx, dweights = torch.empty_like(x), x.new_empty(num_spans, weights.row.numel())
-    given = (*given, kept, dy.contiguous(), dx, dweights)
+    given = (*given, kept, dy, dx, dweights)
     run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *given)
     return dx, sum_spans(dweights)
 

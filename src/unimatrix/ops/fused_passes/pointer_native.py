@@ -35,7 +35,7 @@ class _Form(NamedTuple):
 
 
 @numba.njit(**OPTIONS)
-def choose_bucket(length, num_buckets):
+def _choose_bucket(length, num_buckets):
     """Return where the score of a match length stands: of 1, 2, 3-4, 5-8, ..., the rest last."""
     bucket, covered = 0, 1
     while covered < length and bucket < num_buckets - 1:
@@ -64,7 +64,7 @@ def _weigh_rows(
         if len(form.matched):
             ids[Q] = max(predicted_ids[row], 0)
             product = multiply_rows(form.lanes, source, pointer(match_weight, 0), width)
-            bucket = choose_bucket(match_lengths[row], num_buckets)
+            bucket = _choose_bucket(match_lengths[row], num_buckets)
             scores[1 + Q] = product + match_bias[0] + by_length[bucket]
             if predicted_ids[row] < 0:
                 scores[1 + Q] = -math.inf
@@ -110,7 +110,7 @@ def _backward_spans(
                     along = pointer(match_weight, 0)
                     if predicted_ids[row] < 0:
                         continue
-                    dby_length[choose_bucket(match_lengths[row], num_buckets)] += slope
+                    dby_length[_choose_bucket(match_lengths[row], num_buckets)] += slope
                 dbias[k] += slope
                 add_multiple(form.lanes, along, slope, width, target)
                 add_multiple(form.lanes, source, slope, width, at(dweight, k * width))

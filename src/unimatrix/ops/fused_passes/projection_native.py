@@ -360,7 +360,7 @@ def run_backward(
     before = _or_zeros(recent, x, weights.sizes[3])
     dx, drecent = torch.empty_like(x), torch.empty_like(before)
     dweights = x.new_empty(num_spans, weights.row.numel())
-    inputs = (x, before, *given, vectors, *(grad.contiguous() for grad in grads))
+    inputs = (x, before, *given, vectors, *grads)
     outputs = (dx, drecent, dweights)
     run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *inputs, *outputs)
     return dx, drecent, sum_spans(dweights)
