@@ -88,6 +88,23 @@ def store(_: Any, pointer: Any, offset: Any, lanes: Any) -> Any:
 
 
 @intrinsic
+def prefetch(_: Any, pointer: Any, offset: Any) -> Any:
+    """Bring ``pointer[offset]`` near; it may lie behind the end of the array."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        name = "llvm.prefetch.p0i8"
+        fetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        # To be read, kept in all caches, data.
+        builder.call(fetch, [place, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), generate
+
+
+@intrinsic
 def zeros(_: Any, pointer: Any, width: Any) -> Any:
     """Return ``len(width)`` zeros of the dtype that ``pointer`` points to."""
     lanes = Lanes(pointer.dtype, width.count)

@@ -23,6 +23,7 @@ from unimatrix.ops.lanes_native import (
     over,
     plus,
     pointer,
+    prefetch,
     root,
     store,
     times,
@@ -42,6 +43,7 @@ from unimatrix.ops.products_native import LANES
 from unimatrix.ops.threads import run_rows
 
 _UNIT_EPS = 1e-12  # of torch's normalize
+_AHEAD = 8  # tokens whose vectors are fetched early: a head's are small pieces of memory
 
 
 class _Form(NamedTuple):
@@ -179,6 +181,8 @@ def _scan_rows(
             weigh = pointer(weights, 5 * token)
             apart = num_heads * N
             vectors = pointer(projected, position * num_vectors * apart + h * N)
+            for n in range(num_vectors):
+                prefetch(vectors, (_AHEAD * num_vectors + n) * apart)
             if t % W == 0:
                 count = min(W, lengths[b] - t)
                 _weigh_tokens(
@@ -273,6 +277,12 @@ def _backward_rows(
                 position = b * num_tokens + t
                 token, vectors = position * num_heads + h, position * num_vectors * apart + h * N
                 of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
+                for n in range(num_vectors):
+                    early = vectors + (n + _AHEAD * num_vectors) * apart
+                    prefetch(pointer(projected, early), 0)
+                    prefetch(pointer(dprojected, early), 0)
+                prefetch(pointer(dy, (token + _AHEAD * num_heads) * N), 0)
+                prefetch(pointer(y, (token + _AHEAD * num_heads) * N), 0)
                 if len(form.unit) and (t - start) % W == 0:
                     count = min(W, stop - t)
                     _invert_lengths(
