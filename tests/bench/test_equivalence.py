@@ -6,7 +6,7 @@ import torch
 from unimatrix.bench import equivalence
 from unimatrix.bench.equivalence import LIMIT, EquivalenceError, check_compiled, check_model
 from unimatrix.bench.models import BenchModel
-from unimatrix.nn import matrix_mixer
+from unimatrix.ops.matrix_state import projected_native
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 
@@ -29,13 +29,13 @@ def test_every_fast_path_of_a_preset_is_checked(name: str, ops: list[str]) -> No
 
 
 def test_a_wrong_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    scan = matrix_mixer.scan_projected
+    scan = projected_native.run_forward
 
-    def scan_wrongly(*args, backend, **options):
-        y, state = scan(*args, backend=backend, **options)
-        return (y * 1.01 if backend == "native" else y), state
+    def scan_wrongly(*args, **options):
+        y, *others = scan(*args, **options)
+        return y * 1.01, *others
 
-    monkeypatch.setattr(matrix_mixer, "scan_projected", scan_wrongly)
+    monkeypatch.setattr(projected_native, "run_forward", scan_wrongly)
     with pytest.raises(EquivalenceError, match=r"core: matrix_state \(native\) differs from the"):
         check_model(BenchModel(name="core", overrides=SMALL), seed=0, device="cpu")
 

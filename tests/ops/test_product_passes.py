@@ -94,11 +94,10 @@ def run_mixing(backend: str, x, h, readout, out, gates, gates_bias, **others) ->
     """Return the stream after the gated sum of the contexts."""
     contexts = [readout, *others.values()]
     if backend == "native":
-        made = add_mixed(x, h, contexts, prepare_mixing(out, [gates], [gates_bias]))
-        return dict(zip(["y", *others], made, strict=True))
+        return {"y": add_mixed(x, h, contexts, prepare_mixing(out, [gates], [gates_bias]))}
     shares = torch.sigmoid(linear(h, gates, gates_bias)).chunk(len(contexts), dim=-1)
     contexts[0] = linear(readout, out)
-    return {"y": x + sum(s * c for s, c in zip(shares, contexts, strict=True)), **others}
+    return {"y": x + sum(s * c for s, c in zip(shares, contexts, strict=True))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,13 +126,13 @@ def run_projections(
     if backend == "native":
         layers = [vectors], [controls], [controls_bias]
         weights = prepare_projections(scale, shift, EPS, filters, *layers)
-        stream, h, made, logits = project(x, recent, weights, squashes=squashes)
-        return {"stream": stream, "h": h, "vectors": made, "controls": logits}
+        h, made, logits = project(x, recent, weights, squashes=squashes)
+        return {"h": h, "vectors": made, "controls": logits}
     h = normalize(x, scale, shift)
     source = h if filters is None else convolve_recent(h, filters, recent, backend="reference")
     made = linear(source, vectors)
     made = made.tanh() if squashes else made
-    return {"stream": x, "h": h, "vectors": made, "controls": linear(h, controls, controls_bias)}
+    return {"h": h, "vectors": made, "controls": linear(h, controls, controls_bias)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -239,7 +238,7 @@ def test_extremes_are_those_of_torch(size: float, dtype: torch.dtype) -> None:
         # LayerNorm of zeros is its shift.
         network = prepare_feed_forward(one, bias, EPS, [eye], 0 * one, eye, 0 * one)
         layers = prepare_projections(one, bias, EPS, None, [eye], [eye], [0 * one])
-        vectors = project(x, None, layers, squashes=True)[2]
+        vectors = project(x, None, layers, squashes=True)[1]
         return add_feed_forward(x, network)[0, 0], vectors[0, 0]
 
     activated, squashed = run(bias)
@@ -299,32 +298,36 @@ def test_every_preset_is_the_same_with_them(variant: str) -> None:
 
 
 def pack(variant: str = "unimatrix", **changes) -> list[bool]:
-    """Return which passes a model's block takes: projections, mixing, feed-forward."""
+    """Return which passes a block takes: projections, mixing, feed-forward; and all with a scan."""
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8} | changes
     sizes["slot_key_size"] = sizes["hidden_size"]
     model = build_model(variant, dtype=torch.float32, **sizes)
     packed = model.model.block.pack(torch.zeros(2, 40, model.config.hidden_size))
-    return [p is not None for p in (packed.projections, packed.mixing, packed.feed_forward)]
+    passes = (packed.projections, packed.mixing, packed.feed_forward, packed.step)
+    return [one is not None for one in passes]
 
 
 def test_a_block_takes_them_where_they_fit() -> None:
-    assert pack() == pack("core") == pack("sparsepointer") == [True, True, True]
-    assert pack(hidden_size=12, num_attention_heads=3, head_dim=4) == [False, False, False]
-    assert pack(head_dim=6) == [True, False, True]  # the readout's width is no multiple of 16
-    assert pack(intermediate_size=20_000) == [True, True, False]
-    assert pack("core+no-matrix") == [False, False, True]
+    assert pack() == pack("core") == pack("sparsepointer") == [True, True, True, True]
+    assert pack(hidden_size=12, num_attention_heads=3, head_dim=4) == 4 * [False]
+    assert pack(head_dim=6) == [True, False, True, False]  # its readout is no multiple of 16
+    assert pack(intermediate_size=20_000) == [True, True, False, False]
+    assert pack("core+no-matrix") == [False, False, True, False]
+    # These two have scans of their own.
+    assert pack("core", update_rules="delta", normalized_keys=True) == [True, True, True, False]
+    assert pack("core", norm_guard=True) == [True, True, True, False]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert pack() == [False, False, False]
+        assert pack() == 4 * [False]
 
 
 def test_a_block_that_drops_or_is_hooked_does_not() -> None:
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "slot_key_size": 16}
     model = build_model("unimatrix", dtype=torch.float32, dropout=0.1, **sizes)
     x, block = torch.zeros(2, 40, 16), model.model.block
-    assert block.pack(x).feed_forward is not None
+    assert block.pack(x).step is not None
     block.train()
     packed = block.pack(x)
-    assert (packed.mixing, packed.feed_forward) == (None, None)
+    assert (packed.mixing, packed.feed_forward, packed.step) == (None, None, None)
     assert packed.projections is not None
     block.eval()
     modules: Sequence[torch.nn.Module] = (
@@ -339,6 +342,7 @@ def test_a_block_that_drops_or_is_hooked_does_not() -> None:
     for module in (block.norm, block.matrix_mixer, block.matrix_mixer.q_proj):
         hook = module.register_forward_hook(lambda *_: None)
         assert block.pack(x).projections is None
+        assert block.pack(x).step is None
         hook.remove()
 
 

@@ -1,13 +1,13 @@
 """The one block of weights that every depth step applies."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.dense_mixer import DenseMixer
 from unimatrix.nn.feed_forward import build_feed_forward
-from unimatrix.nn.fusion import fuse_feed_forward, fuse_mixing, fuse_projections
+from unimatrix.nn.fusion import fuse_feed_forward, fuse_mixing, fuse_projections, fuse_step
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
@@ -23,6 +23,9 @@ from unimatrix.ops.fused_passes import (
 )
 from unimatrix.ops.fused_passes.pass_weights import PassWeights
 from unimatrix.ops.slots import SlotRead, SlotState
+
+if TYPE_CHECKING:
+    from unimatrix.ops.depth_step_native import DepthStep
 
 
 class Sequence(NamedTuple):
@@ -99,6 +102,7 @@ class BlockWeights(NamedTuple):
         mixing: of the gates and the readout's projection, where they run as one pass.
         gates: of all mixers together, where they do not.
         feed_forward: of norm and feed-forward network, where they run as one pass.
+        step: all three passes and the scan, where they run as one operator.
     """
 
     matrix_mixer: tuple[PackedWeights | None, PackedWeights | None] = (None, None)
@@ -106,6 +110,7 @@ class BlockWeights(NamedTuple):
     mixing: PassWeights | None = None
     gates: PackedWeights | None = None
     feed_forward: PassWeights | None = None
+    step: "DepthStep | None" = None
 
 
 class UniMatrixBlock(nn.Module):
@@ -163,14 +168,16 @@ class UniMatrixBlock(nn.Module):
         drops = self.training and self.dropout.p > 0
         mixer = self.matrix_mixer if projections is None else None
         mixing = None if drops else fuse_mixing(self.matrix_mixer, layers, x, self.backend)
+        feed_forward = None
+        if not drops:
+            feed_forward = fuse_feed_forward(self.ffn_norm, self.feed_forward, x, self.backend)
         return BlockWeights(
             matrix_mixer=(None, None) if mixer is None else mixer.pack(),
             projections=projections,
             mixing=mixing,
             gates=pack(layers) if layers and mixing is None else None,
-            feed_forward=None
-            if drops
-            else fuse_feed_forward(self.ffn_norm, self.feed_forward, x, self.backend),
+            feed_forward=feed_forward,
+            step=fuse_step(self.matrix_mixer, (projections, mixing, feed_forward), x),
         )
 
     def retrieve(
@@ -235,13 +242,59 @@ class UniMatrixBlock(nn.Module):
             and ``retrieval``, to go on with.
         """
         weights = self.pack(x) if weights is None else weights
+        knows_reads = retrieval is not None or self._association_mixer is None
+        if weights.step is not None and knows_reads:
+            x, h, carry, sequence, retrieval = self._apply_whole(
+                weights.step, x, sequence, carry, retrieval
+            )
+        else:
+            x, h, carry, sequence, retrieval = self._apply_parts(
+                weights, x, sequence, carry, retrieval
+            )
+        pointer = None
+        read = None if retrieval is None else retrieval.read
+        if is_last and self.slot_mixer is not None and read is not None:
+            pointer = self.slot_mixer.weigh_pointer(h, read)
+        if sequence.modulation is not None:
+            x = x * sequence.modulation
+        return x, carry, pointer, sequence, None if self.reads_hidden else retrieval
+
+    def _apply_whole(
+        self,
+        step: "DepthStep",
+        x: Tensor,
+        sequence: Sequence,
+        carry: DepthCarry,
+        retrieval: Retrieval | None,
+    ) -> "_Applied":
+        """Apply all parts as one compiled operator."""
+        # Imported here: it loads the compiler.
+        from unimatrix.ops.depth_step_native import apply_depth_step_native
+
+        assert self.matrix_mixer is not None
+        contexts = _list_contexts(sequence, retrieval)
+        x, h, matrix_state, contexts = apply_depth_step_native(
+            step, x, carry.recent, carry.matrix_state, contexts, sequence.lengths
+        )
+        recent = self.matrix_mixer.take_recent(h, carry.recent, sequence.lengths)
+        carry = DepthCarry(matrix_state, recent, carry.associations)
+        return _Applied(x, h, carry, *_put_contexts(contexts, sequence, retrieval))
+
+    def _apply_parts(
+        self,
+        weights: BlockWeights,
+        x: Tensor,
+        sequence: Sequence,
+        carry: DepthCarry,
+        retrieval: Retrieval | None,
+    ) -> "_Applied":
+        """Apply part after part, each a compiled pass or its modules."""
         matrix_state, recent, associations = carry
         projected = None
         if weights.projections is not None:
             assert self.matrix_mixer is not None
-            x, h, *projected = project(
-                x, recent, weights.projections, squashes=self.matrix_mixer.squashes
-            )
+            squashes = self.matrix_mixer.squashes
+            h, *projected = project(x, recent, weights.projections, squashes=squashes)
         else:
             h = self.norm(x)
         contexts = []
@@ -252,22 +305,12 @@ class UniMatrixBlock(nn.Module):
             contexts.append(readout)
         if self.reads_hidden:
             retrieval, associations = self.retrieve(h, sequence, associations)
-        pointer = None
-        if retrieval is not None:
-            contexts.append(retrieval.context)
-            if is_last and self.slot_mixer is not None and retrieval.read is not None:
-                pointer = self.slot_mixer.weigh_pointer(h, retrieval.read)
-        if sequence.residual_context is not None:
-            contexts.append(sequence.residual_context)
+        contexts += _list_contexts(sequence, retrieval)
         # Before the first read there is a gate less than is packed.
         reads = retrieval is not None
         is_whole = reads or self._association_mixer is None
         if weights.mixing is not None and is_whole:
-            x, *contexts = add_mixed(x, h, contexts, weights.mixing)
-            if sequence.residual_context is not None:
-                sequence = sequence._replace(residual_context=contexts.pop())
-            if retrieval is not None:
-                retrieval = retrieval._replace(context=contexts.pop())
+            x = add_mixed(x, h, contexts, weights.mixing)
         elif contexts:
             if self.matrix_mixer is not None:
                 contexts[0] = self.matrix_mixer.out_proj(contexts[0])
@@ -279,7 +322,33 @@ class UniMatrixBlock(nn.Module):
             x = add_feed_forward(x, weights.feed_forward)
         else:
             x = x + self.dropout(self.feed_forward(self.ffn_norm(x)))
-        if sequence.modulation is not None:
-            x = x * sequence.modulation
         carry = DepthCarry(matrix_state, recent, associations)
-        return x, carry, pointer, sequence, None if self.reads_hidden else retrieval
+        return _Applied(x, h, carry, sequence, retrieval)
+
+
+class _Applied(NamedTuple):
+    """What a depth step leaves: the stream, its norm before, and the others to go on with."""
+
+    x: Tensor
+    h: Tensor
+    carry: DepthCarry
+    sequence: Sequence
+    retrieval: Retrieval | None
+
+
+def _list_contexts(sequence: Sequence, retrieval: Retrieval | None) -> list[Tensor]:
+    """Return what is mixed in beside the readout of the matrix state."""
+    contexts = [] if retrieval is None else [retrieval.context]
+    return contexts if sequence.residual_context is None else [*contexts, sequence.residual_context]
+
+
+def _put_contexts(
+    contexts: list[Tensor], sequence: Sequence, retrieval: Retrieval | None
+) -> tuple[Sequence, Retrieval | None]:
+    """Return both with contexts from ``_list_contexts`` to go on with."""
+    if sequence.residual_context is not None:
+        *contexts, residual_context = contexts
+        sequence = sequence._replace(residual_context=residual_context)
+    if retrieval is not None:
+        retrieval = retrieval._replace(context=contexts[0])
+    return sequence, retrieval

@@ -4,6 +4,9 @@ A part does where all its modules are no more than their weights (no hook, no ad
 dropped inside, and ``fuses_products`` takes its sizes. Else the modules are called.
 """
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import Tensor, nn
 
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
@@ -12,6 +15,10 @@ from unimatrix.nn.norm import RowNorm
 from unimatrix.nn.packed_linear import is_bare, is_plain
 from unimatrix.ops.fused_passes import fuses_products
 from unimatrix.ops.fused_passes.pass_weights import PassWeights
+from unimatrix.ops.matrix_state.projected import fuses_scan
+
+if TYPE_CHECKING:
+    from unimatrix.ops.depth_step_native import DepthStep
 
 
 def fuse_projections(
@@ -103,6 +110,33 @@ def fuse_feed_forward(
     return prepare_feed_forward(
         norm.weight, shift, norm.eps, up, network.up_projs[0].bias, down.weight, down.bias
     )
+
+
+def fuse_step(
+    mixer: MatrixMixer | None,
+    passes: tuple[PassWeights | None, PassWeights | None, PassWeights | None],
+    x: Tensor,
+) -> "DepthStep | None":
+    """Return a depth step as one operator; ``None`` where not all its parts are compiled passes.
+
+    Args:
+        mixer: whose projections they are.
+        passes: from the three functions above.
+        x: [B, T, D], the stream, or one like it.
+    """
+    projections, mixing, feed_forward = passes
+    if mixer is None or projections is None or mixing is None or feed_forward is None:
+        return None
+    # A compiler of graphs takes each pass by itself (``ops.opaque``).
+    if mixer.uses_delta or mixer.norm_guard or torch.compiler.is_compiling():
+        return None
+    if not fuses_scan(mixer.backend, x.device, x.shape[1]):
+        return None
+    # Imported here: it loads the compiler.
+    from unimatrix.ops.depth_step_native import DepthStep
+
+    sizes = (mixer.num_heads, mixer.head_dim, mixer.squashes, mixer.normalized_keys)
+    return DepthStep(projections, mixing, feed_forward, *sizes)
 
 
 def fuse_head(head: nn.Linear, h: Tensor, backend: str) -> PassWeights | None:

@@ -128,8 +128,7 @@ class MatrixMixer(nn.Module):
         """
         if projected is not None:
             vectors, controls = projected
-            if self.short_conv is not None:
-                recent = self.short_conv.take_recent(h, recent, lengths)
+            recent = self.take_recent(h, recent, lengths)
         else:
             source = h
             if self.short_conv is not None:
@@ -148,3 +147,14 @@ class MatrixMixer(nn.Module):
             backend=self.backend,
         )
         return y.flatten(2), final_state, recent
+
+    def take_recent(
+        self, h: Tensor, recent: Tensor | None, lengths: Tensor | None
+    ) -> Tensor | None:
+        """Return what the short convolution needs of these tokens in the next call, if it has one.
+
+        The arguments are those of ``forward``.
+        """
+        if self.short_conv is None:
+            return recent
+        return self.short_conv.take_recent(h, recent, lengths)

@@ -23,7 +23,7 @@ def scan_projected(
     from unimatrix.ops.matrix_state.projected_native import run_forward
 
     return run_forward(
-        projected.contiguous(),
+        projected.flatten(2).contiguous(),
         controls.contiguous(),
         initial.contiguous(),
         lengths,
@@ -56,12 +56,15 @@ def _scan_projected_backward(
     saved: list[Tensor],
     dy: Tensor,
     dfinal: Tensor,
+    num_controls: int,
     unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from unimatrix.ops.matrix_state.projected_native import run_backward
 
-    given = (projected.contiguous(), lengths, tuple(x.contiguous() for x in saved))
-    return run_backward(*given, dy.contiguous(), dfinal.contiguous(), unit=unit)
+    vectors, kept = projected.flatten(2).contiguous(), tuple(x.contiguous() for x in saved)
+    given = (vectors, lengths, kept, dy.contiguous(), dfinal.contiguous())
+    dvectors, dcontrols, dinitial = run_backward(*given, num_controls=num_controls, unit=unit)
+    return dvectors.view(projected.shape), dcontrols, dinitial
 
 
 @_scan_projected_backward.register_fake
@@ -71,24 +74,24 @@ def _(
     saved: list[Tensor],
     dy: Tensor,
     dfinal: Tensor,
+    num_controls: int,
     unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, T, P, H, _ = projected.shape
-    dcontrols = projected.new_empty(B, T, H * (4 if P == 4 else 1))
+    dcontrols = projected.new_empty(*projected.shape[:2], num_controls)
     return projected.new_empty(projected.shape), dcontrols, dfinal.new_empty(dfinal.shape)
 
 
 def _keep_scan(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    projected, _, _, lengths, unit = inputs
+    projected, controls, _, lengths, unit = inputs
     y, _, checkpoints, weights, inverses = output
     ctx.save_for_backward(projected, lengths, checkpoints, weights, y, inverses)
-    ctx.unit = unit
+    ctx.num_controls, ctx.unit = controls.shape[-1], unit
 
 
 def _differentiate_scan(ctx: Any, dy: Tensor, dfinal: Tensor, *_unused: Any) -> tuple[Any, ...]:
     projected, lengths, *saved = ctx.saved_tensors
     dprojected, dcontrols, dinitial = _scan_projected_backward(
-        projected, lengths, saved, dy, dfinal, ctx.unit
+        projected, lengths, saved, dy, dfinal, ctx.num_controls, ctx.unit
     )
     return dprojected, dcontrols, dinitial, None, None
 

@@ -150,9 +150,7 @@ def add_feed_forward(x: Tensor, weights: PassWeights) -> Tensor:
     return add_feed_forward_native(x, weights)
 
 
-def add_mixed(
-    x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights
-) -> tuple[Tensor, ...]:
+def add_mixed(x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights) -> Tensor:
     """Return the stream and the gated sum of the mixers' contexts.
 
     Equation: E4 (the readout's projection), E11.
@@ -164,14 +162,13 @@ def add_mixed(
         weights: from ``mixing_native.prepare_mixing``.
 
     Returns:
-        the stream, and the contexts but the first, to go on with (their gradients are then summed
-        in the pass), [..., D] each.
+        [..., D].
     """
     if torch.compiler.is_compiling():
         from unimatrix.ops import opaque
 
         mixed: Tensor = opaque.add_mixed(x, h, list(contexts), *weights[:3])[0]
-        return mixed, *contexts[1:]
+        return mixed
     from unimatrix.ops.fused_passes.mixing_native import add_mixed_native
 
     return add_mixed_native(x, h, contexts, weights)
@@ -179,7 +176,7 @@ def add_mixed(
 
 def project(
     x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise the stream, convolve, and apply a mixer's projections.
 
     Equation: E19, E22; E24 with tanh.
@@ -191,13 +188,13 @@ def project(
         squashes: whether the vectors pass through tanh.
 
     Returns:
-        the stream, to go on with (its gradient is then summed in the pass), the normalised stream,
-        the vectors and the controls, [B, T, D or D or V or C].
+        the normalised stream, the vectors and the controls, [B, T, D or V or C].
     """
     if torch.compiler.is_compiling():
         from unimatrix.ops import opaque
 
-        return x, *opaque.project(x, recent, *weights, squashes)
+        projected: tuple[Tensor, Tensor, Tensor] = opaque.project(x, recent, *weights, squashes)
+        return projected
     from unimatrix.ops.fused_passes.projection_native import project_native
 
     return project_native(x, recent, weights, squashes=squashes)

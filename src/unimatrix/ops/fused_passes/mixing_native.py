@@ -221,30 +221,28 @@ class _AddMixed(torch.autograd.Function):
     """The pass with its backward kernel; not differentiable twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, saves: bool, given: PassWeights, row: Tensor, *streams: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, saves: bool, given: PassWeights, row: Tensor, *streams: Tensor) -> Tensor:
         x, h, readout, *contexts = (stream.contiguous() for stream in streams)
         y, *kept = run_forward(x, h, readout, contexts, given, saves=saves)
         ctx.save_for_backward(row, given.panels, *kept, h, readout, *contexts)
         ctx.sizes = given.sizes
-        return y, *contexts
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *elsewhere: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         row, panels, gates, projected, h, readout, *contexts = ctx.saved_tensors
         weights = PassWeights(row, panels, ctx.sizes)
         dh, dreadout, dcontexts, drow = run_backward(
-            h, readout, contexts, (gates, projected), weights, dy, elsewhere
+            h, readout, contexts, (gates, projected), weights, dy
         )
         return None, None, drow, dy, dh, dreadout, *dcontexts
 
 
 def add_mixed_native(
     x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """Run the pass on the CPU; arguments as in ``add_mixed``."""
     saves = needs_gradient(x, h, *contexts, weights.row)
-    mixed: tuple[Tensor, ...] = _AddMixed.apply(saves, weights, weights.row, x, h, *contexts)
+    mixed: Tensor = _AddMixed.apply(saves, weights, weights.row, x, h, *contexts)
     return mixed

@@ -148,6 +148,15 @@ def _squash(lanes, vectors, count):
         store(vectors, j, where_negative(x, times(size, -1.0), size))
 
 
+@numba.njit(**OPTIONS)
+def _squash_backward(lanes, along, made, target, count):
+    """Set ``target`` to the gradient before the tanh that made ``made``."""
+    for j in range(0, count, len(lanes)):
+        value = load(made, j, lanes)
+        slope = minus(plus(zeros(target, lanes), 1.0), times(value, value))
+        store(target, j, times(load(along, j, lanes), slope))
+
+
 @numba.njit(cache=True, **OPTIONS)
 def _apply_spans(
     first, last, form, num_spans, num_tokens, width, columns, num_controls, num_taps,
@@ -164,6 +173,7 @@ def _apply_spans(
     num_before = max(num_taps - 1, 0)
     per_row = (num_tokens + TILE - 1) // TILE
     num_tiles = len(x) // (num_tokens * D) * per_row
+    stride = len(vectors) // (len(x) // D)
     room = (num_before + TILE) * (D + 1)
     scratch = np.empty(2 * room + TILE * (D + padded), x.dtype)
     units, around = pointer(scratch, 0), pointer(scratch, room)
@@ -192,10 +202,11 @@ def _apply_spans(
             here = mixed
         multiply(
             lanes, here, D, 1, vectors_across, D * W, W,
-            pointer(vectors, position * V), V, rows, V, D, False,
+            pointer(vectors, position * stride), stride, rows, V, D, False,
         )  # fmt: skip
         if len(form.squashed):
-            _squash(lanes, pointer(vectors, position * V), rows * V)
+            for i in range(rows):
+                _squash(lanes, pointer(vectors, (position + i) * stride), V)
 
 
 @numba.njit(cache=True, **OPTIONS)
@@ -214,13 +225,13 @@ def _backward_spans(
     num_before = max(num_taps - 1, 0)
     per_row = (num_tokens + TILE - 1) // TILE
     num_tiles = len(x) // (num_tokens * D) * per_row
+    stride = len(vectors) // (len(x) // D)
     num_grads = len(grads) // num_spans
     room = (num_before + TILE) * (D + 1)
-    by_row = V + W  # apart by no power of two
-    scratch = np.empty(3 * room + 2 * TILE * D + (num_before + TILE) * by_row, x.dtype)
+    # Products along rows that lie a power of two apart cost cache; such are copied.
+    scratch = np.empty(3 * room + 2 * TILE * D + (num_before + TILE) * (V + W), x.dtype)
     units, around, dmixed = pointer(scratch, 0), pointer(scratch, room), pointer(scratch, 2 * room)
     mixed, within = at(dmixed, room), at(dmixed, room + TILE * D)
-    by = at(within, TILE * D)
     inverses = at(units, (num_before + TILE) * D)
     for span in range(first, last):
         grads[span * num_grads : (span + 1) * num_grads] = 0
@@ -245,15 +256,16 @@ def _backward_spans(
                 source = mixed
             # Of the tokens behind the tile too, whose convolutions see it.
             reached = min(rows + num_before, num_tokens - start)
-            for i in range(reached):
-                along, target = pointer(dvectors, (position + i) * V), at(by, i * by_row)
-                if len(form.squashed):
-                    for j in range(0, V, W):
-                        made = load(pointer(vectors, (position + i) * V), j, lanes)
-                        slope = minus(plus(zeros(target, lanes), 1.0), times(made, made))
-                        store(target, j, times(load(along, j, lanes), slope))
-                else:
-                    copy_rows(lanes, along, target, V)
+            by, by_row = pointer(dvectors, position * stride), stride
+            if len(form.squashed) or stride == V:
+                by, by_row = at(within, TILE * D), V + W
+                for i in range(reached):
+                    place, target = (position + i) * stride, at(by, i * by_row)
+                    along, made = pointer(dvectors, place), pointer(vectors, place)
+                    if len(form.squashed):
+                        _squash_backward(lanes, along, made, target, V)
+                    else:
+                        copy_rows(lanes, along, target, V)
             logits = pointer(dcontrols, position * C)
             multiply(
                 lanes, by, by_row, 1, vectors_panels, V * W, W,
@@ -323,13 +335,21 @@ def _plan(
 
 
 def run_forward(
-    x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
+    x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool, spare: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel; return h, vectors and controls, [B, T, D or V or C]."""
+    """Run the forward kernel.
+
+    Args:
+        x, recent, weights, squashes: as in ``project``.
+        spare: numbers behind the vectors of each token, so that they lie no power of two apart.
+
+    Returns:
+        h, vectors and controls, [B, T, D or V + spare or C].
+    """
     form, num_spans, work, sizes, given = _plan(x, weights, squashes)
     _, columns, num_controls, num_taps, _ = weights.sizes
     h = torch.empty_like(x)
-    vectors = x.new_empty(*x.shape[:2], columns)
+    vectors = x.new_empty(*x.shape[:2], columns + spare)
     controls = x.new_empty(*x.shape[:2], num_controls)
     inputs = (x, _or_zeros(recent, x, num_taps), *given)
     run_rows(_apply_spans, form, num_spans, work, *sizes, *inputs, h, vectors, controls)
@@ -351,7 +371,7 @@ def run_backward(
         x, recent, weights, squashes: as in ``run_forward``.
         vectors: from there.
         grads: of the stream where it goes on beside the pass (empty if that is summed elsewhere),
-            and of the results.
+            and of the results, in their shapes.
 
     Returns:
         the gradients of x, of ``recent``, and of the row of weights.
@@ -379,25 +399,26 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, squashes: bool, given: PassWeights, x: Tensor, recent: Tensor | None, row: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous()
         h, vectors, controls = run_forward(x, recent, given, squashes=squashes)
         ctx.save_for_backward(x, recent, vectors, row, given.panels)
         ctx.squashes, ctx.rest = squashes, given[2:]
-        return x, h, vectors, controls
+        return h, vectors, controls
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, recent, vectors, *kept = ctx.saved_tensors
-        given = (x, recent, PassWeights(*kept, *ctx.rest), vectors, grads)
+        elsewhere = x.new_empty(0)  # the stream's own gradient, which autograd adds
+        given = (x, recent, PassWeights(*kept, *ctx.rest), vectors, (elsewhere, *grads))
         dx, drecent, drow = run_backward(*given, squashes=ctx.squashes)
         return None, None, dx, None if recent is None else drecent.to(recent.dtype), drow
 
 
 def project_native(
     x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the pass on the CPU; arguments as in ``project``."""
-    x, h, vectors, controls = _Project.apply(squashes, weights, x, recent, weights.row)
-    return x, h, vectors, controls
+    h, vectors, controls = _Project.apply(squashes, weights, x, recent, weights.row)
+    return h, vectors, controls

@@ -19,6 +19,12 @@ from unimatrix.ops.matrix_state.scan import scan_matrix_state
 READOUT_EPS = 1e-6
 
 
+def fuses_scan(backend: str, device: torch.device, num_tokens: int) -> bool:
+    """Return whether the scan binds its inputs itself, without delta rule and norm guard."""
+    is_wanted = backend == "native" or (backend == "auto" and num_tokens > 1)
+    return is_wanted and device.type == "cpu"
+
+
 def scan_projected(
     projected: Tensor,
     controls: Tensor,
@@ -64,9 +70,8 @@ def scan_projected(
             f"projected holds {sizes['P']} vectors a head and controls {sizes['C']} numbers; pass "
             f"3 or 4 vectors, and {controls_per_head} numbers for each of {sizes['H']} heads."
         )
-    on_cpu = projected.device.type == "cpu"
-    is_fused = backend == "native" or (backend == "auto" and sizes["T"] > 1)
-    if is_fused and on_cpu and not delta and not norm_guard:
+    can_fuse = not delta and not norm_guard
+    if can_fuse and fuses_scan(backend, projected.device, sizes["T"]):
         dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
         if initial_state is None:
             shape = (sizes["B"], sizes["H"], sizes["N"], sizes["N"])

@@ -95,19 +95,19 @@ def _weigh_tokens(form, controls, num_heads, h, count, room, weights):
 
 
 @numba.njit(**OPTIONS)
-def _invert_lengths(form, vectors, apart, count, inverses):
+def _invert_lengths(form, vectors, stride, apart, count, inverses):
     """Set ``inverses`` to 1 over the lengths of the vectors of up to 16 tokens, by vector.
 
     Args:
-        vectors: of the first token, ``apart`` numbers from one to the next and so from the last of
-            a token to the first of the token behind.
+        vectors: of the first token, ``apart`` numbers from one to the next.
+        stride: numbers from token to token.
         count: how many tokens there are.
     """
     lanes, W = form.lanes, len(form.lanes)
     num_vectors = 4 if len(form.mixed) else 3
     for i in range(count):
         for n in range(num_vectors):
-            vector = load(vectors, (i * num_vectors + n) * apart, form.width)
+            vector = load(vectors, i * stride + n * apart, form.width)
             inverses[n * W + i] = total(times(vector, vector))
     least = plus(zeros(inverses, lanes), _UNIT_EPS)
     for n in range(num_vectors):
@@ -158,6 +158,7 @@ def _scan_rows(
     N = len(form.width)
     num_vectors = 4 if len(form.mixed) else 3
     num_controls = num_heads * (4 if len(form.mixed) else 1)
+    stride = len(projected) // (lengths.size * num_tokens)
     identity = make_identity(N, final)
     S = np.empty(N * N, final.dtype)  # [address, payload]
     units = np.empty(4 * N, final.dtype)  # q, k, v, d
@@ -180,9 +181,9 @@ def _scan_rows(
             token = position * num_heads + h
             weigh = pointer(weights, 5 * token)
             apart = num_heads * N
-            vectors = pointer(projected, position * num_vectors * apart + h * N)
+            vectors = pointer(projected, position * stride + h * N)
             for n in range(num_vectors):
-                prefetch(vectors, (_AHEAD * num_vectors + n) * apart)
+                prefetch(vectors, _AHEAD * stride + n * apart)
             if t % W == 0:
                 count = min(W, lengths[b] - t)
                 _weigh_tokens(
@@ -190,7 +191,7 @@ def _scan_rows(
                     pointer(room, 0), weigh,
                 )  # fmt: skip
                 if len(form.unit):
-                    _invert_lengths(form, vectors, apart, count, pointer(inverted, 0))
+                    _invert_lengths(form, vectors, stride, apart, count, pointer(inverted, 0))
             if len(form.unit):
                 for n in range(num_vectors):
                     unit = times(load(vectors, n * apart, form.width), inverted[n * W + t % W])
@@ -256,6 +257,7 @@ def _backward_rows(
     size, apart = N * N, num_heads * N
     num_vectors = 4 if len(form.mixed) else 3
     num_controls = num_heads * (4 if len(form.mixed) else 1)
+    stride = len(projected) // (lengths.size * num_tokens)
     G = np.empty(size, dprojected.dtype)  # d loss / d S of the token at hand, [payload, address]
     across = np.empty(size, dprojected.dtype)  # the same transposed
     identity = make_identity(N, G)
@@ -275,10 +277,10 @@ def _backward_rows(
                 S[n] = checkpoints[(row * num_checkpoints + chunk) * size + n]
             for t in range(start, stop):
                 position = b * num_tokens + t
-                token, vectors = position * num_heads + h, position * num_vectors * apart + h * N
+                token, vectors = position * num_heads + h, position * stride + h * N
                 of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
                 for n in range(num_vectors):
-                    early = vectors + (n + _AHEAD * num_vectors) * apart
+                    early = vectors + _AHEAD * stride + n * apart
                     prefetch(pointer(projected, early), 0)
                     prefetch(pointer(dprojected, early), 0)
                 prefetch(pointer(dy, (token + _AHEAD * num_heads) * N), 0)
@@ -286,7 +288,12 @@ def _backward_rows(
                 if len(form.unit) and (t - start) % W == 0:
                     count = min(W, stop - t)
                     _invert_lengths(
-                        form, pointer(projected, vectors), apart, count, pointer(inverted, 0)
+                        form,
+                        pointer(projected, vectors),
+                        stride,
+                        apart,
+                        count,
+                        pointer(inverted, 0),
                     )
                 _bind_token(
                     form, pointer(projected, vectors), apart, pointer(inverted, (t - start) % W),
@@ -301,7 +308,7 @@ def _backward_rows(
                 )  # fmt: skip
             for t in range(stop - 1, start - 1, -1):
                 position = b * num_tokens + t
-                token, vectors = position * num_heads + h, position * num_vectors * apart + h * N
+                token, vectors = position * num_heads + h, position * stride + h * N
                 of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
                 weigh, grads = pointer(weights, 5 * token), pointer(dprojected, vectors)
                 by = write_gradient(
@@ -323,7 +330,7 @@ def _backward_rows(
 
 
 def run_forward(
-    projected: Tensor,
+    vectors: Tensor,
     controls: Tensor,
     initial: Tensor,
     lengths: Tensor | None,
@@ -333,55 +340,73 @@ def run_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the forward kernel.
 
+    Args:
+        vectors: [B, T, P H N] or more, which are not looked at.
+        controls: [B, T, H] with P = 3, [B, T, 4 H] with P = 4.
+        initial: [B, H, N, N].
+        lengths, unit: as in ``scan_projected``.
+        saves: whether the backward kernel will run.
+
     Returns:
         y [B, T, H, N], the last state [B, H, N, N], and for the backward kernel states along the
         way, the weights of the rules, and what the readouts were divided by, inverted.
     """
-    B, T, P, H, N = projected.shape
-    form = _Form(LANES, (0,) * N, (0,) * (P == 4), (), (0,) * unit)
+    B, T, _ = vectors.shape
+    _, H, N, _ = initial.shape
+    form = _choose_form(initial, controls.shape[-1], unit)
     interval = choose_interval(N) if saves else 0
-    allocate = projected.new_empty if lengths is None else projected.new_zeros
+    allocate = vectors.new_empty if lengths is None else vectors.new_zeros
     y, inverses = allocate(B, T, H, N), allocate(B, T, H)
     weights = allocate(B, T, H, 5)
-    checkpoints = projected.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
+    checkpoints = vectors.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
     final_state = torch.empty_like(initial)  # [B, H, N, N]
     counts = torch.full((B,), T) if lengths is None else lengths
-    inputs = (projected, controls, initial, counts, T, H, interval)
+    inputs = (vectors, controls, initial, counts, T, H, interval)
     results = (y, final_state, checkpoints, weights, inverses)
     run_rows(_scan_rows, form, B * H, T * N * N, *inputs, *results)
     return y, final_state, checkpoints, weights, inverses
 
 
 def run_backward(
-    projected: Tensor,
+    vectors: Tensor,
     lengths: Tensor | None,
     saved: tuple[Tensor, ...],
     dy: Tensor,
     dfinal: Tensor,
     *,
+    num_controls: int,
     unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward kernel.
 
     Args:
-        projected, lengths, unit: of the forward pass.
+        vectors, lengths, unit: of the forward pass.
         saved: its last three results with y: checkpoints, weights, y, inverses.
         dy, dfinal: gradients of its first two results.
+        num_controls: of a token.
 
     Returns:
-        the gradients of projected, controls and the initial state.
+        the gradients of vectors (in as many numbers; nothing in those not looked at), controls and
+        the initial state.
     """
-    B, T, P, H, N = projected.shape
-    form = _Form(LANES, (0,) * N, (0,) * (P == 4), (), (0,) * unit)
+    B, T, _ = vectors.shape
+    _, H, N, _ = dfinal.shape
+    form = _choose_form(dfinal, num_controls, unit)
     checkpoints, weights, y, inverses = saved
-    allocate = projected.new_empty if lengths is None else projected.new_zeros
-    dprojected = allocate(projected.shape)
-    dcontrols, dinitial = allocate(B, T, H * (4 if P == 4 else 1)), torch.empty_like(dfinal)
+    allocate = vectors.new_empty if lengths is None else vectors.new_zeros
+    dvectors, dcontrols = allocate(vectors.shape), allocate(B, T, num_controls)
+    dinitial = torch.empty_like(dfinal)
     counts = torch.full((B,), T) if lengths is None else lengths
-    given = (projected, weights, counts, T, H, choose_interval(N), checkpoints, y, inverses)
-    grads = (dprojected, dcontrols, dinitial)
+    given = (vectors, weights, counts, T, H, choose_interval(N), checkpoints, y, inverses)
+    grads = (dvectors, dcontrols, dinitial)
     run_rows(_backward_rows, form, B * H, T * N * N, *given, dy, dfinal, *grads)
     return grads
+
+
+def _choose_form(state: Tensor, num_controls: int, unit: bool) -> _Form:
+    """Return what the kernels are compiled for."""
+    _, H, N, _ = state.shape
+    return _Form(LANES, (0,) * N, (0,) * (num_controls == 4 * H), (), (0,) * unit)
 
 
 class _ScanProjected(torch.autograd.Function):
@@ -397,22 +422,23 @@ class _ScanProjected(torch.autograd.Function):
         projected: Tensor,
         controls: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        vectors = projected.flatten(2).contiguous()
         y, final_state, checkpoints, weights, inverses = run_forward(
-            projected, controls, initial, lengths, unit=unit, saves=saves
+            vectors, controls, initial, lengths, unit=unit, saves=saves
         )
         if saves:
-            ctx.save_for_backward(projected, lengths, checkpoints, weights, y, inverses)
-        ctx.unit = unit
+            ctx.save_for_backward(vectors, lengths, checkpoints, weights, y, inverses)
+        ctx.rules = {"num_controls": controls.shape[-1], "unit": unit}
+        ctx.shape = projected.shape
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        projected, lengths, *saved = ctx.saved_tensors
-        dprojected, dcontrols, dinitial = run_backward(
-            projected, lengths, tuple(saved), dy, dfinal, unit=ctx.unit
-        )
-        return None, None, None, dinitial, dprojected, dcontrols
+        vectors, lengths, *saved = ctx.saved_tensors
+        given = (vectors, lengths, tuple(saved), dy, dfinal)
+        dvectors, dcontrols, dinitial = run_backward(*given, **ctx.rules)
+        return None, None, None, dinitial, dvectors.view(ctx.shape), dcontrols
 
 
 def scan_projected_native(
