@@ -237,6 +237,19 @@ def largest(_: Any, lanes: Any) -> Any:
 
 
 @intrinsic
+def find_first(_: Any, lanes: Any, number: Any) -> Any:
+    """Return the first lane that holds ``number``; as many as there are lanes if none does."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits, word = ir.IntType(lanes.width), ir.IntType(64)
+        same = builder.fcmp_ordered("==", args[0], _spread(builder, args[1], args[0].type))
+        place = builder.cttz(builder.bitcast(same, bits), ir.Constant(ir.IntType(1), 0))
+        return place if lanes.width == 64 else builder.zext(place, word)
+
+    return types.int64(lanes, lanes.dtype), generate
+
+
+@intrinsic
 def larger(_: Any, lanes: Any, other: Any) -> Any:
     """Return the larger of two lanes each."""
 

@@ -21,11 +21,42 @@ from unimatrix.ops.cosine_read import (
     compute_decision_norms,
     read_chosen,
 )
+from unimatrix.ops.lanes_native import (
+    OPTIONS,
+    find_first,
+    largest,
+    load,
+    plus,
+    pointer,
+    store,
+    times,
+    zeros,
+)
 from unimatrix.ops.slots.decisions import Allocation, prepare_strengths
 from unimatrix.ops.slots.slot_state import SlotRules
 from unimatrix.ops.threads import Shaped, map_rows
 
 Array = np.ndarray[Any, Any]
+_SLOT_LANES = (0,) * 32  # four registers of float64: their sums need not wait for each other
+
+
+@numba.njit(**OPTIONS)
+def _find_cosines(lanes, units, i, held, num_panels, cosines):
+    """Set row i of ``cosines`` to those of row i of ``units`` with the units of all slots.
+
+    Args:
+        lanes: as many zeros as slots stand side by side.
+        units: [2, C].
+        held: [panels, C, lanes], the slots' units across.
+        cosines: [2, panels * lanes].
+    """
+    size, W = units.shape[1], len(lanes)
+    for panel in range(num_panels):
+        place = pointer(held, panel * size * W)
+        sums = zeros(place, lanes)
+        for c in range(size):
+            sums = plus(sums, times(load(place, c * W, lanes), units[i, c]))
+        store(pointer(cosines, (i * num_panels + panel) * W), 0, sums)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -47,28 +78,42 @@ def _compute_unit(vectors: Array, i: int, norm: float, units: Array, j: int) -> 
 
 
 @numba.njit(nogil=True, cache=True)
-def _equal(left: Array, i: int, right: Array, j: int) -> bool:
-    """Return whether two [C] rows are the same."""
-    for c in range(left.shape[1]):  # noqa: SIM110 (Numba has no generator expressions)
-        if left[i, c] != right[j, c]:
-            return False
-    return True
+def _hold(units: Array, i: int, held: Array, slot: int) -> None:
+    """Write row i to a slot's place in [panels, C, lanes]."""
+    lanes = held.shape[2]
+    for c in range(held.shape[1]):
+        held[slot // lanes, c, slot % lanes] = units[i, c]
 
 
 @numba.njit(nogil=True, cache=True)
-def _insert(ranks: Array, slots: Array, count: int, rank: float, slot: int) -> int:
-    """Insert ``slot`` into the best K, sorted by rank; return how many there are."""
-    last: int = min(count, ranks.shape[0] - 1)
-    if count == ranks.shape[0] and rank <= ranks[last]:
-        return count
-    place = last
-    while place > 0 and rank > ranks[place - 1]:
-        ranks[place] = ranks[place - 1]
-        slots[place] = slots[place - 1]
-        place -= 1
-    ranks[place] = rank
-    slots[place] = slot
-    return last + 1
+def _equal(left: Array, i: int, right: Array, j: int) -> bool:
+    """Return whether two [C] rows are the same."""
+    same = True
+    for c in range(left.shape[1]):  # all of them: several at once
+        same &= left[i, c] == right[j, c]
+    return same
+
+
+@numba.njit(**OPTIONS)
+def _find_largest(lanes, numbers, num_panels):
+    """Return the largest of the numbers of all slots and where it is first; -1 if -inf is."""
+    found, best = -1, -np.inf
+    for panel in range(num_panels):
+        row = load(pointer(numbers, panel * len(lanes)), 0, lanes)
+        here = largest(row)
+        if here > best:
+            found, best = panel * len(lanes) + find_first(row, here), here
+    return found, best
+
+
+@numba.njit(**OPTIONS)
+def _add(lanes, cosines, i, others, num_panels, sums):
+    """Set ``sums`` to row i of ``cosines`` and the others."""
+    for panel in range(num_panels):
+        place = panel * len(lanes)
+        row = load(pointer(cosines, i * num_panels * len(lanes) + place), 0, lanes)
+        other = load(pointer(others, place), 0, lanes)
+        store(pointer(sums, place), 0, plus(row, other))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -89,6 +134,7 @@ def _choose_slot(closest: float, match: int, filled: Array, ages: Array, thresho
 def _allocate_rows(
     first_row: int,
     last_row: int,
+    lanes: tuple[int, ...],  # zeros, as many as slots stand side by side
     queries: Array,  # [B, T, C]
     query_norms: Array,  # [B, T, 1] float64
     keys: Array,  # [B, M + T, C]
@@ -102,45 +148,50 @@ def _allocate_rows(
     writers: Array,  # [B, M] int64, holds 0..M-1
     ages: Array,  # [B, M] int64, holds the initial ages
 ) -> None:
-    num_slots = writers.shape[1]
-    held = np.empty((num_slots, keys.shape[2]))  # decision units of the slots' keys
-    query = np.empty((1, keys.shape[2]))
-    key = np.empty((1, keys.shape[2]))
-    ranks = np.empty(chosen.shape[2])
-    best = np.empty(chosen.shape[2], dtype=np.int64)
+    num_slots, size = writers.shape[1], keys.shape[2]
+    num_panels = (num_slots + len(lanes) - 1) // len(lanes)
+    held = np.zeros((num_panels, size, len(lanes)))  # decision units of the slots' keys, across
+    room = num_panels * len(lanes)
     filled = np.empty(num_slots, dtype=np.bool_)
-    # With identity lookup a token writes under the key that the token before it read with. Its
-    # cosines are known then, but for the slot written since.
-    read_cosines = np.empty(num_slots)
+    # Added to cosines: -inf where no slot is filled, else nothing, and the slots' offsets.
+    closed, slot_offsets = np.full(room, -np.inf), np.full(room, -np.inf)
+    ranks = np.empty(room)
+    # Of a token's key and of its query. With identity lookup a token writes under the key that the
+    # token before it read with: unit and cosines are known then, but for the slot written since.
+    units, cosines = np.empty((2, size)), np.empty((2, room))
+    query = 0
     for b in range(first_row, last_row):
-        filled[:] = entry_filled[b, :num_slots]
         for m in range(num_slots):
-            _compute_unit(keys[b], m, key_norms[b, m, 0], held, m)
+            filled[m] = entry_filled[b, m]
+            closed[m] = 0.0 if filled[m] else -np.inf
+            slot_offsets[m] = offsets[b, m] if filled[m] else -np.inf
+            _compute_unit(keys[b], m, key_norms[b, m, 0], units, 0)
+            _hold(units, 0, held, m)
         written = -1
         for t in range(queries.shape[1]):
-            count = 0
-            closest = -np.inf
-            match = 0
             entry = num_slots + t
-            repeats = t > 0 and reads[b, t - 1] and _equal(queries[b], t - 1, keys[b], entry)
-            _compute_unit(keys[b], entry, key_norms[b, entry, 0], key, 0)
-            _compute_unit(queries[b], t, query_norms[b, t, 0], query, 0)
-            for m in range(num_slots):
-                if not filled[m]:
-                    continue
-                if writes[b, t]:
-                    known = repeats and m != written
-                    cosine = read_cosines[m] if known else _dot(key, 0, held, m)
-                    if cosine > closest:
-                        closest = cosine
-                        match = m
-                if reads[b, t]:
-                    read_cosines[m] = _dot(query, 0, held, m)
-                    rank = read_cosines[m] + offsets[b, writers[b, m]]
-                    count = _insert(ranks, best, count, rank, m)
+            key, query = query, 1 - query
+            match, closest = -1, -np.inf
+            if writes[b, t]:
+                if t > 0 and reads[b, t - 1] and _equal(queries[b], t - 1, keys[b], entry):
+                    if written >= 0:  # under the key that stands where the query will
+                        cosines[key, written] = _dot(units, 0, units, 1)
+                else:
+                    _compute_unit(keys[b], entry, key_norms[b, entry, 0], units, key)
+                    _find_cosines(lanes, units, key, held, num_panels, cosines)
+                _add(lanes, cosines, key, closed, num_panels, ranks)
+                match, closest = _find_largest(lanes, ranks, num_panels)
+            if reads[b, t]:
+                _compute_unit(queries[b], t, query_norms[b, t, 0], units, query)
+                _find_cosines(lanes, units, query, held, num_panels, cosines)
+                _add(lanes, cosines, query, slot_offsets, num_panels, ranks)
+                for k in range(chosen.shape[2]):
+                    found, _ = _find_largest(lanes, ranks, num_panels)
+                    if found < 0:
+                        break
+                    chosen[b, t, k] = writers[b, found]
+                    ranks[found] = -np.inf
             written = -1
-            for k in range(count):
-                chosen[b, t, k] = writers[b, best[k]]
             if writes[b, t]:
                 slot = _choose_slot(closest, match, filled, ages[b], thresholds[0])
                 for m in range(num_slots):
@@ -148,7 +199,9 @@ def _allocate_rows(
                 ages[b, slot] = 0
                 writers[b, slot] = entry
                 filled[slot] = entry_filled[b, entry]
-                held[slot] = key[0]
+                closed[slot] = 0.0 if filled[slot] else -np.inf
+                slot_offsets[slot] = offsets[b, entry] if filled[slot] else -np.inf
+                _hold(units, key, held, slot)
                 written = slot
 
 
@@ -198,7 +251,7 @@ def allocate_native(
     threshold = torch.tensor([rules.match_threshold], dtype=torch.float64)
     given = [*(tensor.cpu().contiguous() for tensor in inputs), threshold, chosen, writers, ages]
     work = 2 * queries.numel() * num_slots
-    map_rows(_allocate_rows, batch, *map(Shaped, given), work=work)
+    map_rows(_allocate_rows, batch, _SLOT_LANES, *map(Shaped, given), work=work)
     return Allocation(*(tensor.to(queries.device) for tensor in (chosen, writers, ages)))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from unimatrix.ops.cosine_read import LOGIT_SCALE, MIN_NORM, UNIT_GRID
 from unimatrix.ops.slots.decisions import MIN_STRENGTH
-from unimatrix.ops.slots.native import _choose_slot, _compute_unit, _dot, _insert
+from unimatrix.ops.slots.native import _choose_slot, _compute_unit, _dot
 
 Array = np.ndarray[Any, Any]
 
@@ -51,6 +51,22 @@ def _find_cosine(queries: Array, b: int, keys: Array, m: int) -> float:
         query_total += query * query
     norm = max(math.sqrt(key_total), MIN_NORM) * max(math.sqrt(query_total), MIN_NORM)
     return total / norm
+
+
+@numba.njit(nogil=True, cache=True)
+def _insert(ranks: Array, slots: Array, count: int, rank: float, slot: int) -> int:
+    """Insert ``slot`` into the best K, sorted by rank; return how many there are."""
+    last: int = min(count, ranks.shape[0] - 1)
+    if count == ranks.shape[0] and rank <= ranks[last]:
+        return count
+    place = last
+    while place > 0 and rank > ranks[place - 1]:
+        ranks[place] = ranks[place - 1]
+        slots[place] = slots[place - 1]
+        place -= 1
+    ranks[place] = rank
+    slots[place] = slot
+    return last + 1
 
 
 @numba.njit(nogil=True, cache=True)
