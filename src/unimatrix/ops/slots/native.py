@@ -5,6 +5,7 @@ same numbers. Only the dot products may be reordered by the compiler: they are e
 The read kernels compute ``cosine_read.read_chosen`` and its gradient in one pass each, instead of a
 dozen passes over [B, T, K, C] gathers.
 """
+# mypy: allow-untyped-defs
 
 import math
 from typing import Any
@@ -21,6 +22,7 @@ from unimatrix.ops.cosine_read import (
     compute_decision_norms,
     read_chosen,
 )
+from unimatrix.ops.fused_passes.tiles_native import add_multiple, multiply_rows
 from unimatrix.ops.lanes_native import (
     OPTIONS,
     find_first,
@@ -32,6 +34,7 @@ from unimatrix.ops.lanes_native import (
     times,
     zeros,
 )
+from unimatrix.ops.products_native import LANES
 from unimatrix.ops.slots.decisions import Allocation, prepare_strengths
 from unimatrix.ops.slots.slot_state import SlotRules
 from unimatrix.ops.threads import Shaped, map_rows
@@ -303,6 +306,8 @@ def _read_rows(
         b, t = row // queries.shape[1], row % queries.shape[1]
         count = 0
         best = -np.inf
+        size, width = queries.shape[2], values.shape[2]
+        query = pointer(queries, row * size)
         query_norm = _compute_norm(queries[b], t)
         context[b, t] = 0.0
         weights[b, t] = 0.0
@@ -310,9 +315,8 @@ def _read_rows(
             entry = chosen[b, t, k]
             if entry < 0:
                 break
-            cosine = 0.0
-            for c in range(queries.shape[2]):
-                cosine += queries[b, t, c] * keys[b, entry, c]
+            place = (b * keys.shape[1] + entry) * size
+            cosine = multiply_rows(LANES, query, pointer(keys, place), size)
             cosine /= query_norm * key_norms[b, entry]
             logit = LOGIT_SCALE * (cosine * scale + log_strength[b, entry])
             weights[b, t, k] = logit
@@ -327,8 +331,8 @@ def _read_rows(
             weight = weights[b, t, k] / total
             weights[b, t, k] = weight
             entry = chosen[b, t, k]
-            for i in range(values.shape[2]):
-                context[b, t, i] += weight * values[b, entry, i]
+            value = pointer(values, (b * values.shape[1] + entry) * width)
+            add_multiple(LANES, value, weight, width, pointer(context, row * width))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -353,15 +357,15 @@ def _query_gradient_rows(
         b, t = row // queries.shape[1], row % queries.shape[1]
         count = 0
         mean = 0.0
+        size, width = queries.shape[2], values.shape[2]
         query_norm = _compute_norm(queries[b], t)
         d_queries[b, t] = 0.0
         for k in range(chosen.shape[2]):
             entry = chosen[b, t, k]
             if entry < 0:
                 break
-            slope = 0.0
-            for i in range(values.shape[2]):
-                slope += d_context[b, t, i] * values[b, entry, i]
+            value = pointer(values, (b * values.shape[1] + entry) * width)
+            slope = multiply_rows(LANES, pointer(d_context, row * width), value, width)
             d_scores[b, t, k] = slope + d_weights[b, t, k]
             mean += weights[b, t, k] * d_scores[b, t, k]
             count += 1
@@ -372,8 +376,8 @@ def _query_gradient_rows(
             # Gradients of the unit vectors first: they are summed before they are projected.
             shares[b, t, k] = d_score * scale / query_norm
             from_key = d_score * scale / key_norms[b, entry]
-            for c in range(queries.shape[2]):
-                d_queries[b, t, c] += from_key * keys[b, entry, c]
+            key = pointer(keys, (b * keys.shape[1] + entry) * size)
+            add_multiple(LANES, key, from_key, size, pointer(d_queries, row * size))
         _leave_sphere(queries[b], d_queries[b], t, query_norm)
 
 
@@ -395,23 +399,26 @@ def _entry_gradient_rows(
     """Sum the gradients of a sequence's entries, each part some columns of keys and values."""
     for row in range(first_row, last_row):
         b, part = row // num_parts, row % num_parts
-        first_key = part * d_keys.shape[2] // num_parts
-        last_key = (part + 1) * d_keys.shape[2] // num_parts
-        first_value = part * d_values.shape[2] // num_parts
-        last_value = (part + 1) * d_values.shape[2] // num_parts
+        size, width = d_keys.shape[2], d_values.shape[2]
+        first_key, last_key = part * size // num_parts, (part + 1) * size // num_parts
+        first_value, last_value = part * width // num_parts, (part + 1) * width // num_parts
         d_keys[b, :, first_key:last_key] = 0.0
         d_values[b, :, first_value:last_value] = 0.0
         if part == 0:
             d_log_strength[b] = 0.0
         for t in range(queries.shape[1]):
+            position = b * queries.shape[1] + t
             for k in range(chosen.shape[2]):
                 entry = chosen[b, t, k]
                 if entry < 0:
                     break
-                for i in range(first_value, last_value):
-                    d_values[b, entry, i] += weights[b, t, k] * d_context[b, t, i]
-                for c in range(first_key, last_key):
-                    d_keys[b, entry, c] += shares[b, t, k] * queries[b, t, c]
+                place = b * d_keys.shape[1] + entry
+                along = pointer(d_context, position * width + first_value)
+                target = pointer(d_values, place * width + first_value)
+                add_multiple(LANES, along, weights[b, t, k], last_value - first_value, target)
+                query = pointer(queries, position * size + first_key)
+                target = pointer(d_keys, place * size + first_key)
+                add_multiple(LANES, query, shares[b, t, k], last_key - first_key, target)
                 if part == 0:
                     d_log_strength[b, entry] += d_scores[b, t, k]
 
