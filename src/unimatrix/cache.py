@@ -221,11 +221,20 @@ class UniMatrixCache:
         )
 
 
-def start_cache(config: UniMatrixConfig, input_ids: Tensor) -> UniMatrixCache:
-    """Return the cache of an empty sequence, for as many rows as ``input_ids`` has."""
+def start_cache(
+    config: UniMatrixConfig, input_ids: Tensor, *, is_kept: bool = True
+) -> UniMatrixCache:
+    """Return the cache of an empty sequence, for as many rows as ``input_ids`` has.
+
+    Args:
+        config: of the model.
+        input_ids: [B, T].
+        is_kept: whether it, or one after it, leaves the model; if not, it gets no digest, which
+            takes longer than everything else here.
+    """
     batch, device = input_ids.shape[0], input_ids.device
     return UniMatrixCache(
-        config_digest=digest_config(config),
+        config_digest=digest_config(config) if is_kept else "",
         num_columns=0,
         num_tokens=torch.zeros(batch, dtype=torch.int64, device=device),
         last_token_ids=torch.full((batch,), -1, dtype=torch.int64, device=device),

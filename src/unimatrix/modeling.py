@@ -116,7 +116,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None:
-            past = start_cache(self.config, input_ids)
+            past = start_cache(self.config, input_ids, is_kept=use_cache)
         else:
             past_key_values.check(self.config, input_ids.shape[0])
             past = past_key_values

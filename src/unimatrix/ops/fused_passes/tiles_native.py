@@ -19,9 +19,10 @@ def count_spans(num_tiles: int) -> int:
 
 def sum_spans(grads: Tensor) -> Tensor:
     """Return the sum of the spans' gradients [S, n]; may write into the first."""
-    if len(grads) > 2:
+    first, *others = grads.unbind()
+    if len(others) > 1:
         return grads.sum(dim=0)
-    return grads[0] if len(grads) == 1 else grads[0].add_(grads[1])
+    return first.add_(*others) if others else first
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
