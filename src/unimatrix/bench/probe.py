@@ -22,7 +22,9 @@ from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peak_bytes import measure_peak_bytes
 from unimatrix.bench.workloads import MODES, NEW_TOKENS, count_cache_bytes, cut_rows, prefill
 
-_WARMUP_TOKENS = 64
+# With fewer, some kernels would be compiled in the run that is measured: what layers make of tokens
+# alone they make of the vocabulary where a batch has more tokens than that.
+_WARMUP_TOKENS = 512
 _BYTES_SHARE = 0.8
 # Their compiler takes a second to load, which every process would spend again.
 _PRELOADED = tuple(
@@ -179,7 +181,8 @@ def _measure(sender: Connection, cell: Cell, setting: Setting) -> None:
     workload = None
     if spec.compiler is None:
         few = min(_WARMUP_TOKENS, cell.num_tokens)
-        short = cut_rows(setting.text, 1, few + 1, vocab_size).to(device)
+        rows = min(-(-_WARMUP_TOKENS // few), cell.batch_size)
+        short = cut_rows(setting.text, rows, few + 1, vocab_size).to(device)
         time_once(mode.build(spec, copy.deepcopy(model), short), device)
     else:  # A graph is compiled for its sizes.
         workload = mode.build(spec, model, ids)
