@@ -39,6 +39,8 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--length", 1], ["--length 1 is too short"]),
         (["--length", 8, "--length", 8], ["--length 8, 8", "name each once"]),
         (["--preset", "none", "--peer", "none"], ["nothing is left to time"]),
+        (["--mode", "start", "--preset", "none", "--peer", "none"], ["nothing is left to time"]),
+        (["--mode", "automaton", "--text", "nowhere.txt"], ["'nowhere.txt' is no file"]),
         (["--compile", "--preset", "none"], ["--compile is for train steps of presets"]),
         (["--compile", "--mode", "forward"], ["--compile is for train steps of presets"]),
         (["--set", "hidden_sizes=3"], ["hidden_sizes", "Did you mean 'hidden_size'"]),
@@ -51,6 +53,30 @@ def test_refusals(tmp_path: Path, arguments: list[object], parts: list[str]) -> 
     out = tmp_path / "new"
     assert_refused(run_command("bench", "--out", out, *arguments), *parts)
     assert not out.exists()
+
+
+def test_automaton_and_starts_need_no_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("libraries_s", "first_token_s", "fastest_s", "slowest_s", "second_token_s")
+    names += ("first_ever_first_token_s", "first_ever_second_token_s")
+    row = {"model": "core", "rounds": 3} | dict.fromkeys(names, 0.25)
+    monkeypatch.setattr(run, "time_starts", lambda specs, **_: [row] * len(specs))
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("to be or not to be, that is the question. " * 50)
+    answer = run_command(
+        "bench", "--mode", "start", "--mode", "automaton", "--length", 64, "--length", 32,
+        "--text", text, "--preset", "core", "--peer", "none", "--out", out, *QUICKLY,
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.stderr
+    lines = answer.text.splitlines()
+    assert lines[0] == "float32, dropout 0, 1 threads"
+    assert sum(line.startswith("Fibonacci word") for line in lines) == 2
+    assert lines[-1].split() == ["core", "0.25", "0.25", "0.25-0.25", "3", "0.25", "0.25", "0.25"]
+    assert all(len(line) <= 100 for line in lines)
+    results = json.loads((out / "record.json").read_text(encoding="utf-8"))["results"]
+    assert (results["rows"], results["text"], results["start"]) == ([], str(text), [row])
+    assert [path.name for path in out.iterdir()] == ["record.json"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

@@ -12,16 +12,22 @@ from transformers.utils import logging
 
 from unimatrix.allocator import keep_freed_memory
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, count_model
+from unimatrix.bench.automaton import time_automaton
 from unimatrix.bench.clock import Spread, Workload, compare_rounds, summarize, time_interleaved
 from unimatrix.bench.equivalence import check_compiled, check_model
 from unimatrix.bench.matmul_peak import MatmulPeak
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peers import LLAMA
 from unimatrix.bench.probe import Cell, Probe, Setting, count_positions, probe
+from unimatrix.bench.starts import time_starts
 from unimatrix.bench.workloads import MODES, NEW_TOKENS, choose_batch_size, cut_rows, load_text
 from unimatrix.ops.threads import flush_denormals
 
 Row = dict[str, Any]
+
+ALONE = ("automaton", "start")
+"""What is timed without cells: the suffix automaton at the two greatest lengths, and new processes
+up to the first tokens of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +36,7 @@ class BenchPlan:
 
     Attributes:
         modes: keys of ``MODES``.
+        alone: what is timed without cells, of ``ALONE``.
         lengths: T, in rising order.
         models: presets and peers.
         batch_size: B of train steps and forward passes; ``None`` fills 2,048 tokens.
@@ -38,9 +45,11 @@ class BenchPlan:
         seed: of the weights.
         device: cpu, cuda or mps.
         num_threads: CPU threads; ``None`` is what torch has.
+        text: a corpus that is read; ``None`` is the standard library's sources.
     """
 
     modes: Sequence[str]
+    alone: Sequence[str] = ()
     lengths: Sequence[int]
     models: Sequence[BenchModel]
     batch_size: int | None
@@ -49,6 +58,7 @@ class BenchPlan:
     seed: int
     device: str
     num_threads: int | None = None
+    text: str | None = None
 
     def list_cells(self, mode: str) -> list[Cell]:
         """Return the cells of a mode, lengths rising; train steps alone are compiled."""
@@ -65,9 +75,10 @@ class BenchPlan:
         ]
 
     def count_text_bytes(self) -> int:
-        """Return the bytes of text that the largest cell reads."""
+        """Return the bytes of text that the largest cell reads, or the automaton."""
         cells = [cell for mode in self.modes for cell in self.list_cells(mode)]
-        return max(cell.batch_size * (cell.num_tokens + 1) for cell in cells)
+        read = [cell.batch_size * (cell.num_tokens + 1) for cell in cells]
+        return max([*read, *self.lengths])
 
 
 class _Ready(NamedTuple):
@@ -94,11 +105,12 @@ def run_bench(
         on_progress: called with what happens now and the number of cells finished.
 
     Returns:
-        threads, peak, models, checks and rows, as JSON types.
+        threads, peak (``None`` without cells), models, checks, rows, and the rows of what is timed
+        alone, as JSON types.
 
     Raises:
         EquivalenceError: if a fast path of a preset does not compute what its reference does.
-        InputError: for a model that no configuration describes.
+        InputError: for a model that no configuration describes, or a text that is not there.
     """
     if plan.num_threads is not None:
         torch.set_num_threads(plan.num_threads)
@@ -121,6 +133,40 @@ def _silence_transformers() -> Iterator[None]:
 
 def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[str, Any]:
     """Do what ``run_bench`` says."""
+    text = load_text(plan.count_text_bytes(), plan.text)
+    result: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+        "rounds": plan.num_rounds,
+        "budget_s": plan.budget_s,
+        "text": plan.text or "pystdlib",
+        "matmul_peak_flops_per_s": None,
+        "models": [_describe(spec) for spec in plan.models],
+        "checks": [],
+        "rows": [],
+    }
+    if plan.modes:
+        result |= _run_cells(plan, text, on_progress)
+    num_cells = len(result["rows"])
+    if "automaton" in plan.alone:
+        on_progress("timing the suffix automaton", num_cells)
+        result["automaton"] = time_automaton(text, list(plan.lengths)[-2:], plan.num_rounds)
+    if "start" in plan.alone:
+        on_progress("timing new processes", num_cells)
+        result["start"] = time_starts(
+            plan.models,
+            num_rounds=plan.num_rounds,
+            seed=plan.seed,
+            device=plan.device,
+            num_threads=torch.get_num_threads(),
+        )
+    return result
+
+
+def _run_cells(
+    plan: BenchPlan, text: bytes, on_progress: Callable[[str, int], None]
+) -> dict[str, Any]:
+    """Return peak, checks and rows of all modes."""
     checks = []
     for spec in plan.models:
         if not spec.is_peer:
@@ -128,7 +174,7 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
             check = check_model if spec.compiler is None else check_compiled
             checks += check(spec, seed=plan.seed, device=plan.device)
     setting = Setting(
-        text=load_text(plan.count_text_bytes()),
+        text=text,
         seed=plan.seed,
         device=plan.device,
         num_threads=torch.get_num_threads(),
@@ -142,12 +188,7 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
     for row in rows:
         _add_floor(row, peak.flops_per_s)
     return {
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "rounds": plan.num_rounds,
-        "budget_s": plan.budget_s,
         "matmul_peak_flops_per_s": peak.flops_per_s,
-        "models": [_describe(spec) for spec in plan.models],
         "checks": [asdict(check) for check in checks],
         "rows": rows,
     }

@@ -55,13 +55,15 @@ def choose_batch_size(mode: str, num_tokens: int, batch_size: int | None) -> int
     return max(1, TOKENS_PER_BATCH // num_tokens) if batch_size is None else batch_size
 
 
-def load_text(num_bytes: int) -> bytes:
-    """Return the first bytes of the standard library's sources, repeated where it is shorter.
+def load_text(num_bytes: int, data: str | None = None) -> bytes:
+    """Return the first bytes of a corpus, repeated where it is shorter.
 
     Args:
         num_bytes: how many.
+        data: as for ``load_corpus``, whose training split it is; ``None`` is the standard
+            library's sources.
     """
-    stream = load_corpus("pystdlib").train
+    stream = load_corpus(data or "pystdlib").train
     text = stream.read(0, min(num_bytes, len(stream))).tobytes()
     return (text * -(-num_bytes // len(text)))[:num_bytes]
 

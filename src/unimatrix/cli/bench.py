@@ -1,6 +1,6 @@
 """``unimatrix bench``: speed and bytes of presets beside the models of other libraries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +21,7 @@ from unimatrix.field_types import NOTHING
 if TYPE_CHECKING:
     from unimatrix.bench.run import BenchPlan
 
-_MODES = ("train", "forward", "prefill", "decode", "step")
+_MODES = ("train", "forward", "prefill", "decode", "step", "automaton", "start")
 _PRESETS = ("core", "sparsepointer", "unimatrix")
 _PEERS = ("llama", "mamba2", "rwkv")
 _GPU_PEERS = ("gla", "gated-deltanet")
@@ -38,8 +38,9 @@ def run(
         typer.Option(
             "--mode",
             help="What to time: train (a step: forward, backward, AdamW), forward, prefill, decode "
-            "(a token through generate) or step (a token through forward). Repeatable. "
-            "[default: all]",
+            "(a token through generate), step (a token through forward), automaton (the suffix "
+            "automaton alone, at the two greatest lengths) or start (a new process up to its first "
+            "tokens). Repeatable. [default: all]",
         ),
     ] = None,
     length: Annotated[
@@ -81,6 +82,14 @@ def run(
             metavar="FIELD=VALUE",
             help="Change a field of every model's configuration, such as hidden_size=512; peers "
             "take the sizes. Repeatable.",
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="CORPUS",
+            help="What is read: a named corpus, file, folder or glob. [default: pystdlib]",
         ),
     ] = None,
     rounds: Annotated[
@@ -140,6 +149,7 @@ def run(
         "seed": seed or 0,
         "device": place,
         "num_threads": threads,
+        "text": text,
     }
     plan = _make_plan(
         names, _choose_presets(preset), assignments or [], settings, compiles=compile_steps
@@ -200,13 +210,15 @@ def _make_plan(
     *,
     compiles: bool,
 ) -> "BenchPlan":
-    """Return what to time; every configuration is made once, so that a bad one is refused first."""
+    """Return what to time; configurations are made and the text is opened, to refuse bad ones."""
     from unimatrix.bench.models import COMPILER, BenchModel
-    from unimatrix.bench.run import BenchPlan
+    from unimatrix.bench.run import ALONE, BenchPlan
+    from unimatrix.bench.workloads import load_text
 
     overrides = parse_overrides(assignments)
     chosen = [*presets, *names["peers"]]
-    if not chosen or not names["modes"]:
+    needs_model = any(mode != "automaton" for mode in names["modes"])
+    if not names["modes"] or (needs_model and not chosen):
         raise InputError("nothing is left to time; name a --mode, and a --preset or a --peer")
     models = [BenchModel(name=name, overrides=overrides) for name in chosen]
     if compiles:
@@ -219,7 +231,10 @@ def _make_plan(
         ]
     for model in models:
         model.make_config()
-    return BenchPlan(modes=names["modes"], models=models, **settings)
+    load_text(1, settings["text"])
+    modes = [mode for mode in names["modes"] if mode not in ALONE]
+    alone = [mode for mode in names["modes"] if mode in ALONE]
+    return BenchPlan(modes=modes, alone=alone, models=models, **settings)
 
 
 def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
@@ -229,6 +244,7 @@ def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
 
     from unimatrix.bench.equivalence import EquivalenceError
     from unimatrix.bench.run import run_bench
+    from unimatrix.bench.starts import StartError
     from unimatrix.checkpoints import hide_progress
     from unimatrix.reports.bench_plots import write_bench_plots
     from unimatrix.run_folder import create_run_folder, describe_run, write_record
@@ -246,13 +262,14 @@ def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
 
         try:
             result = run_bench(plan, show)
-        except EquivalenceError as error:
+        except (EquivalenceError, StartError) as error:
             progress.stop()
             log.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(1) from None
     if out is not None:
         write_record(out, {**start, "seed": plan.seed, "results": result})
-        write_bench_plots(result["rows"], out)
+        if result["rows"]:
+            write_bench_plots(result["rows"], out)
     return result
 
 
@@ -262,34 +279,47 @@ def _render(result: dict[str, Any]) -> str:
 
     from unimatrix.bench.workloads import MODES
     from unimatrix.cli.terminal import to_text
-    from unimatrix.reports.bench_tables import SHORT_HEADER, describe_rows, drop_empty_columns
+    from unimatrix.reports.bench_tables import (
+        SHORT_HEADER,
+        describe_automaton,
+        describe_rows,
+        describe_starts,
+        drop_empty_columns,
+    )
 
-    gigaflops = result["matmul_peak_flops_per_s"] / 1e9
-    errors = [check["error"] for check in result["checks"]]
-    checked = f"; {len(errors)} fast paths within {max(errors):.0e} of theirs" if errors else ""
-    parts: list[Any] = [
-        f"float32, dropout 0, {result['threads']} threads; matmul peak {gigaflops:,.0f} GFLOP/s"
-        + checked
-    ]
-    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
-        chosen = [row for row in result["rows"] if row["mode"] == mode]
-        header, lines = drop_empty_columns(SHORT_HEADER, describe_rows(chosen))
+    head = f"float32, dropout 0, {result['threads']} threads"
+    if result["matmul_peak_flops_per_s"] is not None:
+        head += f"; matmul peak {result['matmul_peak_flops_per_s'] / 1e9:,.0f} GFLOP/s"
+    if errors := [check["error"] for check in result["checks"]]:
+        head += f"; {len(errors)} fast paths within {max(errors):.0e} of theirs"
+    parts: list[Any] = [head]
+
+    def add_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for index, column in enumerate(header):
             table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for cells in lines:
             table.add_row(*cells)
-        parts += ["", f"[bold]{MODES[mode].title}[/]", table]
+        parts.extend(["", f"[bold]{title}[/]", table])
+
+    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
+        chosen = [row for row in result["rows"] if row["mode"] == mode]
+        add_table(MODES[mode].title, *drop_empty_columns(SHORT_HEADER, describe_rows(chosen)))
+    if "automaton" in result:
+        add_table("suffix automaton, one thread", *describe_automaton(result["automaton"]))
+    if "start" in result:
+        title = "new process, seconds beyond importing torch and transformers"
+        add_table(title, *describe_starts(result["start"]))
     reasons = [
         f"skipped: {row['mode']}, {row['model']} at {row['num_tokens']:,}: {row['skipped']}"
         for row in result["rows"]
         if row["skipped"]
     ]
-    parts += [
-        "",
-        "ms: median of n interleaved rounds; /Llama, /first: median over rounds of the ratio to "
-        "the Llama and to the shortest length; floor: ms of the arithmetic at the matmul peak; "
-        "peak: bytes of a process, net; state: bytes carried on by one sequence",
-        *reasons,
-    ]
+    if result["rows"]:
+        legend = (
+            "ms: median of n interleaved rounds; /Llama, /first: median over rounds of the ratio "
+            "to the Llama and to the shortest length; floor: ms of the arithmetic at the matmul "
+            "peak; peak: bytes of a process, net; state: bytes carried on by one sequence"
+        )
+        parts += ["", legend, *reasons]
     return to_text(*parts)

@@ -70,6 +70,44 @@ def _describe_row(row: Row) -> list[str]:
     ]
 
 
+def describe_automaton(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of what ``time_automaton`` returns."""
+    header = ["text", "tokens", "ms", "range", "n", "M bytes/s", "bytes a token"]
+    lines = [
+        [
+            row["text"],
+            f"{row['num_tokens']:,}",
+            _format_ms(row["median_ms"]),
+            f"{_format_ms(row['fastest_ms'])}-{_format_ms(row['slowest_ms'])}",
+            str(row["rounds"]),
+            f"{row['bytes_per_s'] / 1e6:.3g}",
+            f"{row['state_bytes_per_token']:.1f}",
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
+def describe_starts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of what ``time_starts`` returns."""
+    header = ["model", "libraries", "1st token", "range", "n", "2nd token", "1st, first ever"]
+    header.append("2nd, first ever")
+    lines = [
+        [
+            row["model"],
+            f"{row['libraries_s']:.2f}",
+            f"{row['first_token_s']:.2f}",
+            f"{row['fastest_s']:.2f}-{row['slowest_s']:.2f}",
+            str(row["rounds"]),
+            f"{row['second_token_s']:.2f}",
+            f"{row['first_ever_first_token_s']:.2f}",
+            f"{row['first_ever_second_token_s']:.2f}",
+        ]
+        for row in rows
+    ]
+    return header, lines
+
+
 def tabulate_mode(
     runs: Mapping[str, Sequence[Row]], mode: str
 ) -> tuple[list[str], list[list[str]]]:

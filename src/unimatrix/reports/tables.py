@@ -13,7 +13,12 @@ from typing import Any
 
 from unimatrix.compare.recipe import DEFAULT_COMPARISON
 from unimatrix.errors import InputError, suggest
-from unimatrix.reports.bench_tables import summarize_speed, tabulate_mode
+from unimatrix.reports.bench_tables import (
+    describe_automaton,
+    describe_starts,
+    summarize_speed,
+    tabulate_mode,
+)
 from unimatrix.reports.claims_report import CLAIMS_HEADER, tabulate_claims, tabulate_throughput
 from unimatrix.reports.compare_results import (
     TABLE_TITLES,
@@ -224,6 +229,16 @@ def _tabulate_recall(records: Mapping[str, Record]) -> str:
 def _read_bench_runs(records: Mapping[str, Record]) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of every recorded benchmark by the name of its folder."""
     return {name: record["results"]["rows"] for name, record in _select(records, "bench/").items()}
+
+
+def _tabulate_alone(
+    records: Mapping[str, Record],
+    part: str,
+    describe: Callable[[Sequence[dict[str, Any]]], tuple[list[str], list[list[str]]]],
+) -> str:
+    """Return what benchmarks timed without cells."""
+    found = [record["results"].get(part, []) for record in _select(records, "bench/").values()]
+    return _format_table(*describe([row for rows in found for row in rows]))
 
 
 def _tabulate_bench(records: Mapping[str, Record], mode: str) -> str:
@@ -483,10 +498,14 @@ def tabulate_claims_group(records: Mapping[str, Record], group: str) -> str:
 
 
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
+    "bench-automaton": functools.partial(
+        _tabulate_alone, part="automaton", describe=describe_automaton
+    ),
     "bench-decode": functools.partial(_tabulate_bench, mode="decode"),
     "bench-forward": functools.partial(_tabulate_bench, mode="forward"),
     "bench-prefill": functools.partial(_tabulate_bench, mode="prefill"),
     "bench-step": functools.partial(_tabulate_bench, mode="step"),
+    "bench-start": functools.partial(_tabulate_alone, part="start", describe=describe_starts),
     "bench-train": functools.partial(_tabulate_bench, mode="train"),
     **{
         f"claims-{group}": functools.partial(tabulate_claims_group, group=group) for group in GROUPS

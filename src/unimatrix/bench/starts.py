@@ -1,0 +1,118 @@
+"""From nothing to the first token: a new process imports, loads a checkpoint and generates."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unimatrix.bench.clock import summarize
+from unimatrix.bench.models import BenchModel
+
+_PROMPT_TOKENS = 64
+_LIMIT_S = 600.0
+# What every model here needs of the two libraries is imported first: transformers loads its parts
+# when they are asked for. The streamer is told of the prompt, then of each token.
+_SCRIPT = """
+import importlib, json, sys, time
+begun = time.perf_counter()
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+libraries = time.perf_counter()
+module, name, folder, device, num_threads, num_tokens, vocab_size = sys.argv[1:]
+torch.set_num_threads(int(num_threads))
+model = getattr(importlib.import_module(module), name).from_pretrained(folder).to(device).eval()
+model.generation_config.eos_token_id = None
+told = []
+class Streamer:
+    def put(self, ids):
+        told.append(time.perf_counter() - libraries)
+    def end(self):
+        pass
+ids = torch.arange(int(num_tokens), device=device).unsqueeze(0) % int(vocab_size)
+mask = torch.ones_like(ids)
+model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, streamer=Streamer())
+print(json.dumps({"libraries": libraries - begun, "first": told[1], "second": told[2]}))
+"""
+
+
+class StartError(RuntimeError):
+    """A new process did not get as far as its first tokens."""
+
+
+def time_starts(
+    specs: Sequence[BenchModel], *, num_rounds: int, seed: int, device: str, num_threads: int
+) -> list[dict[str, Any]]:
+    """Time new processes up to the first token of a checkpoint, the models in turn.
+
+    Args:
+        specs: presets and peers; compiled ones are left out.
+        num_rounds: processes a model, after one that compiles its kernels.
+        seed: of the weights.
+        device: cpu, cuda or mps.
+        num_threads: CPU threads.
+
+    Returns:
+        a row a model, as JSON types: seconds that torch and transformers take to import, seconds
+        from there to the first and to the second token, which is the first that continues a
+        cache, and the same of the first process ever, whose kernels are not compiled.
+
+    Raises:
+        StartError: if a process fails, with its last line.
+    """
+    specs = [spec for spec in specs if spec.compiler is None]
+    with tempfile.TemporaryDirectory() as folder:
+        # A place for its compiled kernels, where none are yet.
+        kernels = {spec.label: Path(folder) / f"kernels of {spec.label}" for spec in specs}
+        commands = {}
+        for spec in specs:
+            model = spec.build(max_tokens=_PROMPT_TOKENS + 2, seed=seed, device="cpu")
+            model.save_pretrained(Path(folder) / spec.label)
+            sizes = (num_threads, _PROMPT_TOKENS, model.config.vocab_size)
+            kind = type(model)
+            commands[spec.label] = [
+                *(sys.executable, "-c", _SCRIPT, kind.__module__, kind.__name__),
+                *(str(Path(folder) / spec.label), device, *map(str, sizes)),
+            ]
+        first_ever = {label: _run(command, kernels[label]) for label, command in commands.items()}
+        rounds: dict[str, list[dict[str, float]]] = {label: [] for label in commands}
+        for _ in range(num_rounds):
+            for label, command in commands.items():
+                rounds[label].append(_run(command, kernels[label]))
+    return [_make_row(label, first_ever[label], rounds[label]) for label in commands]
+
+
+def _run(command: list[str], kernels: Path) -> dict[str, float]:
+    """Return what a process says, whose compiled kernels are kept in a folder."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(kernels)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        raise StartError(f"a new process could not generate: {lines[-1]}")
+    said: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+def _make_row(
+    label: str, first_ever: dict[str, float], rounds: list[dict[str, float]]
+) -> dict[str, Any]:
+    """Return a model's row."""
+    libraries, first, second = (
+        summarize([said[name] for said in rounds]) for name in ("libraries", "first", "second")
+    )
+    return {
+        "model": label,
+        "rounds": first.rounds,
+        "libraries_s": libraries.median,
+        "first_token_s": first.median,
+        "fastest_s": first.fastest,
+        "slowest_s": first.slowest,
+        "second_token_s": second.median,
+        "first_ever_first_token_s": first_ever["first"],
+        "first_ever_second_token_s": first_ever["second"],
+    }

@@ -1,0 +1,47 @@
+"""New processes up to their first tokens."""
+
+import pytest
+
+from unimatrix.bench import starts
+from unimatrix.bench.models import BenchModel
+from unimatrix.bench.starts import StartError, time_starts
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+HERE = {"num_rounds": 1, "seed": 0, "device": "cpu", "num_threads": 1}
+
+
+def test_a_process_tells_when_its_tokens_came() -> None:
+    """A model of another library, which has no kernels to compile."""
+    (row,) = time_starts([BenchModel(name="llama", overrides=SIZES)], **HERE)
+    assert (row["model"], row["rounds"]) == ("llama", 1)
+    assert row["libraries_s"] > 0
+    assert 0 < row["fastest_s"] == row["first_token_s"] == row["slowest_s"]
+    assert row["first_token_s"] < row["second_token_s"]
+    assert 0 < row["first_ever_first_token_s"] < row["first_ever_second_token_s"]
+
+
+def test_models_take_turns_each_with_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def run(command, kernels) -> dict[str, float]:
+        seen.append((command[4], kernels.name))
+        return {"libraries": 2.0, "first": float(len(seen)), "second": len(seen) + 0.5}
+
+    monkeypatch.setattr(starts, "_run", run)
+    specs = [
+        BenchModel(name="core", overrides=SIZES),
+        BenchModel(name="core", overrides=SIZES, compiler="aot_eager"),
+        BenchModel(name="llama", overrides=SIZES),
+    ]
+    ours, theirs = time_starts(specs, **HERE | {"num_rounds": 3})
+    mine = ("UniMatrixForCausalLM", "kernels of core")
+    assert seen == 4 * [mine, ("LlamaForCausalLM", "kernels of llama")]
+    assert (ours["first_ever_first_token_s"], theirs["first_ever_second_token_s"]) == (1.0, 2.5)
+    assert (ours["first_token_s"], ours["fastest_s"], ours["slowest_s"]) == (5.0, 3.0, 7.0)
+    assert (theirs["second_token_s"], theirs["libraries_s"]) == (6.5, 2.0)
+
+
+def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starts, "_SCRIPT", "raise ValueError('no room')")
+    with pytest.raises(StartError, match=r"could not generate: ValueError: no room"):
+        time_starts([BenchModel(name="llama", overrides=SIZES)], **HERE)
