@@ -43,12 +43,26 @@ def _spread(builder: Any, value: Any, vector: Any) -> Any:
 
 @intrinsic
 def pointer(_: Any, array: Any, offset: Any) -> Any:
-    """Return the address of ``array[offset]``; passing it on counts no reference."""
+    """Return the address of ``array[offset]``; passing it on counts no reference.
+
+    An array that the function itself made is freed behind the last mention of its name, pointers
+    or not: where that is before their last use, ``keep`` it.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
 
     return types.CPointer(array.dtype)(array, types.intp), generate
+
+
+@intrinsic
+def keep(_: Any, array: Any) -> Any:
+    """Do nothing; until here the array lives, and pointers into it hold."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), generate
 
 
 @intrinsic

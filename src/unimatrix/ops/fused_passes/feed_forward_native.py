@@ -36,6 +36,7 @@ from unimatrix.ops.fused_passes.tiles_native import (
 from unimatrix.ops.lanes_native import (
     OPTIONS,
     at,
+    keep,
     load,
     minus,
     plus,
@@ -137,6 +138,7 @@ def _apply_spans(
                     sums = plus(sums, load(down_bias, j, form.lanes))
                 store(target, row * D + j, sums)
         multiply(form.lanes, a, a_row, 1, down_across, F * W, W, target, D, rows, D, F, True)
+    keep(scratch)
 
 
 @numba.njit(cache=True, **OPTIONS)
@@ -182,6 +184,7 @@ def _backward_spans(
             normalize_tile_backward(
                 form, dh, units, inverses, rows, D, scale, pointer(dx, start * D), dscale, dshift,
             )  # fmt: skip
+    keep(scratch)
 
 
 class FeedForwardSizes(NamedTuple):

@@ -22,6 +22,7 @@ from unimatrix.ops.lanes_native import (
     OPTIONS,
     at,
     exponential,
+    keep,
     larger,
     largest,
     load,
@@ -158,6 +159,7 @@ def _score_spans(
                     pointer(grads, span * vocab * D), D, vocab, D, rows, True,
                 )  # fmt: skip
         sums[2 * span], sums[2 * span + 1] = nats, num_strange
+    keep(scratch)
 
 
 def run_head(

@@ -16,7 +16,18 @@ from torch.autograd.function import once_differentiable
 from unimatrix.ops.fused_passes.gated_sum_native import squash
 from unimatrix.ops.fused_passes.pass_weights import PassWeights, join_weights, order_panels
 from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, needs_gradient, sum_spans
-from unimatrix.ops.lanes_native import OPTIONS, at, load, minus, plus, pointer, store, times, zeros
+from unimatrix.ops.lanes_native import (
+    OPTIONS,
+    at,
+    keep,
+    load,
+    minus,
+    plus,
+    pointer,
+    store,
+    times,
+    zeros,
+)
 from unimatrix.ops.products_native import LANES, multiply
 from unimatrix.ops.threads import run_rows
 
@@ -91,6 +102,7 @@ def _apply_spans(
                     store(gates, place, share)
                     mixed = plus(mixed, times(share, load(contexts[n], row * D + j, lanes)))
                 store(target, row * D + j, mixed)
+    keep(scratch)
 
 
 @numba.njit(cache=True, **OPTIONS)
@@ -147,6 +159,7 @@ def _backward_spans(
                 lanes, dprojected, D, 1, out_panels, D * W, W,
                 pointer(dreadout, start * R), R, rows, R, D, False,
             )  # fmt: skip
+    keep(scratch)
 
 
 def _plan(h: Tensor, weights: PassWeights) -> tuple[int, int, tuple[int, ...]]:

@@ -32,6 +32,7 @@ from unimatrix.ops.lanes_native import (
     OPTIONS,
     at,
     exponential,
+    keep,
     load,
     minus,
     over,
@@ -207,6 +208,7 @@ def _apply_spans(
         if len(form.squashed):
             for i in range(rows):
                 _squash(lanes, pointer(vectors, (position + i) * stride), V)
+    keep(scratch)
 
 
 @numba.njit(cache=True, **OPTIONS)
@@ -319,6 +321,7 @@ def _backward_spans(
                 form, within, at(units, num_before * D), at(inverses, min(num_before, start)),
                 rows, D, scale, target, dscale, dshift,
             )  # fmt: skip
+    keep(scratch)
 
 
 def _plan(

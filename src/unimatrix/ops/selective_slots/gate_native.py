@@ -11,7 +11,18 @@ from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.fused_passes.normal_native import find_normal_density, integrate_normal
 from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, sum_spans
-from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, pointer, store, times, total, zeros
+from unimatrix.ops.lanes_native import (
+    OPTIONS,
+    at,
+    keep,
+    load,
+    plus,
+    pointer,
+    store,
+    times,
+    total,
+    zeros,
+)
 from unimatrix.ops.products_native import LANES
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 from unimatrix.ops.threads import run_rows
@@ -55,6 +66,7 @@ def _weigh_rows(
             logits[row * N + n] = logit
             code = np.rint(logit * CODES_PER_NAT)
             codes[row * N + n] = int(min(max(code, MIN_CODE), MAX_CODE))
+    keep(activations)
 
 
 @numba.njit(cache=True, **OPTIONS)
