@@ -158,8 +158,8 @@ def _run_probe(sender: Connection, cell: Cell, setting: Setting) -> None:
     gc.freeze()
     logging.set_verbosity_error()
     torch.set_num_threads(setting.num_threads)
-    if setting.device == "cpu":
-        keep_freed_memory()
+    if setting.device == "cpu" and cell.mode == "train":
+        keep_freed_memory()  # as ``training`` does, and nothing else
     try:
         with _limit_bytes(setting.device) as available:
             _measure(sender, cell, setting)

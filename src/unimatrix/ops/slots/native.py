@@ -176,7 +176,9 @@ def _allocate_rows(
             key, query = query, 1 - query
             match, closest = -1, -np.inf
             if writes[b, t]:
-                if t > 0 and reads[b, t - 1] and _equal(queries[b], t - 1, keys[b], entry):
+                repeats = t > 0 and reads[b, t - 1]
+                repeats = repeats and query_norms[b, t - 1, 0] == key_norms[b, entry, 0]
+                if repeats and _equal(queries[b], t - 1, keys[b], entry):
                     if written >= 0:  # under the key that stands where the query will
                         cosines[key, written] = _dot(units, 0, units, 1)
                 else:
