@@ -14,12 +14,14 @@ on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs g
 # Pages that the system had to bring when 64 MB were asked for, filled and freed once more.
 _COUNT_FAULTS = """
 import ctypes, resource, sys
-from unimatrix.allocator import keep_freed_memory
+from unimatrix.allocator import give_freed_memory_back, keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
+if sys.argv[1] == "give":
+    assert keep_freed_memory() and give_freed_memory_back()
 def take():
     place = libc.malloc(2**26)
     ctypes.memset(place, 1, 2**26)
@@ -41,13 +43,14 @@ def test_memory_that_was_freed_is_used_again() -> None:
     given_back = count_faults("default")
     assert given_back >= 16  # in huge pages; 16,384 in small ones
     assert count_faults("keep") < given_back / 4
+    assert count_faults("give") >= 16
 
 
 @on_glibc
 def test_telling_twice_is_as_good_as_once() -> None:
     code = (
-        "from unimatrix.allocator import keep_freed_memory as k; assert k() is k() is True;"
-        "assert k.cache_info().misses == 1"
+        "from unimatrix.allocator import keep_freed_memory as k, give_freed_memory_back as g;"
+        "assert k() is k() is g() is g() is True"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -58,4 +61,6 @@ def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch, error) -> No
         raise error("no library of the process")
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert allocator.keep_freed_memory.__wrapped__() is False
+    monkeypatch.setattr(allocator, "_find_mallopt", allocator._find_mallopt.__wrapped__)
+    assert allocator.keep_freed_memory() is False
+    assert allocator.give_freed_memory_back() is False

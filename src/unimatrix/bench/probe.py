@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from unimatrix.allocator import keep_freed_memory
+from unimatrix.allocator import give_freed_memory_back, keep_freed_memory
 from unimatrix.bench.clock import time_once
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peak_bytes import measure_peak_bytes
@@ -159,7 +159,9 @@ def _run_probe(sender: Connection, cell: Cell, setting: Setting) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(setting.num_threads)
     if setting.device == "cpu" and cell.mode == "train":
-        keep_freed_memory()  # as ``training`` does, and nothing else
+        keep_freed_memory()  # as ``training`` does
+    else:
+        give_freed_memory_back()
     try:
         with _limit_bytes(setting.device) as available:
             _measure(sender, cell, setting)
