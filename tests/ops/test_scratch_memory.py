@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# With this threshold glibc takes every block of 16 KiB from the system and gives it back at once, so
-# that a kernel that lets go of its scratch too early touches memory that is not there.
+# With this threshold glibc takes every block of 16 KiB from the system and gives it back at once: a
+# kernel that lets go of its scratch too early touches memory that is not there.
 _SCRIPT = """
 import ctypes
 libc = ctypes.CDLL(None)
