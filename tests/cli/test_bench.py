@@ -40,7 +40,7 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--length", 8, "--length", 8], ["--length 8, 8", "name each once"]),
         (["--preset", "none", "--peer", "none"], ["nothing is left to time"]),
         (["--mode", "start", "--preset", "none", "--peer", "none"], ["nothing is left to time"]),
-        (["--mode", "automaton", "--text", "nowhere.txt"], ["'nowhere.txt' is no file"]),
+        (["--mode", "automaton", "--data", "nowhere.txt"], ["'nowhere.txt' is no file"]),
         (["--compile", "--preset", "none"], ["--compile is for train steps of presets"]),
         (["--compile", "--mode", "forward"], ["--compile is for train steps of presets"]),
         (["--set", "hidden_sizes=3"], ["hidden_sizes", "Did you mean 'hidden_size'"]),
@@ -66,7 +66,7 @@ def test_automaton_and_starts_need_no_cells(
     text.write_text("to be or not to be, that is the question. " * 50)
     answer = run_command(
         "bench", "--mode", "start", "--mode", "automaton", "--length", 64, "--length", 32,
-        "--text", text, "--preset", "core", "--peer", "none", "--out", out, *QUICKLY,
+        "--data", text, "--preset", "core", "--peer", "none", "--out", out, *QUICKLY,
     )  # fmt: skip
     assert answer.exit_code == 0, answer.stderr
     lines = answer.text.splitlines()

@@ -87,7 +87,7 @@ def run(
     text: Annotated[
         str | None,
         typer.Option(
-            "--text",
+            "--data",
             metavar="CORPUS",
             help="What is read: a named corpus, file, folder or glob. [default: pystdlib]",
         ),
