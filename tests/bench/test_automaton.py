@@ -9,7 +9,7 @@ from unimatrix.bench.equivalence import EquivalenceError
 
 
 def test_every_text_and_length_has_a_row() -> None:
-    rows = time_automaton(b"to be or not to be. " * 20, [64, 256], 2)
+    rows = time_automaton(b"to be or not to be. " * 20, [64, 256], num_rounds=2, budget_s=9.0)
     texts = ["text", "one byte", "Fibonacci word", "de Bruijn", "random bytes"]
     assert [(row["num_tokens"], row["text"]) for row in rows] == [
         (length, text) for length in (64, 256) for text in texts
@@ -42,5 +42,5 @@ def test_a_wrong_prediction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(automaton, "predict_from_suffix", predict_wrongly)
     with pytest.raises(EquivalenceError, match="suffix automaton: predictions on text differ"):
-        time_automaton(b"abcabc" * 20, [100], 1)
+        time_automaton(b"abcabc" * 20, [100], num_rounds=1, budget_s=9.0)
     assert torch.equal(predict(torch.tensor([[1, 2, 1]]))[0][0], torch.tensor([[-1, -1, 2]]))

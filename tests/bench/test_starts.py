@@ -7,7 +7,7 @@ from unimatrix.bench.models import BenchModel
 from unimatrix.bench.starts import StartError, time_starts
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-HERE = {"num_rounds": 1, "seed": 0, "device": "cpu", "num_threads": 1}
+HERE = {"num_rounds": 1, "budget_s": 60.0, "seed": 0, "device": "cpu", "num_threads": 1}
 
 
 def test_a_process_tells_when_its_tokens_came() -> None:
@@ -25,7 +25,8 @@ def test_models_take_turns_each_with_kernels_of_its_own(monkeypatch: pytest.Monk
 
     def run(command, kernels) -> dict[str, float]:
         seen.append((command[4], kernels.name))
-        return {"libraries": 2.0, "first": float(len(seen)), "second": len(seen) + 0.5}
+        said = {"libraries": 2.0, "first": float(len(seen)), "second": len(seen) + 0.5}
+        return said | {"whole": 4.0}
 
     monkeypatch.setattr(starts, "_run", run)
     specs = [
@@ -41,7 +42,22 @@ def test_models_take_turns_each_with_kernels_of_its_own(monkeypatch: pytest.Monk
     assert (theirs["second_token_s"], theirs["libraries_s"]) == (6.5, 2.0)
 
 
+def test_a_budget_is_kept_and_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"libraries": 2.0, "first": 1.0, "second": 1.5, "whole": 4.0}
+    monkeypatch.setattr(starts, "_run", lambda command, kernels: said)
+    specs = [BenchModel(name=name, overrides=SIZES) for name in ("core", "gla")]
+    ours, theirs = time_starts(specs, **HERE | {"num_rounds": 20, "budget_s": 9.0})
+    assert (ours["skipped"], ours["rounds"]) == (None, 2)
+    assert theirs["model"] == "gla"
+    assert "CUDA device only" in theirs["skipped"]
+
+
 def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [BenchModel(name="llama", overrides=SIZES)]
     monkeypatch.setattr(starts, "_SCRIPT", "raise ValueError('no room')")
     with pytest.raises(StartError, match=r"could not generate: ValueError: no room"):
-        time_starts([BenchModel(name="llama", overrides=SIZES)], **HERE)
+        time_starts(specs, **HERE)
+    monkeypatch.setattr(starts, "_SCRIPT", "import time; time.sleep(60)")
+    monkeypatch.setattr(starts, "_LIMIT_S", 0.1)
+    with pytest.raises(StartError, match=r"took longer than 0.1 s"):
+        time_starts(specs, **HERE)

@@ -60,8 +60,9 @@ def test_automaton_and_starts_need_no_cells(
 ) -> None:
     names = ("libraries_s", "first_token_s", "fastest_s", "slowest_s", "second_token_s")
     names += ("first_ever_first_token_s", "first_ever_second_token_s")
-    row = {"model": "core", "rounds": 3} | dict.fromkeys(names, 0.25)
-    monkeypatch.setattr(run, "time_starts", lambda specs, **_: [row] * len(specs))
+    row = {"model": "core", "skipped": None, "rounds": 3} | dict.fromkeys(names, 0.25)
+    monkeypatch.setattr(run, "time_starts", lambda specs, **_: [row, skipped])
+    skipped = {"model": "gla", "skipped": "it needs a GPU"}
     text, out = tmp_path / "text.txt", tmp_path / "run"
     text.write_text("to be or not to be, that is the question. " * 50)
     answer = run_command(
@@ -72,10 +73,12 @@ def test_automaton_and_starts_need_no_cells(
     lines = answer.text.splitlines()
     assert lines[0] == "float32, dropout 0, 1 threads"
     assert sum(line.startswith("Fibonacci word") for line in lines) == 2
-    assert lines[-1].split() == ["core", "0.25", "0.25", "0.25-0.25", "3", "0.25", "0.25", "0.25"]
+    assert lines[-1] == "skipped: start, gla: it needs a GPU"
+    assert lines[-2].split() == ["gla", "skipped"]
+    assert lines[-3].split() == ["core", "0.25", "0.25", "0.25-0.25", "3", "0.25", "0.25", "0.25"]
     assert all(len(line) <= 100 for line in lines)
     results = json.loads((out / "record.json").read_text(encoding="utf-8"))["results"]
-    assert (results["rows"], results["text"], results["start"]) == ([], str(text), [row])
+    assert (results["rows"], results["text"], results["start"]) == ([], str(text), [row, skipped])
     assert [path.name for path in out.iterdir()] == ["record.json"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimatrix.bench.clock import Workload, summarize, time_interleaved
+from unimatrix.bench.clock import Workload, choose_rounds, summarize, time_interleaved, time_once
 from unimatrix.bench.equivalence import EquivalenceError
 from unimatrix.bench.workloads import count_cache_bytes, cut_rows
 from unimatrix.ops.suffix_automaton import predict_from_suffix
@@ -61,13 +61,16 @@ _WORST: Mapping[str, Callable[[int], Tensor]] = {
 }
 
 
-def time_automaton(text: bytes, lengths: list[int], num_rounds: int) -> list[dict[str, Any]]:
+def time_automaton(
+    text: bytes, lengths: list[int], *, num_rounds: int, budget_s: float
+) -> list[dict[str, Any]]:
     """Time the suffix automaton without a window on one stream, which one thread reads.
 
     Args:
         text: at least as many bytes as the greatest length.
         lengths: T, rising.
-        num_rounds: of every text and length.
+        num_rounds: of every text and length, if they fit the budget.
+        budget_s: seconds that all rounds of a text and length may take.
 
     Returns:
         a row a text and length, as JSON types: seconds, bytes a second, and the bytes a token of
@@ -90,7 +93,11 @@ def time_automaton(text: bytes, lengths: list[int], num_rounds: int) -> list[dic
         key: Workload(functools.partial(_pass_on, ids), predict_from_suffix)
         for key, ids in streams.items()
     }
-    seconds = time_interleaved(workloads, dict.fromkeys(streams, num_rounds), device="cpu")
+    rounds = {
+        key: choose_rounds(num_rounds, budget_s, time_once(workload, "cpu"))
+        for key, workload in workloads.items()
+    }
+    seconds = time_interleaved(workloads, rounds, device="cpu")
     rows = []
     for (name, length), ids in streams.items():
         spread = summarize(seconds[name, length])

@@ -89,6 +89,17 @@ def time_interleaved(
     return seconds
 
 
+def choose_rounds(num_rounds: int, budget_s: float, run_s: float) -> int:
+    """Return as many rounds as are wanted and fit the budget, at least one.
+
+    Args:
+        num_rounds: wanted.
+        budget_s: seconds that all of them may take.
+        run_s: seconds of one.
+    """
+    return min(num_rounds, max(1, int(budget_s / max(run_s, 1e-9))))
+
+
 def summarize(seconds: list[float]) -> Spread:
     """Return median and range of at least one round."""
     return Spread(statistics.median(seconds), min(seconds), max(seconds), len(seconds))

@@ -13,7 +13,14 @@ from transformers.utils import logging
 from unimatrix.allocator import keep_freed_memory
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, count_model
 from unimatrix.bench.automaton import time_automaton
-from unimatrix.bench.clock import Spread, Workload, compare_rounds, summarize, time_interleaved
+from unimatrix.bench.clock import (
+    Spread,
+    Workload,
+    choose_rounds,
+    compare_rounds,
+    summarize,
+    time_interleaved,
+)
 from unimatrix.bench.equivalence import check_compiled, check_model
 from unimatrix.bench.matmul_peak import MatmulPeak
 from unimatrix.bench.models import BenchModel
@@ -150,12 +157,15 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
     num_cells = len(result["rows"])
     if "automaton" in plan.alone:
         on_progress("timing the suffix automaton", num_cells)
-        result["automaton"] = time_automaton(text, list(plan.lengths)[-2:], plan.num_rounds)
+        result["automaton"] = time_automaton(
+            text, list(plan.lengths)[-2:], num_rounds=plan.num_rounds, budget_s=plan.budget_s
+        )
     if "start" in plan.alone:
         on_progress("timing new processes", num_cells)
         result["start"] = time_starts(
             plan.models,
             num_rounds=plan.num_rounds,
+            budget_s=plan.budget_s,
             seed=plan.seed,
             device=plan.device,
             num_threads=torch.get_num_threads(),
@@ -268,7 +278,7 @@ def _time_group(
         if found[_name(cell)].failure is None
     }
     num_rounds = {
-        key: min(plan.num_rounds, max(1, int(plan.budget_s / max(one.probe.run_s, 1e-9))))
+        key: choose_rounds(plan.num_rounds, plan.budget_s, one.probe.run_s)
         for key, one in ready.items()
     }
     flushing = flush_denormals() if group[0].mode == "train" else contextlib.nullcontext()

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unimatrix.bench.clock import summarize
+from unimatrix.bench.clock import choose_rounds, summarize
 from unimatrix.bench.models import BenchModel
 
 _PROMPT_TOKENS = 64
@@ -44,31 +45,42 @@ class StartError(RuntimeError):
 
 
 def time_starts(
-    specs: Sequence[BenchModel], *, num_rounds: int, seed: int, device: str, num_threads: int
+    specs: Sequence[BenchModel],
+    *,
+    num_rounds: int,
+    budget_s: float,
+    seed: int,
+    device: str,
+    num_threads: int,
 ) -> list[dict[str, Any]]:
     """Time new processes up to the first token of a checkpoint, the models in turn.
 
     Args:
         specs: presets and peers; compiled ones are left out.
-        num_rounds: processes a model, after one that compiles its kernels.
+        num_rounds: processes a model, after one that compiles its kernels, if they fit the budget.
+        budget_s: seconds that all processes of a model may take.
         seed: of the weights.
         device: cpu, cuda or mps.
         num_threads: CPU threads.
 
     Returns:
-        a row a model, as JSON types: seconds that torch and transformers take to import, seconds
-        from there to the first and to the second token, which is the first that continues a
-        cache, and the same of the first process ever, whose kernels are not compiled.
+        a row a model, as JSON types: why it cannot run here; or seconds that torch and transformers
+        take to import, seconds from there to the first and to the second token, which is the first
+        that continues a cache, and the same of the first process ever, whose kernels are not
+        compiled.
 
     Raises:
         StartError: if a process fails, with its last line.
     """
     specs = [spec for spec in specs if spec.compiler is None]
+    absences = {spec.label: spec.explain_absence(_PROMPT_TOKENS + 2, device) for spec in specs}
     with tempfile.TemporaryDirectory() as folder:
         # A place for its compiled kernels, where none are yet.
         kernels = {spec.label: Path(folder) / f"kernels of {spec.label}" for spec in specs}
         commands = {}
         for spec in specs:
+            if absences[spec.label] is not None:
+                continue
             model = spec.build(max_tokens=_PROMPT_TOKENS + 2, seed=seed, device="cpu")
             model.save_pretrained(Path(folder) / spec.label)
             sizes = (num_threads, _PROMPT_TOKENS, model.config.vocab_size)
@@ -78,24 +90,34 @@ def time_starts(
                 *(str(Path(folder) / spec.label), device, *map(str, sizes)),
             ]
         first_ever = {label: _run(command, kernels[label]) for label, command in commands.items()}
-        rounds: dict[str, list[dict[str, float]]] = {label: [] for label in commands}
-        for _ in range(num_rounds):
+        rounds = {label: [_run(command, kernels[label])] for label, command in commands.items()}
+        for index in range(1, num_rounds):
             for label, command in commands.items():
-                rounds[label].append(_run(command, kernels[label]))
-    return [_make_row(label, first_ever[label], rounds[label]) for label in commands]
+                if index < choose_rounds(num_rounds, budget_s, rounds[label][0]["whole"]):
+                    rounds[label].append(_run(command, kernels[label]))
+    return [
+        {"model": label, "skipped": absence}
+        if absence is not None
+        else _make_row(label, first_ever[label], rounds[label])
+        for label, absence in absences.items()
+    ]
 
 
 def _run(command: list[str], kernels: Path) -> dict[str, float]:
-    """Return what a process says, whose compiled kernels are kept in a folder."""
+    """Return what a process says and how long it took, its compiled kernels kept in a folder."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(kernels)}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
-    )
+    begun = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise StartError(f"a new process took longer than {_LIMIT_S:g} s") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
         raise StartError(f"a new process could not generate: {lines[-1]}")
     said: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return said
+    return said | {"whole": time.perf_counter() - begun}
 
 
 def _make_row(
@@ -107,6 +129,7 @@ def _make_row(
     )
     return {
         "model": label,
+        "skipped": None,
         "rounds": first.rounds,
         "libraries_s": libraries.median,
         "first_token_s": first.median,

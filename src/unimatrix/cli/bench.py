@@ -315,11 +315,17 @@ def _render(result: dict[str, Any]) -> str:
         for row in result["rows"]
         if row["skipped"]
     ]
+    reasons += [
+        f"skipped: start, {row['model']}: {row['skipped']}"
+        for row in result.get("start", [])
+        if row["skipped"]
+    ]
     if result["rows"]:
         legend = (
             "ms: median of n interleaved rounds; /Llama, /first: median over rounds of the ratio "
             "to the Llama and to the shortest length; floor: ms of the arithmetic at the matmul "
             "peak; peak: bytes of a process, net; state: bytes carried on by one sequence"
         )
-        parts += ["", legend, *reasons]
+        parts += ["", legend]
+    parts += reasons
     return to_text(*parts)

@@ -93,7 +93,9 @@ def describe_starts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     header = ["model", "libraries", "1st token", "range", "n", "2nd token", "1st, first ever"]
     header.append("2nd, first ever")
     lines = [
-        [
+        [row["model"], "skipped", *[""] * (len(header) - 2)]
+        if row.get("skipped") is not None
+        else [
             row["model"],
             f"{row['libraries_s']:.2f}",
             f"{row['first_token_s']:.2f}",
