@@ -22,18 +22,6 @@ from unimatrix.ops.selective_slots.state import (
 
 
 @triton.jit
-def _take_first(found, place, PLACES: tl.constexpr):
-    """Return the lowest place where ``found`` holds, ``PLACES`` for none."""
-    return tl.min(tl.where(found, place, PLACES), 0)
-
-
-@triton.jit
-def _take(x, place, chosen):
-    """Return what stands at one place, 0 if there is no such place."""
-    return tl.sum(tl.where(place == chosen, x, 0), 0)
-
-
-@triton.jit
 def _scan_row(
     read_keys,  # [B, T, Q]
     write_keys,  # [B, T, N]
@@ -64,6 +52,10 @@ def _scan_row(
     MIN_CODE: tl.constexpr,
     ABOVE_ALL: tl.constexpr,
 ):
+    # What a write may take, in this order: its context's own place, an empty one, the weakest.
+    NUM_CODES: tl.constexpr = ABOVE_ALL + 1 - MIN_CODE
+    EMPTY: tl.constexpr = MIN_CODE - 1
+    OWN: tl.constexpr = -2 * NUM_CODES  # added to the code that is there
     b = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PLACES)
     is_slot, at = place < M, b * M + place
@@ -83,28 +75,28 @@ def _scan_row(
         token = b * T + t
         for i in range(Q):
             asked = tl.load(read_keys + token * Q + i).to(tl.int32)
-            holder = _take_first((key == asked) & (asked != NO_KEY), place, PLACES)
-            if holder < PLACES:
-                tl.store(found + token * Q + i, _take(writer, place, holder))
-                tl.store(found_codes + token * Q + i, _take(code, place, holder))
-                tl.store(found_values + token * Q + i, _take(value, place, holder))
+            # At most one place holds a context: it writes what was found, without a search.
+            holds = (key == asked) & (asked != NO_KEY)
+            place_of = token * Q + i + tl.zeros_like(place)
+            tl.store(found + place_of, writer.to(tl.int64), mask=holds)
+            tl.store(found_codes + place_of, code.to(tl.int64), mask=holds)
+            tl.store(found_values + place_of, value.to(tl.int64), mask=holds)
         new_value = tl.load(value_ids + token).to(tl.int32)
         for n in range(N):
             new_key = tl.load(write_keys + token * N + n).to(tl.int32)
             new_code = tl.load(write_codes + token * N + n).to(tl.int32)
-            holder = _take_first(key == new_key, place, PLACES)
+            rank = tl.where(key == new_key, OWN + code, tl.where(key == NO_KEY, EMPTY, code))
+            # The only reduction a token waits for: the least rank and, in its lowest bits, where.
+            least = tl.min(rank * PLACES + place, 0)
+            target = least & (PLACES - 1)
+            least = (least - target) // PLACES
             if KEEP_FIRST:
-                may_overwrite = new_code > _take(code, place, holder) + MARGIN
+                takes_own = new_code > least - OWN + MARGIN
             else:
-                may_overwrite = new_code >= _take(code, place, holder) - MARGIN
-            least = tl.min(code, 0)
-            weakest = tl.where(
-                new_code > least + MARGIN, _take_first(code == least, place, PLACES), PLACES
-            )
-            empty = _take_first(key == NO_KEY, place, PLACES)
-            target = tl.where(empty < PLACES, empty, weakest)
-            target = tl.where(holder < PLACES, tl.where(may_overwrite, holder, PLACES), target)
-            written = (place == target) & (new_key != NO_KEY)
+                takes_own = new_code >= least - OWN - MARGIN
+            takes_other = (least == EMPTY) | (new_code > least + MARGIN)
+            takes = tl.where(least < EMPTY, takes_own, takes_other) & (new_key != NO_KEY)
+            written = (place == target) & takes
             key = tl.where(written, new_key, key)
             value = tl.where(written, new_value, value)
             code = tl.where(written, new_code, code)
@@ -157,6 +149,7 @@ def scan_triton(
             NO_KEY,
             MIN_CODE,
             MAX_CODE + 1,
-            num_warps=min(8, max(1, places // 64)),
+            # One warp finds a minimum without waiting for others.
+            num_warps=min(8, max(1, places // 256)),
         )
     return SlotScan(lookup, slots, writers) if policy.bounded else SlotScan(lookup, None, None)

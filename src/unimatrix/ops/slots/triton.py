@@ -29,9 +29,9 @@ _POSITIONS = 16  # of a program that reads
 
 
 @triton.jit
-def _take_first(found, index, SIZE: tl.constexpr):
-    """Return the lowest index where ``found`` holds, ``SIZE`` for none."""
-    return tl.min(tl.where(found, index, SIZE), 0)
+def _find_largest(x):
+    """Return the largest number and where it is first."""
+    return tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _allocate_row(
     writes,  # [B, T] bool
     threshold,  # [1] float64
     initial_ages,  # [B, M] int64
-    chosen,  # [B, T, K] int64, written here as the two after it
+    chosen,  # [B, T, K] int64, written here as the two after it; holds -1
     writers,  # [B, M] int64
     ages,  # [B, M] int64
     T,
@@ -54,6 +54,7 @@ def _allocate_row(
     SLOTS: tl.constexpr,  # M and C, padded
     WIDTH: tl.constexpr,
 ):
+    OLDER_THAN_ALL: tl.constexpr = 1 << 62  # an unfilled slot
     b = tl.program_id(0).to(tl.int64)
     slot, component = tl.arange(0, SLOTS), tl.arange(0, WIDTH)
     exists, inside = slot < M, component < C
@@ -75,19 +76,15 @@ def _allocate_row(
         is_read = tl.load(reads + b * T + t).to(tl.int1)
         left = filled & is_read
         for k in range(K):
-            best = tl.max(tl.where(left, rank, -float("inf")), 0)
-            winner = _take_first(left & (rank == best), slot, SLOTS)
-            taken = tl.sum(tl.where(slot == winner, writer, 0), 0)
-            tl.store(chosen + (b * T + t) * K + k, tl.where(winner < SLOTS, taken, -1))
+            _, winner = _find_largest(tl.where(left, rank, -float("inf")))
+            at = (b * T + t) * K + k + tl.zeros_like(slot)
+            tl.store(chosen + at, writer, mask=left & (slot == winner))
             left = left & (slot != winner)
         key = tl.load(key_units + entry * C + component, mask=inside, other=0.0)
         cosine = tl.where(filled, tl.sum(held * key[None, :], 1), -float("inf"))
-        closest = tl.max(cosine, 0)
-        match = _take_first(cosine == closest, slot, SLOTS)
-        unfilled = _take_first(exists & (filled == 0), slot, SLOTS)
-        oldest = _take_first(age == tl.max(age, 0), slot, SLOTS)
-        target = tl.where(unfilled < SLOTS, unfilled, oldest)
-        target = tl.where(closest > limit, match, target)
+        closest, match = _find_largest(cosine)
+        _, free = _find_largest(tl.where(exists & (filled == 0), OLDER_THAN_ALL, age))
+        target = tl.where(closest > limit, match, free)
         is_written = tl.load(writes + b * T + t).to(tl.int1)
         written = (slot == target) & is_written
         age = tl.where(written, 0, age + (filled & is_written).to(tl.int64))
@@ -130,7 +127,7 @@ def allocate_triton(
     """
     (B, T, C), M, K = queries.shape, initial_ages.shape[1], rules.slots_per_read
     entries = prepare_entries(keys, strengths, rules.strength_floor)
-    chosen = initial_ages.new_empty(B, T, K)
+    chosen = initial_ages.new_full((B, T, K), -1)
     writers, ages = initial_ages.new_empty(B, M), initial_ages.new_empty(B, M)
     # Not a number in the call: that would be rounded to float32.
     threshold = entries.offsets.new_full((1,), rules.match_threshold)
