@@ -59,11 +59,11 @@ def make_arguments(op: str) -> tuple[Any, ...]:
     if op == "allocate_slots":
         keys, ages = torch.randn(2, 13, 6), torch.zeros(4, 2, dtype=torch.int64).T
         real = torch.ones(2, 9, dtype=torch.bool)
-        return keys[:, :9], keys, torch.rand(2, 13), ages, real, real, 3, 0.85, 0.05
+        return keys[:, :9], keys, torch.rand(2, 13), ages, real, real, 3, 0.85, 0.05, "native"
     if op == "scan_selective_slots":
         lengths = torch.full((2,), 9)
         writes = [ids[..., None], ids[..., None], ids, 5 * ids[..., None], 0 * lengths, lengths]
-        return writes, list(empty_selective_slots(2, 4, 300)), True, [8, 0, 3]
+        return writes, list(empty_selective_slots(2, 4, 300)), True, [8, 0, 3], "native"
     x = torch.randn(2, 9, 16, requires_grad=True)
     if op == "project":
         scale = torch.ones(16, requires_grad=True)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -57,6 +58,7 @@ TYPES = {
 }
 # Triton compiles a kernel anew where a whole number is 1, and then takes it for a constant.
 ONES = dict.fromkeys(["T", "H", "num_chunks", "num_tokens", "num_entries"], 1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READ = {"TO_LOGIT": 1.0, "SCALE": 8.0, "MIN": 1e-12, "POSITIONS": 16}
 
 Launch = tuple[Any, dict[str, Any], str, dict[str, int]]
@@ -66,7 +68,7 @@ def list_launches() -> Iterator[Launch]:
     """Yield kernels with their constants, the tokens' dtype and the options they are run with."""
     cases = ((16, False, "fp32", {}), (64, True, "fp32", {}), (128, True, "bf16", {}))
     for n, mixed, dtype, ones in (*cases, (16, True, "fp32", ONES)):
-        tiles = matrix_state._choose_tiles(n, 64)
+        tiles = matrix_state._choose_tiles(n, 64, DTYPES[dtype])
         forms = {**tiles, "MIXED": mixed, "HAS_LENGTHS": mixed, **ones}
         in_turn = matrix_state._in_turn(tiles["W"])
         yield matrix_state._carry_states, forms, dtype, in_turn

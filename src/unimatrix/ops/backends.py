@@ -42,22 +42,21 @@ def require_backend(op: str, backend: str) -> str:
     return backend
 
 
+# What follows does not change in a process: a graph that is captured takes it as a constant.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def compiles_triton(device: torch.device) -> bool:
     """Return whether ``auto`` may choose Triton: it is installed and compiles for the device.
-
-    Not in a graph that ``torch.compile`` captures: the kernels are no operators of their own.
 
     Args:
         device: where the inputs are.
     """
-    if torch.compiler.is_compiling():
-        return False
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     is_installed = importlib.util.find_spec("triton") is not None
     return is_installed and torch.cuda.get_device_capability(device) >= _LOWEST_CAPABILITY
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def require_triton(device: torch.device) -> None:
     """Check that Triton's kernels, asked for by name, can run.
 

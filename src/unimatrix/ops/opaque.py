@@ -99,6 +99,102 @@ def _differentiate_scan(ctx: Any, dy: Tensor, dfinal: Tensor, *_unused: Any) -> 
 scan_projected.register_autograd(_differentiate_scan, setup_context=_keep_scan)
 
 
+@torch.library.custom_op("unimatrix::scan_chunks", mutates_args=())
+def scan_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d: Tensor | None,
+    log_retention: Tensor,
+    rule_weights: Tensor | None,
+    lengths: Tensor | None,
+    initial: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run Triton's scan of the matrix state; see ``matrix_state.triton.run_forward``."""
+    from unimatrix.ops.matrix_state.reference import TokenInputs
+    from unimatrix.ops.matrix_state.triton import run_forward
+
+    tokens = TokenInputs(q, k, v, d, log_retention, rule_weights)
+    return run_forward(tokens, initial, lengths, chunk_size)
+
+
+@scan_chunks.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d: Tensor | None,
+    log_retention: Tensor,
+    rule_weights: Tensor | None,
+    lengths: Tensor | None,
+    initial: Tensor,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from unimatrix.ops.matrix_state.triton import count_chunks
+
+    B, T, H, N = q.shape
+    states = initial.new_empty(B, H, count_chunks(T, chunk_size), N, N)
+    return q.new_empty(q.shape), initial.new_empty(initial.shape), states
+
+
+@torch.library.custom_op("unimatrix::scan_chunks_backward", mutates_args=())
+def _scan_chunks_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d: Tensor | None,
+    log_retention: Tensor,
+    rule_weights: Tensor | None,
+    lengths: Tensor | None,
+    states: Tensor,
+    dy: Tensor,
+    dfinal: Tensor,
+    chunk_size: int,
+) -> list[Tensor]:
+    from unimatrix.ops.matrix_state.reference import TokenInputs
+    from unimatrix.ops.matrix_state.triton import run_backward
+
+    tokens = TokenInputs(q, k, v, d, log_retention, rule_weights)
+    dinitial, dtokens = run_backward(tokens, lengths, states, (dy, dfinal), chunk_size)
+    return [dinitial, *(x for x in dtokens if x is not None)]
+
+
+@_scan_chunks_backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d: Tensor | None,
+    log_retention: Tensor,
+    rule_weights: Tensor | None,
+    lengths: Tensor | None,
+    states: Tensor,
+    dy: Tensor,
+    dfinal: Tensor,
+    chunk_size: int,
+) -> list[Tensor]:
+    given = (dfinal, q, k, v, d, log_retention, rule_weights)
+    return [x.new_empty(x.shape) for x in given if x is not None]
+
+
+def _keep_chunks(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tokens, lengths, _, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tokens, lengths, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate_chunks(ctx: Any, dy: Tensor, dfinal: Tensor, _: Any) -> tuple[Any, ...]:
+    *tokens, lengths, states = ctx.saved_tensors
+    dinitial, *rest = _scan_chunks_backward(*tokens, lengths, states, dy, dfinal, ctx.chunk_size)
+    found = iter(rest)
+    dtokens = [None if x is None else next(found) for x in tokens]
+    return *dtokens, None, dinitial, None
+
+
+scan_chunks.register_autograd(_differentiate_chunks, setup_context=_keep_chunks)
+
+
 @torch.library.custom_op("unimatrix::project", mutates_args=(), device_types="cpu")
 def project(
     x: Tensor,
@@ -386,13 +482,14 @@ def allocate_slots(
     slots_per_read: int,
     match_threshold: float,
     strength_floor: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decide reads and writes of slots; see ``slots.native.allocate_native``."""
-    from unimatrix.ops.slots.native import allocate_native
+    """Decide reads and writes of slots; see ``slots.native.allocate_native``, or Triton's."""
+    from unimatrix.ops.slots.scan import find_allocator
     from unimatrix.ops.slots.slot_state import SlotRules
 
     rules = SlotRules(slots_per_read, match_threshold, strength_floor)
-    chosen, writers, ages = allocate_native(
+    chosen, writers, ages = find_allocator(backend)(
         queries, keys, strengths, initial_ages, reads=reads, writes=writes, rules=rules
     )
     return chosen, writers, ages
@@ -409,6 +506,7 @@ def _(
     slots_per_read: int,
     match_threshold: float,
     strength_floor: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen = initial_ages.new_empty(*queries.shape[:2], slots_per_read)
     held = initial_ages.shape
@@ -417,7 +515,7 @@ def _(
 
 @torch.library.custom_op("unimatrix::scan_selective_slots", mutates_args=())
 def scan_selective_slots(
-    writes: list[Tensor], initial: list[Tensor], bounded: bool, rules: list[int]
+    writes: list[Tensor], initial: list[Tensor], bounded: bool, rules: list[int], backend: str
 ) -> list[Tensor]:
     """Run selective slots; see the operator of that name.
 
@@ -426,28 +524,30 @@ def scan_selective_slots(
         initial: fields of ``SelectiveSlots``.
         bounded: as in ``SlotPolicy``.
         rules: margin, keep_first and fade_tokens of ``SlotPolicy``.
+        backend: ``native``, on the CPU and back, or ``triton``.
 
     Returns:
         the fields of the lookup, of the slots afterwards, and writers; the last four mean nothing
         without a bound.
     """
-    from unimatrix.ops.selective_slots.native import scan_native
+    from unimatrix.ops.selective_slots.scan import run_scan
     from unimatrix.ops.selective_slots.state import SelectiveSlots, SlotPolicy, SlotWrites
 
     margin, keep_first, fade_tokens = rules
-    lookup, slots, writers = scan_native(
-        SlotWrites(*(x.cpu() for x in writes)),
-        SelectiveSlots(*(x.cpu() for x in initial)),
-        SlotPolicy(bounded, margin, bool(keep_first), fade_tokens),
+    policy = SlotPolicy(bounded, margin, bool(keep_first), fade_tokens)
+    lookup, slots, writers = run_scan(
+        backend, SlotWrites(*writes), SelectiveSlots(*initial), policy
     )
     if slots is None or writers is None:
         slots = SelectiveSlots(*(torch.empty_like(x) for x in initial))
         writers = torch.empty_like(initial[0], dtype=torch.int64)
-    return [x.to(writes[0].device) for x in (*lookup, *slots, writers)]
+    return [*lookup, *slots, writers]
 
 
 @scan_selective_slots.register_fake
-def _(writes: list[Tensor], initial: list[Tensor], bounded: bool, rules: list[int]) -> list[Tensor]:
+def _(
+    writes: list[Tensor], initial: list[Tensor], bounded: bool, rules: list[int], backend: str
+) -> list[Tensor]:
     found = [writes[0].new_empty(writes[0].shape) for _ in range(3)]
     slots = [torch.empty_like(x) for x in initial]
     return [*found, *slots, torch.empty_like(initial[0], dtype=torch.int64)]

@@ -90,7 +90,8 @@ def scan_projected(
 
     def bind(vectors: Tensor) -> Tensor:
         if unit:
-            return normalize(vectors, dim=-1)
+            # Autocast takes norms in float32, which would be twice the bytes to scan.
+            return normalize(vectors, dim=-1).to(vectors.dtype)
         return vectors if bound else torch.tanh(vectors)
 
     H = sizes["H"]

@@ -32,7 +32,8 @@ def choose_backend(
     several times faster than the chunked form at N = 16 and 32 and about as fast at N = 128.
     More, elsewhere: with the norm guard, the reference; else Triton's kernels where they compile
     and have the form, the chunked form where not. On a GPU none of them has been timed. In a graph
-    that ``torch.compile`` captures: the chunked form; what needs the norm guard breaks it in two.
+    that ``torch.compile`` captures on the CPU: the chunked form; what needs the norm guard breaks
+    it in two.
 
     Args:
         num_tokens: T.

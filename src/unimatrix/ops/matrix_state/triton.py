@@ -10,6 +10,7 @@ Nothing of size [T, N, N] exists: one state a chunk does.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops import opaque
 from unimatrix.ops.matrix_state.reference import TokenInputs
 from unimatrix.ops.matrix_state.triton_tiles import (
     apply_matrix,
@@ -251,15 +253,26 @@ def _write_gradients(
     tl.store(dlog_retention + part * num_tokens + start + token, dlog, mask=exists)
 
 
-def _choose_tiles(N: int, chunk_size: int) -> dict[str, Any]:
-    """Return N, the tokens of a chunk, the padded N, a program's columns and the precision."""
+def _choose_chunk(chunk_size: int) -> int:
+    """Return the tokens of a chunk."""
+    return min(_LARGEST_CHUNK, max(_SMALLEST_TILE, 1 << (chunk_size - 1).bit_length()))
+
+
+def _choose_tiles(N: int, chunk_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return N, the tokens of a chunk, the padded N, a program's columns and the precision.
+
+    Args:
+        N: rows of a matrix state.
+        chunk_size: tokens of a chunk, as asked for.
+        dtype: of what is read and written.
+    """
     width = max(_SMALLEST_TILE, triton.next_power_of_2(N))
-    chunk = min(_LARGEST_CHUNK, max(_SMALLEST_TILE, triton.next_power_of_2(chunk_size)))
     # As in any float32 product on a GPU: what torch was told, float32 unless it was told otherwise.
-    exact = torch.get_float32_matmul_precision() == "highest"
+    # Vectors of 16 bits lose nothing in TF32, which keeps as many digits as float16.
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "N": N,
-        "C": chunk,
+        "C": _choose_chunk(chunk_size),
         "W": width,
         "P": min(width, _MOST_COLUMNS),
         "PRECISION": "tf32x3" if exact else "tf32",
@@ -272,7 +285,84 @@ _AT_ONCE = {"num_warps": 2, "num_stages": 1}
 
 def _in_turn(width: int) -> dict[str, int]:
     """Return the options of what goes over the chunks, and has P rows of S of that width."""
-    return {"num_warps": max(2, width // 32), "num_stages": 2}
+    return {"num_warps": max(2, width // 16), "num_stages": 2}
+
+
+def count_chunks(num_tokens: int, chunk_size: int) -> int:
+    """Return of how many chunks there are states; arguments as in ``scan_triton``."""
+    return -(-num_tokens // _choose_chunk(chunk_size))
+
+
+def run_forward(
+    tokens: TokenInputs, initial: Tensor, lengths: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y and the final state as ``scan_triton`` does, and the state before every chunk.
+
+    Args:
+        tokens: without a write strength.
+        initial: [B, H, N, N].
+        lengths: [B] int64 or ``None``.
+        chunk_size: as in ``scan_triton``.
+    """
+    q, k, v, d, log_retention, rule_weights, _ = tokens.replace_each(Tensor.contiguous)
+    B, T, H, N = q.shape
+    tiles = _choose_tiles(N, chunk_size, q.dtype)
+    parts, num_chunks = triton.cdiv(N, tiles["P"]), count_chunks(T, chunk_size)
+    forms = {"MIXED": d is not None, "HAS_LENGTHS": lengths is not None}
+    states = initial.new_empty(B, H, num_chunks, N, N)
+    final, y = initial.new_empty(initial.shape), torch.empty_like(q)
+    given, sizes = (k, v, d, log_retention, rule_weights, lengths), (T, H, num_chunks)
+    with torch.cuda.device_of(q):
+        _carry_states[B * H, parts](
+            *given, initial.contiguous(), states, final, *sizes, **forms, **tiles,
+            **_in_turn(tiles["W"]),
+        )  # fmt: skip
+        _read_states[B * H, num_chunks, parts](
+            q, *given, states, y, *sizes, **forms, **tiles, **_AT_ONCE
+        )
+    return y, final, states
+
+
+def run_backward(
+    tokens: TokenInputs,
+    lengths: Tensor | None,
+    states: Tensor,
+    grads: Sequence[Tensor],
+    chunk_size: int,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the gradient of the initial state, and those of the tokens but the write strength's.
+
+    Args:
+        tokens: as in ``run_forward``, and likewise below.
+        lengths: [B] int64 or ``None``.
+        states: from there.
+        grads: those of y and of the final state.
+        chunk_size: as in ``scan_triton``.
+    """
+    q, k, v, d, log_retention, rule_weights, _ = tokens.replace_each(Tensor.contiguous)
+    (B, T, H, N), num_chunks = q.shape, states.shape[2]
+    tiles = _choose_tiles(N, chunk_size, q.dtype)
+    parts, sizes = triton.cdiv(N, tiles["P"]), (T, H, num_chunks)
+    forms = {"MIXED": d is not None, "HAS_LENGTHS": lengths is not None}
+    dy, dfinal = (grad.contiguous() for grad in grads)
+    after, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dlog, dd, drules = states.new_empty(parts, B, T, H), None, None
+    if d is not None:
+        dd, drules = torch.empty_like(d), states.new_empty(parts, B, T, H, 3)
+    with torch.cuda.device_of(q):
+        _carry_gradients[B * H, parts](
+            q, dy, log_retention, lengths, dfinal, after, dinitial, *sizes,
+            HAS_LENGTHS=lengths is not None, **tiles, **_in_turn(tiles["W"]),
+        )  # fmt: skip
+        _write_gradients[B * H, num_chunks, parts](
+            q, k, v, d, log_retention, rule_weights, lengths, states, after, dy,
+            dq, dk, dv, dd, dlog, drules, *sizes, B * T * H, **forms, **tiles, **_AT_ONCE,
+        )  # fmt: skip
+    dlog = dlog.sum(0).to(log_retention.dtype)
+    if drules is not None and rule_weights is not None:
+        drules = drules.sum(0).to(rule_weights.dtype)
+    return dinitial, [dq, dk, dv, dd, dlog, drules]
 
 
 class _Scan(torch.autograd.Function):
@@ -280,53 +370,20 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chunk_size: int, lengths: Tensor | None, initial: Tensor, *inputs: Tensor | None
+        ctx: Any, chunk_size: int, lengths: Tensor | None, initial: Tensor, *tokens: Any
     ) -> tuple[Tensor, Tensor]:
-        q, *others = (None if x is None else x.contiguous() for x in inputs)
-        assert q is not None
-        B, T, H, N = q.shape
-        tiles = _choose_tiles(N, chunk_size)
-        parts, num_chunks = triton.cdiv(N, tiles["P"]), triton.cdiv(T, tiles["C"])
-        forms = {"MIXED": others[-1] is not None, "HAS_LENGTHS": lengths is not None}
-        states = initial.new_empty(B, H, num_chunks, N, N)
-        final, y = initial.new_empty(initial.shape), torch.empty_like(q)
-        tokens, sizes = (*others, lengths), (T, H, num_chunks)
-        with torch.cuda.device_of(q):
-            _carry_states[B * H, parts](
-                *tokens, initial.contiguous(), states, final, *sizes, **forms, **tiles,
-                **_in_turn(tiles["W"]),
-            )  # fmt: skip
-            _read_states[B * H, num_chunks, parts](
-                q, *tokens, states, y, *sizes, **forms, **tiles, **_AT_ONCE
-            )
-        ctx.save_for_backward(q, *tokens, states)
-        ctx.sizes, ctx.forms, ctx.tiles, ctx.parts = sizes, forms, tiles, parts
+        y, final, states = run_forward(TokenInputs(*tokens), initial, lengths, chunk_size)
+        ctx.save_for_backward(*tokens, lengths, states)
+        ctx.chunk_size = chunk_size
         return y, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, d, log_retention, rule_weights, lengths, states = ctx.saved_tensors
-        (B, T, H, _), parts, tiles = q.shape, ctx.parts, ctx.tiles
-        dy, grads, dinitial = dy.contiguous(), torch.empty_like(states), torch.empty_like(dfinal)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dd = None if d is None else torch.empty_like(d)
-        dlog = states.new_empty(parts, B, T, H)
-        drules = None if d is None else states.new_empty(parts, B, T, H, 3)
-        with torch.cuda.device_of(q):
-            _carry_gradients[B * H, parts](
-                q, dy, log_retention, lengths, dfinal.contiguous(), grads, dinitial, *ctx.sizes,
-                HAS_LENGTHS=lengths is not None, **tiles, **_in_turn(tiles["W"]),
-            )  # fmt: skip
-            _write_gradients[B * H, ctx.sizes[2], parts](
-                q, k, v, d, log_retention, rule_weights, lengths, states, grads, dy,
-                dq, dk, dv, dd, dlog, drules, *ctx.sizes, B * T * H, **ctx.forms, **tiles,
-                **_AT_ONCE,
-            )  # fmt: skip
-        dlog = dlog.sum(0).to(log_retention.dtype)
-        if drules is not None:
-            drules = drules.sum(0).to(rule_weights.dtype)
-        return None, None, dinitial, dq, dk, dv, dd, dlog, drules
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tokens, lengths, states = ctx.saved_tensors
+        given = (TokenInputs(*tokens), lengths, states, grads, ctx.chunk_size)
+        dinitial, dtokens = run_backward(*given)
+        return None, None, dinitial, *dtokens
 
 
 def scan_triton(
@@ -336,10 +393,13 @@ def scan_triton(
 
     The tokens are read in the dtypes they have; sums, and the state, are in that of
     ``initial_state``. A chunk is ``chunk_size`` tokens, rounded up to a power of two within 16..32.
-    Products follow ``torch.set_float32_matmul_precision``.
+    Products of float32 follow ``torch.set_float32_matmul_precision``; those of 16 bits are TF32.
 
     Cost: O(T N (N + C)) time a head for C tokens a chunk; T / C states of scratch, which the
         backward pass keeps, and as many again for their gradients while it runs.
     """
+    if torch.compiler.is_compiling():
+        y, final_state, _ = opaque.scan_chunks(*tokens[:-1], lengths, initial_state, chunk_size)
+        return y, final_state
     outputs: tuple[Tensor, Tensor] = _Scan.apply(chunk_size, lengths, initial_state, *tokens[:-1])
     return outputs

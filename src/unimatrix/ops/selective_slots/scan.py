@@ -96,8 +96,8 @@ def scan_selective_slots(
         entry is in each. A position sees the writes of those before it, not its own.
 
     Raises:
-        InputError: if a shape or dtype does not fit, a code is out of range (checked on the CPU,
-            outside a captured graph), or the back end is unknown or cannot run this.
+        InputError: if a shape or dtype does not fit, a code is out of range (checked on the
+            CPU), or the back end is unknown or cannot run this.
 
     Cost:
         O(B T (Q + N) M) integer comparisons, on the CPU whatever the device but with ``triton``;
@@ -111,52 +111,59 @@ def scan_selective_slots(
     writes = SlotWrites(read_keys, write_keys, value_ids, codes, first_position, lengths)
     _check(writes, initial)
     policy = SlotPolicy(bounded, margin, keep_first, fade_tokens or 0)
-    num_slots = initial.slot_keys.shape[1]
-    num_places = num_slots if bounded else num_slots + write_keys[0].numel()
-    name = backend
-    if backend == "auto":
-        name = choose_backend(read_keys.device, num_slots, bounded=bounded)
+    device, num_slots = read_keys.device, initial.slot_keys.shape[1]
+    name = choose_backend(device, num_slots, bounded=bounded) if backend == "auto" else backend
     if require_backend("selective_slots", name) == "triton":
-        return _scan_on_gpu(writes, initial, policy, num_places)
-    return _scan_on_cpu(name, writes, initial, policy)
+        num_places = _count_places(writes, initial, policy)
+        if num_places > _MOST_TRITON_PLACES:
+            raise InputError(
+                f"backend 'triton' is for {_MOST_TRITON_PLACES} places, and this takes "
+                f"{num_places}; choose native."
+            )
+        require_triton(device)
+    if torch.compiler.is_compiling() and name != "reference":
+        return _scan_captured(name, writes, initial, policy)
+    return run_scan(name, writes, initial, policy)
 
 
-def _scan_on_gpu(
-    writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy, num_places: int
-) -> SlotScan:
-    """Scan where the tensors are; nothing waits for the CPU."""
-    device = writes.read_keys.device
-    if num_places > _MOST_TRITON_PLACES:
-        raise InputError(
-            f"backend 'triton' is for {_MOST_TRITON_PLACES} places, and this takes {num_places}; "
-            "choose native."
-        )
-    require_triton(device)
-    from unimatrix.ops.selective_slots.triton import scan_triton
-
-    if device.type == "cpu":
-        _check_codes(writes.codes)
-    return scan_triton(
-        SlotWrites(*(tensor.detach().to(device) for tensor in writes)), initial, policy, num_places
-    )
+def _count_places(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy) -> int:
+    """Return how many contexts a row may hold at most."""
+    num_slots = initial.slot_keys.shape[1]
+    return num_slots if policy.bounded else num_slots + writes.write_keys[0].numel()
 
 
-def _scan_on_cpu(
+def run_scan(
     backend: str, writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
 ) -> SlotScan:
-    """Scan copies on the CPU, and return to where the tensors were."""
-    if torch.compiler.is_compiling() and backend == "native":
-        return _scan_captured(writes, initial, policy)
+    """Scan eagerly: with ``triton`` where the tensors are, else on the CPU and back.
+
+    Args:
+        backend: ``reference``, ``native`` or ``triton``.
+        writes: what the tokens ask and offer.
+        initial: the slots before the first token.
+        policy: the numbers that govern writing.
+
+    Returns:
+        the scan, on the device of ``writes``.
+
+    Raises:
+        InputError: if a code is out of range (checked on the CPU).
+    """
+    device = writes.read_keys.device
+    place = device if backend == "triton" else torch.device("cpu")
+    writes = SlotWrites(*(tensor.detach().to(place) for tensor in writes))
+    initial = SelectiveSlots(*(tensor.to(place) for tensor in initial))
+    if place.type == "cpu":
+        _check_codes(writes.codes)
+    if backend == "triton":
+        from unimatrix.ops.selective_slots.triton import scan_triton
+
+        return scan_triton(writes, initial, policy, _count_places(writes, initial, policy))
     if backend == "reference":
         scan = scan_reference
     else:
         from unimatrix.ops.selective_slots.native import scan_native as scan
-    device = writes.read_keys.device
-    writes = SlotWrites(*(tensor.detach().cpu() for tensor in writes))
-    _check_codes(writes.codes)
-    lookup, slots, writers = scan(
-        writes, SelectiveSlots(*(tensor.cpu() for tensor in initial)), policy
-    )
+    lookup, slots, writers = scan(writes, initial, policy)
     lookup = SlotLookup(*(tensor.to(device) for tensor in lookup))
     if slots is None or writers is None:
         return SlotScan(lookup, None, None)
@@ -164,11 +171,14 @@ def _scan_on_cpu(
     return SlotScan(lookup, slots, writers.to(device))
 
 
-def _scan_captured(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy) -> SlotScan:
-    """Scan natively inside a graph that ``torch.compile`` captures; codes are not checked."""
+def _scan_captured(
+    backend: str, writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
+) -> SlotScan:
+    """Scan inside a graph that ``torch.compile`` captures."""
     bounded, margin, keep_first, fade_tokens = policy
+    rules = [margin, int(keep_first), fade_tokens]
     results = opaque.scan_selective_slots(
-        [x.detach() for x in writes], list(initial), bounded, [margin, int(keep_first), fade_tokens]
+        [x.detach() for x in writes], list(initial), bounded, rules, backend
     )
     lookup = SlotLookup(*results[:3])
     if not bounded:

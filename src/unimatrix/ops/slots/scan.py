@@ -13,7 +13,7 @@ from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
 from unimatrix.ops.slots.decisions import Allocation
 from unimatrix.ops.slots.parallel import allocate_parallel
-from unimatrix.ops.slots.read import scan_by_allocation
+from unimatrix.ops.slots.read import Allocate, scan_by_allocation
 from unimatrix.ops.slots.reference import scan_slots_reference
 from unimatrix.ops.slots.slot_state import SlotRead, SlotRules, SlotState, SlotTokens
 
@@ -187,17 +187,29 @@ def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
                 "choose native."
             )
         require_triton(queries.device)
-        from unimatrix.ops.slots.triton import allocate_triton, read_triton
-
-        return functools.partial(scan_by_allocation, allocate_triton, read_triton)
     if torch.compiler.is_compiling():
-        return functools.partial(scan_by_allocation, _allocate_captured, read_chosen)
-    from unimatrix.ops.slots.native import allocate_native, read_native
+        captured = functools.partial(_allocate_captured, backend)
+        return functools.partial(scan_by_allocation, captured, read_chosen)
+    if backend == "triton":
+        from unimatrix.ops.slots.triton import read_triton as read
+    else:
+        from unimatrix.ops.slots.native import read_native as read
+    return functools.partial(scan_by_allocation, find_allocator(backend), read)
 
-    return functools.partial(scan_by_allocation, allocate_native, read_native)
+
+def find_allocator(backend: str) -> Allocate:
+    """Return the decision scan of ``native`` or ``triton``, imported when first asked for."""
+    if backend == "triton":
+        from unimatrix.ops.slots.triton import allocate_triton
+
+        return allocate_triton
+    from unimatrix.ops.slots.native import allocate_native
+
+    return allocate_native
 
 
 def _allocate_captured(
+    backend: str,
     queries: Tensor,
     keys: Tensor,
     strengths: Tensor,
@@ -207,7 +219,6 @@ def _allocate_captured(
     writes: Tensor,
     rules: SlotRules,
 ) -> Allocation:
-    """Decide natively inside a graph that ``torch.compile`` captures."""
-    return Allocation(
-        *opaque.allocate_slots(queries, keys, strengths, initial_ages, reads, writes, *rules)
-    )
+    """Decide inside a graph that ``torch.compile`` captures."""
+    given = (queries, keys, strengths, initial_ages, reads, writes)
+    return Allocation(*opaque.allocate_slots(*given, *rules, backend))
