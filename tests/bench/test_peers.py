@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from unimatrix.bench.models import BenchModel
+from unimatrix.bench.models import BenchModel, match_parameters
 from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.bench.workloads import prefill, step_once
 
@@ -58,3 +58,20 @@ def test_peers_of_a_gpu_library_say_why_they_are_absent(monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert "not installed" in str(TIMED_PEERS["gated-deltanet"].explain_absence("cuda"))
     assert TIMED_PEERS["llama"].explain_absence("cpu") is None
+
+
+def test_peers_get_as_many_parameters_as_the_first_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {"hidden_size": 128, "head_dim": 32}
+    names = ("unimatrix", "core", "llama", "rwkv", "mamba2", "gla")
+    specs = [BenchModel(name=name, overrides=wide) for name in names]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    matched = match_parameters(specs)
+    assert [spec.name for spec in matched] == list(names)
+    assert (matched[0], matched[1], matched[-1]) == (specs[0], specs[1], specs[-1])
+    target, _, *counts = (
+        spec.build(max_tokens=8, seed=0, device="cpu").num_parameters() for spec in matched[:-1]
+    )
+    for spec, count, within in zip(matched[2:-1], counts, (0.01, 0.01, 0.05), strict=True):
+        assert abs(count - target) <= within * target, spec
+        assert spec.overrides["hidden_size"] % 8 == 0
+        assert spec.overrides["head_dim"] == 32

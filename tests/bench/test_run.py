@@ -77,6 +77,28 @@ def test_rows_of_two_modes(monkeypatch: pytest.MonkeyPatch) -> None:
         "decoding",
     ]
     assert [model["name"] for model in result["models"]] == ["core", "llama"]
+    assert (result["dtype"], result["copy_peak_bytes_per_s"]) == ("float32", None)
+
+
+def test_bytes_have_a_floor_where_copies_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "probe", fake_probe)
+
+    class Fixed:
+        flops_per_s, bytes_per_s = 1e9, 1e6
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def sample(self) -> None:
+            pass
+
+    monkeypatch.setattr(module, "Ceilings", Fixed)
+    result = run_bench(make_plan(["train", "step"], ["core"], [8]))
+    train, step = result["rows"]
+    assert train["bytes_floor_ms"] == pytest.approx(2.0)  # 1,000 bytes written and read
+    assert train["bandwidth_share"] == pytest.approx(2.0 / train["median_ms"])
+    assert "bandwidth_share" not in step
+    assert result["copy_peak_bytes_per_s"] == 1e6
 
 
 def test_compiled_steps_stand_beside_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,14 @@ from unimatrix.bench.models import BenchModel
 from unimatrix.bench.starts import StartError, time_starts
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-HERE = {"num_rounds": 1, "budget_s": 60.0, "seed": 0, "device": "cpu", "num_threads": 1}
+HERE = {
+    "num_rounds": 1,
+    "budget_s": 60.0,
+    "seed": 0,
+    "device": "cpu",
+    "dtype": "float32",
+    "num_threads": 1,
+}
 
 
 def test_a_process_tells_when_its_tokens_came() -> None:

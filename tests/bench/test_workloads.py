@@ -1,5 +1,8 @@
 """What is timed does what it says."""
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,10 +13,13 @@ from unimatrix.bench.workloads import (
     choose_batch_size,
     count_cache_bytes,
     cut_rows,
+    load_beside,
     load_text,
     prefill,
 )
 from unimatrix.errors import InputError
+from unimatrix.ops.suffix_automaton import predict_from_suffix
+from unimatrix.training import choose_collator
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 NAMES = ("sparsepointer", "unimatrix", "llama", "mamba2", "rwkv")
@@ -54,6 +60,40 @@ def test_a_train_step_sees_the_objective_of_training(monkeypatch: pytest.MonkeyP
     assert seen[0]["loss_only"]
     assert spec.describe_training() == "cross entropy, hindsight by attribution, 64 slots"
     assert BenchModel(name="core").describe_training() == "cross entropy"
+
+
+@pytest.mark.parametrize("name", ["unimatrix", "llama"])
+@pytest.mark.parametrize("mode", list(MODES))
+def test_products_are_made_in_the_dtype(mode: str, name: str) -> None:
+    spec, model = build(name)
+    layer = model.model.block.feed_forward.down_proj if name == "unimatrix" else model.lm_head
+    for dtype in ("float32", "bfloat16"):
+        seen = set()
+        hook = layer.register_forward_hook(lambda _, given, made, seen=seen: seen.add(made.dtype))
+        workload = MODES[mode].build(replace(spec, dtype=dtype), model, draw_ids(1, 9))
+        workload.run(workload.prepare())
+        hook.remove()
+        assert seen == {getattr(torch, dtype)}
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_loader_runs_the_automaton_while_the_step_before_runs() -> None:
+    _, model = build("unimatrix")
+    ids, made = draw_ids(2, 9), []
+    collate = choose_collator(model, "cuda")
+
+    def watch(items):
+        made.append(threading.current_thread())
+        return collate(items)
+
+    batches = load_beside(watch, ids)
+    first, second = next(batches), next(batches)
+    expected, _ = predict_from_suffix(ids)
+    assert first.keys() == {"suffix_match"}
+    assert torch.equal(first["suffix_match"], torch.stack(expected, dim=-1))
+    assert torch.equal(second["suffix_match"], first["suffix_match"])
+    assert threading.main_thread() not in made
+    assert next(load_beside(choose_collator(build("llama")[1], "cuda"), ids)) == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,11 +141,12 @@ def test_caches_are_counted_whole() -> None:
     assert count_cache_bytes({"a": [torch.zeros(3)], "b": None}) == 12
 
 
-def test_batches_fill_2048_tokens() -> None:
-    assert choose_batch_size("train", 128, None) == 16
-    assert choose_batch_size("train", 16_384, None) == 1
-    assert choose_batch_size("forward", 128, 3) == 3
-    assert choose_batch_size("decode", 128, 3) == 1
+def test_batches_fill_what_keeps_a_device_busy() -> None:
+    assert choose_batch_size("train", 128, None, "cpu") == 16
+    assert choose_batch_size("train", 16_384, None, "cpu") == 1
+    assert choose_batch_size("train", 16_384, None, "cuda") == 4
+    assert choose_batch_size("forward", 128, 3, "cuda") == 3
+    assert choose_batch_size("decode", 128, 3, "cpu") == 1
 
 
 def test_text_is_real_and_repeats() -> None:

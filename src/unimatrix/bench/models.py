@@ -1,19 +1,27 @@
 """Which model is timed: a name and fields, from which any process builds the same one."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from unimatrix.baselines.sizes import find_size
 from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.modeling import UniMatrixForCausalLM
 
+# Of widths that are no multiple of it a GPU's products are slower.
+_WIDTH_MULTIPLE = 8
 # What a fair comparison needs: any length, and the peers have no dropout.
 _SHARED = {"max_position_embeddings": None, "dropout": 0.0}
 
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""In which dtype matrix products are made, by name; weights and states are float32 in each."""
 
 COMPILER = "inductor"
 """The back end of ``torch.compile`` that ``train.compile`` takes."""
@@ -27,11 +35,13 @@ class BenchModel:
         name: a preset, or a key of ``TIMED_PEERS``.
         overrides: configuration fields of a UniMatrix; peers take the sizes among them.
         compiler: back end of ``torch.compile`` for its train steps; ``None`` is eager execution.
+        dtype: a key of ``DTYPES``.
     """
 
     name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     compiler: str | None = None
+    dtype: str = "float32"
 
     @property
     def label(self) -> str:
@@ -47,6 +57,12 @@ class BenchModel:
     def cache_name(self) -> str:
         """Under which name it takes and returns what it carries from call to call."""
         return TIMED_PEERS[self.name].cache_name if self.is_peer else "past_key_values"
+
+    def cast_products(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return the context in which it is called, that of autocast unless in float32."""
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=DTYPES[self.dtype])
 
     def make_config(self) -> UniMatrixConfig:
         """Return the configuration; of a peer, that of the UniMatrix whose sizes it shares.
@@ -65,7 +81,7 @@ class BenchModel:
         Args:
             max_tokens: the longest sequence it will see.
             seed: of the weights.
-            device: cpu, cuda or mps.
+            device: cpu, cuda, mps, or meta, which draws none.
         """
         config = self.make_config()
         with torch.random.fork_rng():
@@ -102,3 +118,45 @@ class BenchModel:
             return "cross entropy"
         slots = f"{config.num_slots:,} slots" if config.bounded_training else "unbounded slots"
         return f"cross entropy, hindsight by {config.hindsight}, {slots}"
+
+
+def match_parameters(models: Sequence[BenchModel]) -> list[BenchModel]:
+    """Return the models with peers made as large as the first preset, in parameters.
+
+    Layers, heads and head sizes stay; a peer gets the width at which its usual shape comes nearest,
+    a multiple of 8 H, and the feed-forward width that makes up for the rest, a multiple of 8.
+    Mamba-2 has no such network and heads of its own: a multiple of 8 comes as near as it can.
+
+    Args:
+        models: at least one preset among them.
+    """
+    target = _count_parameters(next(model for model in models if not model.is_peer))
+    return [_resize(model, target) if model.is_peer else model for model in models]
+
+
+def _resize(model: BenchModel, target: int) -> BenchModel:
+    """Return a peer with as many parameters; as it is where its library is not installed."""
+    peer = TIMED_PEERS[model.name]
+    if not peer.is_installed:
+        return model
+
+    def set_size(hidden_size: int, inner_size: int) -> BenchModel:
+        fields = {"hidden_size": hidden_size, "intermediate_size": inner_size}
+        return replace(model, overrides={**model.overrides, **fields})
+
+    heads = model.make_config().num_attention_heads if peer.feeds_forward else 1
+    size = find_size(
+        lambda *sizes: _count_parameters(set_size(*sizes)),
+        target,
+        ratio=peer.inner_ratio,
+        multiple=_WIDTH_MULTIPLE * heads,
+        inner_multiple=_WIDTH_MULTIPLE,
+    )
+    return set_size(size.hidden_size, size.inner_size)
+
+
+def _count_parameters(model: BenchModel) -> int:
+    """Return a model's parameters, without drawing them."""
+    with torch.device("meta"):
+        built = model.build(max_tokens=1, seed=0, device="meta")
+    return sum(parameter.numel() for parameter in built.parameters())

@@ -23,6 +23,7 @@ class TimedPeer:
         count_mixing: multiply-adds of one token in one layer besides those of its Linear layers,
             whatever came before, from its configuration.
         feeds_forward: whether it has a feed-forward network, whose width ``inner_size`` is.
+        inner_ratio: the usual width of that, as a multiple of D.
         attends: whether each earlier token costs 2 D multiply-adds more in every layer.
         needs: a package that it comes from and that runs on a GPU alone; empty is transformers.
     """
@@ -31,8 +32,14 @@ class TimedPeer:
     cache_name: str = "past_key_values"
     count_mixing: Callable[[Any], int]
     feeds_forward: bool = True
+    inner_ratio: float = 8 / 3
     attends: bool = False
     needs: str = ""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def explain_absence(self, device: str) -> str | None:
         """Return why the model cannot run here, ``None`` if it can.
@@ -44,9 +51,7 @@ class TimedPeer:
             return None
         if device != "cuda":
             return f"its library runs on a CUDA device only, not on {device}"
-        if importlib.util.find_spec(self.needs) is None:
-            return "flash-linear-attention is not installed"
-        return None
+        return None if self.is_installed else "flash-linear-attention is not installed"
 
 
 def count_linear(model: nn.Module, head: nn.Module) -> int:
@@ -97,7 +102,9 @@ TIMED_PEERS: dict[str, TimedPeer] = {
         count_mixing=_count_mamba2,
         feeds_forward=False,
     ),
-    "rwkv": TimedPeer(build=build_rwkv, cache_name="state", count_mixing=_count_rwkv),
+    "rwkv": TimedPeer(
+        build=build_rwkv, cache_name="state", count_mixing=_count_rwkv, inner_ratio=4
+    ),
     "gla": TimedPeer(build=build_gla, count_mixing=_count_gla, needs="fla"),
     "gated-deltanet": TimedPeer(
         build=build_gated_deltanet, count_mixing=_count_gated_deltanet, needs="fla"

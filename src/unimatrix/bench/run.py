@@ -13,6 +13,7 @@ from transformers.utils import logging
 from unimatrix.allocator import keep_freed_memory
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, count_model
 from unimatrix.bench.automaton import time_automaton
+from unimatrix.bench.ceilings import Ceilings
 from unimatrix.bench.clock import (
     Spread,
     Workload,
@@ -22,7 +23,6 @@ from unimatrix.bench.clock import (
     time_interleaved,
 )
 from unimatrix.bench.equivalence import check_compiled, check_model
-from unimatrix.bench.matmul_peak import MatmulPeak
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peers import LLAMA
 from unimatrix.bench.probe import Cell, Probe, Setting, count_positions, probe
@@ -46,7 +46,7 @@ class BenchPlan:
         alone: what is timed without cells, of ``ALONE``.
         lengths: T, in rising order.
         models: presets and peers.
-        batch_size: B of train steps and forward passes; ``None`` fills 2,048 tokens.
+        batch_size: B of train steps and forward passes; ``None`` fills ``TOKENS_PER_BATCH``.
         num_rounds: rounds of a cell, if they fit the budget.
         budget_s: seconds that one run may take, and that all rounds of a cell may.
         seed: of the weights.
@@ -67,6 +67,11 @@ class BenchPlan:
     num_threads: int | None = None
     text: str | None = None
 
+    @property
+    def dtype(self) -> str:
+        """In which dtype all models make their products."""
+        return self.models[0].dtype if self.models else "float32"
+
     def list_cells(self, mode: str) -> list[Cell]:
         """Return the cells of a mode, lengths rising; train steps alone are compiled."""
         models = [model for model in self.models if mode == "train" or model.compiler is None]
@@ -75,7 +80,7 @@ class BenchPlan:
                 mode=mode,
                 model=model,
                 num_tokens=num_tokens,
-                batch_size=choose_batch_size(mode, num_tokens, self.batch_size),
+                batch_size=choose_batch_size(mode, num_tokens, self.batch_size, self.device),
             )
             for num_tokens in self.lengths
             for model in models
@@ -112,8 +117,8 @@ def run_bench(
         on_progress: called with what happens now and the number of cells finished.
 
     Returns:
-        threads, peak (``None`` without cells), models, checks, rows, and the rows of what is timed
-        alone, as JSON types.
+        threads, ceilings (``None`` without cells), models, checks, rows, and the rows of what is
+        timed alone, as JSON types.
 
     Raises:
         EquivalenceError: if a fast path of a preset does not compute what its reference does.
@@ -143,11 +148,12 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
     text = load_text(plan.count_text_bytes(), plan.text)
     result: dict[str, Any] = {
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "dtype": plan.dtype,
         "rounds": plan.num_rounds,
         "budget_s": plan.budget_s,
         "text": plan.text or "pystdlib",
         "matmul_peak_flops_per_s": None,
+        "copy_peak_bytes_per_s": None,
         "models": [_describe(spec) for spec in plan.models],
         "checks": [],
         "rows": [],
@@ -168,6 +174,7 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
             budget_s=plan.budget_s,
             seed=plan.seed,
             device=plan.device,
+            dtype=plan.dtype,
             num_threads=torch.get_num_threads(),
         )
     return result
@@ -176,7 +183,7 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
 def _run_cells(
     plan: BenchPlan, text: bytes, on_progress: Callable[[str, int], None]
 ) -> dict[str, Any]:
-    """Return peak, checks and rows of all modes."""
+    """Return ceilings, checks and rows of all modes."""
     checks = []
     for spec in plan.models:
         if not spec.is_peer:
@@ -190,15 +197,17 @@ def _run_cells(
         num_threads=torch.get_num_threads(),
         budget_s=plan.budget_s,
     )
-    peak = MatmulPeak(plan.device)
+    ceilings = Ceilings(plan.device, plan.dtype, copies=plan.device == "cuda")
     rows: list[Row] = []
     for mode in plan.modes:
         show = functools.partial(_show_from, len(rows), on_progress)
-        rows += _run_mode(plan, mode, setting, peak, show)
+        rows += _run_mode(plan, mode, setting, ceilings, show)
     for row in rows:
-        _add_floor(row, peak.flops_per_s)
+        if row["skipped"] is None:
+            _add_floors(row, ceilings)
     return {
-        "matmul_peak_flops_per_s": peak.flops_per_s,
+        "matmul_peak_flops_per_s": ceilings.flops_per_s,
+        "copy_peak_bytes_per_s": ceilings.bytes_per_s,
         "checks": [asdict(check) for check in checks],
         "rows": rows,
     }
@@ -222,7 +231,7 @@ def _run_mode(
     plan: BenchPlan,
     mode: str,
     setting: Setting,
-    peak: MatmulPeak,
+    ceilings: Ceilings,
     on_progress: Callable[[str, int], None],
 ) -> list[Row]:
     """Return a row a cell, lengths rising."""
@@ -235,7 +244,7 @@ def _run_mode(
     rows: list[Row] = []
     for group in groups:
         on_progress(f"timing {mode}, {group[0].num_tokens:,} tokens", len(cells))
-        rows += _time_group(plan, group, probes, setting, peak)
+        rows += _time_group(plan, group, probes, setting, ceilings)
     return rows
 
 
@@ -266,7 +275,7 @@ def _time_group(
     group: Sequence[Cell],
     probes: Sequence[tuple[Cell, Probe]],
     setting: Setting,
-    peak: MatmulPeak,
+    ceilings: Ceilings,
 ) -> list[Row]:
     """Time the cells of a group in turn and return a row for each, timed or not."""
     # What was compiled for other sizes counts against the limit of graphs of a function.
@@ -287,7 +296,7 @@ def _time_group(
             {key: one.workload for key, one in ready.items()},
             num_rounds,
             device=plan.device,
-            on_round=peak.sample,
+            on_round=ceilings.sample,
         )
     return [_make_row(cell, found[_name(cell)], ready.get(_name(cell)), seconds) for cell in group]
 
@@ -353,9 +362,15 @@ def _to_milliseconds(spread: Spread, per_run: int) -> Row:
     }
 
 
-def _add_floor(row: Row, flops_per_s: float) -> None:
-    """Add what the row's arithmetic takes at the machine's peak, once that is known."""
-    if row["skipped"] is None:
-        floor_s = FLOPS_PER_MULTIPLY_ADD * row["multiply_adds"] / flops_per_s
-        row["floor_ms"] = 1e3 * floor_s
-        row["peak_share"] = row["floor_ms"] / row["median_ms"]
+def _add_floors(row: Row, ceilings: Ceilings) -> None:
+    """Add what the row's arithmetic takes at the machine's peak, and its bytes, now both are known.
+
+    What is held at the peak was written once and is read once: no fewer bytes move.
+    """
+    floor_s = FLOPS_PER_MULTIPLY_ADD * row["multiply_adds"] / ceilings.flops_per_s
+    row["floor_ms"] = 1e3 * floor_s
+    row["peak_share"] = row["floor_ms"] / row["median_ms"]
+    if ceilings.bytes_per_s is None or row["peak_bytes"] is None or MODES[row["mode"]].per_token:
+        return
+    row["bytes_floor_ms"] = 1e3 * 2 * row["peak_bytes"] / ceilings.bytes_per_s
+    row["bandwidth_share"] = row["bytes_floor_ms"] / row["median_ms"]

@@ -1,7 +1,9 @@
 """What is timed: a train step, a forward pass, a prompt read, bytes decoded, single steps."""
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +19,12 @@ from unimatrix.decoding import explain_unusable
 from unimatrix.generation import read_prompt
 from unimatrix.modeling import UniMatrixForCausalLM
 
+Collate = Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
+
 NEW_TOKENS = 64
 """Tokens decoded in one run."""
-TOKENS_PER_BATCH = 2048
-"""Tokens of a train step or forward pass where no batch size is given, if they fit a sequence."""
+TOKENS_PER_BATCH = {"cpu": 2048, "mps": 2048, "cuda": 65_536}
+"""Tokens of a train step or forward pass where no batch size is given, by device."""
 
 
 class Mode(NamedTuple):
@@ -42,17 +46,18 @@ class Mode(NamedTuple):
     cost_of: Callable[[TokenCost, int], int]
 
 
-def choose_batch_size(mode: str, num_tokens: int, batch_size: int | None) -> int:
+def choose_batch_size(mode: str, num_tokens: int, batch_size: int | None, device: str) -> int:
     """Return B of a cell.
 
     Args:
         mode: a key of ``MODES``.
         num_tokens: T.
         batch_size: what was asked for; ``None`` fills ``TOKENS_PER_BATCH``.
+        device: cpu, cuda or mps.
     """
     if not MODES[mode].batched:
         return 1
-    return max(1, TOKENS_PER_BATCH // num_tokens) if batch_size is None else batch_size
+    return max(1, TOKENS_PER_BATCH[device] // num_tokens) if batch_size is None else batch_size
 
 
 def load_text(num_bytes: int, data: str | None = None) -> bytes:
@@ -121,17 +126,19 @@ def prefill(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Any:
         model: in evaluation mode.
         ids: [B, T + 1] int64, T >= 1.
     """
-    if isinstance(model, UniMatrixForCausalLM):
-        return read_prompt(model, ids[:, :-1])
-    options = {"logits_to_keep": 1} if spec.cache_name == "past_key_values" else {}
-    output = model(input_ids=ids[:, :-1], use_cache=True, **options)
+    with spec.cast_products(ids.device):
+        if isinstance(model, UniMatrixForCausalLM):
+            return read_prompt(model, ids[:, :-1])
+        options = {"logits_to_keep": 1} if spec.cache_name == "past_key_values" else {}
+        output = model(input_ids=ids[:, :-1], use_cache=True, **options)
     return getattr(output, spec.cache_name)
 
 
 @torch.no_grad()
 def step_once(spec: BenchModel, model: PreTrainedModel, token: Tensor, carried: Any) -> Any:
     """Read one token [B, 1] and return what is carried on."""
-    output = model(input_ids=token, use_cache=True, **{spec.cache_name: carried})
+    with spec.cast_products(token.device):
+        output = model(input_ids=token, use_cache=True, **{spec.cache_name: carried})
     return getattr(output, spec.cache_name)
 
 
@@ -155,13 +162,44 @@ def _build_train(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workl
     # Both take unshifted labels and drop the same last position; ours is spared the logits.
     options = {} if spec.is_peer else {"loss_only": True}
     inputs = ids[:, :-1]
+    batches = _feed(model, inputs)
 
     def run(_: None) -> None:
-        called(input_ids=inputs, labels=inputs, use_cache=False, **options).loss.backward()
+        given = {**options, **next(batches)}
+        with spec.cast_products(ids.device):
+            loss = called(input_ids=inputs, labels=inputs, use_cache=False, **given).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return Workload(lambda: None, run)
+
+
+def _feed(model: PreTrainedModel, ids: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Yield what batches bring to a train step of a model beside their ids."""
+    if ids.device.type != "cuda":
+        return itertools.repeat({})
+    # Imported here: it loads the Trainer, which has data loaders only for a GPU.
+    from unimatrix.training import choose_collator
+
+    return load_beside(choose_collator(model, ids.device.type), ids)
+
+
+def load_beside(collate: Collate, ids: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Yield what a data loader adds to batches, each made while the step before runs.
+
+    Args:
+        collate: makes a batch of items on the CPU.
+        ids: [B, T] int64, those of every batch.
+    """
+    items = [{"input_ids": row, "shift_labels": row} for row in ids.cpu()]
+    with ThreadPoolExecutor(1) as loader:
+        ahead = loader.submit(collate, items)
+        while True:
+            batch = ahead.result()
+            ahead = loader.submit(collate, items)
+            added = batch.keys() & {"suffix_match"}
+            yield {name: batch[name].to(ids.device, non_blocking=True) for name in added}
 
 
 def _build_forward(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
@@ -171,7 +209,8 @@ def _build_forward(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Wor
 
     @torch.no_grad()
     def run(_: None) -> None:
-        model(input_ids=inputs, use_cache=False)
+        with spec.cast_products(ids.device):
+            model(input_ids=inputs, use_cache=False)
 
     return Workload(lambda: None, run)
 
@@ -194,7 +233,8 @@ def _build_decode(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Work
 
     def run(cache: Any) -> Tensor:
         options = {"use_cache": True, "do_sample": False, "max_new_tokens": NEW_TOKENS}
-        written: Tensor = model.generate(prompt, **{spec.cache_name: cache}, **options)
+        with spec.cast_products(ids.device):
+            written: Tensor = model.generate(prompt, **{spec.cache_name: cache}, **options)
         return written[:, prompt.shape[1] :]
 
     # Some caches are written in place.

@@ -1,6 +1,7 @@
 """``unimatrix bench``: speed and bytes of presets beside the models of other libraries."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,7 @@ def run(
             "--batch-size",
             min=1,
             help="Sequences of a train step or forward pass. [default: as many as make 2048 "
-            "tokens, at least one]",
+            "tokens, on a GPU 65536, at least one]",
         ),
     ] = None,
     preset: Annotated[
@@ -84,6 +85,22 @@ def run(
             "take the sizes. Repeatable.",
         ),
     ] = None,
+    equal_parameters: Annotated[
+        bool,
+        typer.Option(
+            "--equal-parameters",
+            help="Give every peer as many parameters as the first preset, by its widths; without, "
+            "all have the width and depth of a preset.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help="Of matrix products, float32 or bfloat16 (autocast); weights, states and checks "
+            "are float32 in both.",
+        ),
+    ] = "float32",
     text: Annotated[
         str | None,
         typer.Option(
@@ -131,7 +148,7 @@ def run(
 ) -> None:
     """Time presets beside a Llama, Mamba-2 and RWKV-4 of the same width and depth, interleaved.
 
-    Float32, dropout 0, no position table, the same text for all. Each cell first runs once in a
+    Dropout 0, no position table, the same text for all. Each cell first runs once in a
     process of its own, which tells its peak bytes and whether it can be timed; then all models run
     in turn, so ratios hold when the machine's speed drifts. Nothing is timed whose fast path does
     not compute what its reference does.
@@ -152,7 +169,13 @@ def run(
         "text": text,
     }
     plan = _make_plan(
-        names, _choose_presets(preset), assignments or [], settings, compiles=compile_steps
+        names,
+        _choose_presets(preset),
+        assignments or [],
+        settings,
+        dtype=dtype,
+        compiles=compile_steps,
+        equal_parameters=equal_parameters,
     )
     result = _run_visibly(plan, out)
     emit(result, as_json, _render)
@@ -208,10 +231,12 @@ def _make_plan(
     assignments: list[str],
     settings: dict[str, Any],
     *,
+    dtype: str,
     compiles: bool,
+    equal_parameters: bool,
 ) -> "BenchPlan":
     """Return what to time; configurations are made and the text is opened, to refuse bad ones."""
-    from unimatrix.bench.models import COMPILER, BenchModel
+    from unimatrix.bench.models import COMPILER, DTYPES, BenchModel, match_parameters
     from unimatrix.bench.run import ALONE, BenchPlan
     from unimatrix.bench.workloads import load_text
 
@@ -220,17 +245,25 @@ def _make_plan(
     needs_model = any(mode != "automaton" for mode in names["modes"])
     if not names["modes"] or (needs_model and not chosen):
         raise InputError("nothing is left to time; name a --mode, and a --preset or a --peer")
-    models = [BenchModel(name=name, overrides=overrides) for name in chosen]
+    if dtype not in DTYPES:
+        raise InputError(
+            f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}"
+        )
+    models = [BenchModel(name=name, overrides=overrides, dtype=dtype) for name in chosen]
     if compiles:
         if not presets or "train" not in names["modes"]:
             raise InputError(
                 "--compile is for train steps of presets; name --mode train and a --preset"
             )
-        models += [
-            BenchModel(name=name, overrides=overrides, compiler=COMPILER) for name in presets
-        ]
+        models += [replace(model, compiler=COMPILER) for model in models if not model.is_peer]
     for model in models:
         model.make_config()
+    if equal_parameters:
+        if not (presets and names["peers"]):
+            raise InputError(
+                "--equal-parameters is for peers beside a preset; name a --preset and a --peer"
+            )
+        models = match_parameters(models)
     load_text(1, settings["text"])
     modes = [mode for mode in names["modes"] if mode not in ALONE]
     alone = [mode for mode in names["modes"] if mode in ALONE]
@@ -287,9 +320,11 @@ def _render(result: dict[str, Any]) -> str:
         drop_empty_columns,
     )
 
-    head = f"float32, dropout 0, {result['threads']} threads"
+    head = f"{result['dtype']}, dropout 0, {result['threads']} threads"
     if result["matmul_peak_flops_per_s"] is not None:
         head += f"; matmul peak {result['matmul_peak_flops_per_s'] / 1e9:,.0f} GFLOP/s"
+    if result["copy_peak_bytes_per_s"] is not None:
+        head += f"; copy peak {result['copy_peak_bytes_per_s'] / 1e9:,.0f} GB/s"
     if errors := [check["error"] for check in result["checks"]]:
         head += f"; {len(errors)} fast paths within {max(errors):.0e} of theirs"
     parts: list[Any] = [head]
@@ -324,8 +359,11 @@ def _render(result: dict[str, Any]) -> str:
         legend = (
             "ms: median of n interleaved rounds; /Llama, /first: median over rounds of the ratio "
             "to the Llama and to the shortest length; floor: ms of the arithmetic at the matmul "
-            "peak; peak: bytes of a process, net; state: bytes carried on by one sequence"
+            "peak; of copy: the same of reading and writing the peak bytes once, on a GPU; peak: "
+            "bytes of a process, net; state: bytes carried on by one sequence"
         )
-        parts += ["", legend]
+        sizes = {row["model"]: row["parameters"] for row in result["rows"] if not row["skipped"]}
+        told = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
+        parts += ["", legend, f"parameters: {told}"]
     parts += reasons
     return to_text(*parts)

@@ -1,6 +1,5 @@
 """The models of a comparison, made equally large."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from unimatrix.baselines.peers import PEERS
+from unimatrix.baselines.sizes import NARROWEST_INNER, Size, find_size
 from unimatrix.compare.recipe import Comparison, ModelEntry
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
@@ -16,25 +16,8 @@ from unimatrix.tasks import AssociativeRecall
 
 PARAMETER_TOLERANCE = 0.01
 """How far a model's parameters may lie from the number asked for."""
-_WIDEST = 4096
 # Of ours: no dropout, as in every peer, and no position table.
 _COMMON_FIELDS: dict[str, Any] = {"dropout": 0.0, "max_position_embeddings": None}
-_NARROWEST_INNER = 4
-
-Count = Callable[[int, int], int]
-
-
-@dataclass(frozen=True)
-class Size:
-    """What was chosen so that a model has the number of parameters asked for.
-
-    Attributes:
-        hidden_size: D.
-        inner_size: F; the width of the state in Mamba-2, which has no feed-forward.
-    """
-
-    hidden_size: int
-    inner_size: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +82,7 @@ def plan_models(comparison: Comparison) -> list[ModelMaker]:
     makers = []
     for name, entry in comparison.chosen.items():
         _require_automaton(name, entry)
-        size = _read_size(entry) if entry is first else find_size(name, entry, comparison, target)
+        size = _read_size(entry) if entry is first else _find_size(name, entry, comparison, target)
         makers.append(ModelMaker(name, entry, size, comparison))
     return makers
 
@@ -120,18 +103,14 @@ def count_first(comparison: Comparison) -> int:
     """Return the parameters of the first model as its recipe has it."""
     first = next(iter(comparison.models.values()))
     if first.peer is not None:
-        size = Size(64, max(_NARROWEST_INNER, round(64 * PEERS[first.peer].inner_ratio)))
+        size = Size(64, max(NARROWEST_INNER, round(64 * PEERS[first.peer].inner_ratio)))
     else:
         size = _read_size(first)
     return _count(first, size, comparison)
 
 
-def find_size(name: str, entry: ModelEntry, comparison: Comparison, target: int) -> Size:
+def _find_size(name: str, entry: ModelEntry, comparison: Comparison, target: int) -> Size:
     """Return the size at which a model has ``target`` parameters, to within one per cent.
-
-    The inner width is what is solved for: parameters are affine in it. The width D is the one at
-    which the usual ratio of the two comes nearest to the target, so that no model has to take a
-    strange shape.
 
     Args:
         name: of the model, for a message.
@@ -147,34 +126,14 @@ def find_size(name: str, entry: ModelEntry, comparison: Comparison, target: int)
     def count(hidden_size: int, inner_size: int) -> int:
         return _count(entry, Size(hidden_size, inner_size), comparison)
 
-    hidden_size = _find_width(count, ratio, multiple, target)
-    one, two = count(hidden_size, _NARROWEST_INNER), count(hidden_size, 2 * _NARROWEST_INNER)
-    per_unit = (two - one) / _NARROWEST_INNER
-    inner_size = max(1, round(_NARROWEST_INNER + (target - one) / per_unit))
-    found = count(hidden_size, inner_size)
+    size = find_size(count, target, ratio=ratio, multiple=multiple)
+    found = count(size.hidden_size, size.inner_size)
     if abs(found - target) > PARAMETER_TOLERANCE * target:
         raise InputError(
             f"model {name!r} has no size with {target:,} parameters (nearest: {found:,} at width "
-            f"{hidden_size}); change num_layers or num_heads, or make the first model larger"
+            f"{size.hidden_size}); change num_layers or num_heads, or make the first model larger"
         )
-    return Size(hidden_size, inner_size)
-
-
-def _find_width(count: Count, ratio: float, multiple: int, target: int) -> int:
-    """Return the multiple at which the usual shape is nearest to the target."""
-
-    def count_usual(hidden_size: int) -> int:
-        return count(hidden_size, max(_NARROWEST_INNER, round(ratio * hidden_size)))
-
-    low, high = 1, max(2, _WIDEST // multiple)
-    while low < high:
-        middle = (low + high) // 2
-        if count_usual(multiple * middle) < target:
-            low = middle + 1
-        else:
-            high = middle
-    widths = [multiple * number for number in (low - 1, low) if number >= 1]
-    return min(widths, key=lambda width: abs(count_usual(width) - target))
+    return size
 
 
 def _describe_shape(entry: ModelEntry, comparison: Comparison) -> tuple[float, int]:
@@ -190,7 +149,7 @@ def _describe_shape(entry: ModelEntry, comparison: Comparison) -> tuple[float, i
 def _read_size(entry: ModelEntry) -> Size:
     """Return the size that the configuration of one of ours states."""
     if entry.preset is None:
-        return Size(64, max(_NARROWEST_INNER, round(64 * PEERS[str(entry.peer)].inner_ratio)))
+        return Size(64, max(NARROWEST_INNER, round(64 * PEERS[str(entry.peer)].inner_ratio)))
     config = UniMatrixConfig.preset(entry.preset, **entry.overrides)
     return Size(config.hidden_size, config.intermediate_size)
 

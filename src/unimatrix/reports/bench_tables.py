@@ -18,6 +18,7 @@ HEADER = (
     "ratio to the first length",
     "floor ms",
     "share of peak",
+    "share of bandwidth",
     "peak bytes",
     "state bytes",
 )
@@ -32,6 +33,7 @@ SHORT_HEADER = (
     "/first",
     "floor",
     "of peak",
+    "of copy",
     "peak",
     "state",
 )
@@ -65,6 +67,7 @@ def _describe_row(row: Row) -> list[str]:
         _format_ratio(row["ratio_to_shortest"]),
         _format_ms(row["floor_ms"]),
         f"{100 * row['peak_share']:.2g} %",
+        f"{100 * row['bandwidth_share']:.2g} %" if "bandwidth_share" in row else "",
         _format_bytes(row["peak_bytes"]),
         _format_bytes(row["state_bytes"]),
     ]
@@ -147,7 +150,7 @@ def summarize_speed(runs: Mapping[str, Sequence[Row]]) -> tuple[list[str], list[
         [
             {"train": "train step", "decode": "decoding a token"}[row["mode"]],
             name,
-            *(cells[i] for i in (0, 1, 2, 6, 11)),
+            *(cells[i] for i in (0, 1, 2, 6, 12)),
         ]
         for name, members in runs.items()
         for row, cells in zip(members, describe_rows(members), strict=True)
