@@ -101,3 +101,46 @@ def test_the_command_line_starts_light() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def is_compiled(node: ast.AST, kinds: set[str]) -> bool:
+    """Return whether a function is decorated as one of ``ops/compile_native.py``'s kinds."""
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(call, ast.Call) and getattr(call.func, "id", "") in kinds
+        for call in node.decorator_list
+    )
+
+
+def list_parts(path: Path) -> set[str]:
+    """Return the functions of a file that only kernels can call."""
+    return {
+        node.name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and is_compiled(node, {"part"})
+    }
+
+
+def list_names_python_runs(node: ast.AST) -> set[str]:
+    """Return the names that stand anywhere but in compiled functions."""
+    names = {node.id} if isinstance(node, ast.Name) else set()
+    for child in ast.iter_child_nodes(node):
+        if not is_compiled(child, {"kernel", "part"}):
+            names |= list_names_python_runs(child)
+    return names
+
+
+def test_python_calls_no_part_of_a_kernel() -> None:
+    """A part has nothing that Python could call: the process would end there."""
+    parts = {
+        "unimatrix." + ".".join(path.relative_to(SOURCE).with_suffix("").parts): list_parts(path)
+        for path in FILES
+    }
+    assert sum(map(len, parts.values())) > 60
+    for path in [*FILES, *Path(__file__).parent.rglob("*.py")]:
+        tree, out_of_reach = ast.parse(path.read_text(encoding="utf-8")), set(list_parts(path))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                taken = {alias.name for alias in node.names} & parts.get(node.module or "", set())
+                out_of_reach |= taken
+        called = list_names_python_runs(tree) & out_of_reach
+        assert not called, f"{path} calls {called}"

@@ -14,8 +14,6 @@ from unimatrix.decoding.state import read_cache, write_cache
 from unimatrix.decoding.support import explain_unusable
 from unimatrix.errors import InputError
 
-_NO_MATCH = np.full((0, 1), -1, dtype=np.int64)
-
 
 class Decoder:
     """Streams of tokens through a model, in constant time and bytes a token.
@@ -48,11 +46,7 @@ class Decoder:
         num_recent = 0 if mixer is None else mixer.num_recent
         self._state = read_cache(cache, model.config, num_recent, self._plan.dtype)
         self._most_tokens = int(cache.num_tokens.max())
-        self._carried = self._state.arrays
-        stream = self._state.automaton
-        self._match = (_NO_MATCH, _NO_MATCH)
-        if stream is not None:
-            self._match = (stream.predicted_ids, stream.match_lengths)
+        self._carried, self._match = self._state.carried, self._state.match
 
     @property
     def batch_size(self) -> int:
@@ -135,7 +129,7 @@ class Decoder:
         """Read valid ids [B] and write the logits [B, V] of the next."""
         if self._state.automaton is not None:
             self._state.automaton.push(ids)
-        advance(ids, self._plan.arrays, self._carried, self._match, logits)
+        advance(ids, self._plan.arrays, *self._carried, self._match, logits)
         self._most_tokens += 1
         self._state.num_columns += 1
 

@@ -46,12 +46,12 @@ NUM_WEIGHTS = 34
 
 # Sizes and choices.
 (
+    HIDDEN_SIZE,  # D
     NUM_DEPTH_STEPS,
     NUM_HEADS,
     HEAD_DIM,
     INNER_SIZE,
     NUM_PROJECTED,  # J
-    NUM_POSITIONS,  # rows of the position table, 0 without
     LAYER_NORM,  # otherwise the root mean square
     GATED,  # SwiGLU
     HAS_MATRIX,
@@ -70,10 +70,9 @@ NUM_WEIGHTS = 34
     MARGIN,
     KEEP_FIRST,
     FADE_TOKENS,
-    CONV_KERNEL,  # 0 without
     USES_DELTA,
-) = range(26)
-NUM_SIZES = 26
+) = range(25)
+NUM_SIZES = 25
 NO_CONTEXT, PREVIOUS_TOKEN, AUTOMATON = range(3)
 NO_ASSOCIATIONS, SLOTS, SELECTIVE = range(3)
 

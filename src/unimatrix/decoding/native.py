@@ -10,16 +10,18 @@ Numba compiles this module anew if it changes, not if a kernel that it calls cha
 
 import math
 
-import numba
 import numpy as np
 
 from unimatrix.decoding import layout as at
 from unimatrix.decoding.native_parts import (
     NUM_RULES,
     OPTIONS,
+    add,
     add_gated,
     add_log,
     bound,
+    copy,
+    fill,
     gelu,
     get_row,
     log_sigmoid,
@@ -29,6 +31,7 @@ from unimatrix.decoding.native_parts import (
     sigmoid,
     softmax_rules,
 )
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.matrix_state import READOUT_EPS
 from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
 from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
@@ -38,7 +41,7 @@ from unimatrix.ops.slots.native_step import advance_slots
 # As in ``nn.matrix_mixer``.
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _convolve(h, weights, start, recent, source):
     """Mix the streams of the last tokens: ``nn.short_convolution``.
 
@@ -55,11 +58,11 @@ def _convolve(h, weights, start, recent, source):
             for i in range(width):
                 source[b, i] += recent[b, n, i] * row[i]
         for n in range(num_recent - 1):
-            recent[b, n] = recent[b, n + 1]
-        recent[b, num_recent - 1] = h[b]
+            copy(recent[b, n + 1], recent[b, n])
+        copy(h[b], recent[b, num_recent - 1])
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _mix_matrix(projected, vectors, sizes, parts, S, y):
     """Advance the matrix states of one row [H, N, N] and write the readouts to y [H N]."""
     num_heads, size = sizes[at.NUM_HEADS], sizes[at.HEAD_DIM]
@@ -93,14 +96,14 @@ def _mix_matrix(projected, vectors, sizes, parts, S, y):
             scale_to_unit_square(readout, READOUT_EPS)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _retrieve_slots(
     source, token_ids, counters, weights, offsets, numbers, slots, group, context, read_ids, votes
 ):
     """Read and write the slots with source features [B, D]: ``SlotMixer.retrieve``."""
     keys, values, strengths, previous, units, ranks, ages, held_ids = slots
     batch, width = source.shape
-    queries, new_keys, new_values = source, previous[group].copy(), source
+    queries, new_keys, new_values = source, previous[group], source
     if offsets[at.QUERY] >= 0:
         queries = np.empty((batch, keys.shape[3]), source.dtype)
         project(weights, offsets[at.QUERY], -1, source, queries)
@@ -109,39 +112,44 @@ def _retrieve_slots(
     if offsets[at.VALUE] >= 0:
         new_values = np.empty((batch, width), source.dtype)
         project(weights, offsets[at.VALUE], -1, source, new_values)
-    new_strengths = np.ones((batch, 1), source.dtype)
+    new_strengths = np.empty((batch, 1), source.dtype)
+    for b in range(batch):
+        new_strengths[b, 0] = 1.0
     if offsets[at.WRITE_GATE] >= 0:
         pair = np.empty((batch, 2 * width), source.dtype)
-        pair[:, :width] = previous[group]
-        pair[:, width:] = source
+        for b in range(batch):
+            copy(previous[group, b], pair[b, :width])
+            copy(source[b], pair[b, width:])
         project(weights, offsets[at.WRITE_GATE], offsets[at.WRITE_GATE_BIAS], pair, new_strengths)
         for b in range(batch):
             new_strengths[b, 0] = sigmoid(new_strengths[b, 0])
     for b in range(batch):
         advance_slots(
-            b, queries, new_keys, new_values, new_strengths[:, 0].copy(), token_ids[b],
+            b, queries, new_keys, new_values, new_strengths[b, 0], token_ids[b],
             counters[b, at.NUM_TOKENS] > 0, numbers[at.MATCH_THRESHOLD], numbers[at.STRENGTH_FLOOR],
             keys[group, b], values[group, b], strengths[group, b], units[group, b],
             ranks[group, b], ages[group, b], held_ids[group, b],
             context[b], read_ids[b], votes[b],
         )  # fmt: skip
-    previous[group] = source
+    for b in range(batch):
+        copy(source[b], previous[group, b])
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _weigh_writes(token_ids, hidden, weights, offsets, sizes, counters, width, logits):
     """Write the gate's logits [B, N] of this token's writes."""
     batch = token_ids.shape[0]
-    inputs = np.zeros((batch, (3 if sizes[at.FROM_HIDDEN] else 2) * width), weights.dtype)
+    inputs = np.empty((batch, (3 if sizes[at.FROM_HIDDEN] else 2) * width), weights.dtype)
     # What ``rms_norm`` adds where nothing is said: the machine's epsilon.
     eps = np.float64(np.finfo(weights.dtype).eps)
     for b in range(batch):
         before = counters[b, at.LAST_TOKEN_ID]
+        fill(inputs[b], 0.0)
         if before >= 0:
-            inputs[b, :width] = get_row(weights, offsets[at.EMBED], before, width)
-        inputs[b, width : 2 * width] = get_row(weights, offsets[at.EMBED], token_ids[b], width)
+            copy(get_row(weights, offsets[at.EMBED], before, width), inputs[b])
+        copy(get_row(weights, offsets[at.EMBED], token_ids[b], width), inputs[b, width:])
         if sizes[at.FROM_HIDDEN]:
-            inputs[b, 2 * width :] = hidden[b]
+            copy(hidden[b], inputs[b, 2 * width :])
         for first in range(0, inputs.shape[1], width):
             scale_to_unit_square(inputs[b, first : first + width], eps)
     inner = np.empty((batch, width // 2), weights.dtype)
@@ -152,7 +160,7 @@ def _weigh_writes(token_ids, hidden, weights, offsets, sizes, counters, width, l
     project(weights, offsets[at.GATE_DOWN], offsets[at.GATE_DOWN_BIAS], inner, logits)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _retrieve_selective(
     token_ids, hidden, counters, weights, offsets, sizes, patterns, selective, context, read_ids,
     log_strengths,
@@ -170,7 +178,7 @@ def _retrieve_selective(
     write_codes = np.empty((batch, 1, num_writes), np.int64)
     stream = np.empty(num_recent + 1, np.int64)
     for b in range(batch):
-        stream[:num_recent] = recent[b]
+        copy(recent[b], stream)
         stream[num_recent] = token_ids[b]
         for i in range(read_offsets.shape[0]):
             for n in range(num_patterns):
@@ -181,22 +189,28 @@ def _retrieve_selective(
             write_keys[b, 0, n] = hash_context(stream, num_recent - 1, write_patterns, n)
             code = np.rint(logits[b, n] * CODES_PER_NAT)
             write_codes[b, 0, n] = np.int64(min(max(code, MIN_CODE), MAX_CODE))
-        recent[b] = stream[1:]
-    found = np.full((batch, 1, num_reads), -1, np.int64)
-    found_codes = np.zeros((batch, 1, num_reads), np.int64)
-    found_values = np.zeros((batch, 1, num_reads), np.int64)
+        copy(stream[1:], recent[b])
+    found = np.empty((batch, 1, num_reads), np.int64)
+    found_codes = np.empty((batch, 1, num_reads), np.int64)
+    found_values = np.empty((batch, 1, num_reads), np.int64)
+    positions, lengths = np.empty(batch, np.int64), np.empty(batch, np.int64)
+    for b in range(batch):
+        positions[b], lengths[b] = counters[b, at.NUM_TOKENS], 1
+        for n in range(num_reads):
+            found[b, 0, n], found_codes[b, 0, n], found_values[b, 0, n] = -1, 0, 0
     scan_token(
         0, batch, read_keys, write_keys, token_ids.reshape(batch, 1), write_codes,
-        counters[:, at.NUM_TOKENS].copy(), np.ones(batch, np.int64), sizes[at.MARGIN],
-        sizes[at.KEEP_FIRST] != 0, sizes[at.FADE_TOKENS], keys, values, codes, np.empty_like(keys),
+        positions, lengths, sizes[at.MARGIN], sizes[at.KEEP_FIRST] != 0, sizes[at.FADE_TOKENS],
+        keys, values, codes, np.empty((batch, keys.shape[1]), np.int64),
         found, found_codes, found_values,
     )  # fmt: skip
     eps = np.float64(np.finfo(weights.dtype).eps)
-    mixed = np.zeros((batch, width), weights.dtype)
+    mixed = np.empty((batch, width), weights.dtype)
     shares = np.empty(num_reads, weights.dtype)
     value = np.empty(width, weights.dtype)
     for b in range(batch):
         largest, total = 0.0, 0.0
+        fill(mixed[b], 0.0)
         for n in range(num_reads):
             log_strengths[b, n] = -np.inf
             if found[b, 0, n] >= 0:
@@ -211,7 +225,7 @@ def _retrieve_selective(
         for n in range(num_reads):
             if shares[n] == 0:
                 continue
-            value[:] = get_row(weights, offsets[at.EMBED], read_ids[b, n], width)
+            copy(get_row(weights, offsets[at.EMBED], read_ids[b, n], width), value)
             scale_to_unit_square(value, eps)
             share = weights.dtype.type(shares[n] / total)
             for i in range(width):
@@ -219,7 +233,7 @@ def _retrieve_selective(
     project(weights, offsets[at.VALUE], -1, mixed, context)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _feed_forward(h, weights, offsets, sizes, x):
     """Add the feed-forward network of h [B, D] to the stream x [B, D]."""
     batch, size = h.shape[0], sizes[at.INNER_SIZE]
@@ -238,13 +252,13 @@ def _feed_forward(h, weights, offsets, sizes, x):
                 inner[b, i] = gelu(inner[b, i])
     output = np.empty_like(x)
     project(weights, offsets[at.DOWN], offsets[at.DOWN_BIAS], inner, output)
-    x += output
+    for b in range(batch):
+        add(output[b], x[b])
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, sizes):
     """Turn logits [B, V] into ln of the mixture's probabilities: ``nn.pointer_mixture``."""
-    predicted_ids, match_lengths = match
     batch = h.shape[0]
     num_reads = sizes[at.NUM_SLOT_SCORES]
     num_scores = num_reads + sizes[at.AUTOMATON_SCORE]
@@ -252,23 +266,24 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, siz
     project(weights, offsets[at.MIXTURE], offsets[at.MIXTURE_BIAS], h, scores)
     ids = np.empty(num_scores, np.int64)
     for b in range(batch):
-        ids[:num_reads] = read_ids[b, :num_reads]
         for n in range(num_reads):
+            ids[n] = read_ids[b, n]
             scores[b, n] += log_strengths[b, n]
-        if sizes[at.AUTOMATON_SCORE]:
-            bucket, length = 0, 2 * match_lengths[b, 0] - 1
+        if match is not None and sizes[at.AUTOMATON_SCORE]:
+            bucket, length = 0, 2 * match[1][b, 0] - 1
             while length > 1 and bucket < sizes[at.NUM_LENGTH_BUCKETS] - 1:
                 length >>= 1
                 bucket += 1
             scores[b, num_reads] += weights[offsets[at.LENGTH_SCORE] + bucket]
-            ids[num_reads] = predicted_ids[b, 0]
-            if predicted_ids[b, 0] < 0:
+            ids[num_reads] = match[0][b, 0]
+            if ids[num_reads] < 0:
                 scores[b, num_reads] = -np.inf
         sharing = 0.0  # ln of the sum over the vocabulary, whose score is 0, and the others
         for n in range(num_scores):
             sharing = add_log(sharing, np.float64(scores[b, n]))
-        largest = np.float64(logits[b].max())
-        total = 0.0
+        largest, total = -np.inf, 0.0
+        for number in logits[b]:
+            largest = max(largest, np.float64(number))
         for number in logits[b]:
             total += math.exp(number - largest)
         shift = weights.dtype.type(largest + math.log(total) + sharing)
@@ -282,45 +297,42 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, siz
                 )
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def _embed(token_ids, weights, offsets, counters, source, x):
     """Write the token features and the start of the stream, [B, D] each."""
     width = x.shape[1]
     for b in range(x.shape[0]):
-        source[b] = get_row(weights, offsets[at.EMBED], token_ids[b], width)
-        x[b] = source[b]
+        copy(get_row(weights, offsets[at.EMBED], token_ids[b], width), source[b])
+        copy(source[b], x[b])
         if offsets[at.POSITIONS] >= 0:
-            x[b] += get_row(weights, offsets[at.POSITIONS], counters[b, at.NUM_TOKENS], width)
+            add(get_row(weights, offsets[at.POSITIONS], counters[b, at.NUM_TOKENS], width), x[b])
 
 
-@numba.njit(cache=True, **OPTIONS)
-def _find_context(weights, offsets, sizes, counters, match, context):
-    """Write the residual context [B, D]: ``nn.residual_context``."""
-    for b in range(context.shape[0]):
-        followed = match[0][b, 0]
-        if sizes[at.CONTEXT_PATH] == at.PREVIOUS_TOKEN:
-            followed = counters[b, at.LAST_TOKEN_ID]
-            if followed < 0:
-                followed = sizes[at.PAD_ID]
-        if followed >= 0:
-            context[b] = get_row(weights, offsets[at.CONTEXT], followed, context.shape[1])
-
-
-@numba.njit(cache=True, **OPTIONS)
-def advance(token_ids, plan, carried, match, logits):
+@kernel(**OPTIONS)
+def advance(
+    token_ids, plan, matrix_states, recents, slots, selective, counters, match, logits
+):  # fmt: skip
     """Read one token of every row.
+
+    What a model lacks is ``None``, and its part of the step is not compiled.
 
     Args:
         token_ids: [B] int64, in 0..V-1.
         plan: weights, and where they lie (``plan.py``).
-        carried: what the rows carry, changed in place (``state.py``).
-        match: the automaton's predicted ids and match lengths after the token, [B, 1] each.
+        matrix_states: as in ``state.StepState`` and changed in place, like the next four.
+        recents: or ``None``.
+        slots: or ``None``.
+        selective: or ``None``.
+        counters: of every row.
+        match: the automaton's predicted ids and match lengths after the token, [B, 1] each, or
+            ``None``.
         logits: [B, V], written here.
     """
     weights, offsets, sizes, parts, numbers, patterns = plan
-    matrix_states, recents, slots, selective, counters = carried
-    batch, width = token_ids.shape[0], slots[3].shape[2]
-    source, x, h, mixed, readout = (
+    batch, width = token_ids.shape[0], sizes[at.HIDDEN_SIZE]
+    source, x, h, mixed, readout, followed, read_context = (
+        np.empty((batch, width), weights.dtype),
+        np.empty((batch, width), weights.dtype),
         np.empty((batch, width), weights.dtype),
         np.empty((batch, width), weights.dtype),
         np.empty((batch, width), weights.dtype),
@@ -328,17 +340,22 @@ def advance(token_ids, plan, carried, match, logits):
         np.empty((batch, width), weights.dtype),
     )
     _embed(token_ids, weights, offsets, counters, source, x)
-    followed = np.zeros((batch, width), weights.dtype)
-    if sizes[at.CONTEXT_PATH] != at.NO_CONTEXT:
-        _find_context(weights, offsets, sizes, counters, match, followed)
-    read_context = np.zeros((batch, width), weights.dtype)
+    if sizes[at.CONTEXT_PATH] == at.PREVIOUS_TOKEN:
+        for b in range(batch):
+            before = counters[b, at.LAST_TOKEN_ID]
+            before = sizes[at.PAD_ID] if before < 0 else before
+            copy(get_row(weights, offsets[at.CONTEXT], before, width), followed[b])
+    if match is not None:
+        for b in range(batch):
+            fill(followed[b], 0.0)
+            if match[0][b, 0] >= 0:
+                copy(get_row(weights, offsets[at.CONTEXT], match[0][b, 0], width), followed[b])
     num_reads = sizes[at.NUM_READS]
-    has_slots = sizes[at.ASSOCIATIONS] == at.SLOTS
-    read_ids = np.zeros((batch, num_reads), np.int64)
-    votes = np.zeros((batch, num_reads), weights.dtype)
+    read_ids = np.empty((batch, num_reads), np.int64)
+    votes = np.empty((batch, num_reads), weights.dtype)
     from_hidden = sizes[at.FROM_HIDDEN] != 0
     centered, eps = sizes[at.LAYER_NORM] != 0, numbers[at.NORM_EPS]
-    if has_slots and not from_hidden:
+    if slots is not None and not from_hidden:
         _retrieve_slots(
             source, token_ids, counters, weights, offsets, numbers, slots, 0, read_context,
             read_ids, votes,
@@ -349,50 +366,52 @@ def advance(token_ids, plan, carried, match, logits):
     vectors = np.empty((batch, num_vectors * inner), weights.dtype)
     y = np.empty((batch, inner), weights.dtype)
     num_depth_steps = sizes[at.NUM_DEPTH_STEPS]
-    has_read = has_slots
+    has_read = sizes[at.ASSOCIATIONS] == at.SLOTS
     for depth_step in range(num_depth_steps):
-        if sizes[at.ASSOCIATIONS] == at.SELECTIVE and depth_step == sizes[at.FROM_HIDDEN]:
+        if selective is not None and depth_step == sizes[at.FROM_HIDDEN]:
             _retrieve_selective(
-                token_ids, x, counters, weights, offsets, sizes, patterns, selective, read_context,
-                read_ids, votes,
+                token_ids, x, counters, weights, offsets, sizes, patterns, selective,
+                read_context, read_ids, votes,
             )  # fmt: skip
             has_read = True
         if offsets[at.DEPTH] >= 0:
             for b in range(batch):
-                x[b] += get_row(weights, offsets[at.DEPTH], depth_step, width)
+                add(get_row(weights, offsets[at.DEPTH], depth_step, width), x[b])
         normalize(x, weights, offsets[at.NORM], offsets[at.NORM_BIAS], centered, eps, h)
         project(weights, offsets[at.INPUT], offsets[at.INPUT_BIAS], h, projected)
-        mixed[:] = 0.0
         if sizes[at.HAS_MATRIX]:
-            if sizes[at.CONV_KERNEL]:
+            if recents is not None:
                 _convolve(h, weights, offsets[at.CONV], recents[depth_step], readout)
                 project(weights, offsets[at.VECTORS], -1, readout, vectors)
             else:
-                first = parts[at.QKVD]
-                vectors[:] = projected[:, first : first + num_vectors * inner]
+                for b in range(batch):
+                    copy(projected[b, parts[at.QKVD] :], vectors[b])
             for b in range(batch):
                 _mix_matrix(
                     projected[b], vectors[b], sizes, parts, matrix_states[depth_step, b], y[b]
                 )
             project(weights, offsets[at.OUTPUT], -1, y, readout)
-        if has_slots and from_hidden:
+        if slots is not None and from_hidden:
             _retrieve_slots(
-                h, token_ids, counters, weights, offsets, numbers, slots, depth_step, read_context,
-                read_ids, votes,
+                h, token_ids, counters, weights, offsets, numbers, slots, depth_step,
+                read_context, read_ids, votes,
             )  # fmt: skip
         for b in range(batch):
+            fill(mixed[b], 0.0)
             if sizes[at.HAS_MATRIX]:
                 add_gated(projected[b, parts[at.MATRIX_GATE] :], readout[b], mixed[b])
             if has_read:
                 add_gated(projected[b, parts[at.READ_GATE] :], read_context[b], mixed[b])
             if sizes[at.CONTEXT_PATH] != at.NO_CONTEXT:
                 add_gated(projected[b, parts[at.CONTEXT_GATE] :], followed[b], mixed[b])
-        x += mixed
+            add(mixed[b], x[b])
         normalize(x, weights, offsets[at.FFN_NORM], offsets[at.FFN_NORM_BIAS], centered, eps, h)
         _feed_forward(h, weights, offsets, sizes, x)
         if offsets[at.MODULATION] >= 0:
             for b in range(batch):
-                x[b] *= get_row(weights, offsets[at.MODULATION], token_ids[b], width)
+                factors = get_row(weights, offsets[at.MODULATION], token_ids[b], width)
+                for i in range(width):
+                    x[b, i] *= factors[i]
     normalize(x, weights, offsets[at.FINAL_NORM], offsets[at.FINAL_NORM_BIAS], centered, eps, h)
     project(weights, offsets[at.HEAD], -1, h, logits)
     if offsets[at.MIXTURE] >= 0:

@@ -3,21 +3,22 @@
 
 import math
 
-import numba
 import numpy as np
 
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+from unimatrix.ops.compile_native import part
+
+OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 NUM_RULES = 3
 _MIN_NORM = 1e-12
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def sigmoid(number):
     """Return 1 / (1 + exp(-number))."""
     return 1.0 / (1.0 + math.exp(-number))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def log_sigmoid(number):
     """Return ln(sigmoid(number))."""
     if number > 0:
@@ -25,13 +26,13 @@ def log_sigmoid(number):
     return number - math.log1p(math.exp(number))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def gelu(number):
     """Return number times the normal distribution's share below it."""
     return 0.5 * number * (1.0 + math.erf(number * math.sqrt(0.5)))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def add_log(left, right):
     """Return ln(exp(left) + exp(right))."""
     largest = max(left, right)
@@ -40,22 +41,44 @@ def add_log(left, right):
     return largest + math.log1p(math.exp(min(left, right) - largest))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def get_row(weights, start, row, width):
     """Return row ``row`` of a table [rows, width]."""
     first = start + row * width
     return weights[first : first + width]
 
 
-@numba.njit(cache=True, **OPTIONS)
+# Loops: an assignment to a slice compiles a sentence on shapes that do not fit, a second each.
+@part(**OPTIONS)
+def copy(source, target):
+    """Write the first numbers of source [n or more] to target, which has n, or all of a shorter."""
+    for i in range(min(source.shape[0], target.shape[0])):
+        target[i] = source[i]
+
+
+@part(**OPTIONS)
+def add(source, target):
+    """Add source [n] to target [n]."""
+    for i in range(target.shape[0]):
+        target[i] += source[i]
+
+
+@part(**OPTIONS)
+def fill(target, number):
+    """Write a number everywhere in target [n]."""
+    for i in range(target.shape[0]):
+        target[i] = number
+
+
+@part(**OPTIONS)
 def project(weights, start, bias, x, y):
     """Write x [B, inputs] times a matrix [inputs, outputs], plus a bias, to y [B, outputs]."""
     num_inputs, num_outputs = x.shape[1], y.shape[1]
     for b in range(x.shape[0]):
         if bias >= 0:
-            y[b] = weights[bias : bias + num_outputs]
+            copy(weights[bias : bias + num_outputs], y[b])
         else:
-            y[b] = 0.0
+            fill(y[b], 0.0)
     i = 0
     # Eight rows at a time: what is summed is loaded and stored once for all of them.
     while i + 8 <= num_inputs:
@@ -87,7 +110,7 @@ def project(weights, start, bias, x, y):
         i += 1
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def scale_to_unit_square(numbers, eps):
     """Divide [n] by the root of its mean square, in place."""
     total = 0.0
@@ -98,7 +121,7 @@ def scale_to_unit_square(numbers, eps):
         numbers[i] *= scale
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def normalize(x, weights, start, bias, centered, eps, h):
     """Write the norm of x [B, D] to h [B, D]; centered is layer norm, else RMS norm."""
     width = x.shape[1]
@@ -120,14 +143,14 @@ def normalize(x, weights, start, bias, centered, eps, h):
                 h[b, i] += weights[bias + i]
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def add_gated(gate, context, mixed):
     """Add sigmoid(gate) * context to mixed, [D] each."""
     for i in range(mixed.shape[0]):
         mixed[i] += context[i] * mixed.dtype.type(sigmoid(gate[i]))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def bound(numbers, size, normalized):
     """Make unit vectors of every ``size`` numbers, or take the tanh of each, in place."""
     if not normalized:
@@ -144,12 +167,15 @@ def bound(numbers, size, normalized):
             vector[i] *= scale
 
 
-@numba.njit(cache=True, **OPTIONS)
+@part(**OPTIONS)
 def softmax_rules(rules):
     """Turn the scores of each head's rules into weights, in place."""
     for first in range(0, rules.shape[0], NUM_RULES):
         scores = rules[first : first + NUM_RULES]
-        largest = scores.max()
+        largest = max(scores[0], max(scores[1], scores[2]))
+        total = 0.0
         for i in range(NUM_RULES):
             scores[i] = math.exp(scores[i] - largest)
-        scores /= scores.sum()
+            total += scores[i]
+        for i in range(NUM_RULES):
+            scores[i] /= total

@@ -220,11 +220,11 @@ def _list_sizes(config: UniMatrixConfig, block: UniMatrixBlock) -> Array:
     memories = {"none": layout.NO_ASSOCIATIONS, "slots": layout.SLOTS}
     paths = {"none": layout.NO_CONTEXT, "previous_token": layout.PREVIOUS_TOKEN}
     sizes = {
+        layout.HIDDEN_SIZE: config.hidden_size,
         layout.NUM_DEPTH_STEPS: config.num_hidden_layers,
         layout.NUM_HEADS: config.num_attention_heads,
         layout.HEAD_DIM: config.head_dim,
         layout.INNER_SIZE: config.intermediate_size,
-        layout.NUM_POSITIONS: config.max_position_embeddings or 0,
         layout.LAYER_NORM: config.norm_type == "layer_norm",
         layout.GATED: config.feed_forward_type == "swiglu",
         layout.HAS_MATRIX: block.matrix_mixer is not None,
@@ -242,7 +242,6 @@ def _list_sizes(config: UniMatrixConfig, block: UniMatrixBlock) -> Array:
         layout.MARGIN: round(config.slot_margin * CODES_PER_NAT),
         layout.KEEP_FIRST: config.repeated_key == "first",
         layout.FADE_TOKENS: config.slot_fade_tokens or 0,
-        layout.CONV_KERNEL: config.conv_kernel if block.matrix_mixer is not None else 0,
         layout.USES_DELTA: config.update_rules == "delta",
     }
     array = np.zeros(layout.NUM_SIZES, dtype=np.int64)

@@ -27,32 +27,41 @@ class StepState:
     Attributes:
         num_columns: columns consumed so far, padding included.
         matrix_states: [L, B, H, N, N], address by payload; no depth steps without matrix state.
-        recents: [L, B, K - 1, D], normalised streams of the last tokens; no depth steps without a
-            short convolution.
+        recents: [L, B, K - 1, D], normalised streams of the last tokens; ``None`` without a short
+            convolution.
         slots: keys [G, B, M, C], values [G, B, M, D], strengths [G, B, M], previous [G, B, D] and,
             in float64, units [G, B, M, C] and offsets [G, B, M] of the keys; ages and token ids
-            [G, B, M] int64. G is 1 with the token source, L with the hidden one and 0 without.
-        selective: keys, values and codes [B, M], recent token ids [B, n], all int64.
+            [G, B, M] int64. G is 1 with the token source, L with the hidden one. ``None`` without.
+        selective: keys, values and codes [B, M], recent token ids [B, n], all int64; or ``None``.
         counters: [B, 2] int64, tokens so far and the last token.
         automaton: ``None`` where the model has none.
     """
 
     num_columns: int
     matrix_states: Array
-    recents: Array
-    slots: tuple[Array, ...]
-    selective: tuple[Array, ...]
+    recents: Array | None
+    slots: tuple[Array, ...] | None
+    selective: tuple[Array, ...] | None
     counters: Array
     automaton: AutomatonStream | None
 
     @property
-    def arrays(self) -> tuple[Any, ...]:
-        """What the kernel takes."""
+    def carried(self) -> tuple[Any, ...]:
+        """What the kernel takes of it."""
         return self.matrix_states, self.recents, self.slots, self.selective, self.counters
+
+    @property
+    def match(self) -> tuple[Array, Array] | None:
+        """What the automaton said last, in arrays that it changes in place."""
+        if self.automaton is None:
+            return None
+        return self.automaton.predicted_ids, self.automaton.match_lengths
 
     def num_bytes(self) -> int:
         """Return the bytes of everything here, as allocated."""
-        arrays = (self.matrix_states, self.recents, *self.slots, *self.selective, self.counters)
+        arrays = [self.matrix_states, *(self.slots or ()), *(self.selective or ()), self.counters]
+        if self.recents is not None:
+            arrays.append(self.recents)
         num_bytes = sum(array.nbytes for array in arrays)
         if self.automaton is not None:
             num_bytes += sum(t.numel() * t.element_size() for t in self.automaton.automaton)
@@ -107,33 +116,27 @@ def _read_matrix_states(
     return _copy(torch.stack(states).mT, dtype)
 
 
-def _read_recents(cache: UniMatrixCache, config: UniMatrixConfig, dtype: torch.dtype) -> Array:
-    num_recent = max(config.conv_kernel - 1, 0)
-    empty = torch.zeros(cache.batch_size, num_recent, config.hidden_size)
-    if not has_recents(config):
-        return _copy(empty[None, :, :0][:0], dtype)
+def _read_recents(
+    cache: UniMatrixCache, config: UniMatrixConfig, dtype: torch.dtype
+) -> Array | None:
+    if not config.conv_kernel or config.update_rules == "none":
+        return None
+    empty = torch.zeros(cache.batch_size, config.conv_kernel - 1, config.hidden_size)
     return _copy(torch.stack([empty if c.recent is None else c.recent for c in cache.depth]), dtype)
-
-
-def has_recents(config: UniMatrixConfig) -> bool:
-    """Return whether depth steps carry the streams of the last tokens."""
-    return config.conv_kernel > 0 and config.update_rules != "none"
 
 
 def _read_slots(
     cache: UniMatrixCache, config: UniMatrixConfig, dtype: torch.dtype
-) -> tuple[Array, ...]:
-    """Return the slots of the groups, and what decisions look at."""
+) -> tuple[Array, ...] | None:
+    """Return the slots of the groups, and what decisions look at; ``None`` without slots."""
+    if config.associative_memory != "slots":
+        return None
     batch, width = cache.batch_size, config.hidden_size
     empty = empty_slots(batch, config.num_slots, config.slot_key_size, width, dtype=dtype)
-    groups: list[Associations] = []
-    if config.associative_memory == "slots":
-        hidden = config.slot_source == "hidden"
-        groups = [c.associations for c in cache.depth] if hidden else [cache.associations]
+    hidden = config.slot_source == "hidden"
+    groups = [c.associations for c in cache.depth] if hidden else [cache.associations]
     held = [group.slots or empty for group in groups]
     previous = [empty.slot_values[:, 0] if g.previous is None else g.previous for g in groups]
-    if not groups:
-        held, previous = [SlotState(*(field[:0, :0] for field in empty))], [torch.empty(0, width)]
     keys, values, strengths, ages, ids = (
         torch.stack(list(fields)) for fields in zip(*held, strict=True)
     )
@@ -147,7 +150,9 @@ def _read_slots(
 
 def _read_selective(
     cache: UniMatrixCache, config: UniMatrixConfig, num_recent: int
-) -> tuple[Array, ...]:
+) -> tuple[Array, ...] | None:
+    if config.associative_memory != "selective":
+        return None
     selective = cache.associations.selective
     if selective is None:
         slots = empty_selective_slots(cache.batch_size, config.num_slots, config.vocab_size)
@@ -170,16 +175,15 @@ def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
         copied = torch.from_numpy(state.matrix_states.copy()).mT.contiguous()
         matrix_states = list(copied.unbind())
     recents: list[Tensor | None] = [None] * config.num_hidden_layers
-    if has_recents(config):
+    if state.recents is not None:
         recents = list(torch.from_numpy(state.recents.copy()).unbind())
-    groups = _write_slots(state)
     shared, own = Associations(), [Associations()] * config.num_hidden_layers
-    if config.associative_memory == "slots" and config.slot_source == "hidden":
-        own = groups
-    elif config.associative_memory == "slots":
-        (shared,) = groups
-    elif config.associative_memory == "selective":
-        shared = Associations(selective=_write_selective(state, config))
+    if state.slots is not None and config.slot_source == "hidden":
+        own = _write_slots(state.slots)
+    elif state.slots is not None:
+        (shared,) = _write_slots(state.slots)
+    elif state.selective is not None:
+        shared = Associations(selective=_write_selective(state.selective, config))
     automaton: AutomatonState | None = None
     if state.automaton is not None:
         automaton = copy_automaton(state.automaton.automaton)
@@ -194,10 +198,10 @@ def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
     )
 
 
-def _write_slots(state: StepState) -> list[Associations]:
+def _write_slots(slots: tuple[Array, ...]) -> list[Associations]:
     """Return the bindings of each group."""
     keys, values, strengths, previous, _, _, ages, ids = (
-        torch.from_numpy(array.copy()) for array in state.slots
+        torch.from_numpy(array.copy()) for array in slots
     )
     return [
         Associations(previous[g], SlotState(keys[g], values[g], strengths[g], ages[g], ids[g]))
@@ -205,8 +209,8 @@ def _write_slots(state: StepState) -> list[Associations]:
     ]
 
 
-def _write_selective(state: StepState, config: UniMatrixConfig) -> SelectiveState:
-    keys, values, codes, recent = (torch.from_numpy(array) for array in state.selective)
+def _write_selective(selective: tuple[Array, ...], config: UniMatrixConfig) -> SelectiveState:
+    keys, values, codes, recent = (torch.from_numpy(array) for array in selective)
     like = empty_selective_slots(1, 1, config.vocab_size)
     slots = SelectiveSlots(
         *(new.to(old.dtype) for new, old in zip((keys, values, codes), like, strict=True))

@@ -14,7 +14,7 @@ from numba.extending import intrinsic, models, register_model
 
 # Fused multiply-add and free order of sums; NaN, infinity and division keep their meaning.
 _FASTMATH = ("reassoc", "contract", "nsz")
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": set(_FASTMATH)}
+OPTIONS = {"error_model": "numpy", "fastmath": set(_FASTMATH)}
 
 
 class Lanes(types.Type):

@@ -7,15 +7,14 @@ product runs on one core.
 """
 # mypy: allow-untyped-defs
 
-import numba
-
+from unimatrix.ops.compile_native import part
 from unimatrix.ops.fused_passes.pass_weights import NUM_LANES
 from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, store, times, zeros
 
 LANES = (0,) * NUM_LANES  # numbers of columns are multiples
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _multiply_six(lanes, a, a_row, a_step, b, b_step, c, c_row, depth, adds):
     """Set or add to six rows and ``len(lanes)`` columns of c, in registers throughout."""
     sums = zeros(c, lanes)
@@ -39,7 +38,7 @@ def _multiply_six(lanes, a, a_row, a_step, b, b_step, c, c_row, depth, adds):
     store(c, 5 * c_row, six)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _multiply_two(lanes, a, a_row, a_step, b, b_step, c, c_row, depth, adds):
     """As ``_multiply_six``, for two rows."""
     one, two = zeros(c, lanes), zeros(c, lanes)
@@ -52,7 +51,7 @@ def _multiply_two(lanes, a, a_row, a_step, b, b_step, c, c_row, depth, adds):
     store(c, c_row, two)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def multiply(
     lanes, a, a_row, a_step, b, b_panel, b_step, c, c_row, rows, columns, depth, adds
 ):  # fmt: skip

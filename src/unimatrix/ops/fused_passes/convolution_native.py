@@ -3,12 +3,12 @@
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.lanes_native import OPTIONS, load, plus, pointer, store, times
 from unimatrix.ops.threads import run_rows
 
@@ -16,13 +16,13 @@ _FORM = ((0,) * 16, (0,))  # numbers handled together; those left at a row's end
 _BLOCK = 64  # tokens that share one sum for the filters' gradient
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _copy(source, target, num_numbers):
     for j in range(num_numbers):
         target[j] = source[j]
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _find_window(b, t, num_tokens, num_taps, width, h, recent, edge):
     """Return K tokens of row b in a row, the last of them t; copied to ``edge`` at the start."""
     first = t - num_taps + 1
@@ -34,7 +34,7 @@ def _find_window(b, t, num_tokens, num_taps, width, h, recent, edge):
     return pointer(edge, 0)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _find_outputs(b, t, num_tokens, num_taps, width, dy, edge):
     """Return the gradients of K outputs from t on; zeros stand for those that do not exist."""
     last = t + num_taps - 1
@@ -50,7 +50,7 @@ def _find_outputs(b, t, num_tokens, num_taps, width, dy, edge):
     return pointer(edge, 0)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _mix_part(lanes, j, num_taps, width, window, weight, target):
     mixed = times(load(window, j, lanes), load(weight, j, lanes))
     for at in range(width + j, num_taps * width, width):
@@ -58,7 +58,7 @@ def _mix_part(lanes, j, num_taps, width, window, weight, target):
     store(target, j, mixed)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _gather_part(lanes, j, num_taps, width, outputs, weight, target):
     """Add up what the outputs of a token and after say of it: taps in the other order."""
     last = (num_taps - 1) * width + j
@@ -69,7 +69,7 @@ def _gather_part(lanes, j, num_taps, width, outputs, weight, target):
     store(target, j, total)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _weigh_part(lanes, j, num_taps, width, window, grad, by_weight):
     """Add to the filters' gradient what a token saw."""
     along = load(grad, j, lanes)
@@ -78,7 +78,7 @@ def _weigh_part(lanes, j, num_taps, width, window, grad, by_weight):
         store(by_weight, at, plus(load(by_weight, at, lanes), seen))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _mix_blocks(first, last, form, num_tokens, num_taps, width, h, weight, recent, y):
     lanes, one_lane = form
     even = width - width % len(lanes)
@@ -95,7 +95,7 @@ def _mix_blocks(first, last, form, num_tokens, num_taps, width, h, weight, recen
                 _mix_part(one_lane, j, num_taps, width, window, filters, target)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_blocks(
     first, last, form, num_tokens, num_taps, width, h, weight, recent, dy, dh, dweight, drecent
 ):  # fmt: skip

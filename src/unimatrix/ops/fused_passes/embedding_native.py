@@ -3,19 +3,19 @@
 
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unimatrix.errors import InputError
+from unimatrix.ops.compile_native import kernel
 from unimatrix.ops.fused_passes.tiles_native import TILE, add_multiple, count_spans, sum_spans
 from unimatrix.ops.lanes_native import OPTIONS, at, pointer
 from unimatrix.ops.products_native import LANES
 from unimatrix.ops.threads import run_rows
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _take_spans(
     first, last, lanes, num_spans, num_rows, width, lowest, token_ids, table, rows, num_strange
 ):  # fmt: skip
@@ -32,7 +32,7 @@ def _take_spans(
                 num_strange[span] += 1
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _sum_spans(first, last, lanes, num_spans, num_rows, width, token_ids, drows, dtables):
     num_numbers = len(dtables) // num_spans
     for span in range(first, last):

@@ -8,13 +8,13 @@ is in its cache. For the backward pass it keeps what enters the activation.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.fused_passes.gated_sum_native import squash
 from unimatrix.ops.fused_passes.normal_native import find_normal_density, integrate_normal
 from unimatrix.ops.fused_passes.pass_weights import (
@@ -58,7 +58,7 @@ class _Form(NamedTuple):
     double: tuple[int, ...]  # empty: float32
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _activate(form, u, u_row, rows, inner, up_bias, a, a_row):
     """Set ``a`` to the activations of ``u``."""
     lanes = form.lanes
@@ -74,7 +74,7 @@ def _activate(form, u, u_row, rows, inner, up_bias, a, a_row):
                 store(target, j, times(gate, integrate_normal(form.double, gate)))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _pass_activation(form, u, u_row, rows, inner, up_bias, a, a_row, du, dup_bias):
     """Set ``du`` to the gradient before the activation, and ``a`` from its gradient to itself.
 
@@ -103,7 +103,7 @@ def _pass_activation(form, u, u_row, rows, inner, up_bias, a, a_row, du, dup_bia
                 store(target, j, times(gate, share))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _apply_spans(
     first, last, form, num_spans, num_rows, width, inner, x, eps, weights, panels, kept, y,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def _apply_spans(
     keep(scratch)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_spans(
     first, last, form, num_spans, num_rows, width, inner, x, eps, weights, panels, kept,
     dy, dx, grads,

@@ -4,11 +4,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.lanes_native import (
     OPTIONS,
     exponential,
@@ -26,13 +26,13 @@ from unimatrix.ops.threads import run_rows
 _FORM = ((0,) * 16, (0,))  # numbers handled together; in rows that are shorter, one
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def squash(logits, ones):
     """Return the sigmoid of each lane."""
     return over(ones, plus(exponential(times(logits, -1.0)), 1.0))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _sum_part(lanes, j, width, num_gates, gate, parts, target):
     mixed = zeros(target, lanes)
     ones = plus(mixed, 1.0)
@@ -42,7 +42,7 @@ def _sum_part(lanes, j, width, num_gates, gate, parts, target):
     store(target, j, mixed)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _backward_part(lanes, j, width, num_gates, gate, parts, grad, dgate, dparts):
     along, ones = load(grad, j, lanes), plus(zeros(grad, lanes), 1.0)
     for n in range(num_gates):
@@ -53,7 +53,7 @@ def _backward_part(lanes, j, width, num_gates, gate, parts, grad, dgate, dparts)
         store(dparts[n], j, let)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _sum_rows(first, last, form, width, num_gates, gates, one, two, three, y):
     lanes, one_lane = form
     even = width - width % len(lanes)
@@ -70,7 +70,7 @@ def _sum_rows(first, last, form, width, num_gates, gates, one, two, three, y):
                 _sum_part(one_lane, j, width, num_gates, gate, parts, target)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_rows(
     first, last, form, width, num_gates, gates, one, two, three, dy,
     dgates, done, dtwo, dthree,

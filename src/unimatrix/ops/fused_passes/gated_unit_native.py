@@ -3,11 +3,11 @@
 
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.fused_passes.gated_sum_native import squash
 from unimatrix.ops.lanes_native import OPTIONS, load, minus, plus, pointer, store, times, zeros
 from unimatrix.ops.threads import run_rows
@@ -16,14 +16,14 @@ _FORM = ((0,) * 16, (0,))  # numbers handled together; in rows that are shorter,
 _WORK = 8  # of a number, beside a multiply-add
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _apply_part(lanes, j, width, source, target):
     gate, up = load(source, j, lanes), load(source, width + j, lanes)
     share = squash(gate, plus(zeros(source, lanes), 1.0))
     store(target, j, times(times(gate, share), up))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _backward_part(lanes, j, width, source, grad, target):
     gate, up, along = load(source, j, lanes), load(source, width + j, lanes), load(grad, j, lanes)
     ones = plus(zeros(source, lanes), 1.0)
@@ -34,7 +34,7 @@ def _backward_part(lanes, j, width, source, grad, target):
     store(target, j, times(times(along, up), slope))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _apply_rows(first, last, form, width, x, y):
     lanes, one_lane = form
     even = width - width % len(lanes)
@@ -49,7 +49,7 @@ def _apply_rows(first, last, form, width, x, y):
                 _apply_part(one_lane, j, width, source, target)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_rows(first, last, form, width, x, dy, dx):
     lanes, one_lane = form
     even = width - width % len(lanes)

@@ -9,13 +9,13 @@ neither logits nor their gradients are ever in memory for more than the rows in 
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unimatrix.errors import InputError
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.fused_passes.pass_weights import PassWeights, join_weights, order_panels
 from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, needs_gradient, sum_spans
 from unimatrix.ops.lanes_native import (
@@ -65,7 +65,7 @@ def prepare_head(weight: Tensor) -> PassWeights:
     return join_weights([weight], order_panels(((0, *sizes),)), sizes)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_pointed, dshares):
     """Return a row's loss; set its logits and shares to the gradients by them."""
     lanes, W = form.lanes, len(form.lanes)
@@ -114,7 +114,7 @@ def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_poin
     return nats
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _score_spans(
     first, last, form, num_spans, num_rows, vocab, width, num_pointed, ignored,
     h, panels, targets, token_ids, shares, dh, dshares, grads, sums,

@@ -7,12 +7,12 @@ As in ``feed_forward_native``, a few rows at a time go through all of it.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel
 from unimatrix.ops.fused_passes.gated_sum_native import squash
 from unimatrix.ops.fused_passes.pass_weights import PassWeights, join_weights, order_panels
 from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, needs_gradient, sum_spans
@@ -63,7 +63,7 @@ def prepare_mixing(
     return join_weights([out, *gates, *gates_bias], order, sizes)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _apply_spans(
     first, last, lanes, num_spans, num_rows, width, inner, num_gates,
     x, h, readout, one, two, weights, panels, kept_gates, kept_readout, y,
@@ -105,7 +105,7 @@ def _apply_spans(
     keep(scratch)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_spans(
     first, last, lanes, num_spans, num_rows, width, inner, num_gates,
     h, readout, one, two, kept_gates, kept_readout, panels,

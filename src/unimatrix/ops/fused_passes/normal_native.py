@@ -3,8 +3,7 @@
 
 import math
 
-import numba
-
+from unimatrix.ops.compile_native import part
 from unimatrix.ops.lanes_native import (
     OPTIONS,
     exponential,
@@ -35,7 +34,7 @@ _TAIL_64 = (
 _DENSITY_AT_0 = 1 / math.sqrt(2 * math.pi)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def integrate_normal(double, x):
     """Return the distribution's integral up to each lane; ``double`` is empty for float32."""
     nothing = minus(x, x)
@@ -52,7 +51,7 @@ def integrate_normal(double, x):
     return where_negative(x, tail, minus(plus(nothing, 1.0), tail))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def find_normal_density(x):
     """Return the distribution's density at each lane."""
     return times(exponential(times(times(x, x), -0.5)), _DENSITY_AT_0)

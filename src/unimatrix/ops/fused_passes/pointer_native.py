@@ -4,11 +4,11 @@
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numba
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.fused_passes.tiles_native import (
     TILE,
     add_multiple,
@@ -34,7 +34,7 @@ class _Form(NamedTuple):
     matched: tuple[int, ...]  # empty: no automaton
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _choose_bucket(length, num_buckets):
     """Return where the score of a match length stands: of 1, 2, 3-4, 5-8, ..., the rest last."""
     bucket, covered = 0, 1
@@ -43,7 +43,7 @@ def _choose_bucket(length, num_buckets):
     return bucket
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _weigh_rows(
     first, last, form, width, num_slots, num_buckets,
     h, weight, bias, log_strength, token_ids, match_weight, match_bias, by_length,
@@ -77,7 +77,7 @@ def _weigh_rows(
             scores[k] -= level
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_spans(
     first, last, form, num_spans, num_rows, width, num_slots, num_buckets,
     h, weight, match_weight, predicted_ids, match_lengths, log_weights,

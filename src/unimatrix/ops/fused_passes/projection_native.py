@@ -8,12 +8,12 @@ sequence and normalises the few tokens before it once more, as the convolution s
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.fused_passes.pass_weights import (
     PassWeights,
     hold_float,
@@ -101,7 +101,7 @@ def prepare_projections(
     return join_weights([*others, *vectors, *controls, *controls_bias], order, sizes, eps)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _normalize_around(form, x, recent, num_taps, start, rows, width, eps, scale, shift, units, h):
     """Normalise a tile and the tokens before it that a convolution sees.
 
@@ -126,7 +126,7 @@ def _normalize_around(form, x, recent, num_taps, start, rows, width, eps, scale,
     )  # fmt: skip
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _convolve(lanes, h, filters, num_taps, rows, width, source):
     """Set ``source`` to the tile's rows of h, behind ``num_taps - 1`` others, convolved."""
     for row in range(rows):
@@ -138,7 +138,7 @@ def _convolve(lanes, h, filters, num_taps, rows, width, source):
             store(source, row * width + j, mixed)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _squash(lanes, vectors, count):
     """Replace numbers by their tanh, exact to the last bits of 1."""
     for j in range(0, count, len(lanes)):
@@ -149,7 +149,7 @@ def _squash(lanes, vectors, count):
         store(vectors, j, where_negative(x, times(size, -1.0), size))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _squash_backward(lanes, along, made, target, count):
     """Set ``target`` to the gradient before the tanh that made ``made``."""
     for j in range(0, count, len(lanes)):
@@ -158,7 +158,7 @@ def _squash_backward(lanes, along, made, target, count):
         store(target, j, times(load(along, j, lanes), slope))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _apply_spans(
     first, last, form, num_spans, num_tokens, width, columns, num_controls, num_taps,
     x, recent, eps, weights, panels, h, vectors, controls,
@@ -211,7 +211,7 @@ def _apply_spans(
     keep(scratch)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_spans(
     first, last, form, num_spans, num_tokens, width, columns, num_controls, num_taps,
     x, recent, eps, weights, panels, vectors, dstream, dh, dvectors, dcontrols,

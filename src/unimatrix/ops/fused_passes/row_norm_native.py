@@ -4,11 +4,11 @@
 import math
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel
 from unimatrix.ops.fused_passes.pass_weights import hold_float
 from unimatrix.ops.lanes_native import OPTIONS, load, plus, pointer, store, times, total, zeros
 from unimatrix.ops.threads import run_rows
@@ -17,7 +17,7 @@ _LANES = (0,) * 16  # numbers handled together; a row's last D % 16 go one by on
 _ROWS_PER_BLOCK = 64  # share one sum for the weight's gradient
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _normalize_blocks(first, last, lanes, num_rows, width, x, weight, eps, y, inverses):
     even = width - width % len(lanes)
     for row in range(first * _ROWS_PER_BLOCK, min(last * _ROWS_PER_BLOCK, num_rows)):
@@ -37,7 +37,7 @@ def _normalize_blocks(first, last, lanes, num_rows, width, x, weight, eps, y, in
         inverses[row] = inverse
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_blocks(
     first, last, lanes, num_rows, width, x, weight, inverses, dy, dx, dweight
 ):  # fmt: skip

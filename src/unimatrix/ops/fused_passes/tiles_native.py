@@ -3,10 +3,10 @@
 
 import math
 
-import numba
 import torch
 from torch import Tensor
 
+from unimatrix.ops.compile_native import part
 from unimatrix.ops.lanes_native import OPTIONS, at, load, plus, store, times, total, zeros
 
 TILE = 128  # rows; with the weights of small models they stay in a core's cache
@@ -31,14 +31,14 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def copy_rows(lanes, source, target, count):
     """Copy ``count`` numbers, a multiple of the lanes."""
     for j in range(0, count, len(lanes)):
         store(target, j, load(source, j, lanes))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def add_rows(lanes, rows, count, width, target):
     """Add ``count`` rows to ``target``, one of them."""
     for row in range(count):
@@ -46,7 +46,7 @@ def add_rows(lanes, rows, count, width, target):
             store(target, j, plus(load(target, j, lanes), load(rows, row * width + j, lanes)))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def normalize_tile(form, x, rows, width, eps, scale, shift, units, h, h_row, inverses):
     """Set ``units`` to the normalised rows, ``h`` to these scaled; keep the divisors' inverses."""
     lanes = form.lanes
@@ -72,7 +72,7 @@ def normalize_tile(form, x, rows, width, eps, scale, shift, units, h, h_row, inv
         inverses[row] = inverse
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def normalize_tile_backward(form, dh, units, inverses, rows, width, scale, dx, dscale, dshift):
     """Add to ``dx`` what comes through the norm, and to the gradients of its weights."""
     lanes = form.lanes
@@ -95,7 +95,7 @@ def normalize_tile_backward(form, dh, units, inverses, rows, width, scale, dx, d
             store(target, j, plus(load(target, j, lanes), times(inward, inverses[row])))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def multiply_rows(lanes, one, other, width):
     """Return the sum of the products of two rows' numbers; of any width."""
     even = width - width % len(lanes)
@@ -108,7 +108,7 @@ def multiply_rows(lanes, one, other, width):
     return product
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def add_multiple(lanes, row, factor, width, target):
     """Add a multiple of a row to ``target``; of any width."""
     even = width - width % len(lanes)

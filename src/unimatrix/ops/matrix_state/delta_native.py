@@ -8,19 +8,19 @@ backward recomputes the ones in between.
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.lanes_native import OPTIONS, load, plus, pointer, store, times, total, zeros
 from unimatrix.ops.matrix_state.native import choose_interval
 from unimatrix.ops.matrix_state.reference import TokenInputs
 from unimatrix.ops.threads import run_rows
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def replace_and_read(width, source, target, retention, strength, q, k, v, held, written, out):
     """Replace what the address held (E18) and read (E4), both of one token.
 
@@ -42,7 +42,7 @@ def replace_and_read(width, source, target, retention, strength, q, k, v, held, 
     store(out, 0, plus(times(read, retention), times(added, along)))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _carry_gradient(width, G, before, retention, strength, q, k, v, held, written, dy, dq, dk, dv):
     """Set dq, dk, dv; carry G over the token; return d loss / d (log retention, strength)."""
     N = len(width)
@@ -67,7 +67,7 @@ def _carry_gradient(width, G, before, retention, strength, q, k, v, held, writte
     return total(kept), by_strength
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _scan_rows(
     first, last, width, q, k, v, retention, strength, initial, lengths,
     num_tokens, num_heads, interval, y, final, checkpoints,
@@ -98,7 +98,7 @@ def _scan_rows(
                 final[(row * N + i) * N + j] = S[j * N + i]
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_rows(
     first, last, width, q, k, v, retention, strength, lengths,
     num_tokens, num_heads, interval, checkpoints, dy, dfinal,

@@ -13,12 +13,12 @@ The forward saves one state per few tokens and the backward recomputes the ones 
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.lanes_native import (
     OPTIONS,
     load,
@@ -42,7 +42,7 @@ class _Form(NamedTuple):
     norm_guard: tuple[int, ...]  # empty: no norm guard
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def weigh_rules(form, write, pi):
     """Return the factors of k v^T, v k^T and Diag(d) in (1 - rho) U."""
     outer, swapped, diagonal = 1.0, 0.0, 0.0
@@ -52,16 +52,16 @@ def weigh_rules(form, write, pi):
     return write * outer, write * swapped, write * diagonal
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def make_identity(N, like):
     """Return the rows of an identity matrix: an addition of one lane is a multiple of a row."""
-    identity = np.zeros(N * N, like.dtype)
-    for n in range(N):
-        identity[n * N + n] = 1
+    identity = np.empty(N * N, like.dtype)
+    for i in range(N * N):
+        identity[i] = 1 if i % (N + 1) == 0 else 0
     return identity
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def write_and_read(
     form, identity, source, target, retention, factors, rows, columns, d, reader, out
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def write_and_read(
     return norm
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _read_gradient(form, G, after, norm, q, dy):
     """Add dy q^T to G, then turn it into the gradient before the division by the norm."""
     N, width = len(form.width), form.width
@@ -109,7 +109,7 @@ def _read_gradient(form, G, after, norm, q, dy):
             store(G, i * N, times(row, scale))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def write_gradient(
     form, identity, G, across, before, retention, factors, q, k, v, d, dy, dk, dv, dd
 ):  # fmt: skip
@@ -154,7 +154,7 @@ def write_gradient(
     return total(kept), by_outer, by_swapped, by_diagonal
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _scan_rows(
     first, last, form, q, k, v, d, retention, write, rule_weights, initial, lengths,
     num_tokens, num_heads, interval, y, final, checkpoints,
@@ -187,7 +187,7 @@ def _scan_rows(
                 final[(row * N + i) * N + j] = S[j * N + i]
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_rows(
     first, last, form, q, k, v, d, retention, write, rule_weights, lengths,
     num_tokens, num_heads, interval, checkpoints, dy, dfinal,

@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
-import numba
 import numpy as np
+
+from unimatrix.ops.compile_native import part
 
 Array = np.ndarray[Any, Any]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+@part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 def advance_matrix(
     S: Array,  # [N, N], address by payload: the transpose of what the cache holds
     q: Array,  # [N]
@@ -49,14 +50,15 @@ def advance_matrix(
             for a in range(size):
                 for p in range(size):
                     S[a, p] *= scale
-    y[:] = 0.0
+    for p in range(size):
+        y[p] = 0.0
     for a in range(size):
         asked = q[a]
         for p in range(size):
             y[p] += asked * S[a, p]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+@part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 def advance_delta(
     S: Array,  # [N, N], address by payload
     q: Array,  # [N]
@@ -70,7 +72,8 @@ def advance_delta(
     size = S.shape[0]
     kind = S.dtype.type
     rho, beta = kind(1.0 / (1.0 + math.exp(-log_odds))), kind(strength)
-    y[:] = 0.0  # first what the address holds
+    for p in range(size):
+        y[p] = 0.0  # first what the address holds
     for a in range(size):
         for p in range(size):
             S[a, p] *= rho
@@ -80,7 +83,8 @@ def advance_delta(
     for a in range(size):
         for p in range(size):
             S[a, p] += v[a] * y[p]
-    y[:] = 0.0
+    for p in range(size):
+        y[p] = 0.0
     for a in range(size):
         asked = q[a]
         for p in range(size):

@@ -7,12 +7,12 @@ never stand in memory. The backward keeps the units of a few tokens beside their
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.lanes_native import (
     OPTIONS,
     at,
@@ -56,7 +56,13 @@ class _Form(NamedTuple):
     unit: tuple[int, ...]  # empty: the vectors come bound, and the readout stays as it is
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
+def _fill_with_ones(room):
+    for i in range(len(room)):
+        room[i] = 1
+
+
+@part(**OPTIONS)
 def _weigh_tokens(form, controls, num_heads, h, count, room, weights):
     """Set the weights of up to 16 tokens: retention, its complement and the three rules'.
 
@@ -94,7 +100,7 @@ def _weigh_tokens(form, controls, num_heads, h, count, room, weights):
             weights[5 * num_heads * i + n] = made[n * W + i]
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _invert_lengths(form, vectors, stride, apart, count, inverses):
     """Set ``inverses`` to 1 over the lengths of the vectors of up to 16 tokens, by vector.
 
@@ -115,7 +121,7 @@ def _invert_lengths(form, vectors, stride, apart, count, inverses):
         store(inverses, n * W, over(plus(zeros(inverses, lanes), 1.0), length))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _unbind(form, gradient, unit, inverse):
     """Turn the gradient of a unit vector into that of the vector, in place."""
     along, lanes = load(unit, 0, form.width), load(gradient, 0, form.width)
@@ -123,7 +129,7 @@ def _unbind(form, gradient, unit, inverse):
     store(gradient, 0, times(plus(lanes, times(along, -outward)), inverse))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _normalize_readouts(form, y, num_heads, count, room, inverses):
     """Divide readouts of up to 16 tokens by the roots of their mean squares; keep the inverses.
 
@@ -142,7 +148,7 @@ def _normalize_readouts(form, y, num_heads, count, room, inverses):
         store(y, place, times(load(y, place, form.width), room[i]))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _pass_readout(form, dy, y, inverse, out):
     """Set ``out`` to the gradient of the readout before it was normalised."""
     lanes, read = load(dy, 0, form.width), load(y, 0, form.width)
@@ -150,7 +156,7 @@ def _pass_readout(form, dy, y, inverse, out):
     store(out, 0, times(plus(lanes, times(read, -outward)), inverse))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _scan_rows(
     first, last, form, projected, controls, initial, lengths,
     num_tokens, num_heads, interval, y, final, checkpoints, weights, inverses,
@@ -163,8 +169,10 @@ def _scan_rows(
     S = np.empty(N * N, final.dtype)  # [address, payload]
     units = np.empty(4 * N, final.dtype)  # q, k, v, d
     W = len(form.lanes)
-    room = np.ones(9 * W, final.dtype)
-    inverted = np.ones(4 * W, final.dtype)
+    room = np.empty(9 * W, final.dtype)
+    inverted = np.empty(4 * W, final.dtype)
+    _fill_with_ones(room)
+    _fill_with_ones(inverted)
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * N * N)
     for row in range(first, last):
         b, h = row // num_heads, row % num_heads
@@ -215,7 +223,7 @@ def _scan_rows(
                 final[(row * N + i) * N + j] = S[j * N + i]
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _bind_token(form, vectors, apart, inverted, dy, y, inverse, kept):
     """Keep a token's q, k, v, d and dy, bound, and their divisors' inverses."""
     N = len(form.width)
@@ -231,7 +239,7 @@ def _bind_token(form, vectors, apart, inverted, dy, y, inverse, kept):
         store(kept, 4 * N, load(dy, 0, form.width))
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _pass_controls(form, weights, by, num_heads, h, dcontrols):
     """Set the gradients of a token's logits from those of retention and of the rules' factors."""
     kept, by_outer, by_swapped, by_diagonal = by
@@ -248,7 +256,7 @@ def _pass_controls(form, weights, by, num_heads, h, dcontrols):
     dcontrols[h] = rho * write * (kept - by_outer)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_rows(
     first, last, form, projected, weights, lengths, num_tokens, num_heads, interval,
     checkpoints, y, inverses, dy, dfinal, dprojected, dcontrols, dinitial,
@@ -263,7 +271,8 @@ def _backward_rows(
     identity = make_identity(N, G)
     S = np.empty((interval + 1) * size, dprojected.dtype)  # the states around a few tokens
     num_kept, W = 5 * N + 4, len(form.lanes)
-    inverted = np.ones(4 * W, dprojected.dtype)
+    inverted = np.empty(4 * W, dprojected.dtype)
+    _fill_with_ones(inverted)
     kept = np.empty(interval * num_kept, dprojected.dtype)  # see _bind_token
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * size)
     for row in range(first, last):

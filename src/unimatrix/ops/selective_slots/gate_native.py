@@ -3,12 +3,12 @@
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.fused_passes.normal_native import find_normal_density, integrate_normal
 from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, sum_spans
 from unimatrix.ops.lanes_native import (
@@ -35,7 +35,7 @@ class _Form(NamedTuple):
     double: tuple[int, ...]  # empty: float32
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _add_inputs(lanes, of_last, of_this, last_id, this_id, inner, j):
     """Return what enters the activation from column j on."""
     inputs = load(of_this, this_id * inner + j, lanes)
@@ -44,7 +44,7 @@ def _add_inputs(lanes, of_last, of_this, last_id, this_id, inner, j):
     return inputs
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _weigh_rows(
     first, last, form, num_tokens, num_before, inner, num_patterns,
     stream, of_last, of_this, down, down_bias, logits, codes,
@@ -69,7 +69,7 @@ def _weigh_rows(
     keep(activations)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_spans(
     first, last, form, num_spans, num_rows, num_tokens, num_before, inner, num_patterns,
     stream, of_last, of_this, down, dlogits, grads,

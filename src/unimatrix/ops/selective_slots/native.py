@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.selective_slots.state import (
     MIN_CODE,
     NO_KEY,
@@ -23,7 +23,7 @@ Array = np.ndarray[Any, Any]
 _COMPARISON = 4  # multiply-adds that take as long
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _find(keys: Array, key: int) -> int:
     """Return the slot that holds a context, -1 for none."""
     for m in range(keys.shape[0]):
@@ -32,7 +32,7 @@ def _find(keys: Array, key: int) -> int:
     return -1
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _find_place(keys: Array, codes: Array, margin: int, code: int) -> int:
     """Return the first empty slot, else the weakest if the new code exceeds it, else -1."""
     weakest = 0
@@ -44,7 +44,7 @@ def _find_place(keys: Array, codes: Array, margin: int, code: int) -> int:
     return weakest if code > codes[weakest] + margin else -1
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _may_overwrite(new_code: int, held_code: int, margin: int, keep_first: bool) -> bool:
     """Return whether a context met again takes the new value."""
     if keep_first:
@@ -52,7 +52,7 @@ def _may_overwrite(new_code: int, held_code: int, margin: int, keep_first: bool)
     return new_code >= held_code - margin
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _scan_rows(
     first_row: int,
     last_row: int,
@@ -75,7 +75,8 @@ def _scan_rows(
 ) -> None:
     num_slots, num_writes = keys.shape[1], write_keys.shape[2]
     for b in range(first_row, last_row):
-        writers[b] = np.arange(num_slots)
+        for m in range(num_slots):
+            writers[b, m] = m
         for t in range(lengths[b]):
             position = first_position[b] + t
             if fade_tokens > 0 and position > 0 and position % fade_tokens == 0:
@@ -104,7 +105,7 @@ def _scan_rows(
                     writers[b, m] = num_slots + t * num_writes + n
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _probe(keys: Array, key: int) -> int:
     """Return where a context is, or would go, in an open hash table of a power of two places."""
     mask = keys.shape[0] - 1
@@ -114,7 +115,7 @@ def _probe(keys: Array, key: int) -> int:
     return place
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _scan_rows_unbounded(
     first_row: int,
     last_row: int,
@@ -145,7 +146,8 @@ def _scan_rows_unbounded(
     held_fades = np.empty(size, dtype=np.int64)  # fades until then
     writers = np.empty(size, dtype=np.int64)
     for b in range(first_row, last_row):
-        table[:] = NO_KEY
+        for place in range(size):
+            table[place] = NO_KEY
         fades = 0
         for m in range(num_initial):
             if values[b, m] != NO_VALUE:

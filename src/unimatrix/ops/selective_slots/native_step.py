@@ -4,11 +4,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.selective_slots.keys import _MASK, _MIX, _STEP
 from unimatrix.ops.selective_slots.native import _scan_rows
 from unimatrix.ops.selective_slots.state import NO_KEY
@@ -24,7 +24,7 @@ scan_token = _scan_rows
 """E13 and E14 over rows of one token each, the slots changed in place."""
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def hash_context(stream: Array, last: int, patterns: Array, number: int) -> int:
     """Hash the tokens at a pattern's distances before ``stream[last]``.
 
@@ -55,7 +55,7 @@ def hash_context(stream: Array, last: int, patterns: Array, number: int) -> int:
     return int((hashed ^ ((hashed >> 32) & np.int64(2**32 - 1))) & np.int64(_MASK))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _hash_rows(first_row: int, last_row: int, ids: Array, patterns: Array, keys: Array) -> None:
     for b in range(first_row, last_row):
         for t in range(ids.shape[1]):

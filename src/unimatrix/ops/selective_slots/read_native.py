@@ -7,12 +7,12 @@ The backward pass also judges the writes in hindsight, as ``ops.hindsight`` does
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unimatrix.ops.compile_native import kernel
 from unimatrix.ops.fused_passes.tiles_native import (
     TILE,
     add_multiple,
@@ -46,7 +46,7 @@ class FoundValues(NamedTuple):
     scale: HindsightScale | None
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _read_rows(
     first, last, lanes, width, num_reads, entries, codes, value_ids, read_score, table,
     context, log_strength, weights,
@@ -76,7 +76,7 @@ def _read_rows(
                 add_multiple(lanes, value, shares[q], width, target)
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _backward_spans(
     first, last, lanes, num_spans, num_rows, width, num_reads, label,
     entries, codes, value_ids, table, weights, dcontext, dlog_strength, delsewhere, scale,
@@ -117,7 +117,7 @@ def _backward_spans(
                     dheld[place] = (slope + dlog_strength[place]) / (1 + math.exp(held))
 
 
-@numba.njit(cache=True, **OPTIONS)
+@kernel(**OPTIONS)
 def _judge_rows(
     first, last, lanes, num_reads, num_writes, num_initial, judges, label,
     entries, worths, dheld, logits, offered, rules, dlogits, dinitial,
@@ -127,11 +127,10 @@ def _judge_rows(
     sums = np.empty(num_writes, worths.dtype)
     for row in range(first, last):
         slopes, slots = pointer(dlogits, row * num_writes), pointer(dinitial, row * num_initial)
-        sums[:] = 0
         for m in range(num_initial):
             slots[m] = 0
         for w in range(num_writes):
-            slopes[w] = 0
+            sums[w], slopes[w] = 0, 0
         for place in range(row * num_reads, (row + 1) * num_reads):
             w = entries[place] - num_initial
             if w >= 0:
@@ -143,7 +142,10 @@ def _judge_rows(
             continue
         least = 0.0
         if label == _ATTRIBUTION:
-            least = max(share * sums.max(), floor)
+            largest = sums[0]
+            for w in range(num_writes):
+                largest = max(largest, sums[w])
+            least = max(share * largest, floor)
         for w in range(num_writes):
             place = row * num_writes + w
             if offered[place]:

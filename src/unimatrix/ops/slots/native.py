@@ -10,11 +10,11 @@ dozen passes over [B, T, K, C] gathers.
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.cosine_read import (
     LOGIT_SCALE,
     MIN_NORM,
@@ -43,7 +43,7 @@ Array = np.ndarray[Any, Any]
 _SLOT_LANES = (0,) * 32  # four registers of float64: their sums need not wait for each other
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _find_cosines(lanes, units, i, held, num_panels, cosines):
     """Set row i of ``cosines`` to those of row i of ``units`` with the units of all slots.
 
@@ -62,7 +62,7 @@ def _find_cosines(lanes, units, i, held, num_panels, cosines):
         store(pointer(cosines, (i * num_panels + panel) * W), 0, sums)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@part(fastmath={"reassoc", "contract", "nsz"})
 def _dot(left: Array, i: int, right: Array, j: int) -> float:
     """Return the sum of products of two [C] rows of decision units."""
     total = 0.0
@@ -71,7 +71,7 @@ def _dot(left: Array, i: int, right: Array, j: int) -> float:
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _compute_unit(vectors: Array, i: int, norm: float, units: Array, j: int) -> None:
     """Write the decision unit of row i to row j: ``cosine_read.compute_decision_units``."""
     step = norm * UNIT_GRID
@@ -80,7 +80,7 @@ def _compute_unit(vectors: Array, i: int, norm: float, units: Array, j: int) -> 
         units[j, c] = unit if math.isfinite(unit) else 0.0
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _hold(units: Array, i: int, held: Array, slot: int) -> None:
     """Write row i to a slot's place in [panels, C, lanes]."""
     lanes = held.shape[2]
@@ -88,7 +88,7 @@ def _hold(units: Array, i: int, held: Array, slot: int) -> None:
         held[slot // lanes, c, slot % lanes] = units[i, c]
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _equal(left: Array, i: int, right: Array, j: int) -> bool:
     """Return whether two [C] rows are the same."""
     same = True
@@ -97,7 +97,7 @@ def _equal(left: Array, i: int, right: Array, j: int) -> bool:
     return same
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _find_largest(lanes, numbers, num_panels):
     """Return the largest of the numbers of all slots and where it is first; -1 if -inf is."""
     found, best = -1, -np.inf
@@ -109,7 +109,7 @@ def _find_largest(lanes, numbers, num_panels):
     return found, best
 
 
-@numba.njit(**OPTIONS)
+@part(**OPTIONS)
 def _add(lanes, cosines, i, others, num_panels, sums):
     """Set ``sums`` to row i of ``cosines`` and the others."""
     for panel in range(num_panels):
@@ -119,7 +119,7 @@ def _add(lanes, cosines, i, others, num_panels, sums):
         store(pointer(sums, place), 0, plus(row, other))
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _choose_slot(closest: float, match: int, filled: Array, ages: Array, threshold: float) -> int:
     """Return the slot to write: a match, else the first unfilled, else the oldest."""
     if closest > threshold:
@@ -133,7 +133,7 @@ def _choose_slot(closest: float, match: int, filled: Array, ages: Array, thresho
     return oldest
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _allocate_rows(
     first_row: int,
     last_row: int,
@@ -260,7 +260,7 @@ def allocate_native(
     return Allocation(*(tensor.to(queries.device) for tensor in (chosen, writers, ages)))
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@part(fastmath={"reassoc", "contract", "nsz"})
 def _compute_norm(vectors: Array, i: int) -> float:
     """Return max(norm, 1e-12) of one [C] row."""
     total = 0.0
@@ -269,14 +269,14 @@ def _compute_norm(vectors: Array, i: int) -> float:
     return max(math.sqrt(total), MIN_NORM)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _norm_rows(first_row: int, last_row: int, vectors: Array, norms: Array) -> None:
     """Write max(norm, 1e-12) of rows of [R, C] to ``norms``."""
     for i in range(first_row, last_row):
         norms[i] = _compute_norm(vectors, i)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@part(fastmath={"reassoc", "contract", "nsz"})
 def _leave_sphere(vectors: Array, grads: Array, i: int, norm: float) -> None:
     """Turn the gradient of a row's unit vector into that of the row, in place."""
     along = 0.0
@@ -289,7 +289,7 @@ def _leave_sphere(vectors: Array, grads: Array, i: int, norm: float) -> None:
         grads[i, c] = scale * (grads[i, c] - along * vectors[i, c])
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@kernel(fastmath={"reassoc", "contract", "nsz"})
 def _read_rows(
     first_row: int,
     last_row: int,
@@ -337,7 +337,7 @@ def _read_rows(
             add_multiple(LANES, value, weight, width, pointer(context, row * width))
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@kernel(fastmath={"reassoc", "contract", "nsz"})
 def _query_gradient_rows(
     first_row: int,
     last_row: int,
@@ -383,7 +383,7 @@ def _query_gradient_rows(
         _leave_sphere(queries[b], d_queries[b], t, query_norm)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@kernel(fastmath={"reassoc", "contract", "nsz"})
 def _entry_gradient_rows(
     first_row: int,
     last_row: int,
@@ -425,7 +425,7 @@ def _entry_gradient_rows(
                     d_log_strength[b, entry] += d_scores[b, t, k]
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def _leave_sphere_rows(
     first_row: int, last_row: int, vectors: Array, norms: Array, grads: Array
 ) -> None:

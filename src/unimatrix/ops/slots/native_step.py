@@ -7,9 +7,9 @@ slot and nothing is computed anew. Decisions are those of ``native.py``, by its 
 import math
 from typing import Any
 
-import numba
 import numpy as np
 
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.cosine_read import LOGIT_SCALE, MIN_NORM, UNIT_GRID
 from unimatrix.ops.slots.decisions import MIN_STRENGTH
 from unimatrix.ops.slots.native import _choose_slot, _compute_unit, _dot
@@ -17,7 +17,7 @@ from unimatrix.ops.slots.native import _choose_slot, _compute_unit, _dot
 Array = np.ndarray[Any, Any]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@part(fastmath={"reassoc", "contract", "nsz"})
 def _compute_wide_norm(vectors: Array, i: int) -> float:
     """Return max(norm, 1e-12) of row i, its squares summed in float64."""
     total = 0.0
@@ -27,20 +27,20 @@ def _compute_wide_norm(vectors: Array, i: int) -> float:
     return max(math.sqrt(total), MIN_NORM)
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def find_unit(vectors: Array, i: int, units: Array, j: int) -> None:
     """Write the decision unit of row i of ``vectors`` to row j of ``units``."""
     _compute_unit(vectors, i, _compute_wide_norm(vectors, i), units, j)
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def find_offset(strength: float, key_size: int) -> float:
     """Return what a strength adds to the rank of its slot: ``decisions.prepare_strengths``."""
     offset = math.sqrt(key_size) * math.log(max(np.float64(strength), MIN_STRENGTH))
     return float(np.rint(offset / UNIT_GRID) * UNIT_GRID)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@part(fastmath={"reassoc", "contract", "nsz"})
 def _find_cosine(queries: Array, b: int, keys: Array, m: int) -> float:
     """Return the cosine of two rows, in float64."""
     total, key_total, query_total = 0.0, 0.0, 0.0
@@ -53,7 +53,7 @@ def _find_cosine(queries: Array, b: int, keys: Array, m: int) -> float:
     return total / norm
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def _insert(ranks: Array, slots: Array, count: int, rank: float, slot: int) -> int:
     """Insert ``slot`` into the best K, sorted by rank; return how many there are."""
     last: int = min(count, ranks.shape[0] - 1)
@@ -69,13 +69,13 @@ def _insert(ranks: Array, slots: Array, count: int, rank: float, slot: int) -> i
     return last + 1
 
 
-@numba.njit(nogil=True, cache=True)
+@part()
 def advance_slots(
-    b: int,  # row of the next four
+    b: int,  # row of the next three
     queries: Array,  # [B, C]
     new_keys: Array,  # [B, C]
     new_values: Array,  # [B, D]
-    new_strengths: Array,  # [B]
+    new_strength: float,
     token_id: int,
     writes: bool,
     threshold: float,
@@ -108,9 +108,10 @@ def advance_slots(
         if writes and cosine > closest:
             closest, match = cosine, m
         count = _insert(ranks, best, count, _dot(unit, 0, units, m) + offsets[m], m)
-    context[:] = 0.0
-    read_ids[:] = 0
-    weights[:] = 0.0
+    for c in range(context.shape[0]):
+        context[c] = 0.0
+    for i in range(read_ids.shape[0]):
+        read_ids[i], weights[i] = 0, 0.0
     scale = 1.0 / math.sqrt(key_size)
     largest, total = -np.inf, 0.0
     for i in range(count):
@@ -132,15 +133,16 @@ def advance_slots(
         for m in range(num_slots):
             ages[m] += filled[m]
         ages[slot] = 0
-        keys[slot] = new_keys[b]
-        values[slot] = new_values[b]
-        strengths[slot] = new_strengths[b]
+        for c in range(key_size):
+            keys[slot, c], units[slot, c] = new_keys[b, c], unit[1, c]
+        for c in range(values.shape[1]):
+            values[slot, c] = new_values[b, c]
+        strengths[slot] = new_strength
         token_ids[slot] = token_id
-        units[slot] = unit[1]
         offsets[slot] = find_offset(strengths[slot], key_size)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel()
 def prepare_slots(keys: Array, strengths: Array, units: Array, offsets: Array) -> None:
     """Compute the decision units [P, C] and offsets [P] of P slots."""
     for i in range(keys.shape[0]):

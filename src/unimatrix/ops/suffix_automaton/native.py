@@ -22,9 +22,9 @@ long kernel for what happens at every token, and functions for what is rare.
 
 import numpy as np
 import torch
-from numba import njit
 
 from unimatrix.errors import InputError
+from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.suffix_automaton.storage import (
     ACTIVE_NODE,
     CHILD_A,
@@ -60,7 +60,7 @@ SPLAY_LENGTH = 32
 _PUSHED, _DONE, _NODES_WANTED, _EDGES_WANTED = range(4)
 
 
-@njit(nogil=True, cache=True)
+@part()
 def _find_slot(edges, node, symbol):
     """Return the slot of the edge, or the empty slot where it belongs."""
     mixed = np.uint64(node) * np.uint64(0x9E3779B97F4A7C15)
@@ -77,7 +77,7 @@ def _find_slot(edges, node, symbol):
     return slot
 
 
-@njit(nogil=True, cache=True)
+@part()
 def _rotate(nodes, splays, x):
     """Lift ``x`` over its parent; if that was the splay root, its paint moves along."""
     p = nodes[x, PARENT]
@@ -98,7 +98,7 @@ def _rotate(nodes, splays, x):
     nodes[x, LATEST] = nodes[p, LATEST]
 
 
-@njit(nogil=True, cache=True)
+@part()
 def _splay(nodes, splays, x):
     """Make ``x`` the root of its splay tree; return the number of rotations."""
     num_rotations = 0
@@ -115,7 +115,7 @@ def _splay(nodes, splays, x):
         num_rotations += 1
 
 
-@njit(nogil=True, cache=True)
+@part()
 def _cut_above(nodes, splays, x):
     """End the path of equal paint just above ``x``; return the number of rotations.
 
@@ -129,7 +129,7 @@ def _cut_above(nodes, splays, x):
     return num_rotations
 
 
-@njit(nogil=True, cache=True)
+@part()
 def _paint_long(nodes, splays, x, start, splay_length):
     """Paint ``x`` and the long nodes above; return the first short node and the visits."""
     visits = 0
@@ -146,7 +146,7 @@ def _paint_long(nodes, splays, x, start, splay_length):
     return x, visits
 
 
-@njit(nogil=True, cache=True)
+@part()
 def _scan_row(
     input_ids, num_real, predicted_ids, match_lengths, progress,
     tokens, nodes, splays, edges, counters, splay_length,
@@ -263,20 +263,25 @@ def _scan_row(
     counters[ACTIVE_NODE], counters[NUM_VISITS] = node, visits
 
 
-@njit(nogil=True, cache=True)
+@part()
 def _drop_generation(tokens, nodes, edges, counters):
     """Keep the newer half of the text, none of it indexed yet."""
     window = counters[WINDOW]
-    tokens[:window] = tokens[window:].copy()
-    nodes[0] = 0
-    edges[:] = 0
+    # Loops: an assignment to a slice compiles a sentence on shapes that do not fit, for a second.
+    for i in range(window):
+        tokens[i] = tokens[window + i]
+    for column in range(nodes.shape[1]):
+        nodes[0, column] = 0
+    for slot in range(edges.shape[0]):
+        for column in range(edges.shape[1]):
+            edges[slot, column] = 0
     for column in (NUM_INDEXED, MATCH_LENGTH, MATCH_START, ACTIVE_NODE, NUM_EDGES):
         counters[column] = 0
     counters[NUM_NODES] = 1
     counters[NUM_HELD] = window
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _scan_rows(
     first, last, input_ids, lengths, predicted_ids, match_lengths, progress,
     tokens, nodes, splays, edges, counters, splay_length,
@@ -294,7 +299,7 @@ def _scan_rows(
             )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@kernel()
 def _rehash_rows(first, last, old_edges, new_edges):
     """Put the entries of a hash table into an empty, larger one."""
     for row in range(first, last):
