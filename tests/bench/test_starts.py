@@ -12,7 +12,7 @@ HERE = {
     "budget_s": 60.0,
     "seed": 0,
     "device": "cpu",
-    "dtype": "float32",
+    "precision": "float32",
     "num_threads": 1,
 }
 

@@ -70,7 +70,7 @@ def test_products_are_made_in_the_dtype(mode: str, name: str) -> None:
     for dtype in ("float32", "bfloat16"):
         seen = set()
         hook = layer.register_forward_hook(lambda _, given, made, seen=seen: seen.add(made.dtype))
-        workload = MODES[mode].build(replace(spec, dtype=dtype), model, draw_ids(1, 9))
+        workload = MODES[mode].build(replace(spec, precision=dtype), model, draw_ids(1, 9))
         workload.run(workload.prepare())
         hook.remove()
         assert seen == {getattr(torch, dtype)}

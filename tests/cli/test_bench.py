@@ -44,7 +44,7 @@ def _no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--mode", "automaton", "--data", "nowhere.txt"], ["'nowhere.txt' is no file"]),
         (["--compile", "--preset", "none"], ["--compile is for train steps of presets"]),
         (["--compile", "--mode", "forward"], ["--compile is for train steps of presets"]),
-        (["--dtype", "float16"], ["unknown dtype 'float16'", "Did you mean 'bfloat16'?"]),
+        (["--precision", "float16"], ["unknown precision 'float16'", "Did you mean 'bfloat16'?"]),
         (["--equal-parameters", "--peer", "none"], ["--equal-parameters is for peers beside"]),
         (["--set", "hidden_sizes=3"], ["hidden_sizes", "Did you mean 'hidden_size'"]),
         (["--set", "preset=core"], ["--set preset=core", "--preset"]),
@@ -130,7 +130,7 @@ def test_json_and_one_model_alone() -> None:
 def test_products_in_16_bits_and_peers_of_equal_size() -> None:
     answer = run_command(
         "bench", "--mode", "train", "--length", 8, "--preset", "core", "--peer", "llama",
-        "--dtype", "bfloat16", "--equal-parameters", *QUICKLY,
+        "--precision", "bfloat16", "--equal-parameters", *QUICKLY,
     )  # fmt: skip
     assert answer.exit_code == 0, answer.stderr
     first, *_, last = answer.text.splitlines()

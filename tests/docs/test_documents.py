@@ -15,8 +15,8 @@ COMMANDS = typer.main.get_command(app).commands
 
 # The options of every verb. A new one is a decision: change this list with it.
 OPTIONS = {
-    "bench": "batch-size budget compile data device dtype equal-parameters help json length mode "
-    "out peer preset quick rounds seed set threads",
+    "bench": "batch-size budget compile data device equal-parameters help json length mode out "
+    "peer precision preset quick rounds seed set threads",
     "compare": "data device help json only out quick report",
     "eval": "compressors data device help json limit-bytes out prime seed split valid-data",
     "eval-long": "data device examples help json length out quick report seed task",

@@ -46,14 +46,14 @@ class Ceilings:
 
     Args:
         device: cpu, cuda or mps.
-        dtype: a key of ``DTYPES``, of the factors of a product.
+        precision: a key of ``DTYPES``, of the factors of a product.
         copies: also time copies; on a CPU they would take from its caches what is timed next.
     """
 
-    def __init__(self, device: str, dtype: str, *, copies: bool) -> None:
+    def __init__(self, device: str, precision: str, *, copies: bool) -> None:
         size = _SIZES[device]
         generator = torch.Generator().manual_seed(0)
-        factor = torch.randn(size, size, generator=generator).to(device, DTYPES[dtype])
+        factor = torch.randn(size, size, generator=generator).to(device, DTYPES[precision])
         flops = FLOPS_PER_MULTIPLY_ADD * size**3
         self._matmul = _Peak(device, lambda: factor @ factor, flops)
         self._copy = None

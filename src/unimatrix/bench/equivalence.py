@@ -57,7 +57,7 @@ def check_model(
     Raises:
         EquivalenceError: if one differs by more than ``LIMIT``.
     """
-    spec = replace(spec, dtype="float32")
+    spec = replace(spec, precision="float32")
     model = spec.build(max_tokens=_TOKENS + _NEW_TOKENS, seed=seed, device=device).eval()
     assert isinstance(model, UniMatrixForCausalLM)
     _strengthen(model, seed)

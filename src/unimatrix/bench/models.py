@@ -13,6 +13,7 @@ from unimatrix.baselines.sizes import find_size
 from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.recipe import PRECISIONS
 
 # Of widths that are no multiple of it a GPU's products are slower.
 _WIDTH_MULTIPLE = 8
@@ -20,8 +21,8 @@ _WIDTH_MULTIPLE = 8
 _SHARED = {"max_position_embeddings": None, "dropout": 0.0}
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""In which dtype matrix products are made, by name; weights and states are float32 in each."""
+DTYPES = {name: getattr(torch, name) for name in PRECISIONS}
+"""Dtypes of matrix products by precision, as in ``train.precision``: weights stay float32."""
 
 COMPILER = "inductor"
 """The back end of ``torch.compile`` that ``train.compile`` takes."""
@@ -35,13 +36,13 @@ class BenchModel:
         name: a preset, or a key of ``TIMED_PEERS``.
         overrides: configuration fields of a UniMatrix; peers take the sizes among them.
         compiler: back end of ``torch.compile`` for its train steps; ``None`` is eager execution.
-        dtype: a key of ``DTYPES``.
+        precision: a key of ``DTYPES``.
     """
 
     name: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     compiler: str | None = None
-    dtype: str = "float32"
+    precision: str = "float32"
 
     @property
     def label(self) -> str:
@@ -60,9 +61,9 @@ class BenchModel:
 
     def cast_products(self, device: torch.device) -> AbstractContextManager[object]:
         """Return the context in which it is called, that of autocast unless in float32."""
-        if self.dtype == "float32":
+        if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=DTYPES[self.dtype])
+        return torch.autocast(device.type, dtype=DTYPES[self.precision])
 
     def make_config(self) -> UniMatrixConfig:
         """Return the configuration; of a peer, that of the UniMatrix whose sizes it shares.

@@ -68,9 +68,9 @@ class BenchPlan:
     text: str | None = None
 
     @property
-    def dtype(self) -> str:
-        """In which dtype all models make their products."""
-        return self.models[0].dtype if self.models else "float32"
+    def precision(self) -> str:
+        """Of the products of all models."""
+        return self.models[0].precision if self.models else "float32"
 
     def list_cells(self, mode: str) -> list[Cell]:
         """Return the cells of a mode, lengths rising; train steps alone are compiled."""
@@ -148,7 +148,7 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
     text = load_text(plan.count_text_bytes(), plan.text)
     result: dict[str, Any] = {
         "threads": torch.get_num_threads(),
-        "dtype": plan.dtype,
+        "dtype": plan.precision,
         "rounds": plan.num_rounds,
         "budget_s": plan.budget_s,
         "text": plan.text or "pystdlib",
@@ -174,7 +174,7 @@ def _run_plan(plan: BenchPlan, on_progress: Callable[[str, int], None]) -> dict[
             budget_s=plan.budget_s,
             seed=plan.seed,
             device=plan.device,
-            dtype=plan.dtype,
+            precision=plan.precision,
             num_threads=torch.get_num_threads(),
         )
     return result
@@ -197,7 +197,7 @@ def _run_cells(
         num_threads=torch.get_num_threads(),
         budget_s=plan.budget_s,
     )
-    ceilings = Ceilings(plan.device, plan.dtype, copies=plan.device == "cuda")
+    ceilings = Ceilings(plan.device, plan.precision, copies=plan.device == "cuda")
     rows: list[Row] = []
     for mode in plan.modes:
         show = functools.partial(_show_from, len(rows), on_progress)

@@ -23,7 +23,7 @@ begun = time.perf_counter()
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 libraries = time.perf_counter()
-module, name, folder, device, dtype, num_threads, num_tokens, vocab_size = sys.argv[1:]
+module, name, folder, device, precision, num_threads, num_tokens, vocab_size = sys.argv[1:]
 torch.set_num_threads(int(num_threads))
 model = getattr(importlib.import_module(module), name).from_pretrained(folder).to(device).eval()
 model.generation_config.eos_token_id = None
@@ -35,7 +35,7 @@ class Streamer:
         pass
 ids = torch.arange(int(num_tokens), device=device).unsqueeze(0) % int(vocab_size)
 mask = torch.ones_like(ids)
-with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+with torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"):
     model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, streamer=Streamer())
 print(json.dumps({"libraries": libraries - begun, "first": told[1], "second": told[2]}))
 """
@@ -52,7 +52,7 @@ def time_starts(
     budget_s: float,
     seed: int,
     device: str,
-    dtype: str,
+    precision: str,
     num_threads: int,
 ) -> list[dict[str, Any]]:
     """Time new processes up to the first token of a checkpoint, the models in turn.
@@ -63,7 +63,7 @@ def time_starts(
         budget_s: seconds that all processes of a model may take.
         seed: of the weights.
         device: cpu, cuda or mps.
-        dtype: of matrix products, a key of ``DTYPES``.
+        precision: of matrix products, a key of ``DTYPES``.
         num_threads: CPU threads.
 
     Returns:
@@ -90,7 +90,7 @@ def time_starts(
             kind = type(model)
             commands[spec.label] = [
                 *(sys.executable, "-c", _SCRIPT, kind.__module__, kind.__name__),
-                *(str(Path(folder) / spec.label), device, dtype, *map(str, sizes)),
+                *(str(Path(folder) / spec.label), device, precision, *map(str, sizes)),
             ]
         first_ever = {label: _run(command, kernels[label]) for label, command in commands.items()}
         rounds = {label: [_run(command, kernels[label])] for label, command in commands.items()}

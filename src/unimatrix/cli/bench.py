@@ -93,10 +93,10 @@ def run(
             "all have the width and depth of a preset.",
         ),
     ] = False,
-    dtype: Annotated[
+    precision: Annotated[
         str,
         typer.Option(
-            "--dtype",
+            "--precision",
             help="Of matrix products, float32 or bfloat16 (autocast); weights, states and checks "
             "are float32 in both.",
         ),
@@ -173,7 +173,7 @@ def run(
         _choose_presets(preset),
         assignments or [],
         settings,
-        dtype=dtype,
+        precision=precision,
         compiles=compile_steps,
         equal_parameters=equal_parameters,
     )
@@ -231,7 +231,7 @@ def _make_plan(
     assignments: list[str],
     settings: dict[str, Any],
     *,
-    dtype: str,
+    precision: str,
     compiles: bool,
     equal_parameters: bool,
 ) -> "BenchPlan":
@@ -245,11 +245,12 @@ def _make_plan(
     needs_model = any(mode != "automaton" for mode in names["modes"])
     if not names["modes"] or (needs_model and not chosen):
         raise InputError("nothing is left to time; name a --mode, and a --preset or a --peer")
-    if dtype not in DTYPES:
+    if precision not in DTYPES:
         raise InputError(
-            f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}"
+            f"unknown precision {precision!r}; choose from {', '.join(DTYPES)}."
+            f"{suggest(precision, DTYPES)}"
         )
-    models = [BenchModel(name=name, overrides=overrides, dtype=dtype) for name in chosen]
+    models = [BenchModel(name=name, overrides=overrides, precision=precision) for name in chosen]
     if compiles:
         if not presets or "train" not in names["modes"]:
             raise InputError(
