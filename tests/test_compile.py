@@ -20,6 +20,7 @@ from unimatrix.ops.fused_passes.feed_forward_native import prepare_feed_forward
 from unimatrix.ops.fused_passes.head_native import prepare_head
 from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
 from unimatrix.ops.fused_passes.projection_native import prepare_projections
+from unimatrix.ops.matrix_state import scan_matrix_state
 from unimatrix.ops.selective_slots import empty_selective_slots
 from unimatrix.training import train_model
 
@@ -124,6 +125,20 @@ def test_a_train_step_is_one_graph_with_the_same_numbers(variant: str, width: in
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert error(found[name], value) < 1e-9, name
+
+
+def test_a_loop_over_tokens_is_not_unrolled() -> None:
+    """On a GPU the norm guard runs as the reference: a graph would hold every token."""
+    q, log_retention = torch.randn(1, 5, 1, 4), torch.zeros(1, 5, 1)
+
+    def run() -> torch.Tensor:
+        given = (q, q, q, None, log_retention, None)
+        return scan_matrix_state(*given, norm_guard=True, backend="reference")[0]
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(run, backend="eager", fullgraph=True)()
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(run, backend="eager")(), run())
 
 
 @pytest.mark.parametrize("variant", ["core", "discovery", "sparsepointer", "unimatrix"])

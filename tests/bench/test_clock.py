@@ -1,5 +1,7 @@
 """Interleaving, and what is made of the seconds; no test looks at a clock."""
 
+import torch
+
 from unimatrix.bench.clock import (
     Workload,
     compare_rounds,
@@ -38,3 +40,16 @@ def test_medians_and_ratios() -> None:
     assert spread == (2.5, 1.0, 10.0, 4)
     # The ratio is that of each round, over the rounds that both have.
     assert compare_rounds([2.0, 30.0, 5.0], [1.0, 10.0]) == 2.5
+
+
+def test_one_without_room_leaves_the_others() -> None:
+    def run(_: None) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    workloads = {
+        "large": Workload(lambda: None, run),
+        "small": Workload(lambda: None, lambda _: None),
+    }
+    seconds = time_interleaved(workloads, {"large": 5, "small": 2}, device="cpu")
+    assert seconds["large"] == []
+    assert len(seconds["small"]) == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unimatrix.bench import equivalence
-from unimatrix.bench.equivalence import LIMIT, EquivalenceError, check_compiled, check_model
+from unimatrix.bench.equivalence import LIMITS, EquivalenceError, check_compiled, check_model
 from unimatrix.bench.models import BenchModel
 from unimatrix.ops.matrix_state import projected_native
 
@@ -25,7 +25,16 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "h
 def test_every_fast_path_of_a_preset_is_checked(name: str, ops: list[str]) -> None:
     checks = check_model(BenchModel(name=name, overrides=SMALL), seed=0, device="cpu")
     assert [check.op for check in checks] == ops
-    assert all(0 <= check.error <= LIMIT for check in checks)
+    assert all(0 <= check.error <= LIMITS[check.precision] for check in checks)
+
+
+def test_the_precision_that_is_timed_is_checked_too() -> None:
+    spec = BenchModel(name="unimatrix", overrides=SMALL, precision="bfloat16")
+    checks = check_model(spec, seed=0, device="cpu")
+    found = {(check.op, check.precision) for check in checks}
+    assert {("matrix_state", "float32"), ("matrix_state", "bfloat16")} <= found
+    assert ("decoding", "bfloat16") not in found
+    assert all(0 <= check.error <= LIMITS[check.precision] for check in checks)
 
 
 def test_a_wrong_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

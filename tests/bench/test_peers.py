@@ -8,6 +8,7 @@ import torch
 from unimatrix.bench.models import BenchModel, match_parameters
 from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.bench.workloads import prefill, step_once
+from unimatrix.errors import InputError
 
 ON_CPU = [name for name, peer in TIMED_PEERS.items() if not peer.needs]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
@@ -75,3 +76,10 @@ def test_peers_get_as_many_parameters_as_the_first_preset(monkeypatch: pytest.Mo
         assert abs(count - target) <= within * target, spec
         assert spec.overrides["hidden_size"] % 8 == 0
         assert spec.overrides["head_dim"] == 32
+
+
+def test_a_size_out_of_reach_is_refused() -> None:
+    deep = {"num_hidden_layers": 24}
+    specs = [BenchModel(name=name, overrides=deep) for name in ("core", "rwkv")]
+    with pytest.raises(InputError, match=r"rwkv has no size with about [\d,]+ parameters"):
+        match_parameters(specs)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from unimatrix.bench import run as module
 from unimatrix.bench.models import BenchModel
@@ -99,6 +100,28 @@ def test_bytes_have_a_floor_where_copies_are_timed(monkeypatch: pytest.MonkeyPat
     assert train["bandwidth_share"] == pytest.approx(2.0 / train["median_ms"])
     assert "bandwidth_share" not in step
     assert result["copy_peak_bytes_per_s"] == 1e6
+
+
+def test_a_model_without_room_beside_the_others_is_skipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "probe", fake_probe)
+    plan = make_plan(["train"], ["core", "llama"], [8])
+    build = module.MODES["train"].build
+
+    def run_out(_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    def build_large(spec, model, ids):
+        workload = build(spec, model, ids)
+        return workload._replace(run=run_out) if spec.name == "llama" else workload
+
+    train = module.MODES["train"]._replace(build=build_large)
+    monkeypatch.setattr(module, "MODES", {**module.MODES, "train": train})
+    ours, theirs = run_bench(plan)["rows"]
+    assert theirs["skipped"] == "the device has no room for it beside the others"
+    assert ours["skipped"] is None
+    assert ours["ratio_to_llama"] is None
 
 
 def test_compiled_steps_stand_beside_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -58,7 +57,6 @@ TYPES = {
 }
 # Triton compiles a kernel anew where a whole number is 1, and then takes it for a constant.
 ONES = dict.fromkeys(["T", "H", "num_chunks", "num_tokens", "num_entries"], 1)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READ = {"TO_LOGIT": 1.0, "SCALE": 8.0, "MIN": 1e-12, "POSITIONS": 16}
 
 Launch = tuple[Any, dict[str, Any], str, dict[str, int]]
@@ -68,7 +66,7 @@ def list_launches() -> Iterator[Launch]:
     """Yield kernels with their constants, the tokens' dtype and the options they are run with."""
     cases = ((16, False, "fp32", {}), (64, True, "fp32", {}), (128, True, "bf16", {}))
     for n, mixed, dtype, ones in (*cases, (16, True, "fp32", ONES)):
-        tiles = matrix_state._choose_tiles(n, 64, DTYPES[dtype])
+        tiles = matrix_state._choose_tiles(n, 64, narrow=dtype == "bf16")
         forms = {**tiles, "MIXED": mixed, "HAS_LENGTHS": mixed, **ones}
         in_turn = matrix_state._in_turn(tiles["W"])
         yield matrix_state._carry_states, forms, dtype, in_turn
@@ -78,7 +76,7 @@ def list_launches() -> Iterator[Launch]:
     for m, c, ones in ((32, 64, {}), (64, 256, {}), (32, 64, ONES)):
         sizes = {"M": m, "C": c, "K": 4, "D": c, "WIDTH": c, "VALUES": c, "READS": 4, "SLOTS": m}
         sizes |= ones
-        yield slots._allocate_row, sizes, "fp32", {"num_warps": 4}
+        yield slots._allocate_row, sizes, "fp32", {"num_warps": slots.choose_warps(m * c)}
         yield slots._read_rows, sizes | READ, "fp32", {"num_warps": 4}
         yield slots._read_backward_rows, sizes | READ, "fp32", {"num_warps": 4}
     for places, bounded in ((32, True), (4096, False)):
@@ -86,7 +84,8 @@ def list_launches() -> Iterator[Launch]:
         policy |= {"KEEP_FIRST": bounded, "FADE_TOKENS": 64 * bounded}
         policy |= {"T": 1} if bounded else {}
         policy |= {"NO_KEY": -1, "MIN_CODE": -128, "ABOVE_ALL": 128}
-        yield selective_slots._scan_row, policy, "fp32", {"num_warps": 8}
+        options = {"num_warps": selective_slots.choose_warps(places)}
+        yield selective_slots._scan_row, policy, "fp32", options
 
 
 def compile_kernel(launch: Launch, capability: int) -> int:

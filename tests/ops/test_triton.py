@@ -21,7 +21,11 @@ from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.ops import backends, opaque
 from unimatrix.ops.backends import BACKENDS
-from unimatrix.ops.selective_slots import empty_selective_slots, scan_selective_slots
+from unimatrix.ops.selective_slots import (
+    SelectiveSlots,
+    empty_selective_slots,
+    scan_selective_slots,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -113,6 +117,20 @@ def compare_selective_slots(device: str, num_tokens: int, options: dict) -> None
     for expected, actual in zip(*scans, strict=True):
         assert torch.equal(actual, expected)
         assert actual.dtype == expected.dtype
+
+
+@on_each_device
+def test_selective_slots_lie_in_memory_in_any_order(device: str) -> None:
+    inputs = [x.to(device) for x in test_selective_slots.draw(2, 5, seed=0)]
+    initial = [x.to(device) for x in empty_selective_slots(2, 4, 100)]
+    turned = [x.T.contiguous().T for x in initial]
+    asked, *others = inputs
+    across = asked.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    scans = [
+        scan_selective_slots(*given, initial=SelectiveSlots(*slots), backend="triton")
+        for given, slots in ((inputs, initial), ((across, *others), turned))
+    ]
+    test_selective_slots.assert_same(*scans)
 
 
 COMPARISONS = {

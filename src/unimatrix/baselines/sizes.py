@@ -28,7 +28,8 @@ def find_size(
     """Return the size at which a model's parameters are nearest to a number.
 
     The inner width is what is solved for: parameters are affine in it. The width D is the one at
-    which the usual ratio of the two comes nearest, so that no model has to take a strange shape.
+    which the usual ratio of the two comes nearest, so that a model's shape stays near its usual one
+    as far as the multiples let it. A target may be out of reach: count what comes back.
 
     Args:
         count: the parameters at D and F.

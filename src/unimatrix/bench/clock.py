@@ -1,5 +1,6 @@
 """Interleaved timing: in every round each workload runs once, so drift slows all of them."""
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -74,15 +75,19 @@ def time_interleaved(
         on_round: called before every round, the uncounted one included.
 
     Returns:
-        the seconds of each workload, round by round.
+        the seconds of each workload, round by round; none for one that a GPU has no room for beside
+        the others.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in workloads}
+    left = []
     on_round()
-    for workload in workloads.values():
-        time_once(workload, device)
-    for index in range(max(num_rounds.values(), default=0)):
+    for key, workload in workloads.items():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            time_once(workload, device)
+            left.append(key)
+    for index in range(max((num_rounds[key] for key in left), default=0)):
         on_round()
-        due = [key for key in workloads if index < num_rounds[key]]
+        due = [key for key in left if index < num_rounds[key]]
         first = index % len(due)
         for key in due[first:] + due[:first]:
             seconds[key].append(time_once(workloads[key], device))

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from unimatrix.baselines.sizes import find_size
 from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.recipe import PRECISIONS
 
 # Of widths that are no multiple of it a GPU's products are slower.
 _WIDTH_MULTIPLE = 8
+_FARTHEST = 0.1  # from the parameters asked for, as a share of them
 # What a fair comparison needs: any length, and the peers have no dropout.
 _SHARED = {"max_position_embeddings": None, "dropout": 0.0}
 
@@ -124,12 +126,15 @@ class BenchModel:
 def match_parameters(models: Sequence[BenchModel]) -> list[BenchModel]:
     """Return the models with peers made as large as the first preset, in parameters.
 
-    Layers, heads and head sizes stay; a peer gets the width at which its usual shape comes nearest,
-    a multiple of 8 H, and the feed-forward width that makes up for the rest, a multiple of 8.
-    Mamba-2 has no such network and heads of its own: a multiple of 8 comes as near as it can.
+    Layers and the number of heads stay; a peer gets the width at which its usual shape comes
+    nearest, a multiple of 8 H, and the feed-forward width that makes up for the rest, a multiple of
+    8. Mamba-2 has no such network and heads of its own: a multiple of 8 comes as near as it can.
 
     Args:
         models: at least one preset among them.
+
+    Raises:
+        InputError: if the nearest size of a peer is more than a tenth away.
     """
     target = _count_parameters(next(model for model in models if not model.is_peer))
     return [_resize(model, target) if model.is_peer else model for model in models]
@@ -153,7 +158,14 @@ def _resize(model: BenchModel, target: int) -> BenchModel:
         multiple=_WIDTH_MULTIPLE * heads,
         inner_multiple=_WIDTH_MULTIPLE,
     )
-    return set_size(size.hidden_size, size.inner_size)
+    resized = set_size(size.hidden_size, size.inner_size)
+    found = _count_parameters(resized)
+    if abs(found - target) > _FARTHEST * target:
+        raise InputError(
+            f"{model.name} has no size with about {target:,} parameters (nearest: {found:,} at "
+            f"width {size.hidden_size}); leave it out, or change the preset's sizes by --set"
+        )
+    return resized
 
 
 def _count_parameters(model: BenchModel) -> int:

@@ -167,7 +167,7 @@ def _run_probe(sender: Connection, cell: Cell, setting: Setting) -> None:
             _measure(sender, cell, setting)
     except Exception as error:  # Whatever ends a run is the reason that its row shows.
         if _is_out_of_bytes(error):
-            failure = f"it needs more than the {available / 2**30:.1f} GiB that are free"
+            failure = f"it needs more than the {available / 2**30:.1f} GiB that were free"
         else:
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
         sender.send({"failure": failure})
@@ -215,9 +215,11 @@ def _volunteer_for_the_killer() -> None:
 
 @contextlib.contextmanager
 def _limit_bytes(device: str) -> Iterator[int]:
-    """Refuse this process more than most of what is free, and say how much that is; 0: no limit."""
+    """Refuse this process more than most of what is free on a CPU, and say how much is free."""
     available = _read_available_bytes() if device == "cpu" else 0
-    if available:
+    if device == "cuda":
+        available = torch.cuda.mem_get_info()[0]
+    elif available:
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)

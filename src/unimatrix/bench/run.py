@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -298,7 +299,13 @@ def _time_group(
             device=plan.device,
             on_round=ceilings.sample,
         )
-    return [_make_row(cell, found[_name(cell)], ready.get(_name(cell)), seconds) for cell in group]
+    rows = [_make_row(cell, found[_name(cell)], ready.get(_name(cell)), seconds) for cell in group]
+    if plan.device == "cuda":
+        # The next probes are other processes on the same device.
+        del ready
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
 
 
 def _name(cell: Cell) -> tuple[str, int]:
@@ -332,6 +339,8 @@ def _make_row(
     if ready is None:
         return row
     mode, mine = MODES[cell.mode], seconds[_name(cell)]
+    if not mine:
+        return row | {"skipped": "the device has no room for it beside the others"}
     spread = summarize(mine)
     per_run = NEW_TOKENS if mode.per_token else 1
     num_tokens = NEW_TOKENS if mode.per_token else cell.batch_size * cell.num_tokens
@@ -342,9 +351,9 @@ def _make_row(
         "parameters": sum(parameter.numel() for parameter in ready.model.parameters()),
         **_to_milliseconds(spread, per_run),
         "tokens_per_s": num_tokens / spread.median,
-        "ratio_to_llama": None if baseline is None else compare_rounds(mine, baseline),
+        "ratio_to_llama": compare_rounds(mine, baseline) if baseline else None,
         "ratio_to_shortest": compare_rounds(mine, shortest)
-        if mode.per_token and shortest is not None
+        if mode.per_token and shortest
         else None,
         "multiply_adds": cell.batch_size * mode.cost_of(cost, cell.num_tokens),
         "peak_bytes": found.peak_bytes,
@@ -365,12 +374,12 @@ def _to_milliseconds(spread: Spread, per_run: int) -> Row:
 def _add_floors(row: Row, ceilings: Ceilings) -> None:
     """Add what the row's arithmetic takes at the machine's peak, and its bytes, now both are known.
 
-    What is held at the peak was written once and is read once: no fewer bytes move.
+    What a train step holds at its peak was written once and is read once: no fewer bytes move.
     """
     floor_s = FLOPS_PER_MULTIPLY_ADD * row["multiply_adds"] / ceilings.flops_per_s
     row["floor_ms"] = 1e3 * floor_s
     row["peak_share"] = row["floor_ms"] / row["median_ms"]
-    if ceilings.bytes_per_s is None or row["peak_bytes"] is None or MODES[row["mode"]].per_token:
+    if ceilings.bytes_per_s is None or row["peak_bytes"] is None or row["mode"] != "train":
         return
     row["bytes_floor_ms"] = 1e3 * 2 * row["peak_bytes"] / ceilings.bytes_per_s
     row["bandwidth_share"] = row["bytes_floor_ms"] / row["median_ms"]

@@ -14,6 +14,8 @@ from unimatrix.bench.clock import choose_rounds, summarize
 from unimatrix.bench.models import BenchModel
 
 _PROMPT_TOKENS = 64
+# Where compilers look for what they have compiled.
+_CACHES = ("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 _LIMIT_S = 600.0
 # What every model here needs of the two libraries is imported first: transformers loads its parts
 # when they are asked for. The streamer is told of the prompt, then of each token.
@@ -108,7 +110,7 @@ def time_starts(
 
 def _run(command: list[str], kernels: Path) -> dict[str, float]:
     """Return what a process says and how long it took, its compiled kernels kept in a folder."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(kernels)}
+    environment = {**os.environ, **dict.fromkeys(_CACHES, str(kernels))}
     begun = time.perf_counter()
     try:
         done = subprocess.run(

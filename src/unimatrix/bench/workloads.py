@@ -1,8 +1,7 @@
 """What is timed: a train step, a forward pass, a prompt read, bytes decoded, single steps."""
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -146,7 +145,8 @@ def compile_step(spec: BenchModel, model: PreTrainedModel) -> Callable[..., Any]
     """Return what a train step of the model calls: itself, or one graph of fixed sizes."""
     called: Callable[..., Any] = model
     if spec.compiler is not None:
-        called = torch.compile(model, backend=spec.compiler, fullgraph=True, dynamic=False)
+        whole = not spec.is_peer
+        called = torch.compile(model, backend=spec.compiler, fullgraph=whole, dynamic=False)
     return called
 
 
@@ -162,44 +162,55 @@ def _build_train(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workl
     # Both take unshifted labels and drop the same last position; ours is spared the logits.
     options = {} if spec.is_peer else {"loss_only": True}
     inputs = ids[:, :-1]
-    batches = _feed(model, inputs)
+    loader = _start_loader(model, inputs)
 
     def run(_: None) -> None:
-        given = {**options, **next(batches)}
+        given = options if loader is None else {**options, **loader.take()}
         with spec.cast_products(ids.device):
             loss = called(input_ids=inputs, labels=inputs, use_cache=False, **given).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if loader is not None:
+            loader.wait()
 
     return Workload(lambda: None, run)
 
 
-def _feed(model: PreTrainedModel, ids: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Yield what batches bring to a train step of a model beside their ids."""
+class BatchLoader:
+    """What a data loader adds to batches, each made on the CPU while the step before runs.
+
+    Args:
+        collate: makes a batch of items.
+        ids: [B, T] int64, those of every batch.
+    """
+
+    def __init__(self, collate: Collate, ids: Tensor) -> None:
+        self._collate, self._device = collate, ids.device
+        self._items = [{"input_ids": row, "shift_labels": row} for row in ids.cpu()]
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead = self._thread.submit(collate, self._items)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return what is added to this batch, and let the next be made."""
+        batch = self._ahead.result()
+        self._ahead = self._thread.submit(self._collate, self._items)
+        added = batch.keys() & {"suffix_match"}
+        return {name: batch[name].to(self._device, non_blocking=True) for name in added}
+
+    def wait(self) -> None:
+        """Return when the next batch is made: a step takes as long as the slower of both."""
+        self._ahead.result()
+
+
+def _start_loader(model: PreTrainedModel, ids: Tensor) -> BatchLoader | None:
+    """Return the loader of a train step, where training has one that adds something."""
     if ids.device.type != "cuda":
-        return itertools.repeat({})
+        return None
     # Imported here: it loads the Trainer, which has data loaders only for a GPU.
     from unimatrix.training import choose_collator
 
-    return load_beside(choose_collator(model, ids.device.type), ids)
-
-
-def load_beside(collate: Collate, ids: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Yield what a data loader adds to batches, each made while the step before runs.
-
-    Args:
-        collate: makes a batch of items on the CPU.
-        ids: [B, T] int64, those of every batch.
-    """
-    items = [{"input_ids": row, "shift_labels": row} for row in ids.cpu()]
-    with ThreadPoolExecutor(1) as loader:
-        ahead = loader.submit(collate, items)
-        while True:
-            batch = ahead.result()
-            ahead = loader.submit(collate, items)
-            added = batch.keys() & {"suffix_match"}
-            yield {name: batch[name].to(ids.device, non_blocking=True) for name in added}
+    return BatchLoader(choose_collator(model, ids.device.type), ids)
 
 
 def _build_forward(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
@@ -245,7 +256,9 @@ def _build_step(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Worklo
     """Read single tokens after a prompt, each with one call: ours with the compiled step."""
     model.eval()
     carried = prefill(spec, model, ids)
-    if isinstance(model, UniMatrixForCausalLM) and explain_unusable(model) is None:
+    with spec.cast_products(ids.device):
+        is_compiled = isinstance(model, UniMatrixForCausalLM) and explain_unusable(model) is None
+    if is_compiled:
         from unimatrix.decoding.decoder import Decoder  # loads the compiler
 
         decoder = Decoder(model, carried)

@@ -97,8 +97,8 @@ def run(
         str,
         typer.Option(
             "--precision",
-            help="Of matrix products, float32 or bfloat16 (autocast); weights, states and checks "
-            "are float32 in both.",
+            help="Of matrix products, float32 or bfloat16 (autocast); weights and states are "
+            "float32 in both.",
         ),
     ] = "float32",
     text: Annotated[
@@ -128,8 +128,8 @@ def run(
         bool,
         typer.Option(
             "--compile",
-            help="Time train steps of presets through torch.compile too, as train.compile does: a "
-            "C++ compiler, and a minute for every cell.",
+            help="Time train steps of presets and of the Llama through torch.compile too, as "
+            "train.compile does: a C++ compiler, and a minute for every cell.",
         ),
     ] = False,
     quick: Annotated[
@@ -237,6 +237,7 @@ def _make_plan(
 ) -> "BenchPlan":
     """Return what to time; configurations are made and the text is opened, to refuse bad ones."""
     from unimatrix.bench.models import COMPILER, DTYPES, BenchModel, match_parameters
+    from unimatrix.bench.peers import LLAMA
     from unimatrix.bench.run import ALONE, BenchPlan
     from unimatrix.bench.workloads import load_text
 
@@ -256,7 +257,11 @@ def _make_plan(
             raise InputError(
                 "--compile is for train steps of presets; name --mode train and a --preset"
             )
-        models += [replace(model, compiler=COMPILER) for model in models if not model.is_peer]
+        models += [
+            replace(model, compiler=COMPILER)
+            for model in models
+            if model.name == LLAMA or not model.is_peer
+        ]
     for model in models:
         model.make_config()
     if equal_parameters:
@@ -326,8 +331,10 @@ def _render(result: dict[str, Any]) -> str:
         head += f"; matmul peak {result['matmul_peak_flops_per_s'] / 1e9:,.0f} GFLOP/s"
     if result["copy_peak_bytes_per_s"] is not None:
         head += f"; copy peak {result['copy_peak_bytes_per_s'] / 1e9:,.0f} GB/s"
-    if errors := [check["error"] for check in result["checks"]]:
+    for precision in dict.fromkeys(check["precision"] for check in result["checks"]):
+        errors = [c["error"] for c in result["checks"] if c["precision"] == precision]
         head += f"; {len(errors)} fast paths within {max(errors):.0e} of theirs"
+        head += "" if precision == "float32" else f" in {precision}"
     parts: list[Any] = [head]
 
     def add_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -360,9 +367,10 @@ def _render(result: dict[str, Any]) -> str:
         legend = (
             "ms: median of n interleaved rounds; /Llama, /first: median over rounds of the ratio "
             "to the Llama and to the shortest length; floor: ms of the arithmetic at the matmul "
-            "peak; of copy: the same of reading and writing the peak bytes once, on a GPU; peak: "
-            "bytes of a process, net; state: bytes carried on by one sequence"
+            "peak; peak: bytes of a process, net; state: bytes carried on by one sequence"
         )
+        if result["copy_peak_bytes_per_s"] is not None:
+            legend += "; of copy: share of the time that writing and reading the peak bytes takes"
         sizes = {row["model"]: row["parameters"] for row in result["rows"] if not row["skipped"]}
         told = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
         parts += ["", legend, f"parameters: {told}"]

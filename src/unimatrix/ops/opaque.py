@@ -539,9 +539,9 @@ def scan_selective_slots(
         backend, SlotWrites(*writes), SelectiveSlots(*initial), policy
     )
     if slots is None or writers is None:
-        slots = SelectiveSlots(*(torch.empty_like(x) for x in initial))
-        writers = torch.empty_like(initial[0], dtype=torch.int64)
-    return [*lookup, *slots, writers]
+        slots = SelectiveSlots(*(x.new_empty(x.shape) for x in initial))
+        writers = initial[0].new_empty(initial[0].shape, dtype=torch.int64)
+    return [x.contiguous() for x in (*lookup, *slots, writers)]
 
 
 @scan_selective_slots.register_fake
@@ -549,8 +549,8 @@ def _(
     writes: list[Tensor], initial: list[Tensor], bounded: bool, rules: list[int], backend: str
 ) -> list[Tensor]:
     found = [writes[0].new_empty(writes[0].shape) for _ in range(3)]
-    slots = [torch.empty_like(x) for x in initial]
-    return [*found, *slots, torch.empty_like(initial[0], dtype=torch.int64)]
+    slots = [x.new_empty(x.shape) for x in initial]
+    return [*found, *slots, initial[0].new_empty(initial[0].shape, dtype=torch.int64)]
 
 
 @torch.library.custom_op("unimatrix::match_suffixes", mutates_args=())

@@ -37,6 +37,7 @@ _STYLES = {
 _OTHER_COLORS = ("#8C564B", "#B8860B", "#6A3D9A", "#1B7837", "#A50026", "#4D4D4D")
 _OTHER_MARKERS = ("<", ">", "p", "h", "d", "H")
 _NAMES = {"llama": "Llama (SDPA)", "mamba2": "Mamba-2", "rwkv": "RWKV-4", "gla": "GLA"}
+_NAMES["gated-deltanet"] = "Gated DeltaNet"
 _INK, _GRID = "#222222", "#e6e6e6"
 _PANEL_INCHES = (6.1, 4.6)
 _MOST_COLUMNS = 3
@@ -120,7 +121,7 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], column: str) -> None:
         points = {row["num_tokens"]: row[column] for row in rows if row["model"] == name}
         lengths = sorted(points)
         color, marker = _find_style(name)
-        ours = name not in _NAMES
+        ours = name.partition(",")[0] not in _NAMES
         axes.plot(
             lengths,
             [points[length] for length in lengths],

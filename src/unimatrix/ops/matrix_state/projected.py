@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid, normalize, rms_norm
 from unimatrix.errors import InputError
 from unimatrix.ops import opaque
 from unimatrix.ops.checks import require_shape
-from unimatrix.ops.matrix_state.scan import scan_matrix_state
+from unimatrix.ops.matrix_state.scan import choose_backend, scan_matrix_state
 
 # Small beside the square of a read-out, which a long retention makes small.
 READOUT_EPS = 1e-6
@@ -87,11 +87,22 @@ def scan_projected(
             y, final_state = scan_projected_native(*tensors, lengths, unit=unit)
         return y.to(projected.dtype), final_state
     q, k, v, *rest = projected.unbind(dim=2)  # [B, T, H, N] each
+    name = backend
+    if backend == "auto":
+        name = choose_backend(
+            sizes["T"],
+            projected.device,
+            norm_guard=norm_guard,
+            is_delta=delta,
+            head_dim=sizes["N"],
+            is_double=projected.dtype == torch.float64,
+        )
 
     def bind(vectors: Tensor) -> Tensor:
         if unit:
-            # Autocast takes norms in float32, which would be twice the bytes to scan.
-            return normalize(vectors, dim=-1).to(vectors.dtype)
+            bound_vectors = normalize(vectors, dim=-1)
+            # Autocast takes norms in float32, which would be twice the bytes for Triton to scan.
+            return bound_vectors.to(vectors.dtype) if name == "triton" else bound_vectors
         return vectors if bound else torch.tanh(vectors)
 
     H = sizes["H"]
@@ -107,7 +118,7 @@ def scan_projected(
         initial_state=initial_state,
         lengths=lengths,
         norm_guard=norm_guard,
-        backend=backend,
+        backend=name,
     )
     if unit:
         y = rms_norm(y, y.shape[-1:], eps=READOUT_EPS)

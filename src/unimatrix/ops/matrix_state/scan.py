@@ -216,10 +216,21 @@ def scan_matrix_state(
             scan = scan_parallel if write_strength is None else scan_delta_parallel
             y, final_state = scan(tokens, initial_state=initial_state, chunk_size=chunk_size)
         else:
-            y, final_state = scan_reference(
+            loop = scan_reference if sizes["T"] == 1 else _scan_reference_apart
+            y, final_state = loop(
                 tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
             )
     return y.to(q.dtype), final_state
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _scan_reference_apart(
+    tokens: TokenInputs, *, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the loop outside a graph, which would hold every token's operations."""
+    return scan_reference(
+        tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
+    )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -258,18 +258,19 @@ def _choose_chunk(chunk_size: int) -> int:
     return min(_LARGEST_CHUNK, max(_SMALLEST_TILE, 1 << (chunk_size - 1).bit_length()))
 
 
-def _choose_tiles(N: int, chunk_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def _choose_tiles(N: int, chunk_size: int, *, narrow: bool) -> dict[str, Any]:
     """Return N, the tokens of a chunk, the padded N, a program's columns and the precision.
 
     Args:
         N: rows of a matrix state.
         chunk_size: tokens of a chunk, as asked for.
-        dtype: of what is read and written.
+        narrow: all vectors of a token have 16 bits.
     """
     width = max(_SMALLEST_TILE, triton.next_power_of_2(N))
     # As in any float32 product on a GPU: what torch was told, float32 unless it was told otherwise.
-    # Vectors of 16 bits lose nothing in TF32, which keeps as many digits as float16.
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    # Vectors of 16 bits lose nothing in TF32, and the state, stored in float32, is read and written
+    # with as many digits as they have, or more.
+    exact = not narrow and torch.get_float32_matmul_precision() == "highest"
     return {
         "N": N,
         "C": _choose_chunk(chunk_size),
@@ -286,6 +287,11 @@ _AT_ONCE = {"num_warps": 2, "num_stages": 1}
 def _in_turn(width: int) -> dict[str, int]:
     """Return the options of what goes over the chunks, and has P rows of S of that width."""
     return {"num_warps": max(2, width // 16), "num_stages": 2}
+
+
+def _are_narrow(*vectors: Tensor | None) -> bool:
+    """Return whether all vectors have 16 bits."""
+    return all(x.element_size() == 2 for x in vectors if x is not None)
 
 
 def count_chunks(num_tokens: int, chunk_size: int) -> int:
@@ -306,7 +312,7 @@ def run_forward(
     """
     q, k, v, d, log_retention, rule_weights, _ = tokens.replace_each(Tensor.contiguous)
     B, T, H, N = q.shape
-    tiles = _choose_tiles(N, chunk_size, q.dtype)
+    tiles = _choose_tiles(N, chunk_size, narrow=_are_narrow(q, k, v, d))
     parts, num_chunks = triton.cdiv(N, tiles["P"]), count_chunks(T, chunk_size)
     forms = {"MIXED": d is not None, "HAS_LENGTHS": lengths is not None}
     states = initial.new_empty(B, H, num_chunks, N, N)
@@ -341,7 +347,7 @@ def run_backward(
     """
     q, k, v, d, log_retention, rule_weights, _ = tokens.replace_each(Tensor.contiguous)
     (B, T, H, N), num_chunks = q.shape, states.shape[2]
-    tiles = _choose_tiles(N, chunk_size, q.dtype)
+    tiles = _choose_tiles(N, chunk_size, narrow=_are_narrow(q, k, v, d))
     parts, sizes = triton.cdiv(N, tiles["P"]), (T, H, num_chunks)
     forms = {"MIXED": d is not None, "HAS_LENGTHS": lengths is not None}
     dy, dfinal = (grad.contiguous() for grad in grads)
@@ -393,7 +399,8 @@ def scan_triton(
 
     The tokens are read in the dtypes they have; sums, and the state, are in that of
     ``initial_state``. A chunk is ``chunk_size`` tokens, rounded up to a power of two within 16..32.
-    Products of float32 follow ``torch.set_float32_matmul_precision``; those of 16 bits are TF32.
+    Products follow ``torch.set_float32_matmul_precision``; where all vectors have 16 bits they are
+    TF32, those with the float32 state included.
 
     Cost: O(T N (N + C)) time a head for C tokens a chunk; T / C states of scratch, which the
         backward pass keeps, and as many again for their gradients while it runs.

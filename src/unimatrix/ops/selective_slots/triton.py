@@ -109,6 +109,11 @@ def _scan_row(
         tl.store(final_writers + at, writer.to(tl.int64), mask=is_slot)
 
 
+def choose_warps(places: int) -> int:
+    """Return the warps of a program: one finds a minimum without waiting for others."""
+    return min(8, max(1, places // 256))
+
+
 def scan_triton(
     writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy, num_places: int
 ) -> SlotScan:
@@ -123,13 +128,15 @@ def scan_triton(
     Cost: T (Q + N) steps of O(places) work, all rows at once; no scratch.
     """
     (B, T, Q), N, M = writes.read_keys.shape, writes.write_keys.shape[2], initial[0].shape[1]
+    # Made by shape: rows one after another, however the inputs lie.
+    asked, held = writes.read_keys, initial.slot_keys
     lookup = SlotLookup(
-        torch.full_like(writes.read_keys, -1),
-        torch.zeros_like(writes.read_keys),
-        torch.zeros_like(writes.read_keys),
+        asked.new_full(asked.shape, -1),
+        asked.new_zeros(asked.shape),
+        asked.new_zeros(asked.shape),
     )
-    slots = SelectiveSlots(*(torch.empty_like(tensor) for tensor in initial))
-    writers = torch.empty_like(initial.slot_keys, dtype=torch.int64)
+    slots = SelectiveSlots(*(tensor.new_empty(tensor.shape) for tensor in initial))
+    writers = held.new_empty(held.shape, dtype=torch.int64)
     places = triton.next_power_of_2(num_places)
     with torch.cuda.device_of(writes.read_keys):
         _scan_row[B,](
@@ -149,7 +156,6 @@ def scan_triton(
             NO_KEY,
             MIN_CODE,
             MAX_CODE + 1,
-            # One warp finds a minimum without waiting for others.
-            num_warps=min(8, max(1, places // 256)),
+            num_warps=choose_warps(places),
         )
     return SlotScan(lookup, slots, writers) if policy.bounded else SlotScan(lookup, None, None)

@@ -96,6 +96,11 @@ def _allocate_row(
     tl.store(ages + b * M + slot, age, mask=exists)
 
 
+def choose_warps(num_numbers: int) -> int:
+    """Return the warps of a program that holds so many numbers of keys."""
+    return min(8, max(1, num_numbers // 512))
+
+
 def allocate_triton(
     queries: Tensor,
     keys: Tensor,
@@ -149,7 +154,7 @@ def allocate_triton(
             K,
             slots,
             width,
-            num_warps=min(8, max(1, slots * width // 512)),
+            num_warps=choose_warps(slots * width),
         )
     return Allocation(chosen, writers, ages)
 
