@@ -88,3 +88,23 @@ def test_figures_hold_every_model_and_mode(tmp_path) -> None:
     assert [label.get_text() for label in speed.axes[0].get_xticklabels()] == ["64", "1k"]
     write_bench_plots([SKIPPED], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_model_is_drawn_as_itself_with_hollow_marks() -> None:
+    names = ("llama", "llama, compiled")
+    figure = plot_speed([make_row(model=name, num_tokens=64) for name in names])
+    eager, compiled = figure.axes[0].get_lines()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["Llama (SDPA)", "Llama (SDPA), compiled"]
+    assert eager.get_color() == compiled.get_color() == eager.get_markerfacecolor()
+    assert eager.get_linestyle() == compiled.get_linestyle() == "--"
+    assert compiled.get_markerfacecolor() == "white"
+
+
+def test_a_bytes_floor_has_a_column_where_there_is_one() -> None:
+    row = make_row(bandwidth_share=0.25)
+    table = render_document(
+        "<!-- table: bench-train -->\n<!-- end -->", {"bench/gpu": {"results": {"rows": [row]}}}
+    )
+    assert "| share of bandwidth |" in table
+    assert "| 25 % |" in table

@@ -36,8 +36,13 @@ _STYLES = {
 }
 _OTHER_COLORS = ("#8C564B", "#B8860B", "#6A3D9A", "#1B7837", "#A50026", "#4D4D4D")
 _OTHER_MARKERS = ("<", ">", "p", "h", "d", "H")
-_NAMES = {"llama": "Llama (SDPA)", "mamba2": "Mamba-2", "rwkv": "RWKV-4", "gla": "GLA"}
-_NAMES["gated-deltanet"] = "Gated DeltaNet"
+_NAMES = {
+    "llama": "Llama (SDPA)",
+    "mamba2": "Mamba-2",
+    "rwkv": "RWKV-4",
+    "gla": "GLA",
+    "gated-deltanet": "Gated DeltaNet",
+}
 _INK, _GRID = "#222222", "#e6e6e6"
 _PANEL_INCHES = (6.1, 4.6)
 _MOST_COLUMNS = 3
@@ -120,21 +125,29 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], column: str) -> None:
     for name in dict.fromkeys(row["model"] for row in rows):
         points = {row["num_tokens"]: row[column] for row in rows if row["model"] == name}
         lengths = sorted(points)
-        color, marker = _find_style(name)
-        ours = name.partition(",")[0] not in _NAMES
+        base, _, variant = name.partition(", ")  # the same model, compiled
+        color, marker = _find_style(base)
+        ours = base not in _NAMES
         axes.plot(
             lengths,
             [points[length] for length in lengths],
             color=color,
             marker=marker,
             markersize=15 if marker == "*" else 9,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
+            markerfacecolor="white" if variant else color,
+            markeredgecolor=color if variant else "white",
+            markeredgewidth=1.6 if variant else 0.8,
             linewidth=3.2 if name == "unimatrix" else 2.2,
             linestyle="-" if ours else (0, (5, 2)),
             zorder=4 if ours else 3,
-            label=_NAMES.get(name, name),
+            label=_name_line(name),
         )
+
+
+def _name_line(name: str) -> str:
+    """Return what a model is called in the legend."""
+    base = name.partition(", ")[0]
+    return name.replace(base, _NAMES.get(base, base), 1)
 
 
 def _find_style(name: str) -> tuple[str, str]:
@@ -199,7 +212,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], label: 
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    order = [_NAMES.get(name, name) for name in dict.fromkeys(row["model"] for row in rows)]
+    order = [_name_line(name) for name in dict.fromkeys(row["model"] for row in rows)]
     labels = [label for label in order if label in found]
     figure.legend(
         [found[label] for label in labels],
