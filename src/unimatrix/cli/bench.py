@@ -371,7 +371,11 @@ def _render(result: dict[str, Any]) -> str:
         )
         if result["copy_peak_bytes_per_s"] is not None:
             legend += "; of copy: share of the time that writing and reading the peak bytes takes"
-        sizes = {row["model"]: row["parameters"] for row in result["rows"] if not row["skipped"]}
+        sizes = {
+            row["model"].partition(",")[0]: row["parameters"]
+            for row in result["rows"]
+            if not row["skipped"]
+        }
         told = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
         parts += ["", legend, f"parameters: {told}"]
     parts += reasons
