@@ -37,6 +37,13 @@ def test_the_precision_that_is_timed_is_checked_too() -> None:
     assert all(0 <= check.error <= LIMITS[check.precision] for check in checks)
 
 
+def test_a_compiled_step_is_checked_in_float32_as_well() -> None:
+    spec = BenchModel(name="core", overrides=SMALL, compiler="aot_eager", precision="bfloat16")
+    checks = check_compiled(spec, seed=0, device="cpu")
+    assert [check.precision for check in checks] == ["float32", "bfloat16"]
+    assert all(0 <= check.error <= LIMITS[check.precision] for check in checks)
+
+
 def test_a_wrong_back_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = projected_native.run_forward
 

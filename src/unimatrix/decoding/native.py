@@ -38,8 +38,6 @@ from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 from unimatrix.ops.slots.native_step import advance_slots
 
-# As in ``nn.matrix_mixer``.
-
 
 @part(**OPTIONS)
 def _convolve(h, weights, start, recent, source):
