@@ -1,4 +1,7 @@
+import bz2
+import gzip
 import hashlib
+import lzma
 import os
 import pickle
 import sys
@@ -108,7 +111,7 @@ def test_small_files_are_read_once_and_large_ones_stay_on_disk(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="NTFS files are not sparse by default")
-def test_a_file_larger_than_the_machine_is_mapped(tmp_path):
+def test_a_file_larger_than_the_machine_is_read_in_pieces(tmp_path):
     num_bytes = 2**37
     path = tmp_path / "sparse"
     with path.open("wb") as file:
@@ -133,19 +136,19 @@ def test_many_files_do_not_exhaust_open_files(tmp_path):
         assert stream.read_windows(np.array([597, 0, 299]), 3).tobytes() == (
             expected[597:600] + expected[0:3] + expected[299:302]
         )
-        assert len(stream._maps) <= 64
+        assert len(stream._files) <= 64
 
 
-def test_streams_travel_to_worker_processes_without_their_maps(open_stream):
+def test_streams_travel_to_worker_processes_without_their_open_files(open_stream):
     stream = open_stream(*PARTS)
     stream.read(0, len(stream))
     sent = pickle.loads(pickle.dumps(stream))
-    assert not sent._maps
+    assert not sent._files
     assert sent.read(0, len(sent)).tobytes() == WHOLE
 
 
 @pytest.mark.parametrize(
-    ("left", "named"), [(b"abc", "3 bytes"), (b"", "empty"), (None, "No such")]
+    ("left", "named"), [(b"abc", "3 bytes"), (b"", "shrank to 0 bytes"), (None, "No such")]
 )
 def test_a_file_that_changes_under_a_run_is_an_error(tmp_path, left, named):
     path = tmp_path / "text"
@@ -156,6 +159,35 @@ def test_a_file_that_changes_under_a_run_is_an_error(tmp_path, left, named):
         path.write_bytes(left)
     with pytest.raises(InputError, match=named):
         stream.read(0, 10)
+
+
+@pytest.mark.parametrize("read_at", [True, False])
+def test_a_file_that_shrinks_between_two_reads_is_an_error(tmp_path, monkeypatch, read_at):
+    if not read_at:  # As on systems without it.
+        monkeypatch.delattr(os, "preadv", raising=False)
+    path = tmp_path / "text"
+    path.write_bytes(b"0123456789" * 1000)
+    stream = ByteStream.from_files([path], name="text", join_limit_bytes=0)
+    assert stream.read(9990, 10_000).tobytes() == b"0123456789"
+    assert stream.read_windows(np.array([9995, 0]), 5).tobytes() == b"5678901234"
+    os.truncate(path, 5000)
+    assert stream.read(4990, 5000).tobytes() == b"0123456789"
+    with pytest.raises(InputError, match="shrank to 5,000 bytes while in use"):
+        stream.read(4990, 5001)
+    with pytest.raises(InputError, match="shrank to 5,000 bytes while in use"):
+        stream.read_windows(np.array([0, 9000]), 5)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_what_a_compressed_file_holds_is_read_beside_plain_files(tmp_path, pack):
+    (tmp_path / "a").write_bytes(b"before ")
+    (tmp_path / "b").write_bytes(pack(b"packed"))
+    (tmp_path / "c").write_bytes(b" after")
+    paths = [tmp_path / name for name in "abc"]
+    for limit in (0, 100):
+        stream = ByteStream.from_files(paths, name="text", join_limit_bytes=limit)
+        assert stream.read(0, len(stream)).tobytes() == b"before packed after"
+        assert stream.read_windows(np.array([7, 9]), 6).tobytes() == b"packedcked a"
 
 
 def test_an_unreadable_file_is_an_error(tmp_path, monkeypatch):

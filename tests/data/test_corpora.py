@@ -1,12 +1,16 @@
 import hashlib
+import json
+import os
+import sys
 import sysconfig
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unimatrix.data import CORPUS_NAMES, ByteStream, corpora, load_corpus
-from unimatrix.data.corpora import choose_split, join_lines
+from unimatrix.data.corpora import choose_split, join_lines, make_absolute, take_as_stored
 from unimatrix.errors import InputError
 from unimatrix.tokenization import BOS_ID, EOS_ID
 
@@ -87,15 +91,15 @@ def test_validation_data_replaces_the_split_of_a_named_corpus(write_tree):
     assert read_splits(turned) == (TEXT, read_all(own.valid), None)
 
 
-def test_large_files_are_mapped_and_split_the_same(write_tree, monkeypatch):
+def test_large_files_stay_on_disk_and_split_the_same(write_tree, monkeypatch):
     root = write_tree({"a": TEXT[:700], "b": TEXT[700:]})
     joined = load_corpus(str(root))
-    mapping = partial(ByteStream.from_files, join_limit_bytes=100)
-    monkeypatch.setattr(ByteStream, "from_files", staticmethod(mapping))
+    reading = partial(ByteStream.from_files, join_limit_bytes=100)
+    monkeypatch.setattr(ByteStream, "from_files", staticmethod(reading))
     mapped = load_corpus(str(root))
     assert read_splits(mapped) == read_splits(joined)
-    assert mapped.train._maps
-    assert not joined.train._maps
+    assert mapped.train._files
+    assert not joined.train._files
     assert mapped.sha256 == joined.sha256
 
 
@@ -185,7 +189,6 @@ def test_downloads_go_where_the_caller_says(monkeypatch, tmp_path):
         ("ROOT/hollow", "hollow' has no bytes"),
         ("ROOT/blank", "blank' is empty"),
         ("wikitext2:ROOT/gone", "no file '.*gone'"),
-        ("wikitext2:", "no regular file"),
         ("wikitext2:ROOT/spaces", "wikitext2:.*has no bytes"),
         ("enwik8:ROOT/short", "has 19 bytes but enwik8 has 100,000,000"),
         ("text8:ROOT/gone", "no file '.*gone'"),
@@ -198,6 +201,87 @@ def test_what_cannot_be_used_is_an_error_that_names_it(write_tree, data, named):
     with pytest.raises(InputError, match=named) as caught:
         load_corpus(specs[0] if isinstance(data, str) else specs)
     assert "\n" not in str(caught.value)
+
+
+def test_each_real_file_counts_once_whatever_leads_to_it(write_tree, caplog):
+    root = write_tree({"a.txt": b"a" * 40, "sub/b.txt": b"b" * 40})
+    (root / "loop").symlink_to(root)
+    (root / "sub" / "again.txt").symlink_to(root / "a.txt")
+    (root / "sub" / "hard.txt").hardlink_to(root / "sub" / "b.txt")
+    specs = [str(root / "**" / "*.txt"), str(root / "sub"), str(root / "a.txt"), str(root / "loop")]
+    assert b"".join(read_splits(load_corpus(specs))[:2]) == b"a" * 40 + b"b" * 40
+    assert f"files met before ({root / 'a.txt'}, " in caplog.text
+
+
+def test_what_is_left_out_is_said(write_tree, caplog):
+    root = write_tree({"a.txt": TEXT, "__pycache__/a.pyc": b"x", ".git/config": b"x"})
+    assert len(load_corpus(str(root)).train) == len(TEXT) - len(TEXT) // 20
+    assert caplog.messages == [
+        f"left out of {root}: hidden ({root / '.git'}); caches ({root / '__pycache__'})"
+    ]
+    caplog.clear()
+    load_corpus(str(root / "a.txt"))
+    load_corpus("pystdlib")
+    assert not caplog.messages
+
+
+def test_validation_text_that_is_trained_on_is_said(write_tree, caplog):
+    root = write_tree({"d/a.txt": TEXT, "d/b.txt": TEXT})
+    load_corpus(str(root / "d"), str(root / "d" / "b.txt"))
+    assert caplog.messages == [f"{root / 'd' / 'b.txt'}: both trained on and validated on"]
+
+
+def test_bytes_that_no_compressor_helps_are_said(write_tree, caplog):
+    noise = np.random.default_rng(0).bytes(40_000)
+    root = write_tree({"noise": noise, "words": b"some words " * 40_000, "all": TEXT * 99})
+    for name in ("words", "all"):
+        load_corpus(str(root / name))
+    assert not caplog.messages
+    load_corpus([str(root / "words"), str(root / "noise")])
+    assert "about 8 % of the bytes of" in caplog.text
+    assert "at nearly 8 bits a byte" in caplog.text
+
+
+def test_a_file_called_like_a_corpus_needs_a_word_more(write_tree, monkeypatch):
+    monkeypatch.chdir(write_tree({"text8": TEXT, "pystdlib/a.py": TEXT}))
+    monkeypatch.setattr(corpora, "fetch_archive", lambda *_: pytest.fail("downloads"))
+    with pytest.raises(
+        InputError, match=r"also a file here; write \./text8 .*, text8:text8 .* text8: "
+    ):
+        load_corpus("text8")
+    with pytest.raises(InputError, match=r"also a folder here; write \./pystdlib .* pystdlib: for"):
+        load_corpus("./text8", "pystdlib")
+    assert read_splits(load_corpus("./text8", "./pystdlib")) == (TEXT, TEXT, None)
+    assert load_corpus("pystdlib:").name == "pystdlib"
+    with pytest.raises(InputError, match="'text8' has 1,024 bytes"):
+        load_corpus("text8:text8")
+
+
+def test_stored_specs_mean_the_same_everywhere(write_tree, monkeypatch):
+    root = write_tree({"[x]/d/a.txt": TEXT, "[x]/d/sub/b.txt": TEXT, "[x]/wiki.raw": WIKI})
+    (root / "elsewhere" / "pystdlib").mkdir(parents=True)
+    monkeypatch.chdir(root / "[x]")
+    for spec in ("d", "d/*.txt", "./d/../d/**", "wikitext2:wiki.raw", "pystdlib", "pystdlib:", "."):
+        monkeypatch.chdir(root / "[x]")
+        expected = load_corpus(spec).sha256
+        stored = make_absolute([spec])
+        monkeypatch.chdir(root / "elsewhere")
+        assert load_corpus(take_as_stored(stored)).sha256 == expected
+        assert make_absolute(stored) == stored
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems want file names in Unicode")
+def test_names_that_are_not_utf8(tmp_path, caplog):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.txt")).write_bytes(TEXT)
+    (folder / os.fsdecode(b".\xfe")).write_bytes(TEXT)
+    for spec in (folder, os.path.join(folder, "*.txt"), make_absolute([str(folder)])[0]):
+        corpus = load_corpus(json.loads(json.dumps(os.fspath(spec))))
+        assert read_all(corpus.train) == TEXT[: -(len(TEXT) // 20)]
+    assert choose_split(corpus.name) in ("train", "valid", "test")
+    assert len(corpus.sha256) == 64
+    assert ".\udcfe" in caplog.text
 
 
 def test_bad_validation_data_is_an_error_too(write_tree):

@@ -1,5 +1,4 @@
 import hashlib
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -12,97 +11,10 @@ from unimatrix.data.sources import (
     Archive,
     fetch_archive,
     fetch_wikitext2,
-    find_file,
-    find_files,
     find_standard_library,
     read_lines,
 )
 from unimatrix.errors import InputError
-
-
-def list_names(root, spec):
-    return [path.relative_to(root).as_posix() for path in find_files(str(spec))]
-
-
-def test_a_folder_is_walked_in_path_order_without_hidden_files(write_tree):
-    names = ["b.txt", "a/z.txt", "a/deep/er/x.bin", "a.txt", ".hidden", ".git/config", "a/.keep"]
-    root = write_tree(dict.fromkeys(names, b"x"))
-    assert list_names(root, root) == ["a.txt", "a/deep/er/x.bin", "a/z.txt", "b.txt"]
-
-
-def test_a_hidden_folder_given_by_name_is_walked(write_tree):
-    root = write_tree({".cache/a.txt": b"x"})
-    assert list_names(root, root / ".cache") == [".cache/a.txt"]
-
-
-def test_a_glob_takes_files_and_folders_once_in_order(write_tree):
-    root = write_tree(dict.fromkeys(["b.py", "a.py", "c.txt", "sub/d.py", "sub/e.txt"], b"x"))
-    assert list_names(root, root / "*.py") == ["a.py", "b.py"]
-    assert list_names(root, root / "**" / "*.py") == ["a.py", "b.py", "sub/d.py"]
-    assert list_names(root, root / "s*") == ["sub/d.py", "sub/e.txt"]
-    everything = list_names(root, root / "**")
-    assert sorted(everything) == ["a.py", "b.py", "c.txt", "sub/d.py", "sub/e.txt"]
-
-
-def test_a_name_that_exists_is_no_glob(write_tree):
-    root = write_tree({"[a].txt": b"x", "a.txt": b"x"})
-    assert list_names(root, root / "[a].txt") == ["[a].txt"]
-
-
-def test_home_is_expanded(write_tree, monkeypatch):
-    root = write_tree({"a.txt": b"x"})
-    monkeypatch.setenv("HOME", str(root))
-    monkeypatch.setenv("USERPROFILE", str(root))
-    assert list_names(root, "~/a.txt") == list_names(root, "~/*.txt") == ["a.txt"]
-
-
-@pytest.mark.parametrize(
-    ("spec", "named"),
-    [
-        ("pystdlb", r"'pystdlb' is no file, .*Did you mean 'pystdlib'\?"),
-        ("ROOT/bok.txt", r"bok.txt' is no file, .*Did you mean '.*book.txt'\?"),
-        ("ROOT/nowhere/book.txt", r"is no file, folder, glob or corpus; .* enwik8, pystdlib"),
-        ("ROOT/*.md", r"no file matches '.*\*.md'"),
-        ("ROOT/blank", "blank' is empty"),
-        ("ROOT/hollow", "folder '.*hollow' has no files"),
-    ],
-)
-def test_what_cannot_be_found_is_an_error_that_names_it(write_tree, spec, named):
-    root = write_tree({"book.txt": b"x", "blank": b"", "hollow/.hidden": b"x"})
-    with pytest.raises(InputError, match=named):
-        find_files(spec.replace("ROOT", str(root)), ("enwik8", "pystdlib"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in folders")
-def test_a_pipe_is_refused_by_name_and_left_out_of_folders(write_tree):
-    root = write_tree({"sub/a.txt": b"x"})
-    os.mkfifo(root / "sub" / "pipe")
-    with pytest.raises(InputError, match="no regular file"):
-        find_files(str(root / "sub" / "pipe"))
-    assert list_names(root, root / "sub") == list_names(root, root / "sub" / "*") == ["sub/a.txt"]
-
-
-def test_a_folder_that_cannot_be_listed_is_an_error(write_tree, monkeypatch):
-    root = write_tree({"a.txt": b"x"})
-
-    def refuse(path):
-        raise PermissionError(13, os.strerror(13), str(path))
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match=r"cannot list .*Permission denied"):
-        find_files(str(root))
-
-
-def test_one_file_means_one_file(write_tree):
-    root = write_tree({"a.txt": b"x", "blank": b""})
-    assert find_file(str(root / "a.txt")) == root / "a.txt"
-    for spec, named in (
-        ("b.txt", "no file '.*b.txt'"),
-        ("", "no regular file"),
-        ("blank", "empty"),
-    ):
-        with pytest.raises(InputError, match=named):
-            find_file(str(root / spec))
 
 
 def test_the_standard_library_leaves_out_tests_and_installed_packages(write_tree):

@@ -1,6 +1,7 @@
-"""One split of a corpus: bytes in RAM or mapped from files, read as if they were one array."""
+"""One split of a corpus: bytes in RAM or left in files, read as if they were one array."""
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from unimatrix.data.compressed import unpack
 from unimatrix.errors import InputError
 from unimatrix.tokenization import BOS_ID, EOS_ID
 
 JOIN_LIMIT_BYTES = 64 * 2**20
-"""Files of at most this many bytes together are read into one array; larger ones are mapped."""
-_MAX_OPEN_MAPS = 64  # A map keeps its file open; many systems allow 1,024 or fewer.
+"""Files of at most this many bytes together are read into one array; larger ones stay on disk."""
+_MAX_OPEN_FILES = 64  # Many systems allow 1,024 or fewer.
 _HASH_CHUNK_BYTES = 2**22
 
 
@@ -42,7 +44,7 @@ class ByteStream:
         self._pieces = [piece for piece in pieces if piece.num_bytes]
         sizes = [piece.num_bytes for piece in self._pieces]
         self._borders = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
-        self._maps: OrderedDict[Path, NDArray[np.uint8]] = OrderedDict()
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str, ends_with_eos: bool = False) -> Self:
@@ -54,19 +56,18 @@ class ByteStream:
     def from_files(
         cls, paths: Sequence[Path], *, name: str, join_limit_bytes: int = JOIN_LIMIT_BYTES
     ) -> Self:
-        """Make a stream of files, in their order.
+        """Make a stream of files, in their order; of a compressed one, what it holds.
 
         Args:
-            paths: regular files.
+            paths: regular files; gzip, bzip2, xz and lzma are unpacked into RAM.
             name: what error messages call the stream.
-            join_limit_bytes: files of at most this many bytes together are read at once, others are
-                mapped when a read first touches them.
+            join_limit_bytes: files of at most this many bytes together are read at once, others
+                piece by piece, as they are asked for.
 
         Raises:
-            InputError: a file cannot be read.
+            InputError: a file cannot be read, is an archive or is compressed otherwise.
         """
-        pieces = [Piece(path, 0, _measure_file(path)) for path in paths]
-        stream = cls(pieces, name=name)
+        stream = cls([_open_piece(path) for path in paths], name=name)
         if len(stream) > join_limit_bytes:
             return stream
         return cls([Piece(stream.read(0, len(stream)), 0, len(stream))], name=name)
@@ -85,7 +86,7 @@ class ByteStream:
         result = np.empty(stop - start, np.uint8)
         filled = 0
         for piece in self._cut_pieces(start, stop):
-            result[filled : filled + piece.num_bytes] = self._open(piece)
+            self._copy(piece, result[filled : filled + piece.num_bytes])
             filled += piece.num_bytes
         return result
 
@@ -97,8 +98,13 @@ class ByteStream:
         whole = starts + num_bytes <= self._borders[owners + 1]
         for owner in np.unique(owners[whole]):
             rows = np.flatnonzero(whole & (owners == owner))
-            windows = sliding_window_view(self._open(self._pieces[owner]), num_bytes)
-            result[rows] = windows[starts[rows] - self._borders[owner]]
+            piece = self._pieces[owner]
+            offsets = starts[rows] - self._borders[owner] + piece.offset
+            if isinstance(piece.source, np.ndarray):
+                result[rows] = sliding_window_view(piece.source, num_bytes)[offsets]
+                continue
+            for row, offset in zip(rows, offsets.tolist(), strict=True):
+                self._copy(Piece(piece.source, offset, num_bytes), result[row])
         for row in np.flatnonzero(~whole):
             result[row] = self.read(int(starts[row]), int(starts[row]) + num_bytes)
         return result
@@ -148,39 +154,85 @@ class ByteStream:
             skipped = max(start - border, 0)
             yield Piece(source, offset + skipped, min(stop - border, num_bytes) - skipped)
 
-    def _open(self, piece: Piece) -> NDArray[np.uint8]:
-        array = piece.source if isinstance(piece.source, np.ndarray) else self._map(piece.source)
-        view = array[piece.offset : piece.offset + piece.num_bytes]
-        if len(view) < piece.num_bytes:
-            raise InputError(
-                f"{str(piece.source)!r} shrank to {len(array):,} bytes while in use; keep corpus "
-                "files as they are during a run."
-            )
-        return view
+    def _copy(self, piece: Piece, into: NDArray[np.uint8]) -> None:
+        """Copy a piece to ``into``, of its length.
 
-    def _map(self, path: Path) -> NDArray[np.uint8]:
-        if path in self._maps:
-            self._maps.move_to_end(path)
-            return self._maps[path]
-        if len(self._maps) >= _MAX_OPEN_MAPS:
-            self._maps.popitem(last=False)
+        Files are read, not mapped: a mapped file that another program cuts short kills the process
+        (SIGBUS), and no check before a read can rule that out.
+        """
+        source, offset, num_bytes = piece
+        if isinstance(source, np.ndarray):
+            into[:] = source[offset : offset + num_bytes]
+            return
+        filled = 0
         try:
-            self._maps[path] = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:
+            file = self._open(source)
+            while filled < num_bytes:
+                found = file.read(offset + filled, into[filled:])
+                if found == 0:
+                    break
+                filled += found
+        except OSError as error:
             raise InputError(
-                f"cannot map {str(path)!r} ({error}); keep corpus files as they are during a run."
+                f"cannot read {str(source)!r} ({error.strerror}); keep corpus files as they are "
+                "during a run."
             ) from error
-        return self._maps[path]
+        if filled < num_bytes:
+            raise InputError(
+                f"{str(source)!r} shrank to {file.num_bytes:,} bytes while in use; keep "
+                "corpus files as they are during a run."
+            )
+
+    def _open(self, path: Path) -> "_OpenFile":
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        if len(self._files) >= _MAX_OPEN_FILES:
+            self._files.popitem(last=False)
+        self._files[path] = _OpenFile(path)
+        return self._files[path]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open maps behind: a worker process maps the files itself."""
-        return {**self.__dict__, "_maps": OrderedDict()}
+        """Leave the open files behind: a worker process opens them itself."""
+        return {**self.__dict__, "_files": OrderedDict()}
 
 
-def _measure_file(path: Path) -> int:
+class _OpenFile:
+    """A file open for reading at any place; closed when nobody holds it.
+
+    Args:
+        path: what to open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length now."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, into: NDArray[np.uint8]) -> int:
+        """Read as many bytes as are there and fit; return how many, 0 past the end."""
+        if hasattr(os, "preadv"):
+            # No seek: processes that were forked share one position.
+            return os.preadv(self._descriptor, [into.data], offset)
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        data = os.read(self._descriptor, len(into))
+        into[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def _open_piece(path: Path) -> Piece:
     try:
-        with path.open("rb"):
-            return path.stat().st_size
+        data = unpack(path)
+        if data is not None:
+            return Piece(np.frombuffer(data, np.uint8), 0, len(data))
+        return Piece(path, 0, path.stat().st_size)
     except OSError as error:
         raise InputError(
             f"cannot read {str(path)!r} ({error.strerror}); check its permissions or leave it out."

@@ -1,19 +1,22 @@
 """Corpora by one name: what ``--data`` means, and how each is split."""
 
+import glob
 import hashlib
+import logging
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from unimatrix.data.byte_stream import ByteStream
+from unimatrix.data.files import LeftOut, drop_repeats, find_file, find_files, identify
 from unimatrix.data.sources import (
     ARCHIVES,
     fetch_archive,
     fetch_wikitext2,
-    find_file,
-    find_files,
     find_standard_library,
     hash_path,
     read_lines,
@@ -26,7 +29,14 @@ HELD_OUT_ONE_IN = 20
 HASHED_BYTES = 2**28
 """The bytes of each split, from its start, that a corpus hash covers besides the length."""
 
+_NUM_PROBES, _PROBE_BYTES = 64, 2**12
+# What deflate makes of random bytes; of a JPEG it makes 7.9, of machine code 5, of text 4 or less.
+_RANDOM_BITS_PER_BYTE = 7.8
+_RANDOM_SHARE = 0.05
+
 Spec = str | os.PathLike[str]
+_FileKey = tuple[int, int] | str
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,14 @@ def load_corpus(
       newlines, EOS at the end. ``wikitext2:FILE`` joins a raw file the same way.
     - ``enwik8``, ``text8``: the first 90 % train, then 5 % validate and 5 % test; downloaded the
       first time. ``enwik8:FILE`` and ``text8:FILE`` take a file that is there.
-    - anything else: files, folders (every file below, hidden ones apart) and globs, text or binary,
-      joined in the order given. Small corpora are read at once, larger ones mapped.
+    - anything else: files, folders and globs (``find_files`` states what they leave out), text or
+      binary, each real file once, joined in the order given. Files of gzip, bzip2, xz and lzma
+      count as what they hold; archives are refused. Small corpora are read at once, larger ones
+      piece by piece.
+
+    Where a file or folder has the name of a corpus, ``./NAME`` is the file and ``NAME:`` the
+    corpus; the bare name is refused. What was left out, validation text that is trained on, and
+    bytes that no compressor finds anything in are told by a warning of this module's logger.
 
     Args:
         data: one of the above, or several files, folders and globs.
@@ -79,16 +95,47 @@ def load_corpus(
         InputError: a corpus is missing, empty, unreadable or too small; the message says how to
             get it.
     """
-    source = _open_source(data, cache_folder)
-    held_out = None if valid_data is None else _open_source(valid_data, cache_folder)
-    if isinstance(held_out, Corpus):
-        held_out = held_out.valid
-    if isinstance(source, Corpus):
-        return source if held_out is None else replace(source, valid=held_out)
-    if held_out is None:
+    specs = list_specs(data)
+    source, files = _open_source(specs, cache_folder)
+    if valid_data is None:
+        if isinstance(source, Corpus):
+            return source
         border = len(source) - len(source) // HELD_OUT_ONE_IN
         return _split_in_order(source.name, source, [border, len(source)])
-    return Corpus(source.name, source, held_out, None)
+    held_out = source
+    if list_specs(valid_data) != specs:
+        held_out, valid_files = _open_source(list_specs(valid_data), cache_folder)
+        _warn_of_overlap(files, valid_files)
+    valid = held_out.valid if isinstance(held_out, Corpus) else held_out
+    if isinstance(source, Corpus):
+        return replace(source, valid=valid)
+    return Corpus(source.name, source, valid, None)
+
+
+def list_specs(data: Spec | Sequence[Spec]) -> list[str]:
+    """Return what ``--data`` names as a list of strings."""
+    return [os.fspath(s) for s in ([data] if isinstance(data, str | os.PathLike) else data)]
+
+
+def find_corpus_files(specs: Sequence[str]) -> dict[_FileKey, Path]:
+    """Return the real files of a corpus by what identifies each; none for a named corpus.
+
+    Raises:
+        InputError: as in ``load_corpus``.
+    """
+    if _is_named(specs):
+        return {}
+    return {identify(path): path for path in _find_paths(specs, LeftOut())}
+
+
+def make_absolute(specs: Iterable[str]) -> tuple[str, ...]:
+    """Return specs that mean the same in every working folder; corpora keep their names."""
+    return tuple(map(_make_absolute, specs))
+
+
+def take_as_stored(specs: Iterable[str]) -> list[str]:
+    """Return specs of a run folder, in which a corpus's name never is a file of this folder."""
+    return [f"{spec}:" if spec in CORPUS_NAMES else spec for spec in specs]
 
 
 def choose_split(relative: str) -> str:
@@ -101,20 +148,90 @@ def join_lines(lines: Iterable[str]) -> bytes:
     return "\n".join(line.strip() for line in lines if line.strip()).encode()
 
 
-def _open_source(data: Spec | Sequence[Spec], cache_folder: Path | None) -> Corpus | ByteStream:
-    """Return a corpus that has splits of its own, or else all the bytes as one stream."""
-    specs = [os.fspath(s) for s in ([data] if isinstance(data, str | os.PathLike) else data)]
-    name, colon, file = specs[0].partition(":") if specs else ("", "", "")
-    if len(specs) == 1 and name in CORPUS_NAMES:
-        return _open_named(name, file if colon else None, cache_folder)
+class _Source(NamedTuple):
+    """What was opened: a corpus that has splits of its own, or else all the bytes; its files."""
+
+    content: Corpus | ByteStream
+    files: dict[_FileKey, Path]
+
+
+def _open_source(specs: list[str], cache_folder: Path | None) -> _Source:
+    if not specs:
+        raise InputError("the list of data is empty; name a corpus, files, folders or globs.")
+    for spec in specs:
+        _require_unambiguous(spec)
+    if _is_named(specs):
+        name, _, file = specs[0].partition(":")
+        return _Source(_open_named(name, file or None, cache_folder), {})
     named = [spec for spec in specs if spec.partition(":")[0] in CORPUS_NAMES]
     if named:
         raise InputError(f"corpus {named[0]!r} joins no other data; give it alone, or only files.")
-    if not specs:
-        raise InputError("the list of data is empty; name a corpus, files, folders or globs.")
     title = ", ".join(specs[:3]) + (f" and {len(specs) - 3} more" if len(specs) > 3 else "")
-    paths = [path for spec in specs for path in find_files(spec, CORPUS_NAMES)]
-    return _require_bytes(ByteStream.from_files(paths, name=title))
+    left_out = LeftOut()
+    paths = _find_paths(specs, left_out)
+    if passed := left_out.describe():
+        _logger.warning("left out of %s: %s", title, passed)
+    stream = _require_bytes(ByteStream.from_files(paths, name=title))
+    _warn_of_random_bytes(stream)
+    return _Source(stream, {identify(path): path for path in paths})
+
+
+def _is_named(specs: Sequence[str]) -> bool:
+    return len(specs) == 1 and specs[0].partition(":")[0] in CORPUS_NAMES
+
+
+def _find_paths(specs: Iterable[str], left_out: LeftOut) -> list[Path]:
+    found = [path for spec in specs for path in find_files(spec, CORPUS_NAMES, left_out)]
+    return drop_repeats(found, left_out)
+
+
+def _require_unambiguous(spec: str) -> None:
+    """Raise ``InputError`` where a name may mean a corpus as well as what lies here."""
+    name, _, file = spec.partition(":")
+    path = Path(spec)
+    if name not in CORPUS_NAMES or spec == f"{name}:" or not path.exists():
+        return
+    kind = "folder" if path.is_dir() else "file"
+    split = f", {name}:{spec} for that file, split as {name} is" if name in ARCHIVES else ""
+    raise InputError(
+        f"{spec!r} is a corpus and also a {kind} here; write ./{spec} for the {kind}"
+        + (split if kind == "file" and not file else "")
+        + (f", or {name}: for the corpus." if not file else ".")
+    )
+
+
+def _make_absolute(spec: str) -> str:
+    name, _, file = spec.partition(":")
+    if name in CORPUS_NAMES:
+        return f"{name}:{_make_absolute(file)}" if file else name
+    path = Path(spec).expanduser()
+    here = Path.cwd()
+    if glob.has_magic(spec) and not path.exists():
+        here = Path(glob.escape(str(here)))
+    return str(here / path)
+
+
+def _warn_of_overlap(train: dict[_FileKey, Path], valid: dict[_FileKey, Path]) -> None:
+    shared = [str(path) for key, path in valid.items() if key in train]
+    if shared:
+        more = f" and {len(shared) - 1} more" if shared[1:] else ""
+        _logger.warning("%s%s: both trained on and validated on", shared[0], more)
+
+
+def _warn_of_random_bytes(stream: ByteStream) -> None:
+    """Warn where deflate finds nothing to save in pieces from all over a stream."""
+    if len(stream) < _PROBE_BYTES:
+        return
+    starts = range(0, len(stream) - _PROBE_BYTES + 1, max(1, len(stream) // _NUM_PROBES))
+    sizes = [len(zlib.compress(stream.read(start, start + _PROBE_BYTES).data)) for start in starts]
+    share = sum(8 * size / _PROBE_BYTES > _RANDOM_BITS_PER_BYTE for size in sizes) / len(sizes)
+    if share > _RANDOM_SHARE:
+        _logger.warning(
+            "about %.0f %% of the bytes of %s are at nearly 8 bits a byte, compressed or random: a "
+            "model learns nothing from them; give what they hold, or name the other files only",
+            100 * share,
+            stream.name,
+        )
 
 
 def _open_named(name: str, file: str | None, cache_folder: Path | None) -> Corpus | ByteStream:

@@ -1,15 +1,13 @@
-"""Where the bytes of a corpus come from: files, the standard library, archives, datasets."""
+"""Where named corpora come from: the standard library, published archives, datasets."""
 
-import glob
 import hashlib
 import http.client
 import importlib
-import os
+import io
 import shutil
 import sysconfig
 import urllib.request
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -18,7 +16,9 @@ from huggingface_hub.constants import HF_HOME
 from rich.console import Console
 from rich.progress import Progress
 
-from unimatrix.errors import InputError, suggest
+from unimatrix.data.compressed import open_file
+from unimatrix.data.files import walk
+from unimatrix.errors import InputError
 
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
@@ -43,51 +43,6 @@ ARCHIVES = {
 }
 
 
-def find_files(spec: str, known_names: Iterable[str] = ()) -> list[Path]:
-    """List the files that a file name, a folder or a glob stands for.
-
-    A folder is walked to its depth; hidden files and folders (a leading dot) are left out, links to
-    folders are not followed. Order: by path relative to the folder, a glob's matches by path.
-
-    Args:
-        spec: what the user wrote; a name that exists is taken literally before it is a glob.
-        known_names: corpus names to suggest when nothing is found.
-
-    Raises:
-        InputError: nothing is found, a folder has no files, or a file is empty or no regular file.
-    """
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return _require_files(_walk(path), f"folder {spec!r} has no files")
-    if path.exists():
-        return [_check_file(path)]
-    if glob.has_magic(spec):
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        found = [
-            file for match in matches for file in (_walk(match) if match.is_dir() else [match])
-        ]
-        files = [file for file in dict.fromkeys(found) if file.is_file()]
-        return _require_files(files, f"no file matches {spec!r}")
-    beside = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    names = ", ".join(known_names)
-    raise InputError(
-        f"{spec!r} is no file, folder, glob or corpus; the corpora are {names}."
-        f"{suggest(spec, [*known_names, *beside])}"
-    )
-
-
-def find_file(spec: str) -> Path:
-    """Return the one file that a name stands for.
-
-    Raises:
-        InputError: there is no such file, or it is a folder, empty or no regular file.
-    """
-    path = Path(spec).expanduser()
-    if not path.exists():
-        raise InputError(f"there is no file {spec!r}; check the path.")
-    return _check_file(path)
-
-
 def find_standard_library(root: Path | None = None) -> dict[str, Path]:
     """List the sources of the running Python's standard library, without its tests.
 
@@ -106,7 +61,7 @@ def find_standard_library(root: Path | None = None) -> dict[str, Path]:
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     files = {
         file.relative_to(root).as_posix(): file
-        for file in _walk(root, skipped=_TEST_FOLDERS | _INSTALLED_FOLDERS)
+        for file in walk(root, skipped=_TEST_FOLDERS | _INSTALLED_FOLDERS)
         if file.suffix == ".py"
     }
     if not files:
@@ -119,7 +74,7 @@ def find_standard_library(root: Path | None = None) -> dict[str, Path]:
 
 def hash_path(relative: str) -> str:
     """Return the hexadecimal SHA-256 of a relative POSIX path."""
-    return hashlib.sha256(relative.encode()).hexdigest()
+    return hashlib.sha256(relative.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def fetch_archive(name: str, cache_folder: Path | None = None) -> Path:
@@ -189,7 +144,7 @@ def read_lines(path: Path) -> list[str]:
         InputError: the file cannot be read or is not UTF-8.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with io.TextIOWrapper(open_file(path), encoding="utf-8") as file:
             return list(file)
     except UnicodeDecodeError as error:
         raise InputError(
@@ -200,34 +155,6 @@ def read_lines(path: Path) -> list[str]:
         raise InputError(
             f"cannot read {str(path)!r} ({error.strerror}); check its permissions."
         ) from error
-
-
-def _walk(folder: Path, skipped: frozenset[str] = frozenset()) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise InputError(
-            f"cannot list {error.filename!r} ({error.strerror}); check its permissions."
-        ) from error
-
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name not in skipped and name[0] != "."]
-        found += [Path(parent, name) for name in names if name[0] != "."]
-    files = [file for file in found if file.is_file()]
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _require_files(files: list[Path], reason: str) -> list[Path]:
-    if not files:
-        raise InputError(f"{reason}; hidden files do not count, name files with bytes in them.")
-    return files
-
-
-def _check_file(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{str(path)!r} is no regular file; save its bytes to a file first.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{str(path)!r} is empty; give a file with bytes in it.")
-    return path
 
 
 def _download(url: str, target: Path) -> None:
