@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 
 from unimatrix.cache import UniMatrixCache
 from unimatrix.configuration import UniMatrixConfig
@@ -12,7 +13,7 @@ from unimatrix.decoding.loop import choose_loop, sample_tokens
 from unimatrix.errors import InputError
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import GatedFeedForward
-from unimatrix.nn.matrix_mixer import RetentionProjection
+from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
 from unimatrix.nn.norm import RowNorm
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
@@ -38,11 +39,25 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""
         super()._init_weights(module)
+        # transformers knows norms by the name of their class, which ours is not.
+        if isinstance(module, RowNorm):
+            init.ones_(module.weight)
         if isinstance(module, (RetentionProjection, SelectiveMixer, ShortConvolution)):
             for parameter, start in module.list_starts():
-                # Loaded weights stay.
-                if not getattr(parameter, "_is_hf_initialized", False):
-                    parameter.copy_(start)
+                init.copy_(parameter, start)  # Loaded weights stay.
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; what a fresh model freezes is frozen.
+
+        The arguments, and what is returned, are those of ``PreTrainedModel.from_pretrained``.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading makes every parameter anew, and each of them trainable.
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, MatrixMixer):
+                module.freeze_unused()
+        return loaded
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -64,10 +64,9 @@ class MatrixMixer(nn.Module):
         self.v_proj = nn.Linear(width, inner, bias=False)
         self.write_proj = nn.Linear(width, self.num_heads) if self.uses_delta else None
         if not self.uses_delta:
+            # It exists because published counts and checkpoints have it.
             self.diag_proj = nn.Linear(width, inner, bias=False)
-            # It exists because published counts and checkpoints have it. Frozen where unused, so
-            # that data-parallel training does not wait for a gradient that never comes.
-            self.diag_proj.requires_grad_(self.mixes_rules)
+            self.freeze_unused()
         if self.mixes_rules:
             self.rule_proj = nn.Linear(width, self.num_heads * NUM_RULES)
         self.retention_proj = RetentionProjection(width, self.num_heads, config.longest_retention)
@@ -76,6 +75,11 @@ class MatrixMixer(nn.Module):
         self.short_conv = None
         if config.conv_kernel:
             self.short_conv = ShortConvolution(width, config.conv_kernel)
+
+    def freeze_unused(self) -> None:
+        """Freeze a diagonal that no rule uses; data-parallel training would await its gradient."""
+        if not self.uses_delta:
+            self.diag_proj.requires_grad_(self.mixes_rules)
 
     @property
     def vector_layers(self) -> list[nn.Linear]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize, pad, silu, softplus
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unimatrix.baselines.linear_attention.chunked import chunk_gated, chunk_gated_delta
@@ -209,20 +210,17 @@ class LinearAttentionForCausalLM(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the weights of one module."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.normal_(std=self.config.initializer_range)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.Conv1d):
+        """Draw the weights of one module; loaded weights stay."""
+        if isinstance(module, nn.Conv1d):
             module.reset_parameters()
-        elif isinstance(module, nn.RMSNorm):
-            module.weight.fill_(1.0)
-        elif isinstance(module, LinearAttentionMixer) and self.config.rule == "gated_delta":
+            return
+        super()._init_weights(module)
+        if isinstance(module, LinearAttentionMixer) and self.config.rule == "gated_delta":
             # As in Mamba-2: rates from 1 to 16, steps from 0.001 to 0.1, even in the logarithm.
-            module.log_rate.uniform_(1.0, 16.0).log_()
+            rate = torch.empty_like(module.log_rate).uniform_(1.0, 16.0)
+            init.copy_(module.log_rate, rate.log())
             step_size = torch.empty_like(module.rate_bias).uniform_(-6.9078, -2.3026).exp()
-            module.rate_bias.copy_(step_size + torch.log(-torch.expm1(-step_size)))
+            init.copy_(module.rate_bias, step_size + torch.log(-torch.expm1(-step_size)))
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
