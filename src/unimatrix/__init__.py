@@ -1,11 +1,13 @@
 """Constant-memory sequence models with exact recall.
 
-Names load on first use, so that ``import unimatrix`` is instant. The first model name taken from
-here also registers the models with the Auto classes of transformers.
+Names load on first use, so that ``import unimatrix`` is instant. transformers knows the models from
+then on, whether it was loaded before or is loaded later.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from unimatrix.auto import REGISTERED, register, register_when_loaded
 
 if TYPE_CHECKING:
     from unimatrix.cache import UniMatrixCache
@@ -37,18 +39,6 @@ _HOMES = {
     "encode_bytes": "tokenization",
     "from_published": "published",
 }
-_MODEL_NAMES = frozenset(
-    {
-        "Decoder",
-        "UniMatrixCache",
-        "UniMatrixConfig",
-        "UniMatrixForCausalLM",
-        "UniMatrixModel",
-        "UniMatrixTokenizer",
-        "build_tokenizer",
-        "from_published",
-    }
-)
 
 __all__ = [
     "PRESETS",
@@ -69,12 +59,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'unimatrix' has no attribute {name!r}")
-    if name in _MODEL_NAMES:
-        importlib.import_module("unimatrix.auto").register()
     value = getattr(importlib.import_module(f"unimatrix.{_HOMES[name]}"), name)
     globals()[name] = value
+    if name in REGISTERED:
+        register()
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_when_loaded()
