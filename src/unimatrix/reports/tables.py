@@ -29,6 +29,8 @@ from unimatrix.reports.compare_results import (
     tabulate_recall,
     tabulate_text,
 )
+from unimatrix.reports.headline import HEADER as HEADLINE_HEADER
+from unimatrix.reports.headline import tabulate_headline
 from unimatrix.reports.long_context_results import (
     NOT_RUN,
     tabulate_code,
@@ -522,6 +524,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "compare-summary": _summarize_comparisons,
     "compare-recall": functools.partial(_tabulate_of_comparisons, tabulate=tabulate_recall),
     "default-run": _tabulate_default,
+    "headline": lambda records: _format_table(HEADLINE_HEADER, tabulate_headline(records)),
     "eval-long": functools.partial(_tabulate_eval_long, tabulate=_tabulate_answered),
     "eval-long-code": functools.partial(_tabulate_eval_long, tabulate=tabulate_code),
     "eval-long-text": functools.partial(_tabulate_eval_long, tabulate=tabulate_positions),
