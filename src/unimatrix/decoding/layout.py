@@ -1,8 +1,7 @@
 """Where the compiled step finds what: numbers of columns, shared by ``plan.py`` and ``native.py``.
 
 Weights lie one after the other in a single array; a matrix is stored [inputs, outputs], so that a
-product is a sum of rows. Kernels hold these numbers, and are compiled anew only if ``native.py``
-changes: touch it with this file.
+product is a sum of rows.
 """
 
 # Starts in the array of weights, -1 for what a model lacks.

@@ -2,9 +2,6 @@
 
 The steps are those of ``docs/forward.md`` with T = 1. What is projected from the normalised stream
 is one product, and so is everything else that shares its input.
-
-Numba compiles this module anew if it changes, not if a kernel that it calls changes in another file
-(``ops``, ``native_parts``, ``layout``): touch this file with them.
 """
 # mypy: allow-untyped-defs
 
@@ -32,8 +29,8 @@ from unimatrix.decoding.native_parts import (
     softmax_rules,
 )
 from unimatrix.ops.compile_native import kernel, part
-from unimatrix.ops.matrix_state import READOUT_EPS
 from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
+from unimatrix.ops.matrix_state.projected import READOUT_EPS
 from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 from unimatrix.ops.slots.native_step import advance_slots

@@ -25,6 +25,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from unimatrix.ops.compile_native import callback
 from unimatrix.ops.threads import Shaped, to_array
 
 _MOST_NUMBERS = 320
@@ -70,7 +71,7 @@ def _skip(_: Any, numbers: Any, count: Any) -> Any:
     return numbers(numbers, types.int64), generate
 
 
-@numba.cfunc("void(CPointer(int64))", cache=True)
+@callback("void(CPointer(int64))")
 def _work(table):
     """Take spans of rows until none is left."""
     while True:

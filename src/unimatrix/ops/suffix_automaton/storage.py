@@ -14,8 +14,6 @@ the table, and most visits touch one cache line.
             SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B
     splays  LEFT, RIGHT                           of long nodes, 0 if none
     edges   EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD
-
-Kernels hold these column numbers, and are compiled anew only if native.py changes.
 """
 
 from typing import NamedTuple
