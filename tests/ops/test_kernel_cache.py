@@ -7,14 +7,52 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from llvmlite.binding import Linkage
 
 import unimatrix
+from unimatrix.configuration import PRESETS, UniMatrixConfig
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.ops.cache_native import KernelCache
 
 # Takes a row of ones through a kernel, one of whose parts lies in another file.
 _EMBED = """
 import torch
 from unimatrix.ops.fused_passes.embedding_native import embed_tokens_native
 print(embed_tokens_native(torch.tensor([1]), torch.ones(2, 8), allows_none=False).mean().item())
+"""
+
+# Trains from one step to another, and prints a digest of weights and decoded logits after each.
+_TRAIN = """
+import hashlib, os, sys, torch
+from unimatrix import Decoder, UniMatrixConfig, UniMatrixForCausalLM
+torch.set_num_threads(1)
+folder, first, last, kernels, *presets = sys.argv[1:]
+sizes = dict(hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=None)
+for preset in presets:
+    torch.manual_seed(0)
+    config = UniMatrixConfig.preset(preset, update_rules="mixed", **sizes)
+    model = UniMatrixForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    if int(first):
+        saved = torch.load(os.path.join(folder, preset))
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+    for number in range(int(first), int(last)):
+        torch.manual_seed(number)
+        ids = torch.randint(0, 200, (4, 128))
+        optimizer.zero_grad()
+        model.train()(ids, labels=ids, loss_only=True).loss.backward()
+        optimizer.step()
+        digest = hashlib.sha256()
+        for parameter in model.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+        if kernels == "all":
+            decoder = Decoder(model.eval(), batch_size=2)
+            for column in ids[:2].T:
+                digest.update(decoder.step(column.contiguous()).numpy().tobytes())
+        print(preset, number, digest.hexdigest())
+    torch.save((model.state_dict(), optimizer.state_dict()), os.path.join(folder, preset))
 """
 
 
@@ -107,3 +145,43 @@ def test_a_full_disk_leaves_kernels_that_run_and_nothing_half_written(site: Path
     said = run_python(site, _EMBED)
     assert "1.0\n" in said
     assert "Traceback" not in said
+
+
+def assert_resumed_is_unbroken(site: Path, folder: Path, kernels: str, *presets: str) -> None:
+    """Assert that the process that compiles, and those that load, compute the same bits."""
+    begun = run_python(site, _TRAIN, folder, 0, 2, kernels, *presets).splitlines()
+    resumed = run_python(site, _TRAIN, folder, 2, 3, kernels, *presets).splitlines()
+    unbroken = run_python(site, _TRAIN, folder, 0, 3, kernels, *presets).splitlines()
+    assert sorted(begun + resumed) == sorted(unbroken)
+    assert len(unbroken) == 3 * len(presets)
+
+
+def test_no_kernel_lets_another_call_its_parts() -> None:
+    """What one kernel is given must not depend on which others were loaded before it."""
+    config = UniMatrixConfig.preset("core", hidden_size=64, max_position_embeddings=None)
+    ids = torch.arange(80).view(2, 40)
+    UniMatrixForCausalLM(config)(ids, labels=ids, loss_only=True).loss.backward()
+    names = [name for name in sys.modules if name.startswith("unimatrix.") and "native" in name]
+    functions = [value for name in names for value in vars(sys.modules[name]).values()]
+    kernels = [one for one in functions if isinstance(getattr(one, "_cache", 0), KernelCache)]
+    compiled = [
+        (one, result) for one in kernels for result in getattr(one, "overloads", {}).values()
+    ]
+    assert len(compiled) > 5
+    for one, result in compiled:
+        module = result.library._get_module_for_linking()
+        exported = [f.name for f in module.functions if f.linkage == Linkage.linkonce_odr]
+        assert exported, one
+        assert all(f"{one.__name__}B" in name for name in exported), (one, exported)
+
+
+@pytest.mark.slow
+def test_the_first_run_of_all_resumed_is_the_unbroken_one(site: Path, tmp_path: Path) -> None:
+    assert_resumed_is_unbroken(site, tmp_path, "train", "core")
+
+
+@pytest.mark.slow
+def test_every_preset_trains_and_decodes_alike_in_a_process_that_compiles(
+    site: Path, tmp_path: Path
+) -> None:
+    assert_resumed_is_unbroken(site, tmp_path, "all", *PRESETS)
