@@ -7,13 +7,17 @@ a head's matrix, L depth steps, M slots, C slot-key width, K pairs read per toke
 
 import functools
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any, Self
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from unimatrix.errors import InputError, suggest
 from unimatrix.ops.hindsight import LABELS
+
+_logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 
@@ -94,6 +98,8 @@ _HUGGING_FACE_KEYS = frozenset(
         "torch_dtype",
     }
 )
+# Said of how a file is found, not of the model.
+_LOADING_KEYS = frozenset({"code_revision", "gguf_file", "trust_remote_code", "use_auth_token"})
 
 
 class UniMatrixConfig(PreTrainedConfig):
@@ -178,14 +184,20 @@ class UniMatrixConfig(PreTrainedConfig):
         eos_token_id: last token of a document.
         tie_word_embeddings: the head shares the embedding's weights.
         format_version: version of the checkpoint's layout.
-        kwargs: fields of ``PreTrainedConfig``; anything else raises.
+        kwargs: fields of ``PreTrainedConfig``; anything else raises. A *file* may hold more: other
+            programs write their notes there, and they are kept.
 
     Raises:
         InputError: for an unknown key (with the nearest valid name) or an unusable value.
     """
 
     model_type = "unimatrix"
-    keys_to_ignore_at_inference = ["past_key_values", "pointer_token_ids", "pointer_weights"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "past_key_values",
+        "pointer_token_ids",
+        "pointer_weights",
+        "pointer_log_weights",
+    ]
 
     def __init__(
         self,
@@ -320,6 +332,56 @@ class UniMatrixConfig(PreTrainedConfig):
                 f"{suggest(name, PRESETS)}"
             )
         return cls(**(PRESETS[name] | overrides))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration that a file holds, and keep what of it nobody here knows.
+
+        Args:
+            config_dict: contents of a ``config.json``.
+            kwargs: fields that rule over the file's; also ``return_unused_kwargs``, to return those
+                that are no fields beside the configuration.
+
+        Raises:
+            InputError: for an unknown keyword (with the nearest valid name), an unusable value, or
+                a key of the file that would hide a part of this class.
+        """
+        returns_unused = kwargs.pop("return_unused_kwargs", False)
+        held = {name: value for name, value in config_dict.items() if _is_known(name)}
+        kept = {name: value for name, value in config_dict.items() if name not in held}
+        unused = {n: v for n, v in kwargs.items() if not _is_known(n) and n not in kept}
+        fields = {name: value for name, value in kwargs.items() if name not in unused}
+        config = super().from_dict(held, **fields)
+        # transformers reads these from the same file into a configuration of their own.
+        of_generation = GenerationConfig().to_dict()
+        config._keep({name: value for name, value in kept.items() if name not in of_generation})
+        for name in fields.keys() & kept.keys():
+            setattr(config, name, fields[name])
+        config._validate()
+        if returns_unused:
+            return config, unused
+        _require_known_keys({n: v for n, v in unused.items() if n not in _LOADING_KEYS})
+        return config
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Self:
+        """Return the configuration that a file holds; as ``from_dict``."""
+        config: Self = cls.from_dict(cls._dict_from_json_file(json_file))
+        return config
+
+    def _keep(self, kept: dict[str, Any]) -> None:
+        """Set keys of a file that nobody here knows, so that saving writes them again."""
+        for name, value in kept.items():
+            part = getattr(type(self), name, None)
+            if callable(part) or isinstance(part, property):
+                raise InputError(
+                    f"the configuration file holds {name!r}, which is no field but a part of "
+                    f"{type(self).__name__}; remove it from the file"
+                )
+            # Only what looks like a misspelt field: a file may hold notes of any name.
+            if guess := suggest(name, list_config_fields(), likeness=0.8):
+                _logger.warning(f"unknown configuration key {name!r} is kept, but unused.{guess}")
+            setattr(self, name, value)
 
     @property
     def uses_pointer(self) -> bool:
@@ -479,13 +541,21 @@ def list_config_fields() -> list[str]:
     return list(get_config_defaults())
 
 
+@functools.cache
+def _list_known_keys() -> frozenset[str]:
+    """Return what a configuration may be called with: our own fields and Hugging Face's."""
+    inherited = set(PreTrainedConfig().to_dict())
+    return frozenset(inherited | _HUGGING_FACE_KEYS | set(list_config_fields()))
+
+
+def _is_known(name: str) -> bool:
+    return name.startswith("_") or name in _list_known_keys()
+
+
 def _require_known_keys(extra: dict[str, Any]) -> None:
     """Raise for a key that neither we nor Hugging Face know."""
-    if not extra:
-        return
-    known = set(PreTrainedConfig().to_dict()) | _HUGGING_FACE_KEYS
     for name in extra:
-        if name not in known and not name.startswith("_"):
+        if not _is_known(name):
             raise InputError(
                 f"unknown configuration key {name!r}.{suggest(name, list_config_fields())}"
             )

@@ -12,7 +12,10 @@ class InputError(ValueError):
     """
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def suggest(name: str, known: Iterable[str], *, likeness: float = 0.5) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``.
+
+    Names further than ``likeness``, of 1 for the same, are not proposed.
+    """
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
