@@ -1,4 +1,4 @@
-"""The one exception that means: what the caller passed cannot be used."""
+"""The exceptions of this package: what the caller passed cannot be used, or the work failed."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,25 @@ class InputError(ValueError):
     The message is one sentence that names the value received and the fix. The command line prints
     it without a traceback and exits with status 2.
     """
+
+
+class RunError(RuntimeError):
+    """Work that could not be finished, and no fault of the code.
+
+    The message is one sentence that says what is left of the work. The command line prints it
+    without a traceback and exits with status 1.
+    """
+
+
+class WriteError(RunError):
+    """A file that could not be written, such as on a full disk."""
+
+
+def explain(error: BaseException) -> str:
+    """Return what an error says, on one line; of a system call, what the system says."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def suggest(name: str, known: Iterable[str], *, likeness: float = 0.5) -> str:

@@ -29,8 +29,10 @@ class Answer(NamedTuple):
 
 
 class _Stream(io.TextIOWrapper):
-    def __init__(self, data: bytes = b"", *, is_terminal: bool = False) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8", newline="")
+    def __init__(
+        self, data: bytes = b"", *, is_terminal: bool = False, encoding: str = "utf-8"
+    ) -> None:
+        super().__init__(io.BytesIO(data), encoding=encoding, newline="")
         self._is_terminal = is_terminal
 
     def isatty(self) -> bool:
@@ -41,15 +43,18 @@ class _Stream(io.TextIOWrapper):
         return self.buffer.getvalue()
 
 
-def run_command(*arguments: object, stdin: bytes = b"", terminal: bool = False) -> Answer:
+def run_command(
+    *arguments: object, stdin: bytes = b"", terminal: bool = False, encoding: str = "utf-8"
+) -> Answer:
     """Run one command line.
 
     Args:
         arguments: what follows ``unimatrix``.
         stdin: what is piped in.
         terminal: stdin and stdout are a terminal.
+        encoding: of stdout and stderr.
     """
-    out, err = _Stream(is_terminal=terminal), _Stream()
+    out, err = _Stream(is_terminal=terminal, encoding=encoding), _Stream(encoding=encoding)
     patches = (
         mock.patch.object(sys, "argv", ["unimatrix", *map(str, arguments)]),
         mock.patch.object(sys, "stdin", _Stream(stdin, is_terminal=terminal)),

@@ -181,8 +181,7 @@ class _Writer:
 
     def _show(self, text: str) -> None:
         if text:
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+            sys.stdout.write(text)
             sys.stdout.flush()
             self._ends_with_newline = text.endswith("\n")
 

@@ -1,13 +1,17 @@
 """The ``unimatrix`` command: its verbs, and how an error becomes one sentence and an exit code.
 
-Exit codes: 0 done, 1 failed or interrupted, 2 unusable input.
+Exit codes: 0 done, 1 failed or interrupted, 2 unusable input. Who closes the pipe that the result
+goes to, such as ``head``, has had enough of it: that ends the command, quietly and with 0.
 """
 
+import contextlib
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 import unimatrix
 from unimatrix.cli import (
@@ -22,12 +26,46 @@ from unimatrix.cli import (
     train,
 )
 from unimatrix.cli.common import make_log
-from unimatrix.errors import InputError
+from unimatrix.cli.streams import give_up_stdout, open_streams
+from unimatrix.errors import InputError, RunError, explain
 
 _INTERRUPTED = 130
 
+
+class _PassedOnError(Exception):
+    """Carries an error past typer, which has an end of its own for it.
+
+    Args:
+        error: what to raise behind typer.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+@contextlib.contextmanager
+def _pass_on() -> Iterator[None]:
+    """Hide EOFError, which typer takes for Ctrl-D at a prompt, and a closed pipe from it."""
+    try:
+        yield
+    except (EOFError, BrokenPipeError) as error:
+        raise _PassedOnError(error) from error
+
+
+class _Verbs(TyperGroup):
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _pass_on():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, context: Any) -> Any:
+        with _pass_on():
+            return super().invoke(context)
+
+
 app = typer.Typer(
     name="unimatrix",
+    cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -74,23 +112,39 @@ def _accept_global_options(
 def main() -> None:
     """Run the command line and exit with its code."""
     show_traceback = "--traceback" in sys.argv[1:2]
+    open_streams()
+    code: Any = 0
     try:
-        app()
-    except SystemExit as end:
-        # Releases of typer differ in the code for Ctrl-C.
-        sys.exit(1 if end.code == _INTERRUPTED else end.code)
-    except InputError as error:
-        if show_traceback:
-            raise
-        _print_error(str(error))
-        sys.exit(2)
+        try:
+            app()
+        except _PassedOnError as passed:
+            raise passed.error from None
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # as rich ends, which prints the help
+                raise end.__context__ from None
+            # Releases of typer differ in the code for Ctrl-C.
+            code = 1 if end.code == _INTERRUPTED else end.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        give_up_stdout()
     except Exception as error:  # The last line of defence: one sentence, never silence.
         if show_traceback:
             raise
-        _print_error(
-            f"{type(error).__name__}: {error} (`unimatrix --traceback ...` shows where it arose)"
-        )
-        sys.exit(1)
+        _print_error(_describe(error))
+        give_up_stdout()
+        code = 2 if isinstance(error, InputError) else 1
+    sys.exit(code)
+
+
+def _describe(error: Exception) -> str:
+    """Return an error as one sentence."""
+    if isinstance(error, InputError | RunError):
+        return str(error)
+    sentence = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f": {error.filename}"
+        sentence = explain(error) + name
+    return f"{sentence} (`unimatrix --traceback ...` shows where it arose)"
 
 
 def _print_error(sentence: str) -> None:
