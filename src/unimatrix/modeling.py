@@ -5,7 +5,7 @@ The numbered comments are the steps of ``docs/forward.md``.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.loss import IGNORED_LABEL, UnscoredRows, add_scale, choose_rows, compute_loss
+from unimatrix.modeling_inputs import (
+    LossOptions,
+    refuse_unused,
+    require_match,
+    require_positions,
+    require_tokens,
+    take_shift_labels,
+)
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import (
     Associations,
@@ -74,7 +82,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: UniMatrixCache | None = None,
         use_cache: bool | None = None,
@@ -82,6 +90,10 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         return_dict: bool | None = None,
         gives_up_cache: bool = False,
         suffix_match: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
 
@@ -91,41 +103,61 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 leaves everything carried untouched; ``None`` is no padding.
             past_key_values: the cache to continue from; not altered unless it is given up.
             use_cache: return a cache; ``None`` is ``config.use_cache`` outside training.
-            output_hidden_states: return the stream before every depth step.
-            return_dict: return a tuple if ``False``.
+            output_hidden_states: return the stream before every depth step; ``None`` is as the
+                configuration says.
+            return_dict: return a tuple if ``False``; ``None`` is as the configuration says.
             gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton,
                 whose copy may take longer than the tokens, is changed in place.
             suffix_match: [B, T, 2] int64, what the suffix automaton says of these rows, each a
                 stream of its own: predicted ids and match lengths. A data loader can find them
                 while a GPU trains; without, the GPU waits for the CPU here. ``None`` runs it.
+            inputs_embeds: [B, T, D], embeddings instead of ``input_ids``, for a model that reads no
+                ids beside them.
+            position_ids: [B, T], accepted where they count each row's real tokens on, as the model
+                does by itself.
+            token_type_ids: [B, T], accepted where they are all 0.
+            output_attentions: accepted unless true: there are no attention weights.
 
         Returns:
             a ``UniMatrixModelOutput``.
 
         Raises:
-            InputError: for ids that are no [B, T] of at least one token, a cache of another model,
-                more tokens than the position table has rows, or ``suffix_match`` beside a cache or
-                a mask, or for a model without a suffix automaton.
+            InputError: for ids that are no [B, T] of at least one token, ids and embeddings both or
+                neither, embeddings for a model that reads ids, positions that start anew, a cache
+                of another model, more tokens than the position table has rows, or ``suffix_match``
+                beside a cache or a mask, or for a model without a suffix automaton.
         """
-        _require_token_ids(input_ids)
+        refuse_unused(self.config, output_attentions, token_type_ids)
+        given_ids = require_tokens(self.config, input_ids, inputs_embeds)
+        require_match(
+            suffix_match,
+            given_ids,
+            has_automaton=self.config.residual_path == "suffix_automaton",
+            is_continued=bool(use_cache)
+            or any(x is not None for x in (attention_mask, past_key_values)),
+        )
         if suffix_match is not None:
-            self._require_match(
-                suffix_match, input_ids, (attention_mask, past_key_values), use_cache
-            )
             use_cache = False
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None:
-            past = start_cache(self.config, input_ids, is_kept=use_cache)
+            past = start_cache(self.config, given_ids, is_kept=use_cache)
         else:
-            past_key_values.check(self.config, input_ids.shape[0])
+            past_key_values.check(self.config, given_ids.shape[0])
             past = past_key_values
-        padding = find_padding(attention_mask, input_ids)
+        padding = find_padding(attention_mask, given_ids)
+        has_table = self.embed_positions is not None
+        require_positions(position_ids, given_ids, past, padding, has_table=has_table)
         lengths = None if padding is None else padding.lengths
-        ids = input_ids if padding is None else padding.pack(input_ids)  # [B, T]
+        ids = given_ids if padding is None else padding.pack(given_ids)  # [B, T]
 
         # 2. Token features, and the position of each real token.
-        token_features = embed_tokens(self.embed_tokens, ids, backend=self.block.backend)
+        if inputs_embeds is None:
+            token_features = embed_tokens(self.embed_tokens, ids, backend=self.block.backend)
+        else:
+            token_features = inputs_embeds if padding is None else padding.pack(inputs_embeds)
         x = self.dropout(self._add_positions(token_features, past, lengths))
 
         # 3. What depends on token ids and their embeddings alone is computed once.
@@ -137,16 +169,15 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             retrieval, associations = self.block.retrieve(token_features, sequence, associations)
 
         # 4. The same block at every depth step.
-        depth = self._apply_depth(x, sequence, past, retrieval, associations, use_cache)
-        hidden_states = [*depth.hidden_states[:-1], self.norm(depth.hidden_states[-1])]
-        hidden_states[-1], pointer = self._point(hidden_states[-1], depth, sequence)
-
+        show = partial(_show, padding) if output_hidden_states else None
+        depth = self._apply_depth(x, sequence, past, retrieval, associations, use_cache, show)
+        last, pointer = self._point(self.norm(depth.x), depth, sequence)
         if padding is not None:
-            hidden_states = [padding.unpack(hidden) for hidden in hidden_states]
+            last = padding.unpack(last)
             pointer = _unpack_pointer(padding, pointer)
         num_new = ids.shape[1] if lengths is None else lengths
         output = UniMatrixModelOutput(
-            last_hidden_state=hidden_states[-1],
+            last_hidden_state=last,
             # 7. Exactly what is needed to resume.
             past_key_values=UniMatrixCache(
                 config_digest=past.config_digest,
@@ -159,13 +190,14 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             )
             if use_cache
             else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=(*depth.hidden_states, last) if output_hidden_states else None,
             pointer_token_ids=pointer.token_ids,
             pointer_weights=pointer.weights,
             pointer_log_weights=pointer.log_weights,
             hindsight_scale=pointer.hindsight_scale,
         )
-        return output if return_dict is not False else output.to_tuple()
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if returns_dict else output.to_tuple()
 
     def _add_positions(self, x: Tensor, past: UniMatrixCache, lengths: Tensor | None) -> Tensor:
         """Add the embedding of each real token's position, if the model has a table."""
@@ -184,20 +216,6 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             )
         located: Tensor = x + self.embed_positions(positions.clamp(max=num_rows - 1))  # [B, T, D]
         return located
-
-    def _require_match(
-        self, match: Tensor, input_ids: Tensor, carried: tuple[Any, Any], use_cache: bool | None
-    ) -> None:
-        """Raise unless what the automaton said may stand for running it."""
-        if self.residual_context is None or not self.residual_context.uses_automaton:
-            raise InputError("suffix_match is for models with residual_path 'suffix_automaton'")
-        if use_cache or any(x is not None for x in carried):
-            raise InputError("suffix_match is for whole rows; leave out cache and attention_mask")
-        shape = (*input_ids.shape, 2)
-        if match.shape != shape or match.dtype != torch.int64:
-            raise InputError(
-                f"suffix_match is {list(match.shape)} {match.dtype}; pass {list(shape)} torch.int64"
-            )
 
     def _prepare_sequence(
         self,
@@ -239,9 +257,10 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         retrieval: Retrieval | None,
         associations: Associations,
         use_cache: bool,
+        show: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
     ) -> "_Depth":
         """Apply the block L times; see ``_Depth`` for what comes out."""
-        hidden_states, carries, votes = [x], [], None
+        hidden_states, carries, votes = [], [], None
         weights = self._pack_block(x)
         for depth_step, carry in enumerate(past.depth):
             mixer = self.block.selective_mixer
@@ -258,6 +277,9 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 )
                 retrieval = Retrieval(read.context, None, read)
                 associations = Associations(selective=state)
+            if show is not None:
+                x, shown = show(x)
+                hidden_states.append(shown)
             if self.embed_depth is not None:
                 x = x + self.embed_depth.weight[depth_step]
             block: Callable[..., Any] = self.block
@@ -267,9 +289,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             x, carried, votes, sequence, retrieval = block(
                 x, sequence, carry, retrieval, is_last, weights
             )
-            hidden_states.append(x)
             carries.append(carried)
-        return _Depth(hidden_states, tuple(carries), votes, retrieval, associations)
+        return _Depth(x, hidden_states, tuple(carries), votes, retrieval, associations)
 
     def _pack_block(self, x: Tensor) -> BlockWeights | None:
         """Return the weights that all depth steps share, packed once for all of them.
@@ -299,13 +320,15 @@ class _Depth(NamedTuple):
     """What the depth steps leave.
 
     Attributes:
-        hidden_states: the stream before each depth step and after the last.
+        x: the stream after the last.
+        hidden_states: the stream before each, in the caller's columns, where it is asked for.
         carries: what each carries to the next call.
         votes: ids and gated weights of the published pointer, [B, T, K] each.
         retrieval: what was read once for all depth steps.
         associations: bindings carried by all of them together.
     """
 
+    x: Tensor
     hidden_states: list[Tensor]
     carries: tuple[DepthCarry, ...]
     votes: tuple[Tensor, Tensor] | None
@@ -320,6 +343,17 @@ class _Pointer(NamedTuple):
     weights: Tensor | None
     log_weights: Tensor | None
     hindsight_scale: HindsightScale | None
+
+
+def _show(padding: Padding | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the stream to go on with, and in the caller's columns, on the way to all that follows.
+
+    A copy beside the way would have no gradient.
+    """
+    if padding is None:
+        return x, x
+    shown = padding.unpack(x)
+    return padding.pack(shown), shown
 
 
 def _unpack_pointer(padding: Padding, pointer: _Pointer) -> _Pointer:
@@ -355,11 +389,10 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: UniMatrixCache | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -369,6 +402,11 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         logits_at: Tensor | None = None,
         gives_up_cache: bool = False,
         suffix_match: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **options: Unpack[LossOptions],
     ) -> UniMatrixCausalLMOutput | tuple[Any, ...]:
         """Return the logits of every position, and the loss where labels are given.
 
@@ -377,8 +415,6 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             attention_mask: as in ``UniMatrixModel.forward``.
             past_key_values: as in ``UniMatrixModel.forward``.
             labels: [B, T] int64 of the same positions, -100 ignored; the shift happens here.
-            shift_labels: [B, T] int64, the target of each position, -100 ignored; rules over
-                ``labels``.
             use_cache: as in ``UniMatrixModel.forward``.
             output_hidden_states: as in ``UniMatrixModel.forward``.
             return_dict: return a tuple if ``False``.
@@ -390,13 +426,20 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
                 by row. Rules over ``logits_to_keep``.
             gives_up_cache: as in ``UniMatrixModel.forward``.
             suffix_match: as in ``UniMatrixModel.forward``.
+            inputs_embeds: as in ``UniMatrixModel.forward``.
+            position_ids: as in ``UniMatrixModel.forward``.
+            token_type_ids: as in ``UniMatrixModel.forward``.
+            output_attentions: as in ``UniMatrixModel.forward``.
+            options: ``shift_labels``; see ``LossOptions``.
 
         Returns:
             a ``UniMatrixCausalLMOutput``.
 
         Raises:
             InputError: as in ``UniMatrixModel.forward``, or for ``logits_at`` beside labels.
+            TypeError: for an unknown keyword.
         """
+        shift_labels = take_shift_labels(options)
         if logits_at is not None and (labels is not None or shift_labels is not None):
             raise InputError("logits_at and labels exclude each other; pass loss_only with labels")
         output = self.model(
@@ -405,8 +448,13 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             gives_up_cache=gives_up_cache,
             suffix_match=suffix_match,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            output_attentions=output_attentions,
         )
         # 5. The one shift.
         if shift_labels is None and labels is not None:
@@ -440,7 +488,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             pointer_weights=output.pointer_weights,
             pointer_log_weights=output.pointer_log_weights,
         )
-        return result if return_dict is not False else result.to_tuple()
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if returns_dict else result.to_tuple()
 
     def _predict(
         self, output: UniMatrixModelOutput, rows: Any, *, is_scored_only: bool
@@ -470,12 +519,3 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         assert votes is not None
         # In place: the head's product is not needed backward, and a copy is B x T x V.
         return logits.scatter_add_(-1, token_ids, votes.to(logits.dtype))
-
-
-def _require_token_ids(input_ids: Tensor) -> None:
-    """Raise ``InputError`` unless ``input_ids`` is [B, T] with at least one token."""
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise InputError(
-            f"input_ids has shape {list(input_ids.shape)}; pass [batch, tokens] with at least one "
-            "token, for instance BOS"
-        )

@@ -173,6 +173,9 @@ class UniMatrixGenerationMixin(GenerationMixin):
             return sample_tokens(self, input_ids, **prepared, **model_kwargs)
         return super()._sample(input_ids, synced_gpus=synced_gpus, **prepared, **model_kwargs)
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: Any) -> None:
+        """Make no positions for ``generate`` to lengthen at every token: ``forward`` counts."""
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,

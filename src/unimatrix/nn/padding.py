@@ -24,9 +24,10 @@ class Padding(NamedTuple):
     mask: Tensor
     lengths: Tensor
 
-    def pack(self, input_ids: Tensor) -> Tensor:
-        """Return [B, T] ids with the real tokens of each row first."""
-        return input_ids.gather(1, self.order)
+    def pack(self, features: Tensor) -> Tensor:
+        """Return ids or features [B, T, *] with the real tokens of each row first."""
+        shape = (*self.order.shape, *[1] * (features.dim() - 2))
+        return features.gather(1, self.order.view(shape).expand_as(features))
 
     def unpack(self, features: Tensor) -> Tensor:
         """Return features [B, T, *] in the caller's columns, zero at padding."""

@@ -1,0 +1,164 @@
+"""What ``forward`` takes: every argument is checked once, here."""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from unimatrix.cache import UniMatrixCache
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.errors import InputError
+from unimatrix.nn.padding import Padding
+
+
+class LossOptions(TypedDict, total=False):
+    """Keywords of ``UniMatrixForCausalLM.forward`` that its signature does not name.
+
+    ``Trainer`` takes every parameter with "label" in its name for a label that each batch has, and
+    evaluates without a loss where one is missing.
+
+    Attributes:
+        shift_labels: [B, T] int64, the target of each position, -100 ignored; rules over
+            ``labels``.
+    """
+
+    shift_labels: Tensor | None
+
+
+def take_shift_labels(options: Mapping[str, Any]) -> Tensor | None:
+    """Return ``shift_labels`` of ``LossOptions``; raise ``TypeError`` for any other keyword."""
+    for name in options:
+        if name not in LossOptions.__annotations__:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+    shift_labels: Tensor | None = options.get("shift_labels")
+    return shift_labels
+
+
+def list_id_readers(config: UniMatrixConfig) -> list[str]:
+    """Return the configuration fields by which a model reads token ids beside the embedding."""
+    fields = {
+        "residual_path": config.residual_path != "none",
+        "modulation_size": config.modulation_size > 0,
+        "associative_memory": config.associative_memory == "selective",
+        "pointer": config.pointer,
+    }
+    return [f"{name}={getattr(config, name)!r}" for name, reads in fields.items() if reads]
+
+
+def require_tokens(
+    config: UniMatrixConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor:
+    """Return the ids [B, T] of the tokens, -1 where only their embeddings are given.
+
+    Raises:
+        InputError: unless there are either ids [B, T] or embeddings [B, T, D], of at least one
+            token, or for embeddings where the model reads ids.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither was" if input_ids is None else "both were"
+        raise InputError(f"pass exactly one of input_ids and inputs_embeds; {given} given")
+    if input_ids is not None:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise InputError(
+                f"input_ids has shape {list(input_ids.shape)}; pass [batch, tokens] with at least "
+                "one token, for instance BOS"
+            )
+        return input_ids
+    assert inputs_embeds is not None
+    if readers := list_id_readers(config):
+        raise InputError(
+            "inputs_embeds says no token ids, which this model reads in "
+            f"{', '.join(readers)}; pass input_ids"
+        )
+    if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[1:2]:
+        raise InputError(
+            f"inputs_embeds has shape {list(inputs_embeds.shape)}; pass [batch, tokens, "
+            f"{config.hidden_size}] with at least one token"
+        )
+    if inputs_embeds.shape[2] != config.hidden_size:
+        raise InputError(
+            f"inputs_embeds has width {inputs_embeds.shape[2]}; this model's is "
+            f"{config.hidden_size}"
+        )
+    return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+
+
+def refuse_unused(
+    config: UniMatrixConfig, output_attentions: bool | None, token_type_ids: Tensor | None
+) -> None:
+    """Raise ``InputError`` for what other models take and this one has no use for."""
+    if output_attentions is None:
+        output_attentions = config.output_attentions
+    if output_attentions:
+        raise InputError(
+            "output_attentions=True: this model has no attention weights; leave it out"
+        )
+    if token_type_ids is not None and bool(token_type_ids.any()):
+        raise InputError("token_type_ids has types other than 0: this model has none; leave it out")
+
+
+def require_positions(
+    position_ids: Tensor | None,
+    ids: Tensor,
+    past: UniMatrixCache,
+    padding: Padding | None,
+    *,
+    has_table: bool,
+) -> None:
+    """Raise ``InputError`` unless positions only count on, as the model counts by itself.
+
+    Args:
+        position_ids: [B, T], [1, T] or [T]; what stands at padding does not matter.
+        ids: [B, T].
+        past: what was read before.
+        padding: where it is; ``None`` is none.
+        has_table: whether the model embeds positions, so that it matters where they start.
+    """
+    if position_ids is None:
+        return
+    batch, num_tokens = ids.shape
+    if tuple(position_ids.shape) not in {(batch, num_tokens), (1, num_tokens), (num_tokens,)}:
+        raise InputError(
+            f"position_ids has shape {list(position_ids.shape)}; pass {list(ids.shape)}, or leave "
+            "it out"
+        )
+    columns = torch.arange(num_tokens, device=ids.device)
+    positions = position_ids.to(ids.device).expand_as(ids)
+    if padding is not None:
+        positions = padding.pack(positions)
+    ahead = positions - (past.num_tokens.unsqueeze(1) + columns)  # [B, T]
+    if padding is not None:
+        is_real = columns < padding.lengths.unsqueeze(1)
+        ahead = torch.where(is_real, ahead, torch.where(is_real[:, :1], ahead[:, :1], 0))
+    counts_on = bool((ahead == ahead[:, :1]).all() and (ahead >= 0).all())
+    if not counts_on or (has_table and bool(ahead.any())):
+        raise InputError(
+            "position_ids does not count the tokens of each row on from "
+            f"{past.num_tokens.tolist()}; leave it out, the model counts by itself, and give a "
+            "text that starts anew a row of its own"
+        )
+
+
+def require_match(
+    match: Tensor | None, ids: Tensor, *, has_automaton: bool, is_continued: bool
+) -> None:
+    """Raise ``InputError`` unless what the automaton said may stand for running it.
+
+    Args:
+        match: ``suffix_match`` of ``UniMatrixModel.forward``.
+        ids: [B, T].
+        has_automaton: whether the model has one.
+        is_continued: whether there is a cache, before or after, or a mask.
+    """
+    if match is None:
+        return
+    if not has_automaton:
+        raise InputError("suffix_match is for models with residual_path 'suffix_automaton'")
+    if is_continued:
+        raise InputError("suffix_match is for whole rows; leave out cache and attention_mask")
+    shape = (*ids.shape, 2)
+    if match.shape != shape or match.dtype != torch.int64:
+        raise InputError(
+            f"suffix_match is {list(match.shape)} {match.dtype}; pass {list(shape)} torch.int64"
+        )
