@@ -69,7 +69,6 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         self.pointer_mixture = None
         if config.uses_mixture:
             self.pointer_mixture = PointerMixture(config, mixer.num_reads if mixer else 0)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -282,11 +281,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 hidden_states.append(shown)
             if self.embed_depth is not None:
                 x = x + self.embed_depth.weight[depth_step]
-            block: Callable[..., Any] = self.block
-            if self.gradient_checkpointing and self.training:
-                block = partial(self._gradient_checkpointing_func, self.block.__call__)
             is_last = depth_step == len(past.depth) - 1
-            x, carried, votes, sequence, retrieval = block(
+            x, carried, votes, sequence, retrieval = self.block(
                 x, sequence, carry, retrieval, is_last, weights
             )
             carries.append(carried)
@@ -299,7 +295,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         again in the backward pass, packs its own at every depth step.
         """
         is_own = type(self.block) is UniMatrixBlock and is_bare(self.block)
-        if not is_own or (self.gradient_checkpointing and self.training):
+        if not is_own or (self.block.gradient_checkpointing and self.training):
             return None
         packed: BlockWeights = self.block.pack(x)
         return packed

@@ -172,22 +172,6 @@ def test_assisted_generation_is_refused() -> None:
         model.generate(ids, assistant_model=build_model("core"), **GREEDY)
 
 
-@variants
-def test_gradient_checkpointing_changes_nothing(variant: str) -> None:
-    model = build_model(variant, dropout=0.0).train()
-    ids = draw_ids(2, 11)
-    grads = []
-    for enabled in (False, True):
-        if enabled:
-            model.gradient_checkpointing_enable()
-        model.zero_grad(set_to_none=True)
-        model(ids, labels=ids).loss.backward()
-        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert error(grads[1][name], grad) <= limit("golden", torch.float64, "grad"), name
-
-
 def test_hidden_states() -> None:
     model = build_model("discovery")
     ids = draw_ids(2, 7)

@@ -1,10 +1,13 @@
 """The one block of weights that every depth step applies."""
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.checkpointing import Checkpoint, checkpoint_nested
 from unimatrix.nn.dense_mixer import DenseMixer
 from unimatrix.nn.feed_forward import build_feed_forward
 from unimatrix.nn.fusion import fuse_feed_forward, fuse_mixing, fuse_projections, fuse_step
@@ -113,10 +116,13 @@ class BlockWeights(NamedTuple):
     step: "DepthStep | None" = None
 
 
-class UniMatrixBlock(nn.Module):
+class UniMatrixBlock(GradientCheckpointingLayer):
     """Mix tokens (matrix state, associations, residual context), then feed forward.
 
     Equation: E11 (sum of gated mixers), E12 (modulation).
+
+    Whoever enables checkpointing sets ``gradient_checkpointing`` and
+    ``_gradient_checkpointing_func``, as on every layer of transformers.
 
     Args:
         config: see ``UniMatrixConfig``.
@@ -139,6 +145,14 @@ class UniMatrixBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.ffn_norm = build_norm(config)
         self.feed_forward = build_feed_forward(config)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Checkpoint:
+        return partial(checkpoint_nested, self._checkpoint)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
 
     @property
     def _association_mixer(self) -> SlotMixer | DenseMixer | SelectiveMixer | None:
