@@ -22,6 +22,7 @@ LAYERS = (
         "modeling_inputs",
         "modeling_outputs",
         "pretrained",
+        "split_head",
         "modeling",
         "published",
     ),

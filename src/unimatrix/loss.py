@@ -54,11 +54,11 @@ def compute_loss(
     targets = targets.flatten()
     if isinstance(logits, MixedLogits):
         counted = targets != IGNORED_LABEL
-        rows = (_raise_precision(part).flatten(0, -2) for part in logits)
+        rows = (raise_precision(part).flatten(0, -2) for part in logits)
         losses = score_targets(MixedLogits(*rows), targets.masked_fill(~counted, 0))
         total = torch.where(counted, losses, 0.0).sum()
         return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-    flat = _raise_precision(logits).flatten(0, -2), targets.to(logits.device)
+    flat = raise_precision(logits).flatten(0, -2), targets.to(logits.device)
     if num_items_in_batch is None:
         return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
     return cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch
@@ -98,6 +98,6 @@ def choose_rows(labels: Tensor) -> tuple[Any, ...]:
     return (counted,)
 
 
-def _raise_precision(logits: Tensor) -> Tensor:
+def raise_precision(logits: Tensor) -> Tensor:
     """Return 16-bit floats as float32; ids and wider floats as they are."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -44,6 +44,7 @@ from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.ops.hindsight import HindsightScale
 from unimatrix.ops.suffix_automaton import AutomatonState
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
+from unimatrix.split_head import PointedHidden, keep_pointer, splits_truly
 
 
 class UniMatrixModel(UniMatrixPreTrainedModel):
@@ -93,6 +94,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
+        handles_pointer: bool = False,
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
 
@@ -116,6 +118,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 does by itself.
             token_type_ids: [B, T], accepted where they are all 0.
             output_attentions: accepted unless true: there are no attention weights.
+            handles_pointer: the caller predicts with the pointer as well. Otherwise, where there
+                is one, the hidden states refuse to be multiplied with a head (``PointedHidden``).
 
         Returns:
             a ``UniMatrixModelOutput``.
@@ -175,6 +179,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             last = padding.unpack(last)
             pointer = _unpack_pointer(padding, pointer)
         num_new = ids.shape[1] if lengths is None else lengths
+        if not handles_pointer and not splits_truly(self.config):
+            last = PointedHidden.mark(last, self.config.vocab_size)
         output = UniMatrixModelOutput(
             last_hidden_state=last,
             # 7. Exactly what is needed to resume.
@@ -383,6 +389,10 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Trainers replace `forward` by functions that predict without the pointer.
+        super().__setattr__(name, keep_pointer(self, value) if name == "forward" else value)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -451,6 +461,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             output_attentions=output_attentions,
+            handles_pointer=True,
         )
         # 5. The one shift.
         if shift_labels is None and labels is not None:

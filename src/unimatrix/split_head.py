@@ -1,0 +1,259 @@
+"""Callers that split a causal model into a base model and the weights of its head.
+
+``lm_head(base_model(x).last_hidden_state)`` is the whole of most causal models. A pointer or a
+mixture is no product with ``lm_head.weight``, so the same split drops it: the hidden states refuse
+that product, and the fused head of TRL, which is told apart where it is set, reads our logits.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.errors import InputError
+from unimatrix.loss import IGNORED_LABEL, UnscoredRows, raise_precision
+from unimatrix.nn.pointer_mixture import MixedLogits, mix_logits
+
+if TYPE_CHECKING:
+    from unimatrix.modeling import UniMatrixForCausalLM
+
+_PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "baddbmm", "einsum", "inner"}
+
+
+class PointedHidden(Tensor):
+    """Hidden states of a model that does not predict from them and its head alone.
+
+    A product with weights [V, D] or [D, V] is refused, because it would be another model's
+    prediction. They are ordinary otherwise, and what has another width is a plain tensor. Code
+    compiled by ``torch.compile`` does not look; with ahead-of-time back ends such as Inductor it
+    takes ``hidden.as_subclass(torch.Tensor)`` only, as PyTorch supports no such class there.
+
+    Attributes:
+        sizes: V and D.
+    """
+
+    sizes = (0, 0)
+
+    @staticmethod
+    def mark(hidden: Tensor, vocab_size: int) -> "PointedHidden":
+        """Return the same hidden states [..., D], marked."""
+        return hidden.as_subclass(_mark_of(vocab_size, hidden.shape[-1]))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if torch.compiler.is_compiling():
+            return Tensor.__torch_function__(func, [], args, given)  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunctionSubclass():
+            if getattr(func, "__name__", None) in _PRODUCTS:
+                _refuse_head_weights(list(_list_tensors((args, given))), set(cls.sizes))
+            width = cls.sizes[1:]
+            return tree_map_only(
+                Tensor,
+                lambda x: x if x.shape[-1:] != width else x.as_subclass(cls),
+                func(*args, **given),
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Features on disk are read without this library.
+        plain = self.as_subclass(Tensor)
+        return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _mark_of(vocab_size: int, width: int) -> type[PointedHidden]:
+    """Return the class of hidden states [..., D] of a model of V tokens."""
+    return type("PointedHidden", (PointedHidden,), {"sizes": (vocab_size, width)})
+
+
+def _list_tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested arguments."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from _list_tensors(part)
+    elif isinstance(tree, dict):
+        yield from _list_tensors(list(tree.values()))
+
+
+def _refuse_head_weights(given: list[Tensor], sizes: set[int]) -> None:
+    """Raise if one of the factors has the sizes of a head's weights."""
+    for factor in given:
+        if (
+            factor.dim() == 2
+            and set(factor.shape) == sizes
+            and not isinstance(factor, PointedHidden)
+        ):
+            raise InputError(
+                f"hidden states times weights {list(factor.shape)} are not what this model "
+                "predicts: its pointer is no part of lm_head. Call the model itself for logits, "
+                "loss or a distribution (in TRL: SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer "
+                "and RLOOTrainer do); for the vocabulary's part alone, "
+                "pass hidden.as_subclass(torch.Tensor)"
+            )
+
+
+def splits_truly(config: UniMatrixConfig) -> bool:
+    """Return whether the head's weights alone predict from the hidden states."""
+    return not (config.uses_pointer or config.uses_mixture)
+
+
+def keep_pointer(model: "UniMatrixForCausalLM", forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what to set as a model's ``forward``: ``forward``, or the same without the split.
+
+    TRL's trainers replace ``forward`` by one that computes, under ``fused_lm_head=True``, what
+    they train on from hidden states and head. Here the model's own logits take their place, and
+    the gate that learns in hindsight learns from what the trainer makes of them.
+
+    Args:
+        model: the model that ``forward`` is set on.
+        forward: anything that a caller sets.
+
+    Raises:
+        InputError: if a fused forward is not one that is known.
+    """
+    fused = getattr(forward, "__func__", forward)
+    learns = model.config.associative_memory == "selective" and model.config.hindsight != "none"
+    if not _takes_fused_head(fused) or (splits_truly(model.config) and not learns):
+        return forward
+    reading = _read_fused(fused)
+
+    @functools.wraps(type(model).forward)
+    def own_forward(
+        self: "UniMatrixForCausalLM",
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            given = {"labels": labels, "shift_labels": shift_labels}
+            return forward(*args, **given, num_items_in_batch=num_items_in_batch, **kwargs)
+        logits, is_normalized, scale = _predict(self, *args, **kwargs)
+        if shift_labels is None:
+            assert labels is not None
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        if reading.temperature != 1:
+            logits, is_normalized = logits / reading.temperature, False
+        log_vocab = logits if is_normalized else logits.log_softmax(-1)
+        targets = shift_labels.to(logits.device)
+        fields = _score(logits, log_vocab, targets, reading.fields, scale)
+        divisor = num_items_in_batch
+        if divisor is None:
+            divisor = fields["label_mask"].sum().clamp(min=1)
+        return reading.output_class(loss=-fields["log_probs"].sum() / divisor, **fields)
+
+    return MethodType(own_forward, model)
+
+
+class _Reading(NamedTuple):
+    """What a fused forward of TRL was made with.
+
+    Attributes:
+        temperature: what the logits are divided by.
+        fields: names of the fields wanted beside ``log_probs``.
+        output_class: what holds them.
+    """
+
+    temperature: float
+    fields: tuple[str, ...]
+    output_class: Callable[..., Any]
+
+
+def _read_fused(function: Any) -> _Reading:
+    """Return what a fused forward was made with; raise if it does not say."""
+    known = inspect.getclosurevars(function)
+    try:
+        given = known.nonlocals["temperature"], known.nonlocals["outputs"]
+        return _Reading(*given, known.globals["FusedCausalLMOutput"])
+    except KeyError as missing:
+        raise InputError(
+            "this release of TRL computes what it trains on from lm_head.weight alone, which drops "
+            f"the model's pointer, and {missing} that says how is not found; install trl==1.16, "
+            "or train with transformers.Trainer, which calls the model's own forward"
+        ) from None
+
+
+def _takes_fused_head(function: Any) -> bool:
+    """Return whether a function, not what it wraps, takes ``fused_lm_head``."""
+    if not inspect.isfunction(function):
+        return False
+    return "fused_lm_head" in inspect.signature(function, follow_wrapped=False).parameters
+
+
+def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[Tensor, bool, Any]:
+    """Return a model's logits [B, T, V] in float32 or wider, and the scale of hindsight.
+
+    Between them stands whether the logits are ln of probabilities: those of a mixture are, and
+    normalised again, they would share the worth of a read among all that were not taken.
+    """
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    output = model.model(*args, handles_pointer=True, **(given | {"use_cache": False}))
+    predicted = model._predict(output, (slice(None),), is_scored_only=False)
+    assert not isinstance(predicted, UnscoredRows)
+    if not isinstance(predicted, MixedLogits):
+        return raise_precision(predicted), False, output.hindsight_scale
+    mixed = mix_logits(MixedLogits(*(raise_precision(part) for part in predicted)))
+    return mixed, True, output.hindsight_scale
+
+
+def _score(
+    logits: Tensor, log_vocab: Tensor, targets: Tensor, names: tuple[str, ...], scale: Any
+) -> dict[str, Tensor]:
+    """Return what TRL's trainers read of every position, 0 where the target is ignored.
+
+    Args:
+        logits: [B, T, V], divided by the temperature.
+        log_vocab: [B, T, V], the same, normalised.
+        targets: [B, T] int64, -100 ignored.
+        names: of the fields wanted beside ``log_probs``.
+        scale: from ``watch_reads``, or ``None``.
+    """
+    mask = targets != IGNORED_LABEL
+    targets = targets.masked_fill(~mask, 0)
+    log_probs = log_vocab.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if scale is not None:
+        log_probs = _Scale.apply(log_probs, mask.sum(), *scale)  # type: ignore[no-untyped-call]
+    fields = {"log_probs": log_probs}
+    if "entropy" in names:
+        fields["entropy"] = -(log_vocab.exp() * log_vocab).sum(-1)
+    with torch.no_grad():
+        if "log_sum_sq_probs" in names:
+            fields["log_sum_sq_probs"] = (2 * log_vocab).logsumexp(-1)
+        if "mean_logits" in names:
+            fields["mean_logits"] = logits.mean(-1)
+        if "is_top1" in names:
+            fields["is_top1"] = logits.argmax(-1) == targets
+    fields = {name: field.masked_fill(~mask, 0) for name, field in fields.items()}
+    return fields | {"label_mask": mask}
+
+
+class _Scale(torch.autograd.Function):
+    """Identity on log probabilities that tells ``ops.hindsight`` what a nat of them is worth.
+
+    ``add_scale`` says it of a loss that is their mean. Here the trainer makes the loss, so it is
+    read off the gradient: only what a loss wants likelier teaches the gate, since the reads of a
+    text to be avoided deserve no slot.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, count: Tensor, *scale: Tensor) -> Tensor:
+        ctx.save_for_backward(count)
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, d_log_probs: Tensor) -> tuple[Tensor | None, ...]:
+        (count,) = ctx.saved_tensors
+        wanted = -d_log_probs.clamp(max=0).sum()
+        return d_log_probs, None, wanted / count.clamp(min=1), wanted
