@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -38,6 +39,10 @@ class Listener(TextStreamer):
 
     def on_finalized_text(self, text, stream_end=False):
         self.printed.append(text)
+
+
+# Texts may end with what a program could have appended.
+pytestmark = pytest.mark.filterwarnings("ignore:a text ends with:UserWarning")
 
 
 def list_bytes(text):
@@ -112,9 +117,9 @@ def test_the_vocabulary_is_259_entries_in_byte_order():
 
 
 @pytest.mark.parametrize("special", SPECIALS)
-@pytest.mark.parametrize("split", [None, True, False])
-def test_special_tokens_are_never_parsed_out_of_text(special, split):
-    text = f"a{special}b {special}"
+@pytest.mark.parametrize("split", [None, True])
+def test_special_tokens_are_not_parsed_out_of_text(special, split):
+    text = f"a{special}b {special}."
     plain = list_bytes(text)
     assert TOKENIZER(text, split_special_tokens=split).input_ids == [BOS_ID, *plain]
     assert TOKENIZER.encode(text, split_special_tokens=split) == [BOS_ID, *plain]
@@ -123,12 +128,58 @@ def test_special_tokens_are_never_parsed_out_of_text(special, split):
     assert TOKENIZER.backend_tokenizer.encode(text, add_special_tokens=False).ids == plain
 
 
-@pytest.mark.parametrize(
-    "make", [lambda t: t, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))]
+@pytest.mark.parametrize("special", [PAD_ID, BOS_ID, EOS_ID])
+def test_special_tokens_are_parsed_where_the_caller_says_so(special):
+    text = "abc" + SPECIALS[special - PAD_ID]
+    ids = [BOS_ID, 97, 98, 99, special]
+    assert TOKENIZER(text, split_special_tokens=False).input_ids == ids
+    assert TOKENIZER([text], split_special_tokens=False).input_ids == [ids]
+    parsing = pickle.loads(pickle.dumps(build_tokenizer(split_special_tokens=False)))
+    assert parsing(text).input_ids == ids
+    assert parsing(text, split_special_tokens=True).input_ids == [BOS_ID, *list_bytes(text)]
+    # Neither call turned the switch of the other, nor of what other threads share.
+    assert TOKENIZER.backend_tokenizer.encode(text).ids == [BOS_ID, *list_bytes(text)]
+    assert parsing.backend_tokenizer.encode(text).ids == ids
+
+
+@pytest.mark.parametrize("text", ["abc<|eos|>", ["abc", "abc<|eos|>"]])
+def test_an_eos_that_was_appended_as_text_is_warned_of(text):
+    with pytest.warns(UserWarning, match=r"ends with '<\|eos\|>', which stays 7 bytes"):
+        TOKENIZER(text)
+    with warnings.catch_warnings(action="error"):
+        TOKENIZER(text, split_special_tokens=False)
+        TOKENIZER("<|eos|>")  # as lm-eval encodes what it stops at
+
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}:"
+    "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
 )
-def test_new_ones_and_copies_do_not_parse_special_tokens_either(make):
-    made = make(build_tokenizer())
-    assert made.backend_tokenizer.encode("<|eos|>").ids == [BOS_ID, *list_bytes("<|eos|>")]
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_chat_template_writes_ids_and_messages_stay_text(split):
+    tokenizer = build_tokenizer(split_special_tokens=split)
+    messages = [{"role": "user", "content": "a<|eos|>"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATE)["input_ids"]
+    assert ids == [BOS_ID, *list_bytes("u:a<|eos|>"), EOS_ID, *list_bytes("a:b"), EOS_ID]
+    text = tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATE, tokenize=False)
+    assert text == "<|bos|>u:a<|eos|><|eos|>a:b<|eos|>"
+    masked = {"chat_template": CHAT_TEMPLATE, "return_assistant_tokens_mask": True}
+    with pytest.raises(InputError, match=r"a message holds '<\|eos\|>'"):
+        tokenizer.apply_chat_template(messages, **masked)
+    found = tokenizer.apply_chat_template(messages[1:], **masked)
+    assert found["input_ids"] == [BOS_ID, *list_bytes("a:b"), EOS_ID]
+    assert found["assistant_masks"] == [0, 0, 0, 1, 0]
+    assert tokenizer.split_special_tokens is split
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_copies_parse_special_tokens_as_the_first_did(make, split):
+    made = make(build_tokenizer(split_special_tokens=split))
+    ids = list_bytes("<|eos|>") if split else [EOS_ID]
+    assert made.backend_tokenizer.encode("<|eos|>").ids == [BOS_ID, *ids]
 
 
 def test_batches_are_padded_on_the_left():
@@ -199,6 +250,11 @@ def test_save_and_load_give_the_same_tokenizer(tmp_path):
     assert loaded.backend_tokenizer.encode(text).ids == TOKENIZER(text).input_ids
     assert loaded.decode(loaded(text).input_ids) == f"<|bos|>{text}"
     assert loaded.save_pretrained(tmp_path / "again")
+    parsing = UniMatrixTokenizer.from_pretrained(tmp_path, split_special_tokens=False)
+    assert parsing("a<|eos|>").input_ids == [BOS_ID, 97, EOS_ID]
+    parsing.save_pretrained(tmp_path / "parsing")
+    again = UniMatrixTokenizer.from_pretrained(tmp_path / "parsing")
+    assert again("a<|eos|>").input_ids == [BOS_ID, 97, EOS_ID]
 
 
 def test_building_twice_gives_the_same_tokenizer():

@@ -4,13 +4,16 @@ Two roads lead to the same ids. ``UniMatrixTokenizer`` takes valid text, for eve
 a Hugging Face tokenizer. ``encode_bytes`` and ``decode_bytes`` take any bytes and lose none.
 """
 
+import copy
+import inspect
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unimatrix.errors import InputError
 
@@ -23,6 +26,7 @@ VOCAB_SIZE = 259
 PAD_TOKEN = "<|pad|>"
 BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
+SPECIAL_TOKENS = {PAD_TOKEN: PAD_ID, BOS_TOKEN: BOS_ID, EOS_TOKEN: EOS_ID}
 
 NO_LENGTH_LIMIT = 10**21
 """``model_max_length``: above the 10**20 from which transformers neither truncates nor pads to it,
@@ -34,27 +38,76 @@ class UniMatrixTokenizer(PreTrainedTokenizerFast):
 
     Note:
         ``tokenizer(text)`` starts with BOS, as every stream does; ``add_special_tokens=False``
-        gives the bytes alone. Special tokens are never parsed out of text: ``"<|bos|>"`` is seven
-        bytes, whatever ``split_special_tokens`` says. Text cut inside a character decodes to U+FFFD
-        at its end only, so the streamers of transformers and tokenizers wait for the rest.
+        gives the bytes alone. Special tokens are not parsed out of text: ``"<|eos|>"`` is seven
+        bytes, and a text that ends so after something else is warned of, because programs append
+        EOS as text. To read it as EOS there, pass ``split_special_tokens=False`` with the call, or
+        build or load the tokenizer with it; all of the text must then be trusted. Of a chat, the
+        special tokens that the template writes are always ids, and those in messages text. Text
+        cut inside a character decodes to U+FFFD at its end only, so the streamers of transformers
+        and tokenizers wait for the rest.
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}  # noqa: RUF012 (the base class's own form)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     padding_side = "left"
 
-    def _encode_plus(self, *args: Any, **kwargs: Any) -> BatchEncoding:
-        kwargs["split_special_tokens"] = True
-        return super()._encode_plus(*args, **kwargs)
+    def _encode_plus(
+        self, text: Any, *args: Any, split_special_tokens: bool | None = None, **kwargs: Any
+    ) -> BatchEncoding:
+        splits = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        if splits:
+            _warn_of_eos(text)
+        if splits != self.split_special_tokens:
+            return self._copy(splits)._encode_plus(text, *args, **kwargs)
+        return super()._encode_plus(text, *args, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Render and tokenize a conversation; see ``PreTrainedTokenizerBase``.
+
+        Args:
+            conversation: messages, or a batch of such lists.
+            args: as there.
+            kwargs: as there; ``sanitize_control_tokens`` is on where transformers supports it, so
+                that special tokens written in messages stay text.
+
+        Raises:
+            InputError: if a message holds a special token and nothing can keep it text:
+                transformers cannot beside ``return_assistant_tokens_mask``.
+        """
+        if not kwargs.get("tokenize", True):
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        known = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+        if "sanitize_control_tokens" in known and not kwargs.get("return_assistant_tokens_mask"):
+            kwargs.setdefault("sanitize_control_tokens", True)
+        else:
+            _refuse_special_tokens((conversation, args[:2], kwargs))  # tools, documents
+        reader = self._copy(split_special_tokens=False)
+        return PreTrainedTokenizerFast.apply_chat_template(reader, conversation, *args, **kwargs)
+
+    def _copy(self, split_special_tokens: bool) -> Self:
+        """Return a tokenizer that parses special tokens, or does not.
+
+        The Rust object has one switch for all calls: turned for one text, it would let another
+        thread's text through.
+        """
+        made = copy.copy(self)
+        made._tokenizer = copy.deepcopy(self._tokenizer)
+        made._tokenizer.encode_special_tokens = split_special_tokens
+        made.split_special_tokens = split_special_tokens
+        return made
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
         # The Rust object does not pickle this switch.
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = self.split_special_tokens
 
 
-def build_tokenizer() -> UniMatrixTokenizer:
+def build_tokenizer(*, split_special_tokens: bool = True) -> UniMatrixTokenizer:
     """Build the byte tokenizer, identical wherever and whenever it is built.
+
+    Args:
+        split_special_tokens: keep special tokens in a text as its bytes; ``False`` reads them as
+            ids, which clients that append EOS as text need (TRL).
 
     Returns:
         A tokenizer of 259 entries that pads on the left and never truncates by itself.
@@ -65,7 +118,7 @@ def build_tokenizer() -> UniMatrixTokenizer:
         bos_token=BOS_TOKEN,
         eos_token=EOS_TOKEN,
         padding_side="left",
-        split_special_tokens=True,
+        split_special_tokens=split_special_tokens,
         clean_up_tokenization_spaces=False,
         model_max_length=NO_LENGTH_LIMIT,
     )
@@ -111,6 +164,35 @@ def decode_bytes(ids: ArrayLike) -> bytes:
     return array[array < NUM_BYTES].astype(np.uint8).tobytes()
 
 
+def _warn_of_eos(text: Any) -> None:
+    """Warn if a text ends with what looks like an EOS that a program has appended."""
+    for given in (text,) if isinstance(text, str) else text:
+        if isinstance(given, str) and given.endswith(EOS_TOKEN) and given != EOS_TOKEN:
+            warnings.warn(
+                f"a text ends with {EOS_TOKEN!r}, which stays {len(EOS_TOKEN)} bytes. If a program "
+                "such as TRL has appended it, use build_tokenizer(split_special_tokens=False), or "
+                "append tokenizer.eos_token_id to the ids",
+                stacklevel=2,
+            )
+            return
+
+
+def _refuse_special_tokens(given: Any) -> None:
+    """Raise if a string anywhere inside holds a special token."""
+    if isinstance(given, dict):
+        given = [value for name, value in given.items() if name != "chat_template"]
+    if isinstance(given, (list, tuple)):
+        for part in given:
+            _refuse_special_tokens(part)
+    elif isinstance(given, str):
+        for token in SPECIAL_TOKENS:
+            if token in given:
+                raise InputError(
+                    f"a message holds {token!r}, which would become a special token; take it out, "
+                    "or leave out return_assistant_tokens_mask, without which it stays text"
+                )
+
+
 def _list_byte_letters() -> Sequence[str]:
     """Return the letter that the ByteLevel parts use for each byte 0..255.
 
@@ -127,9 +209,8 @@ def _list_byte_letters() -> Sequence[str]:
 
 
 def _build_backend() -> Tokenizer:
-    specials = {PAD_TOKEN: PAD_ID, BOS_TOKEN: BOS_ID, EOS_TOKEN: EOS_ID}
     letters = {letter: value for value, letter in enumerate(_list_byte_letters())}
-    backend = Tokenizer(models.BPE(vocab=letters | specials, merges=[]))
+    backend = Tokenizer(models.BPE(vocab=letters | SPECIAL_TOKENS, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(
@@ -137,6 +218,6 @@ def _build_backend() -> Tokenizer:
         pair=f"{BOS_TOKEN} $A {BOS_TOKEN}:1 $B:1",
         special_tokens=[(BOS_TOKEN, BOS_ID)],
     )
-    backend.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     backend.encode_special_tokens = True
     return backend
