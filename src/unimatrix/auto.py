@@ -44,9 +44,10 @@ def register() -> None:
     transformers.AutoTokenizer.register(
         UniMatrixConfig, fast_tokenizer_class=UniMatrixTokenizer, exist_ok=True
     )
-    # `transformers serve`, pipelines and TRL look here for what config.json calls "architectures".
+    # `transformers serve` and TRL look here for the "architectures" of config.json. The class of
+    # the module keeps them: transformers imports itself again, and both module objects are in use.
     for model_class in (UniMatrixModel, UniMatrixForCausalLM):
-        setattr(transformers, model_class.__name__, model_class)
+        setattr(type(transformers), model_class.__name__, model_class)
 
 
 def register_when_loaded() -> None:

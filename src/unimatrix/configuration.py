@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from unimatrix.errors import InputError, suggest
 from unimatrix.ops.hindsight import LABELS
+from unimatrix.saved_loader import AUTO_MAP, save_loader
 
 _logger = logging.get_logger(__name__)
 
@@ -313,6 +314,7 @@ class UniMatrixConfig(PreTrainedConfig):
         for name, value in special_tokens.items():
             setattr(self, name, value)
         self.tie_word_embeddings = tie_word_embeddings
+        self.auto_map = dict(AUTO_MAP)
         self._validate()
 
     @classmethod
@@ -382,6 +384,20 @@ class UniMatrixConfig(PreTrainedConfig):
             if guess := suggest(name, list_config_fields(), likeness=0.8):
                 _logger.warning(f"unknown configuration key {name!r} is kept, but unused.{guess}")
             setattr(self, name, value)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the configuration, and the file that its ``auto_map`` names.
+
+        Args:
+            save_directory: made if it is not there.
+            kwargs: as in ``PreTrainedConfig.save_pretrained``.
+        """
+        save_loader(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: every saved folder has an ``auto_map``, and not this file's source."""
 
     @property
     def uses_pointer(self) -> bool:

@@ -60,6 +60,10 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
         return loaded
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: every saved folder has an ``auto_map``, and not this file's source."""
+
+    @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """Tell ``generate`` that the model makes its own cache."""
         return False

@@ -1,6 +1,7 @@
 """The folder of one training run: what lies where, and the record of how it came about.
 
-``config.json``, ``model.safetensors`` and the tokenizer's files make the folder a saved model;
+``config.json``, ``model.safetensors``, the tokenizer's files and ``load_unimatrix.py``, by which
+``trust_remote_code=True`` finds this package, make the folder a saved model;
 ``recipe.json``, ``record.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` tell how
 it was made.
 """

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from unimatrix.errors import InputError
+from unimatrix.saved_loader import TOKENIZER_AUTO_MAP, save_loader
 
 NUM_BYTES = 256
 PAD_ID = 256
@@ -50,6 +51,15 @@ class UniMatrixTokenizer(PreTrainedTokenizerFast):
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}  # noqa: RUF012 (the base class's own form)
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     padding_side = "left"
+    _auto_map = TOKENIZER_AUTO_MAP
+
+    def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        files: tuple[str, ...] = super()._save_pretrained(save_directory, *args, **kwargs)
+        return (*files, save_loader(save_directory))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
+        """Do nothing: every saved folder has an ``auto_map``, and not this file's source."""
 
     def _encode_plus(
         self, text: Any, *args: Any, split_special_tokens: bool | None = None, **kwargs: Any
