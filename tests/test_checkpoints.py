@@ -143,3 +143,4 @@ def test_the_recipe_of_a_run(folder) -> None:
     assert find_recipe(folder) is None
     (folder / "recipe.json").write_text("{}")
     assert find_recipe(folder) == folder / "recipe.json"
+    assert find_recipe(folder / "checkpoints" / "checkpoint-7") == folder / "recipe.json"

@@ -17,6 +17,7 @@ from unimatrix.recipe import (
     list_keys,
     list_recipes,
     load_recipe,
+    make_paths_absolute,
     override,
 )
 
@@ -242,3 +243,16 @@ def test_recipe_is_read_from_json_too(tmp_path: Path) -> None:
 def test_missing_recipe_names_the_nearest() -> None:
     with pytest.raises(InputError, match="Did you mean 'paper-rosa'"):
         load_recipe("paper-roza")
+
+
+def test_paths_are_made_absolute_and_corpora_keep_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    typed = override(Recipe(), ["model.init=runs/one", 'data.data=["a.txt", "~/b/*"]'])
+    stored = make_paths_absolute(typed)
+    assert stored.model.init == str(tmp_path / "runs" / "one")
+    assert stored.data.data == (str(tmp_path / "a.txt"), "/home/someone/b/*")
+    assert make_paths_absolute(stored) == stored
+    assert make_paths_absolute(Recipe()) == Recipe()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from unimatrix.checkpoints import load_model
 from unimatrix.errors import InputError
 from unimatrix.recipe import Recipe
 from unimatrix.run_folder import (
@@ -12,6 +13,7 @@ from unimatrix.run_folder import (
     find_last_checkpoint,
     hash_config,
     read_run,
+    require_unicode_path,
     start_record,
     trim_metrics,
     write_json,
@@ -91,3 +93,13 @@ def test_record_says_where_it_comes_from() -> None:
     assert record["hardware"]["num_threads"] >= 1
     assert record["commit"] is None or set(record["commit"]) == {"hash", "dirty"}
     assert {"python", "torch", "unimatrix-lm"} <= set(describe_versions())
+
+
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = Path(str(tmp_path), "run\udcff")
+    for use in (require_unicode_path, read_run, load_model):
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text('{"model_type": "unimatrix"}')
+        with pytest.raises(InputError, match=r"is not UTF-8.*choose another name"):
+            use(path)
+    require_unicode_path(tmp_path / "é")

@@ -16,6 +16,7 @@ from unimatrix.auto import register
 from unimatrix.configuration import PRESETS, UniMatrixConfig
 from unimatrix.errors import InputError, suggest
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.run_folder import require_unicode_path
 from unimatrix.tokenization import (
     BOS_ID,
     EOS_ID,
@@ -57,13 +58,15 @@ def load_model(
     """
     config = load_config(name_or_path)
     folder = _find_folder(name_or_path)
+    if folder is not None:
+        require_unicode_path(folder)
     if folder is not None and _has_weights(folder):
         model = _load_weights(folder)
     elif weights_required:
         raise _explain_no_weights(name_or_path, folder)
     else:
         model = UniMatrixForCausalLM(config)
-    tokenizer = _load_tokenizer(folder) if _is_byte_level(config) else None
+    tokenizer = _load_tokenizer(folder) if is_byte_level(config) else None
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 
@@ -91,7 +94,7 @@ def require_byte_level(model: UniMatrixForCausalLM, name_or_path: Name) -> None:
         model: what was loaded.
         name_or_path: what the user called it.
     """
-    if not _is_byte_level(model.config):
+    if not is_byte_level(model.config):
         raise InputError(
             f"{os.fspath(name_or_path)!r} has a vocabulary of {model.config.vocab_size} ids that "
             f"are no bytes; give a model with the byte vocabulary of {VOCAB_SIZE}"
@@ -99,8 +102,10 @@ def require_byte_level(model: UniMatrixForCausalLM, name_or_path: Name) -> None:
 
 
 def find_recipe(name_or_path: Name) -> Path | None:
-    """Return the recipe that a run folder was trained with, if it is one."""
-    path = Path(name_or_path) / "recipe.json"
+    """Return the recipe that a run folder, or the run of a checkpoint, was trained with, if any."""
+    folder = Path(name_or_path).expanduser().absolute()
+    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    path = run / "recipe.json"
     return path if path.is_file() else None
 
 
@@ -113,7 +118,8 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
-def _is_byte_level(config: UniMatrixConfig) -> bool:
+def is_byte_level(config: UniMatrixConfig) -> bool:
+    """Whether a model's ids are bytes, PAD, BOS and EOS."""
     special_ids = (config.bos_token_id, config.eos_token_id)
     return config.vocab_size >= VOCAB_SIZE and special_ids == (BOS_ID, EOS_ID)
 

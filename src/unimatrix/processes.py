@@ -1,5 +1,6 @@
 """The processes of a data-parallel run: one process unless torchrun started several."""
 
+import logging
 from typing import TypeVar
 
 import torch
@@ -11,12 +12,14 @@ T = TypeVar("T")
 
 
 def join_processes(device: str) -> None:
-    """Meet the other processes that torchrun started, if it did.
+    """Meet the other processes that torchrun started, if it did; the first alone warns.
 
     Args:
         device: ``cpu`` talks through gloo, others through what suits them.
     """
     PartialState(cpu=device == "cpu")
+    if not is_main_process():
+        logging.getLogger("unimatrix").setLevel(logging.ERROR)
 
 
 def leave_processes() -> None:

@@ -18,7 +18,7 @@ from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.recall_recipe import RecallRecipe
 from unimatrix.recall_slices import RecallSlices, build_slices, count_pairs
 from unimatrix.recipe import ModelSection, Recipe
-from unimatrix.run_folder import create_run_folder, start_record, write_record
+from unimatrix.run_folder import create_run_folder, require_unicode_path, start_record, write_record
 from unimatrix.tasks import AssociativeRecall, RotatingDataset, SeededTask
 from unimatrix.training import train_model
 
@@ -89,6 +89,7 @@ def run_recall(
     slices = build_slices(recipe)
     model = _draw_model(recipe, slices)
     if out is not None:
+        require_unicode_path(out)
         create_run_folder(out, "recall")
     num_examples = recipe.steps * recipe.batch_size
     trained = train_model(

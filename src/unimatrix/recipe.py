@@ -60,7 +60,7 @@ class DataSection:
 
     data: tuple[str, ...] = ("pystdlib",)
     """Corpus: `pystdlib`, `wikitext2`, `wikitext2:FILE`, `enwik8`, `text8`, or files, folders and
-    globs."""
+    globs; a run stores where they lie."""
     valid_data: tuple[str, ...] = ()
     """What validates instead of the corpus's own split (of files: the last 5 % of the bytes)."""
     window_tokens: int = 128
@@ -331,6 +331,23 @@ def find_difference(one: Recipe, other: Recipe) -> str | None:
             if getattr(left, item.name) != getattr(right, item.name):
                 return f"{section.name}.{item.name}"
     return None
+
+
+def make_paths_absolute(recipe: Recipe) -> Recipe:
+    """Return a recipe whose text and first weights are found from every working folder."""
+    from unimatrix.data.corpora import make_absolute  # Not for --help: it loads torch.
+
+    section, init = recipe.data, recipe.model.init
+    data = dataclasses.replace(
+        section,
+        data=make_absolute(section.data),
+        valid_data=make_absolute(section.valid_data),
+    )
+    if init is not None:
+        init = str(Path.cwd() / Path(init).expanduser())
+    return dataclasses.replace(
+        recipe, model=dataclasses.replace(recipe.model, init=init), data=data
+    )
 
 
 def describe_key(key: str) -> str:

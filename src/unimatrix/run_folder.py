@@ -32,6 +32,20 @@ _PACKAGES = ("unimatrix-lm", "torch", "transformers", "accelerate", "numba", "nu
 _GIT_TIMEOUT_S = 10
 
 
+def require_unicode_path(path: Path) -> None:
+    """Raise ``InputError`` for a path that is not UTF-8: weights and logs cannot be written there.
+
+    safetensors, tokenizers and TensorBoard open none. Data may lie at such paths.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{str(path)!r} is not UTF-8, and models are saved and loaded under such names only; "
+            "choose another name"
+        ) from error
+
+
 def require_new_folder(path: Path, *, resumable: bool = True) -> None:
     """Raise ``InputError`` unless ``path`` is missing or an empty folder.
 
@@ -90,6 +104,7 @@ def read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
     Raises:
         InputError: if ``run`` is no run folder, is damaged, or was written by a later release.
     """
+    require_unicode_path(run)
     if not (run / RECORD_FILE).is_file() or not (run / RECIPE_FILE).is_file():
         raise InputError(
             f"{run} holds no run to resume ({RECORD_FILE} or {RECIPE_FILE} is missing); "

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from unimatrix.allocator import keep_freed_memory
-from unimatrix.checkpoints import hide_progress
+from unimatrix.checkpoints import hide_progress, is_byte_level
 from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.muon import MuonWithAdamW
@@ -33,6 +33,7 @@ from unimatrix.ops.threads import flush_denormals
 from unimatrix.processes import count_processes, get_rank, is_main_process, join_processes
 from unimatrix.recipe import TrainSection
 from unimatrix.run_folder import CHECKPOINT_FOLDER, TENSORBOARD_FOLDER, find_last_checkpoint
+from unimatrix.tokenization import build_tokenizer
 from unimatrix.training_callbacks import FiniteGuard, MetricsLog, StepTimer
 
 CHECKPOINTS_PER_RUN = 10
@@ -182,6 +183,10 @@ def train_model(
             args=build_arguments(settings, folder, device, saves=out is not None),
             train_dataset=dataset,
             data_collator=choose_collator(model, device),
+            # It is saved in every checkpoint.
+            processing_class=build_tokenizer()
+            if isinstance(model, UniMatrixForCausalLM) and is_byte_level(model.config)
+            else None,
             callbacks=[FiniteGuard(out), log, *board, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)

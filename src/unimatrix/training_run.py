@@ -19,6 +19,7 @@ from unimatrix.data import (
     WindowDataset,
     load_corpus,
 )
+from unimatrix.data.corpora import load_stored_corpus
 from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
 from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
@@ -33,13 +34,14 @@ from unimatrix.processes import (
     leave_processes,
     share,
 )
-from unimatrix.recipe import EvalSection, ModelSection, Recipe
+from unimatrix.recipe import EvalSection, ModelSection, Recipe, make_paths_absolute
 from unimatrix.run_folder import (
     RECIPE_FILE,
     create_run_folder,
     find_last_checkpoint,
     read_run,
     require_new_folder,
+    require_unicode_path,
     start_record,
     trim_metrics,
     write_json,
@@ -104,11 +106,12 @@ def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
             "the recipe has no training budget; give --minutes N for wall-clock or --steps N"
         )
     if out is not None:
+        require_unicode_path(out)
         require_new_folder(out)
     model = build_model(recipe.model, recipe.train.seed)
     corpus = _open_corpus(recipe, model)
     return TrainingRun(
-        recipe=recipe,
+        recipe=make_paths_absolute(recipe),
         corpus=corpus,
         model=model,
         device=device,
@@ -138,7 +141,7 @@ def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
     # Sums depend on how they are split over threads.
     torch.set_num_threads(record["hardware"]["num_threads"])
     model = _rebuild_model(run, recipe)
-    corpus = _open_corpus(recipe, model)
+    corpus = _open_corpus(recipe, model, load=load_stored_corpus)
     if corpus.sha256 != record["corpus"]["sha256"]:
         raise InputError(
             f"the text of {corpus.name} has changed since {run} began; resuming is exact only on "
@@ -214,6 +217,7 @@ def train_run(
 
     Raises:
         NonFiniteError: as in ``train_model``; the record says so.
+        InputError: the text can no longer be read; the record says so.
     """
     assert run.path is not None
     checkpoint = find_last_checkpoint(run.path)
@@ -233,7 +237,7 @@ def train_run(
             device=run.device,
             on_metrics=on_metrics,
         )
-    except NonFiniteError as error:
+    except (NonFiniteError, InputError) as error:
         if is_main_process():
             write_record(run.path, run.record | {"status": "failed", "error": str(error)})
         raise
@@ -387,7 +391,9 @@ def _rebuild_model(run: Path, recipe: Recipe) -> UniMatrixForCausalLM:
     return _draw_model(UniMatrixConfig.from_pretrained(run), recipe.train.seed)
 
 
-def _open_corpus(recipe: Recipe, model: UniMatrixForCausalLM) -> Corpus:
+def _open_corpus(
+    recipe: Recipe, model: UniMatrixForCausalLM, load: Callable[..., Corpus] = load_corpus
+) -> Corpus:
     """Open the corpus and check that windows, model and processes fit each other."""
     require_room(model.config, recipe.data.window_tokens)
     if recipe.data.carried_automaton and model.config.residual_path != "suffix_automaton":
@@ -403,7 +409,7 @@ def _open_corpus(recipe: Recipe, model: UniMatrixForCausalLM) -> Corpus:
     split_batch(recipe.train)
     if recipe.train.optimizer == "muon":
         require_muon()
-    corpus = load_corpus(recipe.data.data, recipe.data.valid_data or None)
+    corpus = load(recipe.data.data, recipe.data.valid_data or None)
     _cut_windows(recipe, corpus, 1)
     if recipe.eval.protocol == "windows":
         ConsecutiveWindows(corpus.valid, recipe.data.window_tokens, 1)

@@ -1,10 +1,13 @@
 import inspect
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from safetensors.torch import load_file
 
 from tests.cli.test_main import run_main
 from tests.small_training import build_recipe, build_text, one_thread
+from unimatrix.checkpoints import load_model
 from unimatrix.cli import train
 from unimatrix.cli.progress import TrainingProgress
+from unimatrix.data import ByteStream
 from unimatrix.recipe import Recipe, load_recipe
 
 __all__ = ["one_thread"]
@@ -190,6 +195,107 @@ def test_ctrl_c_saves_and_resume_is_exact(
     assert "continuing checkpoint 2" in captured.err
     one, other = (load_file(f"{run}/model.safetensors") for run in (unbroken, broken))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def call_at_step_2(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """Do something at the end of the second optimiser step."""
+    show = TrainingProgress.on_step_end
+
+    def show_and_act(self: TrainingProgress, a: Any, state: Any, *rest: Any, **more: Any) -> None:
+        show(self, a, state, *rest, **more)
+        if state.global_step == 2:
+            act()
+
+    monkeypatch.setattr(TrainingProgress, "on_step_end", show_and_act)
+
+
+def test_a_run_beside_its_text_resumes_from_any_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path, _ = write_recipe(tmp_path)
+    work, other = tmp_path / "work", tmp_path / "other"
+    for folder in (work, other):
+        folder.mkdir()
+    (work / "a.txt").write_bytes(build_text(1000))
+    (other / "b.txt").write_bytes(build_text(100))
+    begin = ["train", path, "--data", ".", "--valid-data", "../other", "--device", "cpu", "--json"]
+    monkeypatch.chdir(work)
+    with monkeypatch.context() as patched:
+        call_at_step_2(patched, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_main(patched, *begin) == 1
+    (run,) = (work / "runs").iterdir()
+    stored = json.loads((run / "recipe.json").read_text())["data"]
+    assert (stored["data"], stored["valid_data"]) == ([str(work)], [f"{work}/../other"])
+    (checkpoint,) = (run / "checkpoints").glob("checkpoint-2")
+    assert load_model(checkpoint).tokenizer is not None
+    assert (checkpoint / "tokenizer.json").is_file()
+    assert not caplog.messages
+
+    monkeypatch.chdir(other)
+    assert run_main(monkeypatch, "train", "--resume", "--out", str(run), "--device", "cpu") == 0
+    assert caplog.messages == [f"left out of {work}: run folders ({run})"]
+    capsys.readouterr()
+    monkeypatch.chdir(work)
+    assert run_main(monkeypatch, *begin) == 0
+    assert caplog.messages[1:] == [f"left out of .: run folders (runs/{run.name})"]
+    second = Path(read_result(capsys)["run"])
+    hashes = {
+        json.loads((one / "record.json").read_text())["corpus"]["sha256"] for one in (run, second)
+    }
+    assert len(hashes) == 1
+    # What was typed at the start may be typed again.
+    wrong = run_main(monkeypatch, *begin, "--resume", "--out", str(run))
+    assert wrong == 2
+    assert "is finished after 6 steps" in capsys.readouterr().err
+
+
+def test_text_that_shrinks_ends_the_run_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, recipe = write_recipe(tmp_path, save_every_steps=1)
+    text, run = Path(recipe.data.data[0]), tmp_path / "run"
+    whole = text.read_bytes()
+    reading = partial(ByteStream.from_files, join_limit_bytes=0)
+    monkeypatch.setattr(ByteStream, "from_files", staticmethod(reading))
+    with monkeypatch.context() as patched:
+        call_at_step_2(patched, lambda: os.truncate(text, 100))
+        begin = ["train", path, "--out", str(run), "--device", "cpu"]
+        assert run_main(patched, *begin) == 2
+    message = f"{str(text)!r} shrank to 100 bytes while in use"
+    assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
+    record = json.loads((run / "record.json").read_text())
+    assert record["status"] == "failed"
+    assert record["error"].startswith(message)
+    text.write_bytes(whole)
+    assert run_main(monkeypatch, *begin, "--resume") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems want file names in Unicode")
+def test_names_that_are_not_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = write_recipe(tmp_path)
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.txt")).write_bytes(build_text(1000))
+    monkeypatch.chdir(folder)
+    assert isinstance(sys.stderr, io.TextIOWrapper)
+    sys.stderr.reconfigure(errors="backslashreplace")  # As Python's own is.
+    begin = ["train", path, "--data", ".", "--device", "cpu", "--json", "--out"]
+    assert run_main(monkeypatch, *begin, os.fsdecode(b"run\xff")) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == [os.fsdecode(b"\xff.txt")]
+    with monkeypatch.context() as patched:
+        call_at_step_2(patched, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_main(patched, *begin, str(tmp_path / "run")) == 1
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    resume = ["train", "--resume", "--json", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert run_main(monkeypatch, *resume) == 0
+    assert read_result(capsys)["data"] == [str(folder)]
 
 
 def test_divergence_exits_1_with_one_sentence(

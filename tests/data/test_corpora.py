@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from unimatrix.data import CORPUS_NAMES, ByteStream, corpora, load_corpus
-from unimatrix.data.corpora import choose_split, join_lines, make_absolute, take_as_stored
+from unimatrix.data.corpora import choose_split, join_lines, load_stored_corpus, make_absolute
 from unimatrix.errors import InputError
 from unimatrix.tokenization import BOS_ID, EOS_ID
 
@@ -266,7 +266,7 @@ def test_stored_specs_mean_the_same_everywhere(write_tree, monkeypatch):
         expected = load_corpus(spec).sha256
         stored = make_absolute([spec])
         monkeypatch.chdir(root / "elsewhere")
-        assert load_corpus(take_as_stored(stored)).sha256 == expected
+        assert load_stored_corpus(stored).sha256 == expected
         assert make_absolute(stored) == stored
 
 

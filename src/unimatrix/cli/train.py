@@ -26,6 +26,7 @@ from unimatrix.recipe import (
     find_difference,
     list_recipes,
     load_recipe,
+    make_paths_absolute,
     override,
     replace_fields,
 )
@@ -119,7 +120,9 @@ def _resolve(
         stored, _ = read_run(resumed)
     base = stored if name is None and stored is not None else load_recipe(name or DEFAULT_RECIPE)
     resolved = override(replace_fields(base, given), assignments)
-    changed = None if stored is None else find_difference(resolved, stored)
+    changed = None
+    if stored is not None:
+        changed = find_difference(make_paths_absolute(resolved), make_paths_absolute(stored))
     if changed is not None:
         raise InputError(
             f"{changed} differs from the run in {resumed}, which resumes with its own recipe only; "

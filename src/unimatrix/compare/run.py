@@ -28,7 +28,7 @@ from unimatrix.evaluation.carried_bytes import measure_carried_bytes
 from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
 from unimatrix.evaluation.long_context import bin_by_position
 from unimatrix.evaluation.recall import measure_recall
-from unimatrix.run_folder import describe_run
+from unimatrix.run_folder import describe_run, require_unicode_path
 from unimatrix.stream_matches import match_stream
 from unimatrix.tasks import AssociativeRecall, RotatingDataset
 from unimatrix.training_callbacks import StopOnSignal
@@ -115,6 +115,7 @@ def run_comparison(
         InputError: for an unusable comparison, corpus or folder; nothing is trained.
         StoppedError: by Ctrl-C; the cell that was training has a checkpoint.
     """
+    require_unicode_path(out)
     specs = dict.fromkeys((*comparison.corpora, comparison.sweep.corpus))
     texts = {spec: open_text(spec) for spec in specs}
     _require_names(texts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unimatrix.data.byte_stream import ByteStream
-from unimatrix.data.files import LeftOut, drop_repeats, find_file, find_files, identify
+from unimatrix.data.files import FileKey, LeftOut, drop_repeats, find_file, find_files, identify
 from unimatrix.data.sources import (
     ARCHIVES,
     fetch_archive,
@@ -35,7 +35,6 @@ _RANDOM_BITS_PER_BYTE = 7.8
 _RANDOM_SHARE = 0.05
 
 Spec = str | os.PathLike[str]
-_FileKey = tuple[int, int] | str
 _logger = logging.getLogger(__name__)
 
 
@@ -100,8 +99,7 @@ def load_corpus(
     if valid_data is None:
         if isinstance(source, Corpus):
             return source
-        border = len(source) - len(source) // HELD_OUT_ONE_IN
-        return _split_in_order(source.name, source, [border, len(source)])
+        return _hold_out_end(source)
     held_out = source
     if list_specs(valid_data) != specs:
         held_out, valid_files = _open_source(list_specs(valid_data), cache_folder)
@@ -117,7 +115,7 @@ def list_specs(data: Spec | Sequence[Spec]) -> list[str]:
     return [os.fspath(s) for s in ([data] if isinstance(data, str | os.PathLike) else data)]
 
 
-def find_corpus_files(specs: Sequence[str]) -> dict[_FileKey, Path]:
+def find_corpus_files(specs: Sequence[str]) -> dict[FileKey, Path]:
     """Return the real files of a corpus by what identifies each; none for a named corpus.
 
     Raises:
@@ -133,9 +131,28 @@ def make_absolute(specs: Iterable[str]) -> tuple[str, ...]:
     return tuple(map(_make_absolute, specs))
 
 
-def take_as_stored(specs: Iterable[str]) -> list[str]:
-    """Return specs of a run folder, in which a corpus's name never is a file of this folder."""
+def load_stored_corpus(data: Iterable[str], valid_data: Iterable[str] | None = None) -> Corpus:
+    """Open what a run stored: there, a corpus's name is never a file of the working folder.
+
+    Raises:
+        InputError: as in ``load_corpus``.
+    """
+    stored = (name_explicitly(data), name_explicitly(valid_data or ()))
+    return load_corpus(stored[0], stored[1] or None)
+
+
+def name_explicitly(specs: Iterable[str]) -> list[str]:
+    """Return specs in which the name of a corpus is that of no file."""
     return [f"{spec}:" if spec in CORPUS_NAMES else spec for spec in specs]
+
+
+def hold_out_end(corpus: Corpus) -> Corpus:
+    """Return the split of files that ``load_corpus`` makes, of a corpus that trains on all bytes.
+
+    Raises:
+        InputError: the last 5 % are less than a byte.
+    """
+    return _hold_out_end(corpus.train)
 
 
 def choose_split(relative: str) -> str:
@@ -152,7 +169,7 @@ class _Source(NamedTuple):
     """What was opened: a corpus that has splits of its own, or else all the bytes; its files."""
 
     content: Corpus | ByteStream
-    files: dict[_FileKey, Path]
+    files: dict[FileKey, Path]
 
 
 def _open_source(specs: list[str], cache_folder: Path | None) -> _Source:
@@ -211,7 +228,7 @@ def _make_absolute(spec: str) -> str:
     return str(here / path)
 
 
-def _warn_of_overlap(train: dict[_FileKey, Path], valid: dict[_FileKey, Path]) -> None:
+def _warn_of_overlap(train: dict[FileKey, Path], valid: dict[FileKey, Path]) -> None:
     shared = [str(path) for key, path in valid.items() if key in train]
     if shared:
         more = f" and {len(shared) - 1} more" if shared[1:] else ""
@@ -280,6 +297,11 @@ def _open_archive(name: str, path: Path) -> Corpus:
             f"{ARCHIVES[name].url} anew."
         )
     return _split_in_order(name, stream, [expected * 9 // 10, expected * 19 // 20, expected])
+
+
+def _hold_out_end(stream: ByteStream) -> Corpus:
+    border = len(stream) - len(stream) // HELD_OUT_ONE_IN
+    return _split_in_order(stream.name, stream, [border, len(stream)])
 
 
 def _split_in_order(name: str, stream: ByteStream, ends: Sequence[int]) -> Corpus:

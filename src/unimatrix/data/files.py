@@ -7,6 +7,8 @@ from pathlib import Path
 
 from unimatrix.errors import InputError, suggest
 
+FileKey = tuple[int, int] | str
+"""What ``identify`` returns: the numbers of device and file, or else the real path."""
 HIDDEN = "hidden"
 LINKS = "links to folders"
 REPEATS = "files met before"
@@ -135,7 +137,7 @@ def drop_repeats(paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
     return kept
 
 
-def identify(path: Path) -> tuple[int, int] | str:
+def identify(path: Path) -> FileKey:
     """Return what every name of one file or folder shares: links, hard links, other spellings.
 
     Raises:
@@ -184,7 +186,7 @@ def _reach_folders(
     follows_links: bool = False,
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yield each real folder once, with the names of what is in it apart from folders."""
-    seen: set[tuple[int, int] | str] = set()
+    seen: set[FileKey] = set()
     pending = [root]
     for top in pending:  # Links come after all that is reached without them.
         for parent, folders, names in os.walk(top, onerror=_refuse_unlistable):

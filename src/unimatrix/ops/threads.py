@@ -156,7 +156,7 @@ def _set_flush_denormal(mode: bool) -> None:
 def _find_libgomp() -> ctypes.CDLL | None:
     """Return the libgomp that this process has loaded with torch, if it has."""
     try:
-        with open("/proc/self/maps") as maps:
+        with open("/proc/self/maps", errors="surrogateescape") as maps:
             paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}
     except OSError:
         return None

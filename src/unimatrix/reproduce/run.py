@@ -25,7 +25,7 @@ from unimatrix.recall_slices import build_slices
 from unimatrix.recipe import Recipe, load_recipe, replace_fields
 from unimatrix.reproduce.claims import ClaimCell, list_cells, name_run
 from unimatrix.reproduce.throughput import measure_throughput
-from unimatrix.run_folder import RECORD_FILE, describe_run, write_record
+from unimatrix.run_folder import RECORD_FILE, describe_run, require_unicode_path, write_record
 from unimatrix.tasks import AssociativeRecall, RotatingDataset, TripleInteraction
 from unimatrix.training import train_model
 from unimatrix.training_callbacks import StopOnSignal
@@ -104,6 +104,7 @@ def reproduce(
         InputError: for a corpus that cannot be opened, or a damaged record, before anything is run.
         StoppedError: by Ctrl-C.
     """
+    require_unicode_path(out)
     runs = list(plan.list_runs())
     records = {
         name: record
