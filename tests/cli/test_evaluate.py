@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -7,8 +8,8 @@ from tests.cli.command import assert_refused, run_command
 from unimatrix.data import ByteStream, load_corpus
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.compressors import xz_bits_per_byte
-from unimatrix.recipe import Recipe, override
-from unimatrix.run_folder import RECIPE_FILE, write_json
+from unimatrix.recipe import Recipe
+from unimatrix.run_folder import RECIPE_FILE, write_json, write_record
 
 TEXT = b"".join(b"%d bottles of beer on the wall\r\n" % n for n in range(60))
 
@@ -31,26 +32,27 @@ def measure(data: bytes, **overrides) -> float:
     return measure_bits_per_byte(model, stream).bits_per_byte
 
 
-def test_json(folder, text) -> None:
+def test_a_file_that_is_named_is_measured_whole(folder, text) -> None:
     answer = run_command("eval", folder, "--data", text, "--json")
-    held_out = TEXT[len(TEXT) - len(TEXT) // 20 :]
     result = answer.result
     assert result.pop("seconds") > 0
     assert result.pop("state_bytes") > 0
     assert result.pop("prime") is None
     assert result == {
-        "bits_per_byte": pytest.approx(measure(held_out), rel=1e-6),
-        "xz_bits_per_byte": xz_bits_per_byte(held_out),
-        "bytes": len(held_out),
-        "split": "valid",
-        "split_bytes": len(held_out),
+        "bits_per_byte": pytest.approx(measure(TEXT), rel=1e-6),
+        "xz_bits_per_byte": xz_bits_per_byte(TEXT),
+        "bytes": len(TEXT),
+        "text": str(text),
+        "split": "all",
+        "split_bytes": len(TEXT),
         "context": "carried",
         "corpus": str(text),
-        "corpus_sha256": load_corpus(str(text)).sha256,
+        "corpus_sha256": load_corpus(str(text), str(text)).sha256,
         "parameters": build_byte_model("sparsepointer").num_parameters(),
         "model": folder,
     }
     assert (answer.exit_code, answer.stderr) == (0, "")
+    assert f"all 1,910 bytes of {text}\n" in run_command("eval", folder, "--data", text).text
 
 
 def test_a_prefix_of_a_whole_file(folder, text) -> None:
@@ -116,13 +118,76 @@ def test_windows_of_a_position_table(tmp_path, text) -> None:
     assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_run_knows_its_corpus(folder, text, tmp_path) -> None:
+@pytest.fixture
+def make_run(folder, tmp_path):
+    """Return a function that makes the model a run that was trained on some text."""
+
+    def make(data, valid_data=(), *, has_record=True):
+        section = replace(Recipe().data, data=tuple(data), valid_data=tuple(valid_data))
+        write_json(tmp_path / "model" / RECIPE_FILE, replace(Recipe(), data=section).to_dict())
+        if has_record:
+            corpus = {"sha256": load_corpus(data, list(valid_data) or None).sha256}
+            write_record(tmp_path / "model", {"status": "done", "corpus": corpus})
+
+    return make
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_of_what_a_run_was_trained_on_the_held_out_end_is_measured(
+    folder, text, make_run, tmp_path, has_record
+) -> None:
     assert_refused(run_command("eval", folder), "name a text with --data")
-    recipe = override(Recipe(), [f"data.data={text}"])
-    write_json(tmp_path / "model" / RECIPE_FILE, recipe.to_dict())
-    given = run_command("eval", folder, "--data", text, "--json").result
+    make_run([str(text)], has_record=has_record)
     found = run_command("eval", folder, "--json").result
-    assert {**found, "seconds": 0} == {**given, "seconds": 0}
+    given = run_command("eval", folder, "--data", text, "--json")
+    assert {**found, "seconds": 0} == {**given.result, "seconds": 0}
+    assert (found["bytes"], found["split"]) == (len(TEXT) // 20, "valid")
+    assert found["bits_per_byte"] == pytest.approx(measure(TEXT[-(len(TEXT) // 20) :]), rel=1e-6)
+    assert given.stderr == (
+        f"{text} is what the run was trained on: measuring the last 95 bytes, which it was not\n"
+    )
+    assert f"all 95 bytes of {text} (valid)\n" in run_command("eval", folder).text
+
+    whole = run_command("eval", folder, "--valid-data", text, "--json")
+    assert (whole.result["bytes"], whole.result["text"]) == (len(TEXT), str(text))
+    assert f"{text}: measured, and trained on by the run" in whole.stderr
+
+    other = tmp_path / "other.txt"
+    other.write_bytes(TEXT[:500])
+    answer = run_command("eval", folder, "--data", other, "--json")
+    assert (answer.result["bytes"], answer.stderr) == (500, "")
+    both = run_command("eval", folder, "--data", text, "--data", other, "--json")
+    assert both.result["bytes"] == len(TEXT) + 500
+    assert f"{text}: measured, and trained on by the run" in both.stderr
+
+
+def test_a_copy_of_what_a_run_was_trained_on_is_the_same(folder, text, make_run, tmp_path) -> None:
+    make_run([str(text)])
+    text.rename(tmp_path / "moved.txt")
+    result = run_command("eval", folder, "--data", tmp_path / "moved.txt", "--json").result
+    assert result["bytes"] == len(TEXT) // 20
+
+
+def test_text_that_has_changed_since_is_said(folder, text, make_run) -> None:
+    make_run([str(text)])
+    text.write_bytes(TEXT + b"more")
+    assert "has changed since the run was trained on it" in run_command("eval", folder).stderr
+    named = run_command("eval", folder, "--data", text, "--json")
+    assert named.result["bytes"] == len(TEXT) + 4
+    assert "measured, and trained on by the run" in named.stderr
+
+
+def test_with_validation_text_of_its_own_a_run_has_no_held_out_end(
+    folder, text, make_run, tmp_path
+) -> None:
+    valid = tmp_path / "valid.txt"
+    valid.write_bytes(TEXT[:300])
+    make_run([str(text)], [str(valid)])
+    answer = run_command("eval", folder, "--data", text, "--json")
+    assert answer.result["bytes"] == len(TEXT)
+    assert "measured, and trained on by the run" in answer.stderr
+    shown = run_command("eval", folder).text
+    assert f"all 300 bytes of {valid}\n" in shown
 
 
 def test_unusable_input(folder, text, tmp_path) -> None:

@@ -1,10 +1,12 @@
 """``unimatrix eval``: bits per byte on a corpus."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from unimatrix.cli.common import (
     DeviceOption,
@@ -20,7 +22,9 @@ from unimatrix.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from unimatrix.data import ByteStream, Corpus
+    from unimatrix.data.files import FileKey
     from unimatrix.modeling import UniMatrixForCausalLM
+    from unimatrix.recipe import DataSection
 
 SPLITS = ("train", "valid", "test")
 
@@ -32,7 +36,8 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="Corpus, file, folder or glob. Repeatable. \\[default: what a run was trained on]",
+        help="Corpus, file, folder or glob; of files all bytes, unless the run was trained on the "
+        "same: then its held-out end. Repeatable. \\[default: what a run was trained on]",
     ),
 ]
 ValidDataOption = Annotated[
@@ -40,10 +45,17 @@ ValidDataOption = Annotated[
     typer.Option(
         "--valid-data",
         help="Text that validates instead, all of it; --data may then be left out. Repeatable. "
-        "\\[default: the corpus's own split; of files, the last 5 %]",
+        "\\[default: the corpus's own split; of files trained on, the last 5 %]",
     ),
 ]
-SplitOption = Annotated[str, typer.Option("--split", help="valid, test or train.")]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        help="valid, test or train; of files, the last 5 % or the rest. \\[default: valid, or all "
+        "of files that were not trained on]",
+    ),
+]
 LimitOption = Annotated[
     int | None,
     typer.Option("--limit-bytes", help="Measure the first so many bytes. \\[default: all]"),
@@ -65,7 +77,7 @@ def run(
     *,
     data: DataOption = None,
     valid_data: ValidDataOption = None,
-    split: SplitOption = "valid",
+    split: SplitOption = None,
     limit_bytes: LimitOption = None,
     prime: PrimeOption = None,
     compressors: CompressorsOption = False,
@@ -76,11 +88,14 @@ def run(
 ) -> None:
     """Measure bits per byte: what the model pays to predict a text, beside xz on the same bytes.
 
+    A file that --data names is measured whole. Where the run was trained on it, its held-out end
+    is, as after training; --valid-data measures all of it even so.
+
     Models without a position table read the whole text with their context carried along; the others
     read it in independent windows of their length, and "context" says so. Nothing is random: --seed
     is taken so that every verb has it, and moves nothing.
     """
-    if split not in SPLITS:
+    if split is not None and split not in SPLITS:
         raise InputError(
             f"there is no split {split!r}; choose one of {', '.join(SPLITS)}."
             f"{suggest(split, SPLITS)}"
@@ -97,7 +112,7 @@ def run(
 
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)
-    corpus = open_corpus(model, data, valid_data)
+    corpus, split = open_corpus(model, data, valid_data, split)
     first = open_prime(prime)
     begun = describe_run(place) | {"config_sha256": hash_config(loaded.config.to_dict())}
     result = _measure(loaded, corpus, split, limit_bytes, first) | {"model": model}
@@ -109,28 +124,119 @@ def run(
     emit(result, as_json, _render)
 
 
-def open_corpus(model: str, data: list[str] | None, valid_data: list[str] | None) -> "Corpus":
-    """Open the corpus to evaluate on.
+def open_corpus(
+    model: str, data: list[str] | None, valid_data: list[str] | None, split: str | None
+) -> "tuple[Corpus, str]":
+    """Open the corpus to evaluate on and choose the split of it that is measured.
 
     Args:
         model: a run folder, whose recipe names the corpus where nothing else does.
         data: corpus, files, folders or globs.
         valid_data: validation text; alone, it is the whole corpus.
+        split: what the user asked for; ``None`` leaves it open.
+
+    Returns:
+        the corpus and ``train``, ``valid`` or ``test``; or ``all``, of files that the model was not
+        trained on, with all bytes as the validation split.
 
     Raises:
         InputError: if there is nothing to evaluate on, or it cannot be opened.
     """
-    from unimatrix.checkpoints import find_recipe
     from unimatrix.data import load_corpus
-    from unimatrix.recipe import load_recipe
+    from unimatrix.data.corpora import hold_out_end, load_stored_corpus
 
-    if data or valid_data:
-        return load_corpus(data or valid_data or [], valid_data or None)
-    recipe_path = find_recipe(model)
-    if recipe_path is None:
-        raise InputError(f"{model!r} does not say what it was trained on; name a text with --data")
-    section = load_recipe(recipe_path).data
-    return load_corpus(section.data, section.valid_data or None)
+    trained = _TrainingText.find(model)
+    if valid_data:
+        trained.warn_of_overlap(valid_data)
+        return load_corpus(data or valid_data, valid_data), split or "valid"
+    if not data:
+        if trained.section is None:
+            raise InputError(
+                f"{model!r} does not say what it was trained on; name a text with --data"
+            )
+        corpus = load_stored_corpus(trained.section.data, trained.section.valid_data)
+        trained.warn_if_changed(corpus)
+        return corpus, split or "valid"
+    corpus = load_corpus(data, data)
+    if corpus.test is not None:
+        return corpus, split or "valid"
+    if split is None and not trained.is_same(corpus, data):
+        trained.warn_of_overlap(data)
+        return corpus, "all"
+    corpus = hold_out_end(corpus)
+    if split is None:
+        make_log().print(
+            f"{escape(corpus.name)} is what the run was trained on: measuring the last "
+            f"{len(corpus.valid):,} bytes, which it was not"
+        )
+    return corpus, split or "valid"
+
+
+@dataclass(frozen=True)
+class _TrainingText:
+    """What a model was trained on, as far as its run folder tells.
+
+    Attributes:
+        section: the recipe's; ``None`` outside a run folder.
+        sha256: of the corpus; ``None`` where no record says it.
+    """
+
+    section: "DataSection | None" = None
+    sha256: str | None = None
+
+    @classmethod
+    def find(cls, model: str) -> "_TrainingText":
+        """Return what the run folder, or that of the checkpoint, says."""
+        from unimatrix.checkpoints import find_recipe
+        from unimatrix.recipe import load_recipe
+        from unimatrix.run_folder import RECORD_FILE, read_run
+
+        path = find_recipe(model)
+        if path is None:
+            return cls()
+        section = load_recipe(path).data
+        if not (path.parent / RECORD_FILE).is_file():
+            return cls(section)
+        _, record = read_run(path.parent)
+        return cls(section, record.get("corpus", {}).get("sha256"))
+
+    def is_same(self, corpus: "Corpus", data: list[str]) -> bool:
+        """Whether the model was trained on these bytes without their end, wherever they lie now."""
+        from unimatrix.data.corpora import HELD_OUT_ONE_IN, find_corpus_files, hold_out_end
+
+        if self.section is None or self.section.valid_data or len(corpus.train) < HELD_OUT_ONE_IN:
+            return False
+        if self.sha256 is not None:
+            return hold_out_end(corpus).sha256 == self.sha256
+        return self._list_files().keys() == find_corpus_files(data).keys()
+
+    def warn_if_changed(self, corpus: "Corpus") -> None:
+        """Say so where the text is not what the run was trained on."""
+        if self.sha256 is not None and corpus.sha256 != self.sha256:
+            make_log().print(
+                f"the text of {escape(corpus.name)} has changed since the run was trained on it: "
+                "what is measured may have been trained on"
+            )
+
+    def warn_of_overlap(self, specs: list[str]) -> None:
+        """Say so where files are measured that the run was trained on."""
+        from unimatrix.data.corpora import find_corpus_files
+
+        there = self._list_files()
+        shared = [str(path) for key, path in find_corpus_files(specs).items() if key in there]
+        if shared:
+            more = f" and {len(shared) - 1} more" if shared[1:] else ""
+            make_log().print(f"{escape(shared[0])}{more}: measured, and trained on by the run")
+
+    def _list_files(self) -> "dict[FileKey, Path]":
+        from unimatrix.data.corpora import find_corpus_files, name_explicitly
+
+        if self.section is None:
+            return {}
+        try:
+            return find_corpus_files(name_explicitly(self.section.data))
+        except InputError:
+            return {}  # They are gone, so none of them is measured.
 
 
 def _measure(
@@ -169,6 +275,7 @@ def _measure(
         "bits_per_byte": score.bits_per_byte,
         "xz_bits_per_byte": measure_xz_bits_per_byte(stream, limit_bytes=limit_bytes),
         "bytes": score.bytes,
+        "text": stream.name,
         "split": split,
         "split_bytes": len(stream),
         "context": score.context,
@@ -201,9 +308,10 @@ def _compress(
 def _choose_stream(corpus: "Corpus", split: str) -> "ByteStream":
     """Return the bytes of a split, or raise ``InputError`` if the corpus has none."""
     streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
+    streams["all"] = corpus.valid
     stream = streams[split]
     if stream is None:
-        there = ", ".join(name for name, part in streams.items() if part is not None)
+        there = ", ".join(name for name in SPLITS if streams[name] is not None)
         raise InputError(f"corpus {corpus.name!r} has no {split} split; choose one of {there}")
     return stream
 
@@ -225,8 +333,7 @@ def _render(result: dict[str, Any]) -> str:
         [
             f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {verdict})",
             *others,
-            f"text           {extent} {result['bytes']:,} bytes of {result['corpus']}, "
-            f"{result['split']} split",
+            f"text           {extent} {result['bytes']:,} bytes of {result['text']}",
             f"context        {result['context']}, {result['state_bytes']:,} bytes of state",
             f"model          {result['model']}, {result['parameters']:,} parameters",
             f"time           {result['seconds']:.1f} s",
