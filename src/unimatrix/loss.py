@@ -84,6 +84,16 @@ def add_scale(
     return loss + of_target / divisor + of_gate * (num_targets / divisor)
 
 
+def ignore_padding(targets: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the targets of real positions alone: what padding predicts is no model's doing.
+
+    Args:
+        targets: [B, T] int64, the target of each position.
+        attention_mask: [B, T] or [B, past + T], 0 at padding.
+    """
+    return targets.masked_fill(attention_mask[:, -targets.shape[1] :] == 0, IGNORED_LABEL)
+
+
 def choose_rows(labels: Tensor) -> tuple[Any, ...]:
     """Return the index of the positions whose logits a loss needs.
 

@@ -14,7 +14,14 @@ from torch.nn.functional import pad
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.loss import IGNORED_LABEL, UnscoredRows, add_scale, choose_rows, compute_loss
+from unimatrix.loss import (
+    IGNORED_LABEL,
+    UnscoredRows,
+    add_scale,
+    choose_rows,
+    compute_loss,
+    ignore_padding,
+)
 from unimatrix.modeling_inputs import (
     LossOptions,
     refuse_unused,
@@ -421,11 +428,14 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             attention_mask: as in ``UniMatrixModel.forward``.
             past_key_values: as in ``UniMatrixModel.forward``.
             labels: [B, T] int64 of the same positions, -100 ignored; the shift happens here.
+                Padding predicts nothing: the first token of a row padded on the left counts not.
             use_cache: as in ``UniMatrixModel.forward``.
             output_hidden_states: as in ``UniMatrixModel.forward``.
             return_dict: return a tuple if ``False``.
             logits_to_keep: compute the logits of the last so many positions only; 0 is all.
-            num_items_in_batch: divide the summed loss by this instead of by the targets here.
+            num_items_in_batch: divide the summed loss by this instead of by the targets here. It
+                stays as given: ``Trainer`` counts labels, the first token of a row that is padded
+                on the left among them.
             loss_only: return no logits, and compute only what the loss needs: a task with few
                 targets does not pay for a vocabulary's logits at every position.
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
@@ -466,6 +476,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         # 5. The one shift.
         if shift_labels is None and labels is not None:
             shift_labels = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        if shift_labels is not None and attention_mask is not None:
+            shift_labels = ignore_padding(shift_labels, attention_mask)
 
         # 6. The tied head, and the votes of the pointer or the mixture with it.
         kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
