@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unimatrix.data import (
     WindowDataset,
     load_corpus,
 )
-from unimatrix.data.corpora import load_stored_corpus
+from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
 from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
 from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
@@ -141,7 +142,7 @@ def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
     # Sums depend on how they are split over threads.
     torch.set_num_threads(record["hardware"]["num_threads"])
     model = _rebuild_model(run, recipe)
-    corpus = _open_corpus(recipe, model, load=load_stored_corpus)
+    corpus = _reopen_corpus(recipe, model, record["corpus"])
     if corpus.sha256 != record["corpus"]["sha256"]:
         raise InputError(
             f"the text of {corpus.name} has changed since {run} began; resuming is exact only on "
@@ -187,6 +188,7 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
         "corpus": {
             "name": run.corpus.name,
             "sha256": run.corpus.sha256,
+            "file_rules": FILE_RULES,
             "train_bytes": len(run.corpus.train),
             "valid_bytes": len(run.corpus.valid),
         },
@@ -389,6 +391,15 @@ def _rebuild_model(run: Path, recipe: Recipe) -> UniMatrixForCausalLM:
     if recipe.model.init is not None and find_last_checkpoint(run) is None:
         return build_model(recipe.model, recipe.train.seed)
     return _draw_model(UniMatrixConfig.from_pretrained(run), recipe.train.seed)
+
+
+def _reopen_corpus(recipe: Recipe, model: UniMatrixForCausalLM, recorded: dict[str, Any]) -> Corpus:
+    """Open the corpus of a run that has begun, by the rules that it began with."""
+    if "file_rules" not in recorded:
+        corpus = _open_corpus(recipe, model, load=partial(load_stored_corpus, as_before=True))
+        if corpus.sha256 == recorded["sha256"]:
+            return corpus
+    return _open_corpus(recipe, model, load=load_stored_corpus)
 
 
 def _open_corpus(

@@ -1,3 +1,4 @@
+import gzip
 import inspect
 import io
 import json
@@ -20,8 +21,9 @@ from tests.small_training import build_recipe, build_text, one_thread
 from unimatrix.checkpoints import load_model
 from unimatrix.cli import train
 from unimatrix.cli.progress import TrainingProgress
-from unimatrix.data import ByteStream
+from unimatrix.data import ByteStream, load_corpus
 from unimatrix.recipe import Recipe, load_recipe
+from unimatrix.run_folder import write_json
 
 __all__ = ["one_thread"]
 
@@ -250,6 +252,33 @@ def test_a_run_beside_its_text_resumes_from_any_folder(
     wrong = run_main(monkeypatch, *begin, "--resume", "--out", str(run))
     assert wrong == 2
     assert "is finished after 6 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text_is_as_before", [True, False])
+def test_a_run_that_began_before_text_was_left_out_resumes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text_is_as_before: bool,
+) -> None:
+    path, _ = write_recipe(tmp_path)
+    text, run = tmp_path / "text", tmp_path / "run"
+    (text / "__pycache__").mkdir(parents=True)
+    (text / "a.txt").write_bytes(build_text(1000))
+    (text / "a.gz").write_bytes(gzip.compress(build_text(100)))
+    (text / "__pycache__" / "b.txt").write_bytes(build_text(100))
+    with monkeypatch.context() as patched:
+        call_at_step_2(patched, lambda: os.kill(os.getpid(), signal.SIGINT))
+        begin = ["train", path, "--data", str(text), "--out", str(run), "--device", "cpu"]
+        assert run_main(patched, *begin) == 1
+    record = json.loads((run / "record.json").read_text())
+    assert record["corpus"].pop("file_rules") == 2
+    # If not, the run wrote beside its text, as it could then, and what it wrote is left out now.
+    before = load_corpus(str(text), as_before=text_is_as_before)
+    assert (before.sha256 == record["corpus"]["sha256"]) is not text_is_as_before
+    record["corpus"]["sha256"] = before.sha256
+    write_json(run / "record.json", record)
+    assert run_main(monkeypatch, "train", "--resume", "--out", str(run), "--device", "cpu") == 0
 
 
 def test_text_that_shrinks_ends_the_run_in_a_sentence(

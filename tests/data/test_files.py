@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from unimatrix.data.files import LeftOut, find_file, find_files, walk
+from unimatrix.data.files import LeftOut, find_file, find_files, find_files_as_before, walk
 from unimatrix.errors import InputError
 
 
@@ -166,3 +166,14 @@ def test_relative_patterns_stay_relative(write_tree, monkeypatch):
     assert [str(path) for path in find_files("d/**/*.txt")] == ["d/a.txt", "d/e/b.txt"]
     assert [str(path) for path in find_files("**")] == ["d/a.txt", "d/e/b.txt"]
     assert [str(path) for path in find_files("d/../d/*")] == ["d/../d/a.txt", "d/../d/e/b.txt"]
+
+
+def test_runs_that_began_before_find_what_they_found_then(write_tree):
+    names = ["a.txt", "__pycache__/b.txt", "runs/c/record.json", "runs/c/model.safetensors", ".h"]
+    root = write_tree(dict.fromkeys(names, RUN["record.json"]))
+    (root / "runs" / "loop").symlink_to(root)
+    expected = [root / name for name in sorted(names[:4])]
+    assert find_files_as_before(str(root)) == expected
+    assert find_files_as_before(str(root / "a.txt")) == [root / "a.txt"]
+    everything = find_files_as_before(str(root / "**" / "*.txt"))
+    assert len(everything) > 2 * len(set(map(os.path.realpath, everything)))

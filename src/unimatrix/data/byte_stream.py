@@ -54,7 +54,12 @@ class ByteStream:
 
     @classmethod
     def from_files(
-        cls, paths: Sequence[Path], *, name: str, join_limit_bytes: int = JOIN_LIMIT_BYTES
+        cls,
+        paths: Sequence[Path],
+        *,
+        name: str,
+        join_limit_bytes: int = JOIN_LIMIT_BYTES,
+        unpacks: bool = True,
     ) -> Self:
         """Make a stream of files, in their order; of a compressed one, what it holds.
 
@@ -63,11 +68,12 @@ class ByteStream:
             name: what error messages call the stream.
             join_limit_bytes: files of at most this many bytes together are read at once, others
                 piece by piece, as they are asked for.
+            unpacks: ``False`` takes the bytes of compressed files and archives as they are.
 
         Raises:
             InputError: a file cannot be read, is an archive or is compressed otherwise.
         """
-        stream = cls([_open_piece(path) for path in paths], name=name)
+        stream = cls([_open_piece(path, unpacks=unpacks) for path in paths], name=name)
         if len(stream) > join_limit_bytes:
             return stream
         return cls([Piece(stream.read(0, len(stream)), 0, len(stream))], name=name)
@@ -227,9 +233,9 @@ class _OpenFile:
             os.close(self._descriptor)
 
 
-def _open_piece(path: Path) -> Piece:
+def _open_piece(path: Path, *, unpacks: bool) -> Piece:
     try:
-        data = unpack(path)
+        data = unpack(path) if unpacks else None
         if data is not None:
             return Piece(np.frombuffer(data, np.uint8), 0, len(data))
         return Piece(path, 0, path.stat().st_size)

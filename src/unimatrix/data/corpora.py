@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unimatrix.data.byte_stream import ByteStream
-from unimatrix.data.files import FileKey, LeftOut, drop_repeats, find_file, find_files, identify
+from unimatrix.data.files import (
+    FileKey,
+    LeftOut,
+    drop_repeats,
+    find_file,
+    find_files,
+    find_files_as_before,
+    identify,
+)
 from unimatrix.data.sources import (
     ARCHIVES,
     fetch_archive,
@@ -26,6 +34,8 @@ from unimatrix.errors import InputError
 CORPUS_NAMES = ("enwik8", "pystdlib", "text8", "wikitext2")
 HELD_OUT_ONE_IN = 20
 """One byte in so many validates, at the end of the user's, when nothing else is given: 5 %."""
+FILE_RULES = 2
+"""The number of the rules by which files are found and read; runs without it began before them."""
 HASHED_BYTES = 2**28
 """The bytes of each split, from its start, that a corpus hash covers besides the length."""
 
@@ -66,6 +76,7 @@ def load_corpus(
     valid_data: Spec | Sequence[Spec] | None = None,
     *,
     cache_folder: Path | None = None,
+    as_before: bool = False,
 ) -> Corpus:
     """Open a corpus by name or from files; nothing ever stands in for what was asked for.
 
@@ -89,20 +100,21 @@ def load_corpus(
         valid_data: what validates instead: the validation split of a named corpus, or all the bytes
             of anything else. ``None``: the corpus's own split, else the last 5 % of the bytes.
         cache_folder: where downloads are kept; ``None``: ``unimatrix`` in the Hugging Face cache.
+        as_before: read files as ``find_files_as_before`` lists them, compressed or not.
 
     Raises:
         InputError: a corpus is missing, empty, unreadable or too small; the message says how to
             get it.
     """
     specs = list_specs(data)
-    source, files = _open_source(specs, cache_folder)
+    source, files = _open_source(specs, cache_folder, as_before)
     if valid_data is None:
         if isinstance(source, Corpus):
             return source
         return _hold_out_end(source)
     held_out = source
     if list_specs(valid_data) != specs:
-        held_out, valid_files = _open_source(list_specs(valid_data), cache_folder)
+        held_out, valid_files = _open_source(list_specs(valid_data), cache_folder, as_before)
         _warn_of_overlap(files, valid_files)
     valid = held_out.valid if isinstance(held_out, Corpus) else held_out
     if isinstance(source, Corpus):
@@ -131,14 +143,16 @@ def make_absolute(specs: Iterable[str]) -> tuple[str, ...]:
     return tuple(map(_make_absolute, specs))
 
 
-def load_stored_corpus(data: Iterable[str], valid_data: Iterable[str] | None = None) -> Corpus:
+def load_stored_corpus(
+    data: Iterable[str], valid_data: Iterable[str] | None = None, *, as_before: bool = False
+) -> Corpus:
     """Open what a run stored: there, a corpus's name is never a file of the working folder.
 
     Raises:
         InputError: as in ``load_corpus``.
     """
     stored = (name_explicitly(data), name_explicitly(valid_data or ()))
-    return load_corpus(stored[0], stored[1] or None)
+    return load_corpus(stored[0], stored[1] or None, as_before=as_before)
 
 
 def name_explicitly(specs: Iterable[str]) -> list[str]:
@@ -172,7 +186,7 @@ class _Source(NamedTuple):
     files: dict[FileKey, Path]
 
 
-def _open_source(specs: list[str], cache_folder: Path | None) -> _Source:
+def _open_source(specs: list[str], cache_folder: Path | None, as_before: bool) -> _Source:
     if not specs:
         raise InputError("the list of data is empty; name a corpus, files, folders or globs.")
     for spec in specs:
@@ -184,6 +198,10 @@ def _open_source(specs: list[str], cache_folder: Path | None) -> _Source:
     if named:
         raise InputError(f"corpus {named[0]!r} joins no other data; give it alone, or only files.")
     title = ", ".join(specs[:3]) + (f" and {len(specs) - 3} more" if len(specs) > 3 else "")
+    if as_before:
+        paths = [path for spec in specs for path in find_files_as_before(spec)]
+        stream = ByteStream.from_files(paths, name=title, unpacks=False)
+        return _Source(_require_bytes(stream), {})
     left_out = LeftOut()
     paths = _find_paths(specs, left_out)
     if passed := left_out.describe():

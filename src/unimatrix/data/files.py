@@ -90,6 +90,29 @@ def find_files(
     )
 
 
+def find_files_as_before(spec: str) -> list[Path]:
+    """List what ``find_files`` did before it left out what programs write.
+
+    Runs that began then go on with the same text. Links to folders lead through ``**`` as far as
+    the system lets them, and a file comes as often as they lead to it.
+
+    Raises:
+        InputError: as in ``find_files``.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return walk(path, everything=True)
+    if path.exists() or not glob.has_magic(spec):
+        return find_files(spec)
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    found = [
+        file
+        for match in matches
+        for file in (walk(match, everything=True) if match.is_dir() else [match])
+    ]
+    return [file for file in dict.fromkeys(found) if file.is_file()]
+
+
 def find_file(spec: str) -> Path:
     """Return the one file that a name stands for.
 
@@ -108,6 +131,7 @@ def walk(
     *,
     skipped: frozenset[str] = frozenset(),
     named: bool = True,
+    everything: bool = False,
 ) -> list[Path]:
     """List the regular files below a folder, by POSIX path relative to it.
 
@@ -116,9 +140,10 @@ def walk(
         left_out: told what was passed over.
         skipped: names of folders that are passed over without a word.
         named: the user named the folder, so that it is walked whatever it is.
+        everything: leave out no more than what is hidden, and links.
     """
     left_out = LeftOut() if left_out is None else left_out
-    reached = _reach_folders(folder, left_out, skipped=skipped, named=named)
+    reached = _reach_folders(folder, left_out, skipped=skipped, named=named, everything=everything)
     found = [parent / name for parent, names in reached for name in names]
     files = [file for file in found if file.is_file()]
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
@@ -183,6 +208,7 @@ def _reach_folders(
     *,
     skipped: frozenset[str] = frozenset(),
     named: bool = True,
+    everything: bool = False,
     follows_links: bool = False,
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yield each real folder once, with the names of what is in it apart from folders."""
@@ -191,7 +217,8 @@ def _reach_folders(
     for top in pending:  # Links come after all that is reached without them.
         for parent, folders, names in os.walk(top, onerror=_refuse_unlistable):
             here = Path(parent)
-            reason = None if named and here == root else _name_product(here, folders, names)
+            taken = everything or (named and here == root)
+            reason = None if taken else _name_product(here, folders, names)
             if reason is not None:
                 left_out.add(reason, here)
             key = identify(here)
