@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import logging
 
 from unimatrix.configuration import FORMAT_VERSION, UniMatrixConfig
 from unimatrix.errors import InputError
@@ -20,7 +23,9 @@ from unimatrix.ops.dense_memory import DenseMemory
 from unimatrix.ops.selective_slots import SelectiveSlots
 from unimatrix.ops.slots import SlotState
 from unimatrix.ops.suffix_automaton import AutomatonState
+from unimatrix.ops.text_hash import START
 
+_logger = logging.get_logger(__name__)
 FORMAT = "unimatrix-cache"
 PARTS = ("matrix_state", "slots", "dense_memory", "automaton", "previous_token", "counters")
 
@@ -75,6 +80,8 @@ class UniMatrixCache:
         depth: what each depth step carries.
         associations: bindings of the token source, shared by the depth steps.
         automaton: the suffix automaton; lives on the CPU.
+        text_hash: [B] int64, of the real tokens consumed by each row (``ops.text_hash``), by which
+            ``generate`` knows them again; ``None`` where nobody counted.
     """
 
     config_digest: str
@@ -84,6 +91,7 @@ class UniMatrixCache:
     depth: tuple[DepthCarry, ...]
     associations: Associations = field(default_factory=Associations)
     automaton: AutomatonState | None = None
+    text_hash: Tensor | None = None
 
     # Read by transformers' `generate`.
     is_compileable = False
@@ -106,6 +114,7 @@ class UniMatrixCache:
                 "depth": self.depth,
                 "associations": self.associations,
                 "automaton": self.automaton,
+                "text_hash": self.text_hash,
             }
         )
 
@@ -142,6 +151,9 @@ class UniMatrixCache:
 
         Args:
             path: the file; replaced only when everything is written.
+
+        Raises:
+            InputError: if it cannot be written there.
         """
         metadata = {
             "format": FORMAT,
@@ -152,24 +164,37 @@ class UniMatrixCache:
         }
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
         partial = f"{os.fspath(path)}.partial"
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            with suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise InputError(
+                f"the cache cannot be written to {os.fspath(path)!r}: {error}"
+            ) from error
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], device: torch.device | str = "cpu"
     ) -> "UniMatrixCache":
-        """Read a cache that ``save`` wrote.
+        """Read a cache that ``save`` wrote; warn if it does not say what it was made from.
 
         Raises:
             InputError: if the file is missing, is no cache, or is of a later format.
         """
+        if os.path.isdir(path):
+            raise InputError(
+                f"{os.fspath(path)!r} is a folder; name the file that UniMatrixCache.save wrote"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
             raise InputError(f"no cache file at {os.fspath(path)!r}") from error
+        except OSError as error:
+            raise InputError(f"{os.fspath(path)!r} cannot be read: {error}") from error
         except SafetensorError as error:
             raise InputError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error
         if metadata.get("format") != FORMAT:
@@ -179,6 +204,7 @@ class UniMatrixCache:
                 f"{os.fspath(path)!r} has format version {metadata['format_version']} and this "
                 f"release reads up to {FORMAT_VERSION}; upgrade unimatrix-lm"
             )
+        _warn_of_missing(os.fspath(path), tensors.get("text_hash"))
         return cls(
             config_digest=metadata["config_digest"],
             num_columns=int(metadata["num_columns"]),
@@ -194,11 +220,17 @@ class UniMatrixCache:
             ),
             associations=_gather_associations(tensors, "associations."),
             automaton=_gather(AutomatonState, tensors, "automaton."),
+            text_hash=tensors.get("text_hash"),
         ).to(device)
 
-    def check(self, config: UniMatrixConfig, batch: int) -> None:
-        """Raise ``InputError`` unless the cache belongs to this model and batch."""
-        if self.config_digest != digest_config(config):
+    def check(self, model: Any, batch: int) -> None:
+        """Raise ``InputError`` unless the cache belongs to this model and batch.
+
+        Args:
+            model: a ``UniMatrixModel``.
+            batch: B.
+        """
+        if self.config_digest != digest_config(model.config):
             raise InputError(
                 "this cache was made by a model of another configuration; pass one made by this "
                 "model, or none"
@@ -218,6 +250,7 @@ class UniMatrixCache:
             depth=_map(self.depth, function),
             associations=_map(self.associations, function),
             automaton=_map(self.automaton, function),
+            text_hash=_map(self.text_hash, function),
         )
 
 
@@ -230,16 +263,51 @@ def start_cache(
         config: of the model.
         input_ids: [B, T].
         is_kept: whether it, or one after it, leaves the model; if not, it gets no digest, which
-            takes longer than everything else here.
+            takes longer than everything else here, and counts no text.
     """
     batch, device = input_ids.shape[0], input_ids.device
+    text_hash = None
+    if is_kept:
+        text_hash = torch.full((batch,), START, dtype=torch.int64, device=device)
     return UniMatrixCache(
         config_digest=digest_config(config) if is_kept else "",
         num_columns=0,
         num_tokens=torch.zeros(batch, dtype=torch.int64, device=device),
         last_token_ids=torch.full((batch,), -1, dtype=torch.int64, device=device),
         depth=(DepthCarry(),) * config.num_hidden_layers,
+        text_hash=text_hash,
     )
+
+
+def require_own_cache(past_key_values: Any) -> UniMatrixCache | None:
+    """Return the cache that a caller passed; an empty one of any other kind is none.
+
+    Raises:
+        InputError: if it is of another kind and holds something.
+    """
+    if past_key_values is None or isinstance(past_key_values, UniMatrixCache):
+        return past_key_values
+    count = getattr(past_key_values, "get_seq_length", None)
+    if count is not None and int(count()) == 0:
+        _logger.warning_once(
+            f"a {type(past_key_values).__name__} is not filled here; read on with the "
+            "past_key_values that the call returns"
+        )
+        return None
+    raise InputError(
+        f"past_key_values is a {type(past_key_values).__name__}, which is no cache of this model; "
+        "pass the UniMatrixCache that an earlier call returned, or none"
+    )
+
+
+def _warn_of_missing(path: str, text_hash: Tensor | None) -> None:
+    """Warn of what an earlier release did not write."""
+    if text_hash is None:
+        warnings.warn(
+            f"{path!r} does not say which text it has read, so that `generate` must be told with "
+            "`continues`",
+            stacklevel=3,
+        )
 
 
 def _flatten(parts: Any, prefix: str = "") -> dict[str, Tensor]:

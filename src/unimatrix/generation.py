@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -103,21 +103,19 @@ def generate_bytes(
     streamer = ByteStreamer(on_bytes)
     with suspend_training(model), _seed_draws(sampling.seed, model.device):
         cache, first_id = (None, BOS_ID) if prime is None else read_first(model, prime)
-        if cache is not None:
-            # `generate` counts columns of the ids that it is given; what was read first is none.
-            cache = replace(cache, num_columns=0)
         start = time.perf_counter()
         input_ids = _encode_prompt(prompt, first_id).to(model.device)  # [1, T]
         # The last id is read by `generate`, which needs its logits.
         cache = read_prompt(model, input_ids[:, :-1], cache, gives_up_cache=True)
         with _limit_threads(model):
             model.generate(
-                input_ids,
+                input_ids[:, -1:],
                 past_key_values=cache,
+                continues=True,
                 use_cache=True,
                 max_new_tokens=num_new,
                 streamer=streamer,
-                stopping_criteria=_list_criteria(ends_at, input_ids.shape[1]),
+                stopping_criteria=_list_criteria(ends_at),
                 **_choose_options(sampling, model.config.vocab_size),
             )
         seconds = time.perf_counter() - start
@@ -215,15 +213,13 @@ def _choose_options(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _list_criteria(
-    ends_at: Callable[[bytes], bool] | None, prompt_tokens: int
-) -> StoppingCriteriaList:
-    """Return what makes ``generate`` stop where ``ends_at`` says so of the new bytes."""
+def _list_criteria(ends_at: Callable[[bytes], bool] | None) -> StoppingCriteriaList:
+    """Return what makes ``generate`` stop where ``ends_at`` says so of all but the first id."""
     if ends_at is None:
         return StoppingCriteriaList()
 
     def stop(input_ids: Tensor, scores: Any, **_unused: Any) -> Tensor:
-        is_over = ends_at(decode_bytes(input_ids[0, prompt_tokens:].cpu()))
+        is_over = ends_at(decode_bytes(input_ids[0, 1:].cpu()))
         return torch.tensor([is_over], device=input_ids.device)
 
     return StoppingCriteriaList([stop])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from unimatrix.cache import UniMatrixCache, start_cache
+from unimatrix.cache import UniMatrixCache, require_own_cache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.loss import (
@@ -27,6 +27,7 @@ from unimatrix.modeling_inputs import (
     refuse_unused,
     require_match,
     require_positions,
+    require_shape,
     require_tokens,
     take_shift_labels,
 )
@@ -50,6 +51,7 @@ from unimatrix.nn.shift import take_last
 from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.ops.hindsight import HindsightScale
 from unimatrix.ops.suffix_automaton import AutomatonState
+from unimatrix.ops.text_hash import hash_text
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
 from unimatrix.split_head import PointedHidden, keep_pointer, splits_truly
 
@@ -106,7 +108,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         """Return the hidden states of every position and the cache after the last.
 
         Args:
-            input_ids: [B, T] int64, T >= 1.
+            input_ids: [B, T] int64 or int32, T >= 1.
             attention_mask: [B, T] or [B, past + T], 0 at padding, which may stand anywhere and
                 leaves everything carried untouched; ``None`` is no padding.
             past_key_values: the cache to continue from; not altered unless it is given up.
@@ -133,9 +135,10 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
 
         Raises:
             InputError: for ids that are no [B, T] of at least one token, ids and embeddings both or
-                neither, embeddings for a model that reads ids, positions that start anew, a cache
-                of another model, more tokens than the position table has rows, or ``suffix_match``
-                beside a cache or a mask, or for a model without a suffix automaton.
+                neither, embeddings for a model that reads ids, positions that start anew, a mask
+                that does not fit, a cache of another model, more tokens than
+                the position table has rows, or ``suffix_match`` beside a cache or a mask, or for a
+                model without a suffix automaton.
         """
         refuse_unused(self.config, output_attentions, token_type_ids)
         given_ids = require_tokens(self.config, input_ids, inputs_embeds)
@@ -152,12 +155,13 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        past_key_values = require_own_cache(past_key_values)
         if past_key_values is None:
             past = start_cache(self.config, given_ids, is_kept=use_cache)
         else:
-            past_key_values.check(self.config, given_ids.shape[0])
+            past_key_values.check(self, given_ids.shape[0])
             past = past_key_values
-        padding = find_padding(attention_mask, given_ids)
+        padding = find_padding(attention_mask, given_ids, past.num_columns)
         has_table = self.embed_positions is not None
         require_positions(position_ids, given_ids, past, padding, has_table=has_table)
         lengths = None if padding is None else padding.lengths
@@ -199,6 +203,10 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 depth=depth.carries,
                 associations=depth.associations,
                 automaton=automaton,
+                # Embeddings are no text.
+                text_hash=None
+                if past.text_hash is None or inputs_embeds is not None
+                else hash_text(ids, lengths, past.text_hash),
             )
             if use_cache
             else None,
@@ -424,7 +432,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         """Return the logits of every position, and the loss where labels are given.
 
         Args:
-            input_ids: [B, T] int64, T >= 1.
+            input_ids: [B, T] int64 or int32, T >= 1.
             attention_mask: as in ``UniMatrixModel.forward``.
             past_key_values: as in ``UniMatrixModel.forward``.
             labels: [B, T] int64 of the same positions, -100 ignored; the shift happens here.
@@ -452,7 +460,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             a ``UniMatrixCausalLMOutput``.
 
         Raises:
-            InputError: as in ``UniMatrixModel.forward``, or for ``logits_at`` beside labels.
+            InputError: as in ``UniMatrixModel.forward``, for labels or ``logits_at`` that do not
+                fit the tokens, or for ``logits_at`` beside labels.
             TypeError: for an unknown keyword.
         """
         shift_labels = take_shift_labels(options)
@@ -473,6 +482,12 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             output_attentions=output_attentions,
             handles_pointer=True,
         )
+        assert output.last_hidden_state is not None
+        shape = list(output.last_hidden_state.shape[:2])
+        require_shape("logits_at", logits_at, shape)
+        require_shape("labels", labels, shape)
+        if not logits_to_keep:  # beside which the targets of those positions are enough
+            require_shape("shift_labels", shift_labels, shape)
         # 5. The one shift.
         if shift_labels is None and labels is not None:
             shift_labels = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)

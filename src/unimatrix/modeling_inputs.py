@@ -35,6 +35,12 @@ def take_shift_labels(options: Mapping[str, Any]) -> Tensor | None:
     return shift_labels
 
 
+def require_shape(name: str, given: Tensor | None, shape: list[int]) -> None:
+    """Raise ``InputError`` unless a tensor has one value for each of [B, T] tokens."""
+    if given is not None and list(given.shape) != shape:
+        raise InputError(f"{name} has shape {list(given.shape)}; pass {shape}, one value per token")
+
+
 def list_id_readers(config: UniMatrixConfig) -> list[str]:
     """Return the configuration fields by which a model reads token ids beside the embedding."""
     fields = {
@@ -64,7 +70,7 @@ def require_tokens(
                 f"input_ids has shape {list(input_ids.shape)}; pass [batch, tokens] with at least "
                 "one token, for instance BOS"
             )
-        return input_ids
+        return input_ids.long() if input_ids.dtype == torch.int32 else input_ids
     assert inputs_embeds is not None
     if readers := list_id_readers(config):
         raise InputError(

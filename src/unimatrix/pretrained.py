@@ -1,5 +1,6 @@
 """What the models share with the rest of Hugging Face: loading, generation, back ends."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,14 +8,16 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
-from unimatrix.cache import UniMatrixCache
+from unimatrix.cache import UniMatrixCache, require_own_cache
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.decoding.loop import choose_loop, sample_tokens
+from unimatrix.decoding.loop import choose_loop, sample_seeded, sample_tokens
+from unimatrix.decoding.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.errors import InputError
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
 from unimatrix.nn.norm import RowNorm
+from unimatrix.nn.padding import align_right, cut_mask
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
@@ -150,7 +153,41 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
 
 
 class UniMatrixGenerationMixin(GenerationMixin):
-    """``generate`` with a recurrent cache and, where it can, the compiled step."""
+    """``generate`` with a recurrent cache and, where it can, the compiled step.
+
+    Beside the arguments of transformers, ``generate`` takes:
+
+    ``continues``: what ``input_ids`` are beside ``past_key_values``. ``True``: new tokens alone.
+    ``False``: the whole text, which begins with what the cache has read. ``None``: the whole text
+    if every row begins so, as a hash of what was read tells, new tokens if none does.
+
+    ``generator``: a ``torch.Generator`` to sample with, in place of the global one.
+    """
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Raise for an argument of ``generate`` that nobody knows; wrappers hide ours."""
+        own = ("continues", "generator")
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in own})
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat every row, those of the cache with it, for beams and several answers."""
+        cache = require_own_cache(model_kwargs.pop("past_key_values", None))
+        if cache is not None and input_ids is not None and cache.batch_size == len(input_ids):
+            rows = torch.arange(cache.batch_size).repeat_interleave(expand_size)
+            cache = cache if expand_size == 1 else cache.select_rows(rows)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        return input_ids, model_kwargs | ({} if cache is None else {"past_key_values": cache})
 
     def _sample(
         self,
@@ -160,12 +197,13 @@ class UniMatrixGenerationMixin(GenerationMixin):
         generation_config: Any,
         synced_gpus: bool = False,
         streamer: Any = None,
+        generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Any:
         """Take tokens one after the other, greedily or by sampling; called by ``generate``.
 
         The arguments are those of ``GenerationMixin._sample``, which runs where ``choose_loop`` is
-        false.
+        false, and the generator to sample with.
         """
         prepared = {
             "logits_processor": logits_processor,
@@ -174,8 +212,22 @@ class UniMatrixGenerationMixin(GenerationMixin):
             "streamer": streamer,
         }
         if choose_loop(self, generation_config, synced_gpus):
-            return sample_tokens(self, input_ids, **prepared, **model_kwargs)
-        return super()._sample(input_ids, synced_gpus=synced_gpus, **prepared, **model_kwargs)
+            return sample_tokens(self, input_ids, generator=generator, **prepared, **model_kwargs)
+        run = partial(super()._sample, input_ids, synced_gpus=synced_gpus, **model_kwargs)
+        if generator is None or not generation_config.do_sample:
+            return run(**prepared)
+        return sample_seeded(run, generator, **prepared)
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """Read the prompt, in parts of ``prefill_chunk_size``; called by transformers' loops."""
+        inputs = prepare_prompt(self, input_ids, generation_config, model_kwargs)
+        return read_prompt(self, inputs, generation_config.prefill_chunk_size)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: Any) -> None:
         """Make no positions for ``generate`` to lengthen at every token: ``forward`` counts."""
@@ -183,39 +235,52 @@ class UniMatrixGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: UniMatrixCache | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 1,
         output_hidden_states: bool | None = None,
+        continues: bool | None = None,
         **_unused: Any,
     ) -> dict[str, Any]:
         """Return the arguments of one ``forward`` call inside ``generate``.
 
+        Rows with padding on their right are moved to the right, since the logits of the last
+        column are those that count.
+
         Args:
-            input_ids: [B, past + T] int64, the whole sequence so far.
-            past_key_values: the cache of its first columns.
-            attention_mask: [B, past + T].
+            input_ids: [B, T] int64.
+            next_sequence_length: how many of the last ids are to be read; ``None`` is what the
+                cache has not read yet.
+            past_key_values: a cache, of the first tokens or of what comes before all of them.
+            attention_mask: [B, T], or beside a cache and new tokens alone [B, past + T].
             use_cache: whether to keep a cache.
             logits_to_keep: positions whose logits are wanted.
             output_hidden_states: whether the caller collects hidden states.
+            continues: as ``generate`` takes it.
             _unused: bookkeeping of ``generate`` that a recurrent model has no use for.
 
         Raises:
-            InputError: if the cache already covers the whole of ``input_ids``.
+            InputError: if ids, mask and cache do not fit each other, or a row has nothing to read.
         """
-        if past_key_values is not None:
-            num_columns = past_key_values.get_seq_length()
-            if input_ids.shape[1] <= num_columns:
-                raise InputError(
-                    f"the cache covers {num_columns} columns and input_ids has "
-                    f"{input_ids.shape[1]}; pass the whole sequence with at least one new token"
-                )
-            input_ids = input_ids[:, num_columns:]
+        cache = require_own_cache(past_key_values)
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, -next_sequence_length:]
+        elif cache is not None:
+            cache.check(self.model, input_ids.shape[0])
+            input_ids, attention_mask = choose_new_tokens(
+                input_ids, attention_mask, cache, continues
+            )
+        if attention_mask is not None:
+            mask = cut_mask(attention_mask, input_ids, 0)
+            input_ids, attention_mask = align_right(input_ids, mask)
         return {
             "input_ids": input_ids.contiguous(),
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            "past_key_values": cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,

@@ -40,7 +40,7 @@ class Decoder:
             raise InputError(f"there is no compiled step: {reason}; call the model instead")
         if cache is None:
             cache = start_cache(model.config, torch.empty(batch_size, 0, dtype=torch.int64))
-        cache.check(model.config, cache.batch_size)
+        cache.check(model.model, cache.batch_size)
         self._plan = build_plan(model)
         mixer = model.model.block.selective_mixer
         num_recent = 0 if mixer is None else mixer.num_recent
@@ -57,7 +57,7 @@ class Decoder:
         """Read one token of every row.
 
         Args:
-            token_ids: [B] int64.
+            token_ids: [B] int64 or int32.
 
         Returns:
             [B, V], the logits of the next, in the model's type.
@@ -68,6 +68,8 @@ class Decoder:
         """
         config = self._plan.config
         ids = np.ascontiguousarray(token_ids.detach().numpy())
+        if ids.dtype == np.int32:
+            ids = ids.astype(np.int64)
         if ids.shape != (self.batch_size,) or ids.dtype != np.int64:
             raise InputError(
                 f"token_ids has shape {list(token_ids.shape)} and type {token_ids.dtype}; pass "

@@ -5,6 +5,7 @@ costs the compiled step and the samplers. Which tokens come out is decided by th
 the same draw and the same stopping criteria, in the same order.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from unimatrix.cache import UniMatrixCache
+from unimatrix.decoding.prompt import prepare_prompt, read_prompt
 from unimatrix.decoding.support import explain_unusable
 
 _logger = logging.get_logger(__name__)
@@ -29,8 +32,8 @@ def choose_loop(model: Any, generation_config: Any, synced_gpus: bool) -> bool:
     """Return whether ``sample_tokens`` takes over from transformers' loop, and log it once.
 
     It does not where there is no compiled step (``explain_unusable``), without a cache, on several
-    synchronised devices, with a prompt to be read in chunks, or where attentions or hidden states
-    are to be returned. Beams and assisted generation never ask.
+    synchronised devices, or where hidden states are to be returned. Beams and assisted generation
+    never ask.
 
     Args:
         model: a ``UniMatrixForCausalLM``.
@@ -51,12 +54,8 @@ def _explain_arguments(generation_config: Any, synced_gpus: bool) -> str | None:
         return "use_cache is False"
     if synced_gpus:
         return "synced_gpus is True"
-    if generation_config.prefill_chunk_size is not None:
-        return "prefill_chunk_size is given"
-    if generation_config.return_dict_in_generate:
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(generation_config, name):
-                return f"{name} is True"
+    if generation_config.return_dict_in_generate and generation_config.output_hidden_states:
+        return "output_hidden_states is True"
     return None
 
 
@@ -161,24 +160,26 @@ def sample_tokens(
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any,
+    generator: torch.Generator | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Continue a prompt greedily or by sampling, as ``GenerationMixin._sample``.
 
     Args:
         model: a ``UniMatrixForCausalLM`` for which ``choose_loop`` is true.
-        input_ids: [B, T] int64, the whole sequence so far.
+        input_ids: [B, T] int64, the prompt.
         logits_processor: as ``generate`` has prepared it.
         stopping_criteria: likewise.
         generation_config: likewise.
         streamer: is handed every token; ``None`` is nobody.
+        generator: to sample with; ``None`` is the global one.
         model_kwargs: for the prompt's forward pass.
 
     Returns:
         ids [B, T + new], or with ``return_dict_in_generate`` what transformers returns, its cache
         covering all but the last token.
     """
-    logits, stream = _read_prompt(model, input_ids, model_kwargs)
+    logits, stream = _read_prompt(model, input_ids, generation_config, model_kwargs)
     if _is_plain(logits_processor, stopping_criteria, generation_config, streamer):
         return _write_greedily(input_ids, logits, stream, stopping_criteria, generation_config)
     process = _join_processors(logits_processor)
@@ -192,7 +193,7 @@ def sample_tokens(
         scores = process(text.ids, logits) if process is not None else logits
         records.add(scores, logits)
         if generation_config.do_sample:
-            token_ids = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+            token_ids = _draw(scores, generator).squeeze(1)
         else:
             token_ids = scores.argmax(dim=-1)
         if may_end:
@@ -217,21 +218,72 @@ def sample_tokens(
 
 
 def _read_prompt(
-    model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]
+    model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> tuple[Tensor, _Stream]:
     """Return the logits [B, V] after the prompt, and the streams that stand there."""
-    inputs = model.prepare_inputs_for_generation(input_ids, **model_kwargs)
-    past, mask = inputs["past_key_values"], inputs["attention_mask"]
-    if (
-        past is not None
-        and inputs["input_ids"].shape[1] == 1
-        and (mask is None or mask[:, -1].all())
-    ):
-        # One token after a cache is what the compiled step is for.
+    inputs = prepare_prompt(model, input_ids, generation_config, model_kwargs)
+    past = inputs["past_key_values"]
+    if past is not None and inputs["input_ids"].shape[1] == 1:
+        # One token after a cache is what the compiled step is for; none of them is padding.
         stream = _Stream(model, past)
         return stream.advance(inputs["input_ids"][:, 0]), stream
-    output = model(**inputs, return_dict=True)
+    output = read_prompt(model, inputs, generation_config.prefill_chunk_size)
     return output.logits[:, -1], _Stream(model, output.past_key_values)
+
+
+def _draw(scores: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Return one id of each row, [B, 1], by its probability."""
+    return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator)
+
+
+class _DrawingProcessor(LogitsProcessor):
+    """Draws an id of each row and leaves it alone possible, so that the greatest score is it.
+
+    Args:
+        generator: to draw with.
+        keeps_scores: whether to note the scores that were drawn from.
+    """
+
+    def __init__(self, generator: torch.Generator, *, keeps_scores: bool) -> None:
+        self.generator = generator
+        self.scores: tuple[Tensor, ...] | None = () if keeps_scores else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores [B, V] of minus infinity, and 0 at the id that was drawn."""
+        if self.scores is not None:
+            self.scores += (scores,)
+        return torch.full_like(scores, -torch.inf).scatter(1, _draw(scores, self.generator), 0)
+
+
+def sample_seeded(
+    run: Callable[..., Any],
+    generator: torch.Generator,
+    *,
+    logits_processor: Any,
+    generation_config: Any,
+    **prepared: Any,
+) -> Any:
+    """Sample with a generator in transformers' loop, which knows the global one alone.
+
+    Args:
+        run: the loop, all but its prepared arguments given.
+        generator: to sample with.
+        logits_processor: as ``generate`` has prepared it.
+        generation_config: likewise; sampling.
+        prepared: the other arguments of the loop.
+
+    Returns:
+        what the loop returns.
+    """
+    keeps_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+    drawing = _DrawingProcessor(generator, keeps_scores=bool(keeps_scores))
+    greedy = copy.copy(generation_config)
+    greedy.do_sample = False
+    processors = LogitsProcessorList([*logits_processor, drawing])
+    output = run(logits_processor=processors, generation_config=greedy, **prepared)
+    if drawing.scores is not None:
+        output.scores = drawing.scores
+    return output
 
 
 def _is_plain(processors: Any, criteria: Any, generation_config: Any, streamer: Any) -> bool:

@@ -34,6 +34,7 @@ from unimatrix.ops.matrix_state.projected import READOUT_EPS
 from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 from unimatrix.ops.slots.native_step import advance_slots
+from unimatrix.ops.text_hash import MULTIPLIER
 
 
 @part(**OPTIONS)
@@ -418,3 +419,4 @@ def advance(
                 logits[b, read_ids[b, n]] += gate * votes[b, n]
         counters[b, at.NUM_TOKENS] += 1
         counters[b, at.LAST_TOKEN_ID] = token_ids[b]
+        counters[b, at.TEXT_HASH] = counters[b, at.TEXT_HASH] * MULTIPLIER + token_ids[b]

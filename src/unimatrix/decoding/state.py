@@ -33,7 +33,8 @@ class StepState:
             in float64, units [G, B, M, C] and offsets [G, B, M] of the keys; ages and token ids
             [G, B, M] int64. G is 1 with the token source, L with the hidden one. ``None`` without.
         selective: keys, values and codes [B, M], recent token ids [B, n], all int64; or ``None``.
-        counters: [B, 2] int64, tokens so far and the last token.
+        counters: [B, 3] int64, tokens so far, the last token and the hash of the text.
+        knows_text: whether that hash is of the whole text.
         automaton: ``None`` where the model has none.
     """
 
@@ -43,6 +44,7 @@ class StepState:
     slots: tuple[Array, ...] | None
     selective: tuple[Array, ...] | None
     counters: Array
+    knows_text: bool
     automaton: AutomatonStream | None
 
     @property
@@ -80,7 +82,8 @@ def read_cache(
         dtype: of floating state, float32 or float64.
     """
     batch = cache.batch_size
-    counters = torch.stack([cache.num_tokens, cache.last_token_ids], dim=1)
+    text_hash = torch.zeros_like(cache.num_tokens) if cache.text_hash is None else cache.text_hash
+    counters = torch.stack([cache.num_tokens, cache.last_token_ids, text_hash], dim=1)
     stream = None
     if config.residual_path == "suffix_automaton":
         automaton = cache.automaton
@@ -95,6 +98,7 @@ def read_cache(
         slots=_read_slots(cache, config, dtype),
         selective=_read_selective(cache, config, num_recent),
         counters=_copy(counters, torch.int64),
+        knows_text=cache.text_hash is not None,
         automaton=stream,
     )
 
@@ -169,7 +173,7 @@ def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
         state: not altered, and nothing is shared with it.
         config: the model's.
     """
-    num_tokens, last_token_ids = torch.from_numpy(state.counters.copy()).unbind(dim=1)
+    num_tokens, last_token_ids, text_hash = torch.from_numpy(state.counters.copy()).unbind(dim=1)
     matrix_states: list[Tensor | None] = [None] * config.num_hidden_layers
     if config.update_rules != "none":
         copied = torch.from_numpy(state.matrix_states.copy()).mT.contiguous()
@@ -195,6 +199,7 @@ def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
         depth=tuple(DepthCarry(*carry) for carry in zip(matrix_states, recents, own, strict=True)),
         associations=shared,
         automaton=automaton,
+        text_hash=text_hash.contiguous() if state.knows_text else None,
     )
 
 

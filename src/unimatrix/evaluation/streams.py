@@ -143,4 +143,5 @@ def _remember(model: PreTrainedModel, text: ByteStream, num_tokens: int) -> UniM
         num_tokens=torch.tensor([num_tokens], device=model.device),
         last_token_ids=last_ids[0].to(model.device),
         automaton=automaton,
+        text_hash=None,
     )
