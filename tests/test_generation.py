@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -123,6 +125,24 @@ def test_the_seed_alone_decides_and_nothing_global_moves() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
     assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["compiled", "transformers"])
+def test_the_seed_alone_decides_in_threads_too(dtype) -> None:
+    model = build_byte_model().to(dtype).train()
+    num_threads = torch.get_num_threads()
+
+    def write(seed: int) -> bytes:
+        sampling = Sampling(seed=seed)
+        return generate_bytes(model, b"x", max_new_bytes=12, sampling=sampling).data
+
+    expected = [write(seed) for seed in range(6)]
+    assert len(set(expected)) > 1
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(write, list(range(6)) * 2)) == expected * 2
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(6))) == {num_threads}
+    assert torch.get_num_threads() == num_threads
+    assert all(module.training for module in model.modules())
 
 
 def test_the_end_of_the_text_stops() -> None:

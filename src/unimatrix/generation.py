@@ -1,5 +1,6 @@
 """Continuing a prompt byte by byte: any bytes in, any bytes out."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, decode_byt
 PREFILL_TOKENS = 2048
 """Prompt tokens read in one forward pass."""
 _SMALL_PARAMETERS = 5_000_000
+_LOCK = threading.Lock()
+# For each call that limits its threads now, how many there were before.
+_limited: list[int] = []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +105,8 @@ def generate_bytes(
         require_state(model)
     num_new = resolve_new_bytes(model, len(prompt), max_new_bytes)
     streamer = ByteStreamer(on_bytes)
-    with suspend_training(model), _seed_draws(sampling.seed, model.device):
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    with suspend_training(model):
         cache, first_id = (None, BOS_ID) if prime is None else read_first(model, prime)
         start = time.perf_counter()
         input_ids = _encode_prompt(prompt, first_id).to(model.device)  # [1, T]
@@ -116,6 +121,7 @@ def generate_bytes(
                 max_new_tokens=num_new,
                 streamer=streamer,
                 stopping_criteria=_list_criteria(ends_at),
+                generator=generator,
                 **_choose_options(sampling, model.config.vocab_size),
             )
         seconds = time.perf_counter() - start
@@ -226,22 +232,20 @@ def _list_criteria(ends_at: Callable[[bytes], bool] | None) -> StoppingCriteriaL
 
 
 @contextmanager
-def _seed_draws(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global generators, which ``generate`` draws from, and put them back afterwards."""
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices, device_type=kind):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def _limit_threads(model: UniMatrixForCausalLM) -> Iterator[None]:
-    """Give small models one thread: waking another takes longer than its share of a byte."""
-    num_threads = torch.get_num_threads()
-    if model.num_parameters() < _SMALL_PARAMETERS:
+    """Give small models one thread: waking another takes longer than its share of a byte.
+
+    What a caller's thread reads as the number of threads may be the limit that another has set;
+    all of them put back what the first found.
+    """
+    if model.num_parameters() >= _SMALL_PARAMETERS:
+        yield
+        return
+    with _LOCK:
+        _limited.append(_limited[0] if _limited else torch.get_num_threads())
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(num_threads)
+        with _LOCK:
+            torch.set_num_threads(_limited.pop())

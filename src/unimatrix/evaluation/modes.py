@@ -1,24 +1,39 @@
 """Measuring leaves a model as it was."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+_LOCK = threading.Lock()
+# Models that are measured now: by how many, and the modules that were in training mode before.
+_suspended: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
+
 
 @contextmanager
 def suspend_training(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients; every module gets its mode back afterwards.
 
+    Where several threads measure one model, the last to end puts the modes back.
+
     Args:
         model: whatever is measured.
     """
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
+    with _LOCK:
+        trained = [module for module in model.modules() if module.training]
+        count, trained = _suspended.get(model, (0, trained))
+        _suspended[model] = count + 1, trained
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module in trained:
-            module.training = True
+        with _LOCK:
+            count, trained = _suspended.pop(model)
+            if count > 1:
+                _suspended[model] = count - 1, trained
+            else:
+                for module in trained:
+                    module.training = True
