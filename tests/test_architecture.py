@@ -16,6 +16,7 @@ LAYERS = (
     ("ops",),
     ("configuration", "nn"),
     (
+        "weights_origin",
         "cache",
         "decoding",
         "loss",

@@ -24,6 +24,7 @@ from unimatrix.ops.selective_slots import SelectiveSlots
 from unimatrix.ops.slots import SlotState
 from unimatrix.ops.suffix_automaton import AutomatonState
 from unimatrix.ops.text_hash import START
+from unimatrix.weights_origin import WeightsOrigin
 
 _logger = logging.get_logger(__name__)
 FORMAT = "unimatrix-cache"
@@ -82,6 +83,7 @@ class UniMatrixCache:
         automaton: the suffix automaton; lives on the CPU.
         text_hash: [B] int64, of the real tokens consumed by each row (``ops.text_hash``), by which
             ``generate`` knows them again; ``None`` where nobody counted.
+        origin: the weights that made it; ``None`` is unknown, and fits any.
     """
 
     config_digest: str
@@ -92,6 +94,7 @@ class UniMatrixCache:
     associations: Associations = field(default_factory=Associations)
     automaton: AutomatonState | None = None
     text_hash: Tensor | None = None
+    origin: WeightsOrigin | None = None
 
     # Read by transformers' `generate`.
     is_compileable = False
@@ -135,6 +138,10 @@ class UniMatrixCache:
         moved = self._map(lambda tensor: tensor.to(device))
         return replace(moved, automaton=self.automaton)
 
+    def forget_weights(self) -> "UniMatrixCache":
+        """Return a cache that any model of the same configuration takes."""
+        return replace(self, origin=None)
+
     def num_bytes(self) -> int:
         """Return the bytes of every tensor, as allocated."""
         return sum(self.bytes_by_part().values())
@@ -154,13 +161,18 @@ class UniMatrixCache:
 
         Raises:
             InputError: if it cannot be written there.
+
+        Cost:
+            Reads the weights of the model that made it, for a digest of them.
         """
+        digests = {} if self.origin is None else self.origin.list_digests()
         metadata = {
             "format": FORMAT,
             "format_version": str(FORMAT_VERSION),
             "config_digest": self.config_digest,
             "num_columns": str(self.num_columns),
             "num_depth_steps": str(len(self.depth)),
+            "weights_digests": json.dumps(digests),
         }
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors().items()}
         partial = f"{os.fspath(path)}.partial"
@@ -204,7 +216,8 @@ class UniMatrixCache:
                 f"{os.fspath(path)!r} has format version {metadata['format_version']} and this "
                 f"release reads up to {FORMAT_VERSION}; upgrade unimatrix-lm"
             )
-        _warn_of_missing(os.fspath(path), tensors.get("text_hash"))
+        digests = json.loads(metadata.get("weights_digests", "{}"))
+        _warn_of_missing(os.fspath(path), digests, tensors.get("text_hash"))
         return cls(
             config_digest=metadata["config_digest"],
             num_columns=int(metadata["num_columns"]),
@@ -221,10 +234,14 @@ class UniMatrixCache:
             associations=_gather_associations(tensors, "associations."),
             automaton=_gather(AutomatonState, tensors, "automaton."),
             text_hash=tensors.get("text_hash"),
+            origin=WeightsOrigin(None, digests) if digests else None,
         ).to(device)
 
     def check(self, model: Any, batch: int) -> None:
         """Raise ``InputError`` unless the cache belongs to this model and batch.
+
+        Weights are compared only where another model object made the cache, and then once: a
+        training may carry it on through its updates.
 
         Args:
             model: a ``UniMatrixModel``.
@@ -240,6 +257,26 @@ class UniMatrixCache:
                 f"this cache has {self.batch_size} rows and input_ids has {batch}; select rows "
                 "with cache.select_rows"
             )
+        if self.origin is not None and self.origin is not model.origin:
+            self._compare_weights(model)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _compare_weights(self, model: Any) -> None:
+        """Raise ``InputError`` if the weights differ; from now on the cache is this model's."""
+        assert self.origin is not None
+        is_same = self.origin.is_of(model)
+        if is_same is False:
+            raise InputError(
+                "this cache was made by a model with other weights; pass one made by this model, "
+                "or cache.forget_weights() to go on with it all the same"
+            )
+        if is_same is None:
+            warnings.warn(
+                "this cache was made by another model, whose weights cannot be compared with those "
+                "of the model that reads it now",
+                stacklevel=2,
+            )
+        self.origin = model.origin
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "UniMatrixCache":
         """Return a cache with ``function`` applied to every tensor."""
@@ -300,14 +337,13 @@ def require_own_cache(past_key_values: Any) -> UniMatrixCache | None:
     )
 
 
-def _warn_of_missing(path: str, text_hash: Tensor | None) -> None:
+def _warn_of_missing(path: str, digests: dict[str, str], text_hash: Tensor | None) -> None:
     """Warn of what an earlier release did not write."""
+    missing = [] if digests else ["which weights made it, so that any are taken"]
     if text_hash is None:
-        warnings.warn(
-            f"{path!r} does not say which text it has read, so that `generate` must be told with "
-            "`continues`",
-            stacklevel=3,
-        )
+        missing.append("which text it has read, so that `generate` must be told with `continues`")
+    if missing:
+        warnings.warn(f"{path!r} does not say {', nor '.join(missing)}", stacklevel=3)
 
 
 def _flatten(parts: Any, prefix: str = "") -> dict[str, Tensor]:

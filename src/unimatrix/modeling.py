@@ -136,7 +136,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         Raises:
             InputError: for ids that are no [B, T] of at least one token, ids and embeddings both or
                 neither, embeddings for a model that reads ids, positions that start anew, a mask
-                that does not fit, a cache of another model, more tokens than
+                that does not fit, a cache of another model or of other weights, more tokens than
                 the position table has rows, or ``suffix_match`` beside a cache or a mask, or for a
                 model without a suffix automaton.
         """
@@ -207,6 +207,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 text_hash=None
                 if past.text_hash is None or inputs_embeds is not None
                 else hash_text(ids, lengths, past.text_hash),
+                origin=self.origin,
             )
             if use_cache
             else None,

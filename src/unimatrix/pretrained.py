@@ -24,6 +24,7 @@ from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops import matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
+from unimatrix.weights_origin import WeightsOrigin
 
 _USE_FUSED_PASSES = (UniMatrixBlock, RowNorm, GatedFeedForward, ShortConvolution, PointerMixture)
 
@@ -37,6 +38,24 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["UniMatrixBlock"]  # noqa: RUF012
     # Nothing here can be rolled back by cropping, so assisted generation is refused.
     _is_stateful = True
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__(config)
+        self.origin = WeightsOrigin(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "origin"}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """Make a copy, or what was read from a file, a model of its own."""
+        super().__setstate__(values)
+        self.origin = WeightsOrigin(self)
+
+    def __del__(self) -> None:
+        """Leave digests to the caches that outlive the model."""
+        origin = vars(self).get("origin")
+        if origin is not None:
+            origin.keep_digests(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -41,6 +41,7 @@ class Decoder:
         if cache is None:
             cache = start_cache(model.config, torch.empty(batch_size, 0, dtype=torch.int64))
         cache.check(model.model, cache.batch_size)
+        self._origin = model.model.origin
         self._plan = build_plan(model)
         mixer = model.model.block.selective_mixer
         num_recent = 0 if mixer is None else mixer.num_recent
@@ -147,7 +148,7 @@ class Decoder:
 
     def cache(self) -> UniMatrixCache:
         """Return where the streams stand, to save it or go on with the model; shares nothing."""
-        return write_cache(self._state, self._plan.config)
+        return write_cache(self._state, self._plan.config, self._origin)
 
     def num_bytes(self) -> int:
         """Return the bytes that the streams carry, as allocated."""

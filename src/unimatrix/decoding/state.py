@@ -16,6 +16,7 @@ from unimatrix.ops.slots import SlotState, empty_slots
 from unimatrix.ops.slots.native_step import prepare_slots
 from unimatrix.ops.suffix_automaton import AutomatonState, empty_automaton
 from unimatrix.ops.suffix_automaton.native_step import AutomatonStream, copy_automaton
+from unimatrix.weights_origin import WeightsOrigin
 
 Array = np.ndarray[Any, Any]
 
@@ -166,12 +167,15 @@ def _read_selective(
     )
 
 
-def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
+def write_cache(
+    state: StepState, config: UniMatrixConfig, origin: WeightsOrigin | None
+) -> UniMatrixCache:
     """Copy the state into a cache, as ``forward`` would have returned it.
 
     Args:
         state: not altered, and nothing is shared with it.
         config: the model's.
+        origin: the weights that the streams went through.
     """
     num_tokens, last_token_ids, text_hash = torch.from_numpy(state.counters.copy()).unbind(dim=1)
     matrix_states: list[Tensor | None] = [None] * config.num_hidden_layers
@@ -200,6 +204,7 @@ def write_cache(state: StepState, config: UniMatrixConfig) -> UniMatrixCache:
         associations=shared,
         automaton=automaton,
         text_hash=text_hash.contiguous() if state.knows_text else None,
+        origin=origin,
     )
 
 

@@ -1,0 +1,112 @@
+"""Which weights made a cache: a model while it lives, digests of its weights afterwards."""
+
+import hashlib
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Wide ones first: what a model of one type made, a copy of it in a narrower one may go on with.
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+class WeightsOrigin:
+    """The weights that made a cache; its model's own caches share one object.
+
+    Nothing is computed until somebody asks: a cache remembers its model by this object alone.
+
+    Args:
+        model: refers to it weakly; ``None`` where only digests are left.
+        digests: of the weights in their own type and every narrower one, by name of the type.
+    """
+
+    def __init__(self, model: nn.Module | None, digests: dict[str, str] | None = None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+        self._digests = digests or {}
+
+    def list_digests(self) -> dict[str, str]:
+        """Return the digests, of the weights as they are now; empty where there can be none."""
+        model = None if self._model is None else self._model()
+        return self._digests if model is None else _list_digests(model)
+
+    def keep_digests(self, model: nn.Module) -> None:
+        """Take the digests of a model that is about to end, if any cache of it is left."""
+        # The model's own reference, the caller's argument list and the count's.
+        if sys.getrefcount(self) > 3 and not sys.is_finalizing():
+            self._model, self._digests = None, _list_digests(model)
+
+    def is_of(self, model: nn.Module) -> bool | None:
+        """Return whether the weights are those of a model, ``None`` if nobody can tell.
+
+        Weights of different types are compared in the narrower one.
+        """
+        ours = None if self._model is None else self._model()
+        held = list(self._digests) if ours is None else [_name_dtype(ours)]
+        if not held:
+            return None
+        name = _name_narrower(held[0], _name_dtype(model))
+        if name is None:
+            return None
+        kept = self._digests.get(name) if ours is None else digest_weights(ours, _DTYPES[name])
+        found = digest_weights(model, _DTYPES[name])
+        return None if kept is None or found is None else kept == found
+
+    def __deepcopy__(self, memo: Any) -> "WeightsOrigin":
+        return self
+
+    def __reduce__(self) -> Any:
+        return WeightsOrigin, (None, self.list_digests())
+
+
+def digest_weights(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Return a hash of all parameters by name, ``None`` if they are not all here.
+
+    Args:
+        model: any.
+        dtype: floating parameters are rounded to it.
+
+    Cost:
+        Reads every parameter, about a second for a gigabyte.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        tensor: Tensor = parameter.data
+        # Sharded, packed or kept elsewhere.
+        if tensor.is_meta or type(tensor) is not Tensor or "_fsdp_wrapped_module" in name:
+            return None
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            tensor = tensor.to(torch.float32).to(dtype)
+        # What a compiler puts around a module is no other module.
+        total.update(f"{name.replace('_orig_mod.', '')} {list(tensor.shape)}".encode())
+        total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _list_digests(model: nn.Module) -> dict[str, str]:
+    own = _name_dtype(model)
+    narrower = [name for name in _DTYPES if _name_narrower(own, name) == name]
+    found = {name: digest_weights(model, _DTYPES[name]) for name in dict.fromkeys([own, *narrower])}
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
+def _name_dtype(model: nn.Module) -> str:
+    """Return the type of a model's weights, that of its first floating parameter."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return str(next(dtypes, torch.float32)).removeprefix("torch.")
+
+
+def _name_narrower(left: str, right: str) -> str | None:
+    """Return the type that both can be rounded to, ``None`` if there is none."""
+    if left == right:
+        return left if left in _DTYPES else None
+    if left not in _DTYPES or right not in _DTYPES:
+        return None
+    sizes = {name: _DTYPES[name].itemsize for name in (left, right)}
+    if sizes[left] == sizes[right]:
+        return None
+    return min(sizes, key=lambda name: sizes[name])
