@@ -163,7 +163,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             past = past_key_values
         padding = find_padding(attention_mask, given_ids, past.num_columns)
         has_table = self.embed_positions is not None
-        require_positions(position_ids, given_ids, past, padding, has_table=has_table)
+        require_positions(position_ids, given_ids, past.num_tokens, padding, has_table=has_table)
         lengths = None if padding is None else padding.lengths
         ids = given_ids if padding is None else padding.pack(given_ids)  # [B, T]
 
@@ -418,7 +418,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool = False,
         logits_at: Tensor | None = None,
@@ -441,7 +441,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             use_cache: as in ``UniMatrixModel.forward``.
             output_hidden_states: as in ``UniMatrixModel.forward``.
             return_dict: return a tuple if ``False``.
-            logits_to_keep: compute the logits of the last so many positions only; 0 is all.
+            logits_to_keep: compute the logits of the last so many positions only; 0 is all. [n]
+                int64 are the positions themselves.
             num_items_in_batch: divide the summed loss by this instead of by the targets here. It
                 stays as given: ``Trainer`` counts labels, the first token of a row that is padded
                 on the left among them.
@@ -487,7 +488,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         shape = list(output.last_hidden_state.shape[:2])
         require_shape("logits_at", logits_at, shape)
         require_shape("labels", labels, shape)
-        if not logits_to_keep:  # beside which the targets of those positions are enough
+        keeps_some = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
+        if not keeps_some:  # the targets of those positions are enough
             require_shape("shift_labels", shift_labels, shape)
         # 5. The one shift.
         if shift_labels is None and labels is not None:
@@ -496,7 +498,11 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             shift_labels = ignore_padding(shift_labels, attention_mask)
 
         # 6. The tied head, and the votes of the pointer or the mixture with it.
-        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        kept: slice | Tensor = slice(None)
+        if isinstance(logits_to_keep, Tensor):
+            kept = logits_to_keep
+        elif keeps_some:
+            kept = slice(-logits_to_keep, None)
         rows: Any = (slice(None), kept)
         only_labels = shift_labels if loss_only else None
         if only_labels is not None:

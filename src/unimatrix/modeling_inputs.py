@@ -6,7 +6,6 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from unimatrix.cache import UniMatrixCache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.nn.padding import Padding
@@ -107,7 +106,7 @@ def refuse_unused(
 def require_positions(
     position_ids: Tensor | None,
     ids: Tensor,
-    past: UniMatrixCache,
+    num_before: Tensor,
     padding: Padding | None,
     *,
     has_table: bool,
@@ -117,7 +116,7 @@ def require_positions(
     Args:
         position_ids: [B, T], [1, T] or [T]; what stands at padding does not matter.
         ids: [B, T].
-        past: what was read before.
+        num_before: [B] int64, real tokens read before these.
         padding: where it is; ``None`` is none.
         has_table: whether the model embeds positions, so that it matters where they start.
     """
@@ -133,7 +132,7 @@ def require_positions(
     positions = position_ids.to(ids.device).expand_as(ids)
     if padding is not None:
         positions = padding.pack(positions)
-    ahead = positions - (past.num_tokens.unsqueeze(1) + columns)  # [B, T]
+    ahead = positions - (num_before.unsqueeze(1) + columns)  # [B, T]
     if padding is not None:
         is_real = columns < padding.lengths.unsqueeze(1)
         ahead = torch.where(is_real, ahead, torch.where(is_real[:, :1], ahead[:, :1], 0))
@@ -141,7 +140,7 @@ def require_positions(
     if not counts_on or (has_table and bool(ahead.any())):
         raise InputError(
             "position_ids does not count the tokens of each row on from "
-            f"{past.num_tokens.tolist()}; leave it out, the model counts by itself, and give a "
+            f"{num_before.tolist()}; leave it out, the model counts by itself, and give a "
             "text that starts anew a row of its own"
         )
 

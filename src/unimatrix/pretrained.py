@@ -13,11 +13,12 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.decoding.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.decoding.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.errors import InputError
+from unimatrix.modeling_inputs import require_positions
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
 from unimatrix.nn.norm import RowNorm
-from unimatrix.nn.padding import align_right, cut_mask
+from unimatrix.nn.padding import align_right, cut_mask, find_padding
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
@@ -261,6 +262,7 @@ class UniMatrixGenerationMixin(GenerationMixin):
         logits_to_keep: int = 1,
         output_hidden_states: bool | None = None,
         continues: bool | None = None,
+        position_ids: Tensor | None = None,
         **_unused: Any,
     ) -> dict[str, Any]:
         """Return the arguments of one ``forward`` call inside ``generate``.
@@ -278,11 +280,21 @@ class UniMatrixGenerationMixin(GenerationMixin):
             logits_to_keep: positions whose logits are wanted.
             output_hidden_states: whether the caller collects hidden states.
             continues: as ``generate`` takes it.
+            position_ids: as in ``forward``, which counts by itself.
             _unused: bookkeeping of ``generate`` that a recurrent model has no use for.
 
         Raises:
             InputError: if ids, mask and cache do not fit each other, or a row has nothing to read.
         """
+        if position_ids is not None:
+            mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+            require_positions(
+                position_ids,
+                input_ids,
+                torch.zeros_like(input_ids[:, 0]),
+                find_padding(mask, input_ids),
+                has_table=past_key_values is None and bool(self.config.max_position_embeddings),
+            )
         cache = require_own_cache(past_key_values)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]

@@ -43,9 +43,7 @@ def test_what_is_none_or_false_changes_nothing(variant: str) -> None:
     }
     assert torch.equal(model(ids, **nothing).logits, logits)
     del nothing["shift_labels"]
-    assert torch.equal(
-        model.lm_head(model.model(ids, **nothing)[0]), model.lm_head(model.model(ids)[0])
-    )
+    assert torch.equal(model.model(ids, **nothing)[0], model.model(ids)[0])
 
 
 def test_what_has_no_meaning_here_is_refused() -> None:
@@ -105,6 +103,26 @@ def test_where_positions_start_matters_with_a_table() -> None:
     assert torch.equal(model(ids, position_ids=ahead).logits, model(ids).logits)
     with pytest.raises(InputError, match=r"on from \[0, 0\]"):
         build_model("sparsepointer+table")(ids, position_ids=ahead)
+
+
+def test_generate_takes_positions_as_forward_does() -> None:
+    model, ids = build_model("core"), draw_ids(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    kwargs = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
+    numbered = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    for use_cache in (True, False):
+        expected = model.generate(ids, use_cache=use_cache, **kwargs)
+        found = model.generate(ids, use_cache=use_cache, position_ids=numbered, **kwargs)
+        assert torch.equal(found, expected)
+    with pytest.raises(InputError, match="does not count the tokens of each row on"):
+        model.generate(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), **kwargs)
+
+
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "unimatrix"])
+def test_logits_at_positions_by_number(variant: str) -> None:
+    model, ids = build_model(variant), draw_ids(2, 6)
+    kept = model(ids, logits_to_keep=torch.tensor([1, 4]), labels=None).logits
+    assert torch.equal(kept, model(ids).logits[:, [1, 4]])
 
 
 @variants
