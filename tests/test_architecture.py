@@ -30,7 +30,7 @@ LAYERS = (
     ("tokenization",),
     ("data", "tasks"),
     ("auto", "baselines", "stream_matches"),
-    ("field_types", "recipe", "recall_recipe", "run_folder", "checkpoints"),
+    ("field_types", "recipe", "recall_recipe", "run_folder", "run_checkpoints", "checkpoints"),
     ("sampling", "generation", "evaluation"),
     (
         "muon",

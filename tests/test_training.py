@@ -30,7 +30,7 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.modes import suspend_training
 from unimatrix.muon import MuonWithAdamW, list_matrices
 from unimatrix.recipe import OPTIMIZERS
-from unimatrix.run_folder import find_last_checkpoint
+from unimatrix.run_checkpoints import find_last_checkpoint
 from unimatrix.training import list_decayed, plan_steps, train_model
 from unimatrix.training_callbacks import NonFiniteError
 from unimatrix.training_run import prepare_run
@@ -97,7 +97,7 @@ def test_resumed_training_equals_the_unbroken_one_bit_for_bit(
     assert (first.num_optim_steps, first.interrupted) == (4, True)
     assert not have_equal_weights(broken, unbroken)
     torch.manual_seed(99)
-    second = train_model(resumed, dataset, settings, out, resume=True)
+    second = train_model(resumed, dataset, settings, out, checkpoint=find_last_checkpoint(out))
     assert (second.num_optim_steps, second.interrupted) == (7, False)
     assert second.num_tokens == 3 * 4 * WINDOW_TOKENS
     assert have_equal_weights(resumed, unbroken)
@@ -109,7 +109,8 @@ def test_resuming_at_the_last_step_changes_nothing(tmp_path: Path) -> None:
     settings, dataset = build_settings(steps=3), build_dataset(12)
     model, again = build_model(), build_model()
     train_model(model, dataset, settings, tmp_path)
-    result = train_model(again, dataset, settings, tmp_path, resume=True)
+    last = find_last_checkpoint(tmp_path)
+    result = train_model(again, dataset, settings, tmp_path, checkpoint=last)
     assert (result.num_optim_steps, result.num_tokens, result.interrupted) == (3, 0, False)
     assert have_equal_weights(again, model)
 
@@ -203,12 +204,11 @@ def test_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> Non
     settings, out = build_settings(save_every_steps=1), tmp_path
     with pytest.raises(NonFiniteError, match=r"not finite at optimiser step 3\b") as caught:
         train_model(build_model(), build_dataset(24), settings, out, callbacks=[Poison(3)])
-    assert str(out) in str(caught.value)
     assert "\n" not in str(caught.value)
     kept = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert kept == ["checkpoint-1", "checkpoint-2"]
     restored = build_model()
-    train_model(restored, build_dataset(24), settings, out, resume=True)
+    train_model(restored, build_dataset(24), settings, out, checkpoint=find_last_checkpoint(out))
     assert all(torch.isfinite(p).all() for p in restored.parameters())
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests.locks import hold_elsewhere
 from tests.small_training import (
     OVERRIDES,
     WINDOW_TOKENS,
@@ -21,6 +22,7 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.compressors import xz_bits_per_byte
 from unimatrix.recipe import EvalSection, ModelSection, Recipe, load_recipe
+from unimatrix.run_checkpoints import find_fault, find_last_checkpoint
 from unimatrix.training_callbacks import NonFiniteError
 from unimatrix.training_run import (
     TrainingRun,
@@ -53,6 +55,22 @@ def start(recipe: Recipe, out: Path | None) -> TrainingRun:
     return run
 
 
+def diverge(run: TrainingRun) -> None:
+    with torch.no_grad():
+        run.model.model.norm.weight.fill_(float("nan"))
+
+
+class DivergeAfter(TrainerCallback):
+    """Spoil the weights after a step."""
+
+    def __init__(self, run: TrainingRun, optim_step: int) -> None:
+        self.run, self.optim_step = run, optim_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_unused: Any) -> None:
+        if state.global_step == self.optim_step:
+            diverge(self.run)
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((folder / "record.json").read_text())
     return record
@@ -66,6 +84,7 @@ def test_run_folder_is_a_model_with_its_history(tmp_path: Path) -> None:
     assert read_record(out)["status"] == "trained"
     result = judge_run(run)
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "checkpoints",
         "config.json",
         "generation_config.json",
@@ -153,13 +172,78 @@ def test_resume_refuses_other_text(tmp_path: Path) -> None:
 def test_diverged_run_says_so(tmp_path: Path) -> None:
     recipe, out = build_recipe(tmp_path), tmp_path / "run"
     run = start(recipe, out)
-    with torch.no_grad():
-        run.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="optimiser step 1"):
+    diverge(run)
+    with pytest.raises(NonFiniteError, match=r"optimiser step 1;.*; there is no checkpoint before"):
         train_run(run)
     record = read_record(out)
     assert record["status"] == "failed"
     assert "optimiser step 1" in record["error"]
+
+
+def test_diverged_run_names_the_checkpoint_that_is_kept(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path, save_every_steps=2)
+    run = start(recipe, tmp_path / "run")
+    with pytest.raises(NonFiniteError, match=r"step 4;.*/checkpoint-2 is kept$"):
+        train_run(run, callbacks=[DivergeAfter(run, 3)])
+    assert read_record(tmp_path / "run")["error"].endswith("/checkpoint-2 is kept")
+
+
+def test_a_run_whose_last_checkpoint_is_not_whole_goes_on_from_the_one_before(
+    tmp_path: Path,
+) -> None:
+    recipe, out = build_recipe(tmp_path, save_every_steps=2), tmp_path / "run"
+    unbroken = start(recipe, tmp_path / "unbroken")
+    train_run(unbroken)
+    train_run(start(recipe, out), callbacks=[StopAfter(4)])
+    (out / "checkpoints" / "checkpoint-4" / "optimizer.pt").unlink()
+    resumed, said = prepare_resumed_run(out, "cpu"), list[str]()
+    train_run(resumed, say=said.append)
+    assert said == [
+        "not whole: checkpoint-4 (optimizer.pt is missing); going on from checkpoint-2",
+        f"training 6 steps on {resumed.corpus.name} into {out}, continuing checkpoint 2",
+    ]
+    assert have_equal_weights(resumed.model, unbroken.model)
+    # The one that was not whole has been replaced.
+    last = find_last_checkpoint(out)
+    assert last is not None
+    assert last.name == "checkpoint-6"
+    assert find_fault(last.with_name("checkpoint-4"), 4) is None
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(tmp_path: Path) -> None:
+    recipe, out = build_recipe(tmp_path), tmp_path / "run"
+    train_run(start(recipe, out), callbacks=[StopAfter(2)])
+    for path in (out / "checkpoints").iterdir():
+        (path / "trainer_state.json").write_text("")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"is whole: checkpoint-2 \(trainer_state.json is damaged"):
+        train_run(prepare_resumed_run(out, "cpu"))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_run_in_use_is_not_resumed(tmp_path: Path) -> None:
+    recipe, out = build_recipe(tmp_path), tmp_path / "run"
+    start(recipe, out)
+    resumed = prepare_resumed_run(out, "cpu")
+    with hold_elsewhere(out):
+        with pytest.raises(InputError, match="is in use"):
+            train_run(resumed)
+        with pytest.raises(InputError, match=r"is in use.*; choose another --out") as refused:
+            prepare_run(recipe, out, "cpu")
+        assert "--resume" not in str(refused.value)
+    train_run(resumed)
+    judge_run(resumed)
+    with pytest.raises(InputError, match="please choose another --out"):
+        prepare_run(recipe, out, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "recipe.json", "record.json"])
+def test_a_damaged_run_is_refused_with_a_sentence(tmp_path: Path, name: str) -> None:
+    recipe, out = build_recipe(tmp_path), tmp_path / "run"
+    start(recipe, out)
+    (out / name).write_text("{")
+    with pytest.raises(InputError, match=name):
+        prepare_resumed_run(out, "cpu")
 
 
 @pytest.mark.parametrize(

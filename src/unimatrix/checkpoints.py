@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +10,21 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from unimatrix.auto import register
 from unimatrix.configuration import PRESETS, UniMatrixConfig
 from unimatrix.errors import InputError, suggest
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.run_folder import require_unicode_path
+from unimatrix.run_checkpoints import SCRATCH_FOLDER, list_checkpoints
+from unimatrix.run_folder import (
+    CHECKPOINT_FOLDER,
+    RECORD_FILE,
+    is_in_use,
+    require_unicode_path,
+    writing,
+)
 from unimatrix.tokenization import (
     BOS_ID,
     EOS_ID,
@@ -27,7 +35,6 @@ from unimatrix.tokenization import (
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-RUN_CHECKPOINTS = "checkpoints/checkpoint-[0-9]*"
 
 Name = str | os.PathLike[str]
 
@@ -172,14 +179,16 @@ def _explain_no_weights(name_or_path: Name, folder: Path | None) -> InputError:
             f"{name!r} is a preset, which has no trained weights; train one with `unimatrix train "
             f"--preset {name} --out DIR` and give DIR"
         )
-    checkpoints = [path for path in folder.glob(RUN_CHECKPOINTS) if _has_weights(path)]
-    if checkpoints:
-        latest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
-        return InputError(
-            f"{name!r} is a run that has not finished; give its latest checkpoint, {latest}, or "
-            f"finish it with `unimatrix train --resume --out {name}`"
-        )
-    return InputError(f"{name!r} has a {CONFIG_FILE} and no {WEIGHT_FILES[0]}; save it again")
+    checkpoints = [p for _, p in list_checkpoints(folder / CHECKPOINT_FOLDER) if _has_weights(p)]
+    if not checkpoints and not (folder / RECORD_FILE).is_file():
+        return InputError(f"{name!r} has a {CONFIG_FILE} and no {WEIGHT_FILES[0]}; save it again")
+    where = f"give its latest checkpoint, {checkpoints[-1]}" if checkpoints else "wait for its end"
+    if is_in_use(folder):
+        return InputError(f"{name!r} is a run that is still training; {where}")
+    finish = f"finish it with `unimatrix train --resume --out {name}`"
+    return InputError(
+        f"{name!r} is a run that has not finished; {f'{where}, or ' if checkpoints else ''}{finish}"
+    )
 
 
 def _explain_missing(path: Path) -> InputError:
@@ -195,6 +204,23 @@ def _explain_missing(path: Path) -> InputError:
         f"there is no run folder, saved model or preset {str(path)!r}; the presets are "
         f"{', '.join(PRESETS)}.{suggest(str(path), [*PRESETS, *folders])}"
     )
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model into a folder, each file whole or not at all.
+
+    Raises:
+        WriteError: if it cannot be written; what was there stays.
+    """
+    scratch = folder / SCRATCH_FOLDER
+    shutil.rmtree(scratch, ignore_errors=True)
+    with hide_progress(), writing(f"the model into {folder}", folder.parent):
+        try:
+            model.save_pretrained(scratch)
+            for file in scratch.iterdir():
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

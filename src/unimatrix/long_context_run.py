@@ -20,7 +20,15 @@ from unimatrix.errors import InputError, suggest
 from unimatrix.evaluation.code_completion import measure_far_names, measure_lines
 from unimatrix.evaluation.long_context import measure_positions, measure_task
 from unimatrix.evaluation.readers import Reader, TooLongError, open_reader
-from unimatrix.run_folder import RECORD_FILE, describe_run, hash_config, write_record
+from unimatrix.run_folder import (
+    RECORD_FILE,
+    describe_run,
+    hash_config,
+    hold_results,
+    is_vacant,
+    read_record,
+    write_record,
+)
 from unimatrix.tasks.ruler import RULER_TASKS, build_task
 
 BOOK, CODE = "book", "code"
@@ -130,22 +138,27 @@ def run_long_context(
     readers = {name: open_reader(name, device=device) for name in plan.models}
     labels = _label(plan.models)
     asked = {labels[name]: _ask(plan, reader.model, material) for name, reader in readers.items()}
-    record = _open_record(plan, out, asked, device)
-    record["models"] |= {labels[name]: _describe(reader) for name, reader in readers.items()}
-    done = {_key(cell): cell for cell in record["cells"]}
-    for name, reader in readers.items():
-        for task, total_bytes in _list_cells(plan):
-            key = CellKey(labels[name], task, total_bytes)
-            cell = done.get(key)
-            if cell is None:
-                on_start(f"{key.model}  {task}  {total_bytes:,} bytes", _count_units(plan, task))
-                cell = {**key._asdict(), "asked": asked[key.model]}
-                cell |= _measure(plan, reader, material, key, on_example)
-                record["cells"].append(cell)
-                _keep(out, record)
-            on_cell(cell)
-    record["status"] = "done"
-    _keep(out, record)
+    _open_record(plan, out, asked, device)
+    with hold_results(out):
+        # Once more: who held the folder before may have measured some.
+        record = _open_record(plan, out, asked, device)
+        record["models"] |= {labels[name]: _describe(reader) for name, reader in readers.items()}
+        done = {_key(cell): cell for cell in record["cells"]}
+        for name, reader in readers.items():
+            for task, total_bytes in _list_cells(plan):
+                key = CellKey(labels[name], task, total_bytes)
+                cell = done.get(key)
+                if cell is None:
+                    on_start(
+                        f"{key.model}  {task}  {total_bytes:,} bytes", _count_units(plan, task)
+                    )
+                    cell = {**key._asdict(), "asked": asked[key.model]}
+                    cell |= _measure(plan, reader, material, key, on_example)
+                    record["cells"].append(cell)
+                    _keep(out, record)
+                on_cell(cell)
+        record["status"] = "done"
+        _keep(out, record)
     return record
 
 
@@ -220,14 +233,14 @@ def _open_record(
         return new
     file = out / RECORD_FILE
     if not file.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_vacant(out):
             raise InputError(f"{out} exists and holds no record; choose another --out")
         return new
+    record: Record = read_record(out, "choose another --out", "models", "cells")
     try:
-        record: Record = json.loads(file.read_text(encoding="utf-8"))
         found = {_key(cell): cell["asked"] for cell in record["cells"]}
         assert isinstance(record["models"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (KeyError, TypeError, AssertionError) as error:
         raise InputError(f"{file} is damaged ({error}); choose another --out") from error
     for key, before in found.items():
         now = asked.get(key.model, before)
@@ -327,5 +340,4 @@ class _Counter:
 def _keep(out: Path | None, record: Record) -> None:
     """Write the record, if anywhere."""
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         write_record(out, record)

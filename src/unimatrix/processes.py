@@ -1,7 +1,8 @@
 """The processes of a data-parallel run: one process unless torchrun started several."""
 
 import logging
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -59,6 +60,28 @@ def share(value: T) -> T:
     if _are_several():
         broadcast_object_list(values)
     return values[0]
+
+
+def run_in_main(act: Callable[[], T]) -> T:
+    """Run something in the main process alone; every process must ask.
+
+    Returns:
+        what it returned, in every process.
+
+    Raises:
+        what it raised, in every process, so that none waits for another that is gone.
+    """
+    value: T | None = None
+    error: Exception | None = None
+    if is_main_process():
+        try:
+            value = act()
+        except (OSError, RuntimeError, ValueError) as raised:
+            error = raised
+    value, error = share((value, error))
+    if error is not None:
+        raise error
+    return cast(T, value)
 
 
 def _are_several() -> bool:

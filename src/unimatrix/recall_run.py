@@ -1,5 +1,6 @@
 """A recall experiment from recipe to accuracies."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from unimatrix.checkpoints import hide_progress
+from unimatrix.checkpoints import save_model
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.evaluation.copy_rules import measure_copy_rules
@@ -18,7 +19,7 @@ from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.recall_recipe import RecallRecipe
 from unimatrix.recall_slices import RecallSlices, build_slices, count_pairs
 from unimatrix.recipe import ModelSection, Recipe
-from unimatrix.run_folder import create_run_folder, require_unicode_path, start_record, write_record
+from unimatrix.run_folder import create_folder, require_unicode_path, start_record, write_record
 from unimatrix.tasks import AssociativeRecall, RotatingDataset, SeededTask
 from unimatrix.training import train_model
 
@@ -90,27 +91,27 @@ def run_recall(
     model = _draw_model(recipe, slices)
     if out is not None:
         require_unicode_path(out)
-        create_run_folder(out, "recall")
-    num_examples = recipe.steps * recipe.batch_size
-    trained = train_model(
-        model,
-        RotatingDataset(
-            slices.train,
-            recipe.seed,
-            num_examples,
-            recipe.batch_size,
-            first=slices.first,
-            num_first=round(slices.first_fraction * recipe.steps),
-        ),
-        recipe.to_train_section(),
-        out,
-        callbacks=callbacks,
-        device=device,
-        on_metrics=on_metrics,
-    )
-    result = _test(model.to(device), recipe, slices, trained.train_s, on_test)
-    if out is not None:
-        _keep(model, result, recipe, out, device)
+    with contextlib.nullcontext() if out is None else create_folder(out):
+        num_examples = recipe.steps * recipe.batch_size
+        trained = train_model(
+            model,
+            RotatingDataset(
+                slices.train,
+                recipe.seed,
+                num_examples,
+                recipe.batch_size,
+                first=slices.first,
+                num_first=round(slices.first_fraction * recipe.steps),
+            ),
+            recipe.to_train_section(),
+            out,
+            callbacks=callbacks,
+            device=device,
+            on_metrics=on_metrics,
+        )
+        result = _test(model.to(device), recipe, slices, trained.train_s, on_test)
+        if out is not None:
+            _keep(model, result, recipe, out, device)
     return result
 
 
@@ -221,7 +222,6 @@ def _keep(
 ) -> None:
     """Save the model and the record of how it came about."""
     settings = Recipe(model=ModelSection(preset=recipe.preset), train=recipe.to_train_section())
-    with hide_progress():
-        model.save_pretrained(out)
+    save_model(model, out)
     record = start_record(settings, model.config.to_dict(), device)
     write_record(out, record | {"status": "done", "results": result})

@@ -6,30 +6,35 @@
 it was made.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unimatrix.errors import InputError
+from unimatrix.errors import InputError, RunError, WriteError, explain
 from unimatrix.recipe import Recipe, load_recipe
 
 FORMAT_VERSION = 1
 RECIPE_FILE = "recipe.json"
 RECORD_FILE = "record.json"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 CHECKPOINT_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
 DEFAULT_PARENT = Path("runs")
 
 _PACKAGES = ("unimatrix-lm", "torch", "transformers", "accelerate", "numba", "numpy", "tokenizers")
 _GIT_TIMEOUT_S = 10
+_FULL_BYTES = 2**20
 
 
 def require_unicode_path(path: Path) -> None:
@@ -46,33 +51,50 @@ def require_unicode_path(path: Path) -> None:
         ) from error
 
 
-def require_new_folder(path: Path, *, resumable: bool = True) -> None:
-    """Raise ``InputError`` unless ``path`` is missing or an empty folder.
+def is_vacant(path: Path) -> bool:
+    """Whether ``path`` is missing, or a folder of nothing but a lock."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(entry.name == LOCK_FILE for entry in path.iterdir())
+
+
+def require_new_folder(path: Path, *, resumable: bool = False) -> None:
+    """Raise ``InputError`` unless ``path`` is missing or an empty folder that nobody writes to.
 
     Args:
         path: the folder wanted.
         resumable: what is there may be a run that ``--resume`` continues.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        is_run = resumable and (path / RECORD_FILE).is_file()
-        advice = "add --resume to continue it, or" if is_run else "please"
+    if is_in_use(path):
+        raise InputError(
+            f"{path} is in use: another process is writing there; choose another --out"
+        )
+    if not is_vacant(path):
+        can_resume = resumable and _is_unfinished(path)
+        advice = "add --resume to continue it, or" if can_resume else "please"
         raise InputError(f"{path} already exists and is not empty; {advice} choose another --out")
 
 
-def create_run_folder(out: Path | None, title: str) -> Path:
-    """Create and return the folder of a new run.
-
-    Args:
-        out: where the user wants it; ``None`` is ``runs/TITLE-N`` with the lowest free N.
-        title: what tells runs apart, such as preset and corpus; made fit for a file name.
+@contextlib.contextmanager
+def create_folder(path: Path) -> Iterator[None]:
+    """Create the folder of a result and hold it, so that no other process writes there too.
 
     Raises:
-        InputError: if ``out`` exists and is not empty.
+        InputError: if ``path`` exists and is not empty, or is held.
     """
-    if out is not None:
-        require_new_folder(out)
-        out.mkdir(parents=True, exist_ok=True)
-        return out
+    require_new_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with hold_folder(path):
+        require_new_folder(path)  # Another process may have been first.
+        yield
+
+
+def create_numbered_folder(title: str) -> Path:
+    """Create and return ``runs/TITLE-N`` with the lowest free N.
+
+    Args:
+        title: what tells runs apart, such as preset and corpus; made fit for a file name.
+    """
     DEFAULT_PARENT.mkdir(exist_ok=True)
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", title).strip("-.")[:60] or "run"
     number = 1
@@ -86,11 +108,112 @@ def create_run_folder(out: Path | None, title: str) -> Path:
             return path
 
 
+@contextlib.contextmanager
+def hold_folder(path: Path) -> Iterator[None]:
+    """Keep other processes, and other threads, from writing to a folder; nests.
+
+    The lock is the operating system's own, on the file ``.lock``: it ends with the process that
+    holds it, however that ends, and nobody has to clean up. Reading needs no lock.
+
+    Raises:
+        InputError: if another process or thread holds it.
+    """
+    # Most commands hold no folder.
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / LOCK_FILE, is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"{path} is in use: another process is writing there; wait until it ends, or stop it"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold_results(path: Path | None) -> Iterator[None]:
+    """Hold a folder of results that are added to, and create it first; ``None`` holds nothing.
+
+    Raises:
+        InputError: if another process or thread holds it.
+    """
+    if path is None:
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with hold_folder(path):
+        yield
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether another process or thread holds a folder."""
+    if not (path / LOCK_FILE).is_file():
+        return False
+    try:
+        with hold_folder(path):
+            return False
+    except InputError:
+        return True
+    except PermissionError:  # Who may not write there cannot ask.
+        return False
+
+
+@contextlib.contextmanager
+def writing(what: Path | str, folder: Path) -> Iterator[None]:
+    """Turn what writers raise, such as on a full disk, into a ``WriteError`` of one sentence.
+
+    Args:
+        what: the file, or what is written where.
+        folder: on the same disk.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        # Of PyTorch's writer RuntimeError; of tokenizers, which is Rust's, Exception itself.
+        known = OSError | RuntimeError | SafetensorError
+        if not isinstance(error, known) and type(error) is not Exception:
+            raise
+        reason = explain(error)
+        # On a full disk PyTorch's writer tells the line of its source and no more.
+        if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _FULL_BYTES:
+            reason = "no space left on device"
+        raise WriteError(f"cannot write {what}: {reason}") from error
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whenever the process or the machine stops.
+
+    Args:
+        path: what to write; a reader finds the former content or the new one.
+        content: text is written as UTF-8.
+
+    Raises:
+        WriteError: if it cannot be written; the former content stays.
+    """
+    scratch = path.with_name(f"{path.name}.partial")
+    with writing(path, path.parent):
+        try:
+            with scratch.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write an object as JSON, whole or not at all."""
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_file(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_record(run: Path, record: dict[str, Any]) -> None:
@@ -110,11 +233,8 @@ def read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             f"{run} holds no run to resume ({RECORD_FILE} or {RECIPE_FILE} is missing); "
             "leave --resume out to start one"
         )
-    try:
-        record = json.loads((run / RECORD_FILE).read_text(encoding="utf-8"))
-        version = record["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run / RECORD_FILE} is damaged ({error}); start a new run") from error
+    record = read_record(run, "start a new run", "format_version")
+    version = record["format_version"]
     if version > FORMAT_VERSION:
         raise InputError(
             f"{run} has format version {version} and this release reads up to {FORMAT_VERSION}; "
@@ -123,26 +243,37 @@ def read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
     return load_recipe(run / RECIPE_FILE), record
 
 
-def find_last_checkpoint(run: Path) -> Path | None:
-    """Return the latest complete checkpoint of a run, if there is one."""
-    found = {}
-    for path in (run / CHECKPOINT_FOLDER).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        # The Trainer writes this file last.
-        if number.isdecimal() and (path / "trainer_state.json").is_file():
-            found[int(number)] = path
-    return found[max(found)] if found else None
+def read_record(folder: Path, advice: str, *needed: str) -> dict[str, Any]:
+    """Return the record of a folder.
+
+    Args:
+        folder: holds a ``record.json``.
+        advice: what to do about a damaged one.
+        needed: the fields that must be there.
+
+    Raises:
+        InputError: if it cannot be read, or lacks a field.
+    """
+    path = folder / RECORD_FILE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name in needed:
+            record[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({explain(error)}); {advice}") from error
+    return record
 
 
 def trim_metrics(run: Path, optim_step: int) -> None:
-    """Drop what ``metrics.jsonl`` says about steps after ``optim_step``: they will be repeated."""
+    """Drop what ``metrics.jsonl`` says about steps after ``optim_step``: they will be repeated.
+
+    Lines that a crash has cut short or overwritten go too.
+    """
     path = run / METRICS_FILE
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("}\n")]
-    kept = [line for line in whole if json.loads(line)["optim_step"] <= optim_step]
-    path.write_text("".join(kept), encoding="utf-8")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    write_file(path, "".join(line for line in lines if _read_optim_step(line) <= optim_step))
 
 
 def start_record(recipe: Recipe, config: dict[str, Any], device: str) -> dict[str, Any]:
@@ -208,6 +339,24 @@ def describe_commit() -> dict[str, Any] | None:
     head = _ask_git(here, "rev-parse", "HEAD")
     changes = _ask_git(here, "status", "--porcelain", "--untracked-files=no")
     return None if head is None else {"hash": head, "dirty": bool(changes)}
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    try:
+        _, record = read_run(path)
+    except InputError:
+        return False
+    return record.get("status") != "done"
+
+
+def _read_optim_step(line: str) -> float:
+    """Return the step of a line of ``metrics.jsonl``; infinity if the line is not whole."""
+    try:
+        entry = json.loads(line) if line.endswith("}\n") else {}
+    except ValueError:
+        entry = {}
+    return float(entry.get("optim_step", "inf"))
 
 
 def _ask_git(folder: Path, *arguments: str) -> str | None:

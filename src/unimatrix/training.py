@@ -4,6 +4,8 @@ import contextlib
 import copy
 import functools
 import math
+import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +34,8 @@ from unimatrix.ops.suffix_automaton import predict_from_suffix
 from unimatrix.ops.threads import flush_denormals
 from unimatrix.processes import count_processes, get_rank, is_main_process, join_processes
 from unimatrix.recipe import TrainSection
-from unimatrix.run_folder import CHECKPOINT_FOLDER, TENSORBOARD_FOLDER, find_last_checkpoint
+from unimatrix.run_checkpoints import SCRATCH_FOLDER, publish_checkpoint, write_checkpoint
+from unimatrix.run_folder import CHECKPOINT_FOLDER, TENSORBOARD_FOLDER, writing
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.training_callbacks import FiniteGuard, MetricsLog, StepTimer
 
@@ -76,6 +79,7 @@ class SequentialTrainer(Trainer):
     def __init__(self, settings: TrainSection, **kwargs: Any) -> None:
         self.settings = settings
         self.optimizer: Optimizer | None = None
+        self._scratch: Path | None = None
         super().__init__(**kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +106,31 @@ class SequentialTrainer(Trainer):
             )
         made: Optimizer = super().create_optimizer(*(() if model is None else (model,)))
         return made
+
+    def _get_output_dir(self, trial: Any) -> str:
+        made: str = super()._get_output_dir(trial)
+        return made if self._scratch is None else str(self._scratch)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside its place, and move it there when all processes are done."""
+        folder, optim_step = Path(self.args.output_dir), self.state.global_step
+        with write_checkpoint(folder, optim_step) as self._scratch:
+            super()._save_checkpoint(model, trial)
+        self._scratch = None
+        self.accelerator.wait_for_everyone()
+        if is_main_process():
+            publish_checkpoint(folder, optim_step, self.args.save_total_limit)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint of another model, which the Trainer would take in part."""
+        tied = set(self.model.all_tied_weights_keys)
+        unfit = sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied)
+        if unfit:
+            raise InputError(
+                f"the checkpoint is of another model: {unfit[0]!r} is missing in one of them; "
+                "start a new run"
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters that weight decay applies to."""
@@ -131,7 +160,7 @@ def train_model(
     settings: TrainSection,
     out: Path | None,
     *,
-    resume: bool = False,
+    checkpoint: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     device: str = "cpu",
     on_metrics: Callable[[dict[str, float]], None] | None = None,
@@ -147,9 +176,9 @@ def train_model(
         dataset: map-style; items ``{"input_ids": [T], "shift_labels": [T]}``, as many as
             ``steps * batch_size`` or more, in an order that is already random.
         settings: ``steps`` must be given.
-        out: a run folder, which gets checkpoints, ``metrics.jsonl`` and TensorBoard's files;
-            ``None`` writes nothing.
-        resume: continue from the last checkpoint in ``out``, if there is one.
+        out: a run folder, which gets checkpoints, ``metrics.jsonl`` and TensorBoard's files, and
+            which no other process may write to (``hold_folder``); ``None`` writes nothing.
+        checkpoint: where to continue, from ``find_last_checkpoint``; ``None`` is the beginning.
         callbacks: called along the way, such as a progress bar.
         device: cpu, cuda or mps.
         on_metrics: called with each entry of the log.
@@ -161,6 +190,7 @@ def train_model(
         InputError: if the batch does not divide over the processes, or the dataset is too short.
         NonFiniteError: if the loss or a gradient is no longer finite; the weights in ``model`` and
             in the checkpoints are those before that step.
+        WriteError: if ``out`` cannot be written to; the checkpoints there are whole.
 
     Note:
         Seeds the global generators, which dropout draws from: with ``settings.seed`` plus the
@@ -187,7 +217,7 @@ def train_model(
             processing_class=build_tokenizer()
             if isinstance(model, UniMatrixForCausalLM) and is_byte_level(model.config)
             else None,
-            callbacks=[FiniteGuard(out), log, *board, *callbacks],
+            callbacks=[FiniteGuard(), log, *board, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         if isinstance(model, UniMatrixForCausalLM):
@@ -195,7 +225,6 @@ def train_model(
             # would keep it off.
             model.config.use_cache = uses_cache
         torch.manual_seed(settings.seed + get_rank())
-        checkpoint = find_last_checkpoint(out) if resume and out is not None else None
         start = time.perf_counter()
         if device == "cpu":
             keep_freed_memory()
@@ -397,10 +426,13 @@ def _count_steps(fraction: float, num_steps: int) -> int:
 def _open_output(out: Path | None) -> Iterator[Path]:
     """Yield the folder for checkpoints: a passing one where nothing is to be kept."""
     if out is not None:
-        yield out / CHECKPOINT_FOLDER
+        folder = out / CHECKPOINT_FOLDER
+        if is_main_process():
+            shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)
+        yield folder
         return
-    with TemporaryDirectory(prefix="unimatrix-") as folder:
-        yield Path(folder)
+    with TemporaryDirectory(prefix="unimatrix-") as passing:
+        yield Path(passing)
 
 
 @contextlib.contextmanager
@@ -412,8 +444,31 @@ def _open_tensorboard(out: Path | None) -> Iterator[list[TrainerCallback]]:
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    writer = SummaryWriter(str(out / TENSORBOARD_FOLDER))
+    folder = out / TENSORBOARD_FOLDER
+    with _quiet_writer_thread():
+        with writing(folder, out):
+            writer = SummaryWriter(str(folder))
+        try:
+            yield [TensorBoardCallback(writer)]
+        except BaseException:
+            with contextlib.suppress(OSError):  # It would hide what ended the training.
+                writer.close()
+            raise
+        with writing(folder, out):
+            writer.close()
+
+
+@contextlib.contextmanager
+def _quiet_writer_thread() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing what it raises: this thread raises it too."""
+    former = threading.excepthook
+
+    def show(raised: threading.ExceptHookArgs) -> None:
+        if type(raised.thread).__name__ != "_AsyncWriterThread":
+            former(raised)
+
+    threading.excepthook = show
     try:
-        yield [TensorBoardCallback(writer)]
+        yield
     finally:
-        writer.close()
+        threading.excepthook = former

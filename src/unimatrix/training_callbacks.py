@@ -13,15 +13,16 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
+from unimatrix.errors import RunError
 from unimatrix.processes import any_process, count_processes, is_main_process
-from unimatrix.run_folder import METRICS_FILE
+from unimatrix.run_folder import METRICS_FILE, writing
 
 _UNTIMED_STEPS = 3
 _LEAST_TIMED_STEPS = 3
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or a gradient is infinite or not a number; the message names the step."""
 
 
@@ -30,13 +31,7 @@ class FiniteGuard(TrainerCallback):
 
     A loss that is not finite has such a gradient, and gradients are shared, so all processes of a
     run stop at the same step.
-
-    Args:
-        out: the run folder that the message points to, if there is one.
     """
-
-    def __init__(self, out: Path | None) -> None:
-        self.out = out
 
     def on_pre_optimizer_step(
         self,
@@ -51,10 +46,9 @@ class FiniteGuard(TrainerCallback):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             return
-        kept = "" if self.out is None else f", the last good checkpoint is kept in {self.out}"
         raise NonFiniteError(
-            f"the loss or its gradient is not finite at optimiser step {state.global_step + 1}"
-            f"{kept}; lower train.learning_rate or raise train.warmup_fraction"
+            f"the loss or its gradient is not finite at optimiser step {state.global_step + 1}; "
+            "lower train.learning_rate or raise train.warmup_fraction"
         )
 
 
@@ -119,7 +113,8 @@ class MetricsLog(TrainerCallback):
             "tokens_per_s": round(num_steps * self.num_tokens / seconds, 1),
         }
         if self.out is not None:
-            with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
+            path = self.out / METRICS_FILE
+            with writing(path, self.out), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         if self.on_metrics is not None:
             self.on_metrics(entry)

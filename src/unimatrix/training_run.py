@@ -1,7 +1,8 @@
 """A training run from recipe to record: check everything, write the folder, train, judge."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from unimatrix.checkpoints import hide_progress, load_model, require_byte_level
+from unimatrix.checkpoints import load_config, load_model, require_byte_level, save_model
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import (
     ByteStream,
@@ -33,13 +34,17 @@ from unimatrix.processes import (
     is_main_process,
     join_processes,
     leave_processes,
+    run_in_main,
     share,
 )
 from unimatrix.recipe import EvalSection, ModelSection, Recipe, make_paths_absolute
+from unimatrix.run_checkpoints import describe_kept, find_last_checkpoint, list_checkpoints
 from unimatrix.run_folder import (
+    CHECKPOINT_FOLDER,
     RECIPE_FILE,
-    create_run_folder,
-    find_last_checkpoint,
+    create_folder,
+    create_numbered_folder,
+    hold_folder,
     read_run,
     require_new_folder,
     require_unicode_path,
@@ -47,6 +52,7 @@ from unimatrix.run_folder import (
     trim_metrics,
     write_json,
     write_record,
+    writing,
 )
 from unimatrix.sampling import Sampling
 from unimatrix.stream_matches import match_stream
@@ -108,7 +114,7 @@ def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
         )
     if out is not None:
         require_unicode_path(out)
-        require_new_folder(out)
+        run_in_main(lambda: require_new_folder(out, resumable=True))
     model = build_model(recipe.model, recipe.train.seed)
     corpus = _open_corpus(recipe, model)
     return TrainingRun(
@@ -126,7 +132,7 @@ def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
     """Check an interrupted run and take its number of threads; nothing is written.
 
     Args:
-        run: its folder.
+        run: its folder; who will go on with it holds it meanwhile (``hold_run``).
         device: cpu, cuda or mps.
 
     Raises:
@@ -194,14 +200,31 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
         },
     }
     share(None)  # Every process has checked the folder before one makes it.
-    if is_main_process():
-        title = f"{run.recipe.model.preset or 'tuned'}-{run.corpus.name}"
-        run.path = create_run_folder(run.path, title)
-        run.model.config.save_pretrained(run.path)
-        build_tokenizer().save_pretrained(run.path)
-        write_json(run.path / RECIPE_FILE, run.recipe.to_dict())
-        write_record(run.path, run.record)
-    run.path = share(run.path)
+    run.path = run_in_main(lambda: _write_folder(run))
+
+
+def _write_folder(run: TrainingRun) -> Path:
+    """Create the run folder and write what is known before the first step; return its path."""
+    title = f"{run.recipe.model.preset or 'tuned'}-{run.corpus.name}"
+    path = run.path or create_numbered_folder(title)
+    with create_folder(path), writing(path, path.parent):
+        run.model.config.save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+        write_json(path / RECIPE_FILE, run.recipe.to_dict())
+        write_record(path, run.record)
+    return path
+
+
+@contextlib.contextmanager
+def hold_run(path: Path) -> Iterator[None]:
+    """Keep other runs from writing to a run's folder; the main process holds it for all.
+
+    Raises:
+        InputError: in every process, if something else is writing there.
+    """
+    with contextlib.ExitStack() as held:
+        run_in_main(lambda: held.enter_context(hold_folder(path)))
+        yield
 
 
 def train_run(
@@ -209,6 +232,7 @@ def train_run(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     on_metrics: Callable[[dict[str, float]], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> TrainResult:
     """Train, from the last checkpoint where there is one, and save the model.
 
@@ -216,43 +240,59 @@ def train_run(
         run: started or resumed.
         callbacks: as in ``train_model``.
         on_metrics: as in ``train_model``.
+        say: called with a sentence on where it begins.
 
     Raises:
+        InputError: if its folder is in use, or has checkpoints and none is whole.
         NonFiniteError: as in ``train_model``; the record says so.
         InputError: the text can no longer be read; the record says so.
+        WriteError: as in ``train_model``.
     """
     assert run.path is not None
-    checkpoint = find_last_checkpoint(run.path)
-    first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    if is_main_process():
-        trim_metrics(run.path, first_step)
+    with hold_run(run.path):
+        checkpoint = find_last_checkpoint(run.path, say)
+        first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        begin = f", continuing checkpoint {first_step}" if first_step else ""
+        say(f"training {run.num_steps:,} steps on {run.corpus.name} into {run.path}{begin}")
+        if is_main_process():
+            trim_metrics(run.path, first_step)
+        result = _train(run, run.path, checkpoint, callbacks, on_metrics)
+        if is_main_process():
+            if not result.interrupted:
+                save_model(run.model, run.path)
+            trained_s = run.record.get("train_s", 0.0) + result.train_s
+            status = "interrupted" if result.interrupted else "trained"
+            run.record |= {"status": status, "train_s": round(trained_s, 3)}
+            write_record(run.path, run.record)
+        leave_processes()
+    return result
+
+
+def _train(
+    run: TrainingRun,
+    path: Path,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
+    on_metrics: Callable[[dict[str, float]], None] | None,
+) -> TrainResult:
+    """Train; where the loss diverges, say what is kept, in the record too."""
     settings = replace(run.recipe.train, minutes=None, steps=run.num_steps)
-    windows = run.cut_windows(run.num_steps * settings.batch_size)
     try:
-        result = train_model(
+        return train_model(
             run.model,
-            windows,
+            run.cut_windows(run.num_steps * settings.batch_size),
             settings,
-            run.path,
-            resume=True,
+            path,
+            checkpoint=checkpoint,
             callbacks=callbacks,
             device=run.device,
             on_metrics=on_metrics,
         )
     except (NonFiniteError, InputError) as error:
+        whole = type(error)(f"{error}; {describe_kept(path / CHECKPOINT_FOLDER)}")
         if is_main_process():
-            write_record(run.path, run.record | {"status": "failed", "error": str(error)})
-        raise
-    if is_main_process():
-        if not result.interrupted:
-            with hide_progress():
-                run.model.save_pretrained(run.path)
-        trained_s = run.record.get("train_s", 0.0) + result.train_s
-        status = "interrupted" if result.interrupted else "trained"
-        run.record |= {"status": status, "train_s": round(trained_s, 3)}
-        write_record(run.path, run.record)
-    leave_processes()
-    return result
+            write_record(path, run.record | {"status": "failed", "error": str(whole)})
+        raise whole from error
 
 
 def judge_run(run: TrainingRun) -> dict[str, Any]:
@@ -262,23 +302,24 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
         the result, of JSON types.
     """
     assert run.path is not None
-    start = time.perf_counter()
-    settings = run.recipe.eval
-    run.model.eval()
-    score = judge_model(run.model, run.corpus, settings, run.recipe.data.window_tokens)
-    sample = draw_sample(run.model, run.corpus, settings, run.recipe.train.seed)
-    results = {
-        "bits_per_byte": score.bits_per_byte,
-        "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
-        "valid_bytes": score.bytes,
-        "context": score.context,
-        "prime_bytes": min(settings.prime_bytes, len(run.corpus.train)),
-        "state_bytes": score.state_bytes,
-        "eval_s": round(time.perf_counter() - start, 3),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-    }
-    run.record |= {"status": "done", "results": results}
-    write_record(run.path, run.record)
+    with hold_folder(run.path):
+        start = time.perf_counter()
+        settings = run.recipe.eval
+        run.model.eval()
+        score = judge_model(run.model, run.corpus, settings, run.recipe.data.window_tokens)
+        sample = draw_sample(run.model, run.corpus, settings, run.recipe.train.seed)
+        results = {
+            "bits_per_byte": score.bits_per_byte,
+            "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
+            "valid_bytes": score.bytes,
+            "context": score.context,
+            "prime_bytes": min(settings.prime_bytes, len(run.corpus.train)),
+            "state_bytes": score.state_bytes,
+            "eval_s": round(time.perf_counter() - start, 3),
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+        }
+        run.record |= {"status": "done", "results": results}
+        write_record(run.path, run.record)
     tokens = run.num_steps * run.recipe.train.batch_size * run.recipe.data.window_tokens
     return {
         **results,
@@ -388,9 +429,9 @@ def _draw_model(config: UniMatrixConfig, seed: int) -> UniMatrixForCausalLM:
 
 def _rebuild_model(run: Path, recipe: Recipe) -> UniMatrixForCausalLM:
     """Build an interrupted run's model; the weights come from its checkpoint, if it has one."""
-    if recipe.model.init is not None and find_last_checkpoint(run) is None:
+    if recipe.model.init is not None and not list_checkpoints(run / CHECKPOINT_FOLDER):
         return build_model(recipe.model, recipe.train.seed)
-    return _draw_model(UniMatrixConfig.from_pretrained(run), recipe.train.seed)
+    return _draw_model(load_config(run), recipe.train.seed)
 
 
 def _reopen_corpus(recipe: Recipe, model: UniMatrixForCausalLM, recorded: dict[str, Any]) -> Corpus:

@@ -278,6 +278,22 @@ def _make_plan(
 
 def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
     """Run the plan with a progress bar; keep record and plots if wanted."""
+    from unimatrix.reports.bench_plots import write_bench_plots
+    from unimatrix.run_folder import create_folder, describe_run, write_record
+
+    if out is None:
+        return _measure_visibly(plan)
+    with create_folder(out):
+        start = describe_run(plan.device)
+        result = _measure_visibly(plan)
+        write_record(out, {**start, "seed": plan.seed, "results": result})
+        if result["rows"]:
+            write_bench_plots(result["rows"], out)
+    return result
+
+
+def _measure_visibly(plan: "BenchPlan") -> dict[str, Any]:
+    """Run the plan with a progress bar."""
     from rich.markup import escape
     from rich.progress import Progress
 
@@ -285,12 +301,7 @@ def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
     from unimatrix.bench.run import run_bench
     from unimatrix.bench.starts import StartError
     from unimatrix.checkpoints import hide_progress
-    from unimatrix.reports.bench_plots import write_bench_plots
-    from unimatrix.run_folder import create_run_folder, describe_run, write_record
 
-    if out is not None:
-        create_run_folder(out, "bench")
-    start = describe_run(plan.device)
     log = make_log()
     total = sum(len(plan.list_cells(mode)) for mode in plan.modes)
     with hide_progress(), Progress(console=log, transient=True) as progress:
@@ -300,16 +311,11 @@ def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
             progress.update(bar, description=text, completed=done)
 
         try:
-            result = run_bench(plan, show)
+            return run_bench(plan, show)
         except (EquivalenceError, StartError) as error:
             progress.stop()
             log.print(f"[bold red]error:[/] {escape(str(error))}")
             raise typer.Exit(1) from None
-    if out is not None:
-        write_record(out, {**start, "seed": plan.seed, "results": result})
-        if result["rows"]:
-            write_bench_plots(result["rows"], out)
-    return result
 
 
 def _render(result: dict[str, Any]) -> str:

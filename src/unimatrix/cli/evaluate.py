@@ -1,6 +1,7 @@
 """``unimatrix eval``: bits per byte on a corpus."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,22 +106,28 @@ def run(
     place = pick_device(device)
 
     from unimatrix.checkpoints import load_model, require_byte_level
-    from unimatrix.run_folder import describe_run, hash_config, require_new_folder, write_record
+    from unimatrix.run_folder import (
+        create_folder,
+        describe_run,
+        hash_config,
+        require_new_folder,
+        write_record,
+    )
 
     if out is not None:
-        require_new_folder(out, resumable=False)
+        require_new_folder(out)
 
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)
     corpus, split = open_corpus(model, data, valid_data, split)
     first = open_prime(prime)
     begun = describe_run(place) | {"config_sha256": hash_config(loaded.config.to_dict())}
-    result = _measure(loaded, corpus, split, limit_bytes, first) | {"model": model}
-    if compressors:
-        result["compressors"] = _compress(_choose_stream(corpus, split), result["bytes"], first)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_record(out, {"status": "done", **begun, "results": result})
+    with nullcontext() if out is None else create_folder(out):
+        result = _measure(loaded, corpus, split, limit_bytes, first) | {"model": model}
+        if compressors:
+            result["compressors"] = _compress(_choose_stream(corpus, split), result["bytes"], first)
+        if out is not None:
+            write_record(out, {"status": "done", **begun, "results": result})
     emit(result, as_json, _render)
 
 

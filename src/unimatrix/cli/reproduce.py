@@ -60,6 +60,7 @@ def run(
 
     from unimatrix.reports.claims_report import write_claims_report
     from unimatrix.reproduce.run import Plan, StoppedError, reproduce
+    from unimatrix.run_folder import write_file
 
     plan = Plan(
         groups=groups,
@@ -82,7 +83,7 @@ def run(
         raise typer.Exit(1) from None
     records = _read(out)
     for name, text in _write_tables(records).items():
-        (out / name).write_text(text, encoding="utf-8")
+        write_file(out / name, text)
     write_claims_report(records, out / REPORT_FILE)
     emit(_summarize(records, groups, out), as_json, lambda _: _render(records, groups, out))
 

@@ -147,26 +147,32 @@ def _check_model(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, out: Path | None, *, resume: bool, device: str, as_json: bool) -> None:
     """Run the recipe and print the result in the main process."""
-    from unimatrix.processes import is_main_process
-    from unimatrix.training_callbacks import NonFiniteError
-    from unimatrix.training_run import judge_run, prepare_resumed_run, prepare_run, start_run
+    from unimatrix.processes import is_main_process, join_processes
+    from unimatrix.training_run import hold_run, prepare_resumed_run, prepare_run, start_run
 
     log = make_log()
     if resume:
         assert out is not None
-        run = prepare_resumed_run(out, device)
-    else:
-        run = prepare_run(recipe, out, device)
+        join_processes(device)
+        with hold_run(out):
+            _train_and_judge(prepare_resumed_run(out, device), log, as_json=as_json)
+        return
+    run = prepare_run(recipe, out, device)
+    log.quiet = not is_main_process()
+    start_run(run, lambda sentence: log.print(escape(sentence)))
+    assert run.path is not None
+    with hold_run(run.path):
+        _train_and_judge(run, log, as_json=as_json)
+
+
+def _train_and_judge(run: "TrainingRun", log: Console, *, as_json: bool) -> None:
+    """Train, then validate and print the result in the main process."""
+    from unimatrix.processes import is_main_process
+    from unimatrix.training_run import judge_run
+
     main = is_main_process()
     log.quiet = not main
-    if not resume:
-        start_run(run, lambda sentence: log.print(escape(sentence)))
-    try:
-        finished = _train_visibly(run, log)
-    except NonFiniteError as error:
-        log.print(f"[bold red]error:[/] {escape(str(error))}")
-        raise typer.Exit(1) from None
-    if not finished:
+    if not _train_visibly(run, log):
         raise typer.Exit(1)
     if main:
         log.print("validating ...")
@@ -177,21 +183,19 @@ def _train_visibly(run: "TrainingRun", log: Console) -> bool:
     """Train with a progress bar; return whether it came to its end."""
     from unimatrix.cli.progress import TrainingProgress
     from unimatrix.evaluation.units import to_bits_per_byte
-    from unimatrix.run_folder import find_last_checkpoint
     from unimatrix.training_callbacks import StopOnSignal
     from unimatrix.training_run import train_run
 
-    assert run.path is not None
-    checkpoint = find_last_checkpoint(run.path)
-    begin = "" if checkpoint is None else f", continuing {checkpoint.name.replace('-', ' ')}"
-    log.print(
-        escape(f"training {run.num_steps:,} steps on {run.corpus.name} into {run.path}{begin}")
-    )
     scale = to_bits_per_byte(1.0, 1)
     progress = TrainingProgress(log, loss_scale=scale, loss_unit="bits per byte")
     try:
         with StopOnSignal() as stop:
-            result = train_run(run, callbacks=[progress, stop], on_metrics=progress.show_metrics)
+            result = train_run(
+                run,
+                callbacks=[progress, stop],
+                on_metrics=progress.show_metrics,
+                say=lambda sentence: log.print(escape(sentence)),
+            )
     finally:
         progress.close()
     if result.interrupted:

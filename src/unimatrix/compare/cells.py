@@ -17,16 +17,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
-from unimatrix.checkpoints import hide_progress
+from unimatrix.checkpoints import save_model
 from unimatrix.errors import InputError
 from unimatrix.recipe import TrainSection
+from unimatrix.run_checkpoints import find_last_checkpoint
 from unimatrix.run_folder import (
     CHECKPOINT_FOLDER,
     METRICS_FILE,
     RECORD_FILE,
     TENSORBOARD_FOLDER,
     describe_run,
-    find_last_checkpoint,
+    read_record,
     trim_metrics,
     write_record,
 )
@@ -76,6 +77,7 @@ def run_cell(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     on_metrics: Callable[[dict[str, float]], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Record:
     """Return the record of a cell: read back, gone on with, or made.
 
@@ -84,13 +86,15 @@ def run_cell(
         folder: of the comparison.
         device: cpu, cuda or mps.
         callbacks, on_metrics: as in ``train_model``.
+        say: called with a sentence if the last checkpoint is not whole.
 
     Raises:
-        InputError: if the folder holds a cell of this name that something else was asked of.
+        InputError: if the folder holds a cell of this name that something else was asked of, or
+            that is damaged.
         StoppedError: if a callback stopped the training; a checkpoint is saved.
     """
     path = folder / cell.name
-    record = read_cell(path, cell.asked)
+    record = read_cell(path, cell.asked, "hardware", "num_optim_steps")
     if record is not None and record["status"] in ("done", "failed"):
         return record
     model = cell.build()
@@ -100,7 +104,8 @@ def run_cell(
         # Sums depend on how they are split over threads.
         torch.set_num_threads(record["hardware"]["num_threads"])
     try:
-        record = _train(cell, path, model, record, device, callbacks, on_metrics)
+        checkpoint = find_last_checkpoint(path, say)
+        record = _train(cell, path, model, record, checkpoint, device, callbacks, on_metrics)
     except NonFiniteError as error:
         record |= {"status": "failed", "error": str(error), "results": None}
         _tidy(path)
@@ -112,8 +117,7 @@ def run_cell(
         "status": "done",
         "results": results | {"eval_s": round(time.perf_counter() - start, 3)},
     }
-    with hide_progress():
-        model.save_pretrained(path)
+    save_model(model, path)
     record = keep_record(path, record)
     _tidy(path)
     return record
@@ -127,20 +131,22 @@ def keep_record(path: Path, record: Record) -> Record:
     return kept
 
 
-def read_cell(path: Path, asked: dict[str, Any]) -> Record | None:
+def read_cell(path: Path, asked: dict[str, Any], *needed: str) -> Record | None:
     """Return the record of a cell's folder; ``None`` if it was never begun.
+
+    Args:
+        path: the folder.
+        asked: what would decide its result now.
+        needed: fields that the record must have besides.
 
     Raises:
         InputError: if it is damaged, or something else was asked of it.
     """
-    file = path / RECORD_FILE
-    if not file.is_file():
+    if not (path / RECORD_FILE).is_file():
         return None
-    try:
-        record: Record = json.loads(file.read_text(encoding="utf-8"))
-        found = record["asked"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({error}); delete {path} to run it again") from error
+    advice = f"delete {path} to run it again"
+    record: Record = read_record(path, advice, "asked", "status", *needed)
+    found = record["asked"]
     asked = json.loads(json.dumps(asked))
     if found != asked:
         changed = next(k for k in {**asked, **found} if found.get(k) != asked.get(k))
@@ -172,20 +178,20 @@ def _train(
     path: Path,
     model: PreTrainedModel,
     record: Record,
+    checkpoint: Path | None,
     device: str,
     callbacks: Sequence[TrainerCallback],
     on_metrics: Callable[[dict[str, float]], None] | None,
 ) -> Record:
     """Train, from the last checkpoint where there is one; return the record brought up to date."""
     num_steps = record["num_optim_steps"]
-    checkpoint = find_last_checkpoint(path)
     trim_metrics(path, 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     trained = train_model(
         model,
         cell.make_dataset(num_steps * cell.train.batch_size),
         replace(cell.train, steps=num_steps),
         path,
-        resume=True,
+        checkpoint=checkpoint,
         callbacks=callbacks,
         device=device,
         on_metrics=on_metrics,

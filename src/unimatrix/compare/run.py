@@ -28,7 +28,7 @@ from unimatrix.evaluation.carried_bytes import measure_carried_bytes
 from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
 from unimatrix.evaluation.long_context import bin_by_position
 from unimatrix.evaluation.recall import measure_recall
-from unimatrix.run_folder import describe_run, require_unicode_path
+from unimatrix.run_folder import describe_run, hold_results, require_unicode_path
 from unimatrix.stream_matches import match_stream
 from unimatrix.tasks import AssociativeRecall, RotatingDataset
 from unimatrix.training_callbacks import StopOnSignal
@@ -112,7 +112,8 @@ def run_comparison(
         watch: called before each training, for callbacks and a listener to its log.
 
     Raises:
-        InputError: for an unusable comparison, corpus or folder; nothing is trained.
+        InputError: for an unusable comparison, corpus or folder, or one that another process writes
+            to; nothing is trained.
         StoppedError: by Ctrl-C; the cell that was training has a checkpoint.
     """
     require_unicode_path(out)
@@ -124,15 +125,14 @@ def run_comparison(
     makers = plan_models(comparison)
     num_left = count_cells(comparison)
     records: dict[str, Record] = {}
-    with StopOnSignal() as stop:
+    with hold_results(out), StopOnSignal() as stop:
 
         def run(cell: Cell) -> Record:
             nonlocal num_left
             callbacks, on_metrics = watch()
             say(f"{cell.name} ({num_left} left)")
-            record = run_cell(
-                cell, out, device, callbacks=[*callbacks, stop], on_metrics=on_metrics
-            )
+            watched = [*callbacks, stop]
+            record = run_cell(cell, out, device, callbacks=watched, on_metrics=on_metrics, say=say)
             num_left -= 1
             records[cell.name] = record
             if stop.requested:
@@ -311,7 +311,7 @@ def run_compressors(comparison: Comparison, text: Text, path: Path) -> Record:
         "eval_bytes": settings.eval_bytes,
         "prime_bytes": settings.prime_bytes,
     }
-    record = read_cell(path, asked)
+    record = read_cell(path, asked, "missing")
     if record is not None and record["missing"] == list_missing_compressors():
         return record
     prime = text.cut_prime(settings.prime_bytes)

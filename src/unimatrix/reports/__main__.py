@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from unimatrix.reports.tables import find_stale_documents, read_records
+from unimatrix.run_folder import write_file
 
 
 def main() -> int:
@@ -21,7 +22,7 @@ def main() -> int:
         sys.stderr.write(f"differs from the records: {', '.join(map(str, stale))}\n")
         return 1
     for document, text in stale.items():
-        document.write_text(text, encoding="utf-8")
+        write_file(document, text)
     return 0
 
 

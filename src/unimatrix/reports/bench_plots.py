@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from unimatrix.evaluation.units import format_bytes
 from unimatrix.reports.figures import render_png
+from unimatrix.run_folder import write_file
 
 Row = Mapping[str, Any]
 
@@ -57,8 +58,8 @@ def write_bench_plots(rows: Sequence[Row], folder: Path) -> None:
     """
     timed = [row for row in rows if row["skipped"] is None]
     if timed:
-        (folder / SPEED_FILE).write_bytes(render_png(plot_speed(timed)))
-        (folder / BYTES_FILE).write_bytes(render_png(plot_bytes(timed)))
+        write_file(folder / SPEED_FILE, render_png(plot_speed(timed)))
+        write_file(folder / BYTES_FILE, render_png(plot_bytes(timed)))
 
 
 def plot_speed(rows: Sequence[Row]) -> Figure:

@@ -25,6 +25,7 @@ from unimatrix.reproduce.claims import (
     list_cells,
     name_run,
 )
+from unimatrix.run_folder import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,7 +150,7 @@ def write_claims_report(records: Records, path: Path, groups: Sequence[str] = GR
     ]
     if any(map(_is_drawn, outcomes)):
         png = render_png(plot_claims(outcomes))
-        path.with_suffix(".png").write_bytes(png)
+        write_file(path.with_suffix(".png"), png)
         body.append(render_picture(png, "Published values and ours"))
     for group in groups:
         rows = tabulate_claims([one for one in outcomes if one.claim.group == group])
@@ -157,7 +158,7 @@ def write_claims_report(records: Records, path: Path, groups: Sequence[str] = GR
     header, speeds = tabulate_throughput(records)
     if speeds and "throughput" in groups:
         body.append(render_table(header, speeds))
-    path.write_text(render_page("The paper, run again", body), encoding="utf-8")
+    write_file(path, render_page("The paper, run again", body))
 
 
 def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":

@@ -24,6 +24,7 @@ from unimatrix.reports.page import (
     render_table,
     require_report_path,
 )
+from unimatrix.run_folder import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,14 +80,14 @@ def write_compare_report(records: Records, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures = _plot(finished)
     for name, png in pictures.items():
-        path.with_name(f"{path.stem}-{name}.png").write_bytes(png)
+        write_file(path.with_name(f"{path.stem}-{name}.png"), png)
     body = [
         "<h1>Every model in the same harness</h1>",
         f'<p class="lede">{PROTOCOL}</p>',
         *_render_text(finished, pictures),
         *_render_rest(finished, pictures),
     ]
-    path.write_text(render_page("Comparison", body), encoding="utf-8")
+    write_file(path, render_page("Comparison", body))
 
 
 def _plot(records: Records) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from unimatrix.reports.page import (
     render_table,
     require_report_path,
 )
+from unimatrix.run_folder import write_file
 from unimatrix.tasks.ruler import RULER_TASKS
 
 Record = Mapping[str, Any]
@@ -65,7 +66,7 @@ def write_long_context_report(record: Record, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pictures = _plot(record)
     for name, png in pictures.items():
-        path.with_name(f"{path.stem}-{name}.png").write_bytes(png)
+        write_file(path.with_name(f"{path.stem}-{name}.png"), png)
     sections = (
         ("RULER over bytes", _TASKS_NOTE, tabulate_tasks(record), "tasks"),
         ("A text by position, bits per byte", _BOOK_NOTE, tabulate_positions(record), "positions"),
@@ -78,7 +79,7 @@ def write_long_context_report(record: Record, path: Path) -> None:
             body += [render_picture(pictures[picture], title)] if picture in pictures else []
             body.append(_render(table))
     body += ["<h2>Models</h2>", _render(tabulate_models(record)), *_render_reasons(record)]
-    path.write_text(render_page("Long contexts", body), encoding="utf-8")
+    write_file(path, render_page("Long contexts", body))
 
 
 def _plot(record: Record) -> dict[str, bytes]:

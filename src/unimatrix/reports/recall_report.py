@@ -23,6 +23,7 @@ from unimatrix.reports.recall_results import (
     list_copy_rules,
     name_rule,
 )
+from unimatrix.run_folder import write_file
 
 # The task whose state and accuracy others have published.
 _MAIN_TASK = "mqar-b"
@@ -75,11 +76,11 @@ def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> Non
     plots = {task: _plot(task, configurations) for task, configurations in tasks.items()}
     main_task = _MAIN_TASK if _MAIN_TASK in plots else next(iter(plots))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".png").write_bytes(plots[main_task])
+    write_file(path.with_suffix(".png"), plots[main_task])
     # The main task leads; the others keep their order.
     ordered = sorted(tasks, key=lambda task: task != main_task)
     sections = [_render_task(task, tasks[task], plots[task]) for task in ordered]
-    path.write_text(_render_page(sections, len(results)), encoding="utf-8")
+    write_file(path, _render_page(sections, len(results)))
 
 
 def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:

@@ -4,7 +4,6 @@ A document marks the place of a table with ``<!-- table: NAME -->`` and ``<!-- e
 """
 
 import functools
-import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ from unimatrix.reports.long_context_results import (
 )
 from unimatrix.reports.recall_results import find_copy_rules
 from unimatrix.reproduce.claims import GROUPS, Claim, judge_claims, load_claims
+from unimatrix.run_folder import RECORD_FILE, read_record
 
 Record = dict[str, Any]
 
@@ -60,11 +60,11 @@ def read_records(folder: Path) -> dict[str, Record]:
         folder: such as ``results/``.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or one is damaged.
     """
     records = {
-        path.parent.relative_to(folder).as_posix(): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.rglob("record.json"))
+        path.parent.relative_to(folder).as_posix(): read_record(path.parent, "make it again")
+        for path in sorted(folder.rglob(RECORD_FILE))
     }
     if not records:
         raise InputError(f"{folder} holds no record.json; run the commands in results/README.md")

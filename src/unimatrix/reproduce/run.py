@@ -1,7 +1,6 @@
 """The runs behind the claims: each trained once, kept as a record, never run again."""
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,6 @@ from transformers import PreTrainedModel, TrainerCallback
 from unimatrix.baselines.gelu_transformer import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, WindowDataset, load_corpus
-from unimatrix.errors import InputError
 from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
@@ -25,7 +23,14 @@ from unimatrix.recall_slices import build_slices
 from unimatrix.recipe import Recipe, load_recipe, replace_fields
 from unimatrix.reproduce.claims import ClaimCell, list_cells, name_run
 from unimatrix.reproduce.throughput import measure_throughput
-from unimatrix.run_folder import RECORD_FILE, describe_run, require_unicode_path, write_record
+from unimatrix.run_folder import (
+    RECORD_FILE,
+    describe_run,
+    hold_results,
+    read_record,
+    require_unicode_path,
+    write_record,
+)
 from unimatrix.tasks import AssociativeRecall, RotatingDataset, TripleInteraction
 from unimatrix.training import train_model
 from unimatrix.training_callbacks import StopOnSignal
@@ -101,20 +106,15 @@ def reproduce(
         device: cpu, cuda or mps; throughput is always measured on the CPU.
 
     Raises:
-        InputError: for a corpus that cannot be opened, or a damaged record, before anything is run.
+        InputError: for a corpus that cannot be opened, a damaged record, or a folder that another
+            process writes to, before anything is run.
         StoppedError: by Ctrl-C.
     """
     require_unicode_path(out)
-    runs = list(plan.list_runs())
-    records = {
-        name: record
-        for cell, seed in runs
-        if (record := read_finished(out / (name := name_run(cell, seed)))) is not None
-    }
-    missing = [(cell, seed) for cell, seed in runs if name_run(cell, seed) not in records]
-    if any(cell.group == "lm" and cell.model != "all" for cell, _ in missing):
-        load_corpus(plan.data, plan.valid_data or None)
-    with StopOnSignal() as stop:
+    _find_missing(plan, out)
+    with hold_results(out), StopOnSignal() as stop:
+        # Once more: who held the folder before may have finished some.
+        records, missing = _find_missing(plan, out)
         for number, (cell, seed) in enumerate(missing):
             name = name_run(cell, seed)
             say(f"{name} ({len(missing) - number} left)")
@@ -124,20 +124,30 @@ def reproduce(
     return records
 
 
+def _find_missing(plan: Plan, out: Path) -> tuple[dict[str, Record], list[tuple[ClaimCell, int]]]:
+    """Return the finished records by folder and the runs to do, whose corpus can be opened."""
+    runs = list(plan.list_runs())
+    records = {
+        name: record
+        for cell, seed in runs
+        if (record := read_finished(out / (name := name_run(cell, seed)))) is not None
+    }
+    missing = [(cell, seed) for cell, seed in runs if name_run(cell, seed) not in records]
+    if any(cell.group == "lm" and cell.model != "all" for cell, _ in missing):
+        load_corpus(plan.data, plan.valid_data or None)
+    return records, missing
+
+
 def read_finished(path: Path) -> Record | None:
     """Return the record of a finished run; ``None`` if there is none.
 
     Raises:
         InputError: if it is damaged.
     """
-    file = path / RECORD_FILE
-    if not file.is_file():
+    if not (path / RECORD_FILE).is_file():
         return None
-    try:
-        record: Record = json.loads(file.read_text(encoding="utf-8"))
-        return record if record["status"] == "done" else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is damaged ({error}); delete {path} to run it again") from error
+    record: Record = read_record(path, f"delete {path} to run it again", "status")
+    return record if record["status"] == "done" else None
 
 
 def _run(
