@@ -195,12 +195,14 @@ def test_batches_are_padded_on_the_left():
 def test_no_length_limit_truncates_or_pads():
     text = "x" * 100_000
     assert len(TOKENIZER(text, truncation=True).input_ids) == 100_001
-    assert TOKENIZER("abc", padding="max_length").input_ids == [BOS_ID, 97, 98, 99]
+    rows = TOKENIZER(["abc", "de"], truncation=True, padding="max_length")
+    assert rows.input_ids == [[BOS_ID, 97, 98, 99], [BOS_ID, 100, 101]]
+    assert TOKENIZER.pad({"input_ids": [[1, 2]]}, padding="max_length").input_ids == [[1, 2]]
+    assert TOKENIZER("abc", padding="max_length", max_length=5).input_ids[0] == PAD_ID
     # lm-eval reads this very value as "no limit known" and cuts to 2,048 tokens.
     assert TOKENIZER.model_max_length != int(1e30)
     ids = torch.arange(4)[None]
-    with pytest.warns(UserWarning, match="Truncating the start/stop/step"):
-        assert ids[:, -TOKENIZER.model_max_length :].tolist() == ids.tolist()
+    assert ids[:, -TOKENIZER.model_max_length :].tolist() == ids.tolist()
 
 
 def test_evaluation_harnesses_find_what_they_ask_for():

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from unimatrix.errors import InputError
 from unimatrix.saved_loader import TOKENIZER_AUTO_MAP, save_loader
@@ -29,9 +30,9 @@ BOS_TOKEN = "<|bos|>"
 EOS_TOKEN = "<|eos|>"
 SPECIAL_TOKENS = {PAD_TOKEN: PAD_ID, BOS_TOKEN: BOS_ID, EOS_TOKEN: EOS_ID}
 
-NO_LENGTH_LIMIT = 10**21
-"""``model_max_length``: above the 10**20 from which transformers neither truncates nor pads to it,
-and not the 10**30 that lm-eval reads as "unknown" and replaces by 2,048."""
+NO_LENGTH_LIMIT = 2**50
+"""``model_max_length``: no text is as long. lm-eval takes 10**30 for "unknown", cuts to 2,048, and
+asks with this one how many rows fit a device: what torch counts in bytes must not overflow."""
 
 
 class UniMatrixTokenizer(PreTrainedTokenizerFast):
@@ -60,6 +61,17 @@ class UniMatrixTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
         """Do nothing: every saved folder has an ``auto_map``, and not this file's source."""
+
+    def _get_padding_truncation_strategies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        padding, truncation, length, rest = super()._get_padding_truncation_strategies(
+            *args, **kwargs
+        )
+        if length == NO_LENGTH_LIMIT:
+            # As transformers does where there is no limit; to this one it would fill the device.
+            length, truncation = None, TruncationStrategy.DO_NOT_TRUNCATE
+            if padding is PaddingStrategy.MAX_LENGTH:
+                padding = PaddingStrategy.DO_NOT_PAD
+        return padding, truncation, length, rest
 
     def _encode_plus(
         self, text: Any, *args: Any, split_special_tokens: bool | None = None, **kwargs: Any

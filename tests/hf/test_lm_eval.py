@@ -18,6 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason='needs pip install "unimatrix-lm
 # Its own imports and data sets warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+DOCUMENT = Path(__file__).parents[2] / "docs/results.md"
 # Longer than the 2,048 tokens that lm-eval takes for a model whose length it cannot find out.
 LONG = "The key is 4711. " + "Nothing happens here. " * 120 + "The key is"
 # The spaces are in the answers: lm-eval moves them there from the end of a question.
@@ -49,6 +50,18 @@ target_delimiter: ""
 generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
 metric_list: [{{metric: exact_match}}]
 """
+# lm-eval divides by the bytes of the text.
+ROLLING_TASK = """
+task: local_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+TASKS = {"choice": CHOICE_TASK, "writing": WRITING_TASK, "rolling": ROLLING_TASK}
 
 
 @pytest.fixture
@@ -59,7 +72,7 @@ def tasks(tmp_path, monkeypatch) -> Path:
     file.write_text("\n".join(map(json.dumps, DOCUMENTS)))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    for name, text in (("choice", CHOICE_TASK), ("writing", WRITING_TASK)):
+    for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(text.format(file=file))
     return folder
 
@@ -71,7 +84,7 @@ def save(folder: Path, model: UniMatrixForCausalLM) -> str:
     return str(folder)
 
 
-def evaluate(model_args: dict, tasks: Path, task: str) -> dict:
+def evaluate(model_args: dict, tasks: Path, task: str, batch_size: int | str = 2) -> dict:
     from lm_eval.tasks import TaskManager
 
     return lm_eval.simple_evaluate(
@@ -80,7 +93,7 @@ def evaluate(model_args: dict, tasks: Path, task: str) -> dict:
         tasks=[task],
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         device="cpu",
-        batch_size=2,
+        batch_size=batch_size,
         log_samples=True,
         bootstrap_iters=0,
     )
@@ -95,10 +108,14 @@ def score(model: UniMatrixForCausalLM, question: str, answer: str) -> float:
     return float(found[len(question.encode()) :].sum())
 
 
-def test_log_likelihoods_of_a_saved_model(tmp_path, tasks) -> None:
+batch_sizes = pytest.mark.parametrize("batch_size", [1, 4, "auto"])
+
+
+@batch_sizes
+def test_log_likelihoods_of_a_saved_model(batch_size, tmp_path, tasks) -> None:
     model = build_byte_model("unimatrix")
     folder = save(tmp_path / "model", model)
-    result = evaluate({"pretrained": folder}, tasks, "local_choice")
+    result = evaluate({"pretrained": folder}, tasks, "local_choice", batch_size)
     samples = sorted(result["samples"]["local_choice"], key=lambda sample: sample["doc_id"])
     right = 0
     for document, sample in zip(DOCUMENTS, samples, strict=True):
@@ -113,15 +130,29 @@ def test_nothing_is_cut_off(tmp_path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     folder = save(tmp_path / "model", build_byte_model("unimatrix"))
-    assert HFLM(pretrained=folder, device="cpu").max_length > 10**20
+    assert HFLM(pretrained=folder, device="cpu").max_length == 2**50
     table = save(tmp_path / "table", build_byte_model("core", max_position_embeddings=128))
     assert HFLM(pretrained=table, device="cpu").max_length == 128
 
 
-def test_writing(tmp_path, tasks) -> None:
+@batch_sizes
+def test_writing(batch_size, tmp_path, tasks) -> None:
     folder = save(tmp_path / "model", prefer(build_byte_model("core"), ord("e")))
-    result = evaluate({"pretrained": folder}, tasks, "local_writing")
+    result = evaluate({"pretrained": folder}, tasks, "local_writing", batch_size)
     assert result["results"]["local_writing"]["exact_match,none"] == 1.0
+
+
+@batch_sizes
+def test_rolling_log_likelihoods(batch_size, tmp_path, tasks) -> None:
+    """With the argument that ``docs/results.md`` names, BOS is read once and nothing is cut."""
+    model = build_byte_model("unimatrix")
+    model_args = {"pretrained": save(tmp_path / "model", model), "add_bos_token": False}
+    result = evaluate(model_args, tasks, "local_rolling", batch_size)
+    texts = [document["question"] for document in DOCUMENTS]
+    bits = -sum(score(model, "", text) for text in texts) / math.log(2)
+    expected = bits / sum(len(text.encode()) for text in texts)
+    assert result["results"]["local_rolling"]["bits_per_byte,none"] == pytest.approx(expected)
+    assert "add_bos_token=False" in DOCUMENT.read_text(encoding="utf-8")
 
 
 def test_a_model_in_memory(tasks) -> None:
@@ -143,13 +174,13 @@ def test_a_model_in_memory(tasks) -> None:
 def test_the_command(tmp_path, tasks) -> None:
     """The command of ``docs/results.md``, with another model and task."""
     folder = save(tmp_path / "model", prefer(build_byte_model("core"), ord("e")))
-    document = (Path(__file__).parents[2] / "docs/results.md").read_text(encoding="utf-8")
-    shown = re.search(r'^python -c "(.+cli_evaluate.+)" \\\n  (run .+)$', document, re.MULTILINE)
+    document = DOCUMENT.read_text(encoding="utf-8")
+    shown = re.search(r"^python (-m lm_eval run .+)$", document, re.MULTILINE)
     assert shown is not None
-    arguments = shown[2].replace("runs/RUN", folder).replace("lambada_openai", "local_writing")
+    arguments = shown[1].replace("runs/RUN", folder).replace("lambada_openai", "local_writing")
     extra = ["--include_path", str(tasks), "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-c", shown[1], *arguments.split(), *extra], capture_output=True, text=True
+        [sys.executable, *arguments.split(), *extra], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"local_writing.*exact_match.*1", done.stdout)

@@ -76,7 +76,7 @@ def test_label_smoothing_shifts(
     model = build_byte_model(preset, dropout=0.0)
     if through_peft:
         peft = pytest.importorskip("peft")
-        lora = peft.LoraConfig(target_modules=["up_proj"], r=2)
+        lora = peft.LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM", r=2)
         model = peft.get_peft_model(model, lora)
     arguments = TrainingArguments(
         tmp_path, label_smoothing_factor=SMOOTHING, report_to=[], use_cpu=True
