@@ -23,6 +23,7 @@ from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.short_convolution import ShortConvolution
+from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.ops import matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
 from unimatrix.weights_origin import WeightsOrigin
@@ -85,6 +86,49 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Do nothing: every saved folder has an ``auto_map``, and not this file's source."""
+
+    def _resize_token_embeddings(
+        self,
+        new_num_tokens: int | None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Resize every table that is indexed by token; called by ``resize_token_embeddings``.
+
+        The arguments are those of ``PreTrainedModel.resize_token_embeddings``.
+
+        Raises:
+            InputError: if the vocabulary would lose a special token of the configuration.
+        """
+        if new_num_tokens is not None:
+            self._require_special_tokens(new_num_tokens)
+        embed: nn.Embedding = super()._resize_token_embeddings(
+            new_num_tokens, pad_to_multiple_of, mean_resizing
+        )
+        num_tokens = embed.num_embeddings
+        for module in self.modules():
+            if isinstance(module, (ResidualContext, TokenModulation)):
+                # With the resized `num_tokens` in place of a multiple, which is of the first table.
+                resized = self._get_resized_embeddings(
+                    module.embed, num_tokens, mean_resizing=mean_resizing
+                )
+                module.embed = resized.requires_grad_(module.embed.weight.requires_grad)
+            elif isinstance(module, SelectiveMixer):
+                module.vocab_size = num_tokens
+        return embed
+
+    def _require_special_tokens(self, num_tokens: int) -> None:
+        """Raise ``InputError`` unless a vocabulary of that size has all special tokens."""
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        special = {name: getattr(self.config, name) for name in names}
+        outside = [
+            f"{name} {i}" for name, i in special.items() if i is not None and i >= num_tokens
+        ]
+        if outside:
+            raise InputError(
+                f"a vocabulary of {num_tokens} tokens does not hold {', '.join(outside)}; set them "
+                "in the configuration first, or keep more tokens"
+            )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

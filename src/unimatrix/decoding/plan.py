@@ -1,5 +1,6 @@
 """A model's weights in one array, in the order and shape that the compiled step reads them."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class Plan:
     """What the compiled step knows of a model.
 
     Attributes:
-        config: of the model.
+        config: of the model, a copy: the model may be resized while the weights here stay.
         arrays: weights; starts of the weights; sizes; columns of what is projected from the stream;
             numbers; contexts (to read, to write, read offsets). ``layout.py`` numbers them.
     """
@@ -98,7 +99,7 @@ def build_plan(model: Any) -> Plan:
     Returns:
         the plan; later changes of the model do not reach it.
     """
-    config, inner, block = model.config, model.model, model.model.block
+    config, inner, block = copy.deepcopy(model.config), model.model, model.model.block
     packer = _Packer(model)
     with torch.no_grad():
         packer.add(layout.EMBED, inner.embed_tokens.weight)

@@ -143,10 +143,28 @@ def explain_unusable(model: PreTrainedModel) -> str | None:
             return f"{name or 'the model'} has a hook"
         if vars(module).get("backend", "auto") != "auto":
             return f"the back end of {name} is {module.backend!r}"
+    reason = _explain_tables(model)
+    if reason is not None:
+        return reason
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if len(kinds) > 1:
         return "its parameters differ in device or type"
     ((device, dtype),) = kinds
     if device != "cpu" or dtype not in (torch.float32, torch.float64):
         return f"its parameters are {str(dtype).removeprefix('torch.')} on {device}"
+    return None
+
+
+def _explain_tables(model: PreTrainedModel) -> str | None:
+    """Return which table that is indexed by token has another size than the vocabulary."""
+    inner, vocab = model.model, model.config.vocab_size
+    tables = {
+        "embed_tokens": inner.embed_tokens,
+        "residual_context": getattr(inner.residual_context, "embed", None),
+        "token_modulation": getattr(inner.token_modulation, "embed", None),
+        "lm_head": model.lm_head,
+    }
+    for name, table in tables.items():
+        if table is not None and table.weight.shape[0] != vocab:
+            return f"{name} has {table.weight.shape[0]} rows and the vocabulary {vocab} tokens"
     return None
