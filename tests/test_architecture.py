@@ -18,6 +18,7 @@ LAYERS = (
     (
         "weights_origin",
         "cache",
+        "cache_checks",
         "decoding",
         "loss",
         "modeling_inputs",

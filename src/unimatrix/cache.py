@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from unimatrix.cache_checks import read_anew, require_sound
 from unimatrix.configuration import FORMAT_VERSION, UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.nn.block import Associations, DepthCarry
@@ -84,6 +85,7 @@ class UniMatrixCache:
         text_hash: [B] int64, of the real tokens consumed by each row (``ops.text_hash``), by which
             ``generate`` knows them again; ``None`` where nobody counted.
         origin: the weights that made it; ``None`` is unknown, and fits any.
+        is_sound: compiled code may rely on it: a model has made it, or ``check`` has looked.
     """
 
     config_digest: str
@@ -95,6 +97,7 @@ class UniMatrixCache:
     automaton: AutomatonState | None = None
     text_hash: Tensor | None = None
     origin: WeightsOrigin | None = None
+    is_sound: bool = False
 
     # Read by transformers' `generate`.
     is_compileable = False
@@ -241,7 +244,8 @@ class UniMatrixCache:
         """Raise ``InputError`` unless the cache belongs to this model and batch.
 
         Weights are compared only where another model object made the cache, and then once: a
-        training may carry it on through its updates.
+        training may carry it on through its updates. A cache from a file is looked at once, and its
+        automaton is built anew from its text.
 
         Args:
             model: a ``UniMatrixModel``.
@@ -257,6 +261,10 @@ class UniMatrixCache:
                 f"this cache has {self.batch_size} rows and input_ids has {batch}; select rows "
                 "with cache.select_rows"
             )
+        if not self.is_sound:
+            require_sound(self.tensors(), len(self.depth), model.config)
+            self.automaton = read_anew(self.automaton, model.config)
+            self.is_sound = True
         if self.origin is not None and self.origin is not model.origin:
             self._compare_weights(model)
 
@@ -313,6 +321,7 @@ def start_cache(
         last_token_ids=torch.full((batch,), -1, dtype=torch.int64, device=device),
         depth=(DepthCarry(),) * config.num_hidden_layers,
         text_hash=text_hash,
+        is_sound=True,
     )
 
 

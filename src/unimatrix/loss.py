@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from unimatrix.errors import InputError
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 from unimatrix.ops.fused_passes import sum_cross_entropy
 from unimatrix.ops.fused_passes.pass_weights import PassWeights
@@ -44,7 +45,32 @@ def compute_loss(
             comes before them.
         targets: [...] int64, -100 ignored.
         num_items_in_batch: divisor instead of the number of targets here.
+
+    Raises:
+        InputError: for a target that is no token and not -100; a GPU ends the process's work
+            instead.
     """
+    try:
+        return _compute_loss(logits, targets, num_items_in_batch)
+    except (IndexError, RuntimeError) as error:  # torch has looked at every target
+        if isinstance(logits, UnscoredRows):
+            raise
+        vocab = (logits[0] if isinstance(logits, MixedLogits) else logits).shape[-1]
+        is_strange = (targets != IGNORED_LABEL) & ((targets < 0) | (targets >= vocab))
+        if not is_strange.any():
+            raise
+        raise InputError(
+            f"label {int(targets[is_strange][0])} is no token of the vocabulary; pass 0 to "
+            f"{vocab - 1}, or {IGNORED_LABEL} where no loss is wanted"
+        ) from error
+
+
+def _compute_loss(
+    logits: Tensor | MixedLogits | UnscoredRows,
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """Compute the loss; arguments as in ``compute_loss``."""
     if isinstance(logits, UnscoredRows):
         h, head, *pointer = logits
         total = sum_cross_entropy(h, head, targets, *pointer, ignored=IGNORED_LABEL)

@@ -30,6 +30,7 @@ from unimatrix.modeling_inputs import (
     require_shape,
     require_tokens,
     take_shift_labels,
+    take_targets,
 )
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import (
@@ -208,6 +209,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 if past.text_hash is None or inputs_embeds is not None
                 else hash_text(ids, lengths, past.text_hash),
                 origin=self.origin,
+                is_sound=True,
             )
             if use_cache
             else None,
@@ -487,10 +489,10 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         assert output.last_hidden_state is not None
         shape = list(output.last_hidden_state.shape[:2])
         require_shape("logits_at", logits_at, shape)
-        require_shape("labels", labels, shape)
         keeps_some = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
-        if not keeps_some:  # the targets of those positions are enough
-            require_shape("shift_labels", shift_labels, shape)
+        labels = take_targets("labels", labels, shape)
+        # Of a few positions, the targets of those are enough.
+        shift_labels = take_targets("shift_labels", shift_labels, None if keeps_some else shape)
         # 5. The one shift.
         if shift_labels is None and labels is not None:
             shift_labels = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)

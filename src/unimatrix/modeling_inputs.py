@@ -40,6 +40,30 @@ def require_shape(name: str, given: Tensor | None, shape: list[int]) -> None:
         raise InputError(f"{name} has shape {list(given.shape)}; pass {shape}, one value per token")
 
 
+def take_targets(name: str, given: Tensor | None, shape: list[int] | None) -> Tensor | None:
+    """Return targets as int64; raise ``InputError`` unless they are whole numbers of a shape.
+
+    Args:
+        name: what the caller calls them.
+        given: the targets; ``None`` is none.
+        shape: [B, T]; ``None`` is any.
+    """
+    if given is None:
+        return None
+    if shape is not None:
+        require_shape(name, given, shape)
+    return _take_whole(name, given)
+
+
+def _take_whole(name: str, given: Tensor) -> Tensor:
+    """Return int32 as int64, which compiled code relies on; raise ``InputError`` for other types."""
+    if given.dtype == torch.int32:
+        return given.long()
+    if given.dtype != torch.int64:
+        raise InputError(f"{name} has dtype {given.dtype}; pass whole numbers as torch.int64")
+    return given
+
+
 def list_id_readers(config: UniMatrixConfig) -> list[str]:
     """Return the configuration fields by which a model reads token ids beside the embedding."""
     fields = {
@@ -69,7 +93,7 @@ def require_tokens(
                 f"input_ids has shape {list(input_ids.shape)}; pass [batch, tokens] with at least "
                 "one token, for instance BOS"
             )
-        return input_ids.long() if input_ids.dtype == torch.int32 else input_ids
+        return _take_whole("input_ids", input_ids)
     assert inputs_embeds is not None
     if readers := list_id_readers(config):
         raise InputError(

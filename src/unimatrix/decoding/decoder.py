@@ -38,6 +38,8 @@ class Decoder:
         reason = explain_unusable(model)
         if reason is not None:
             raise InputError(f"there is no compiled step: {reason}; call the model instead")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; pass at least 1")
         if cache is None:
             cache = start_cache(model.config, torch.empty(batch_size, 0, dtype=torch.int64))
         cache.check(model.model, cache.batch_size)
@@ -68,6 +70,10 @@ class Decoder:
                 position table has no row left.
         """
         config = self._plan.config
+        if token_ids.is_floating_point() or token_ids.device.type != "cpu":
+            raise InputError(
+                f"token_ids is {token_ids.dtype} on {token_ids.device}; pass torch.int64 on the CPU"
+            )
         ids = np.ascontiguousarray(token_ids.detach().numpy())
         if ids.dtype == np.int32:
             ids = ids.astype(np.int64)
@@ -107,8 +113,17 @@ class Decoder:
             [B, n] int64, n the tokens written.
 
         Raises:
-            InputError: as ``step``.
+            InputError: as ``step``, or for a ``num_tokens``, ``pad_id`` or ``ended`` that is not as
+                above.
         """
+        vocab_size = self._plan.config.vocab_size
+        if num_tokens < 1 or not 0 <= pad_id < vocab_size:
+            raise InputError(
+                f"num_tokens is {num_tokens} and pad_id {pad_id}; pass at least 1, and an id in "
+                f"0..{vocab_size - 1}"
+            )
+        if ended is not None and ended.shape != (self.batch_size,):
+            raise InputError(f"ended has shape {list(ended.shape)}; pass [{self.batch_size}]")
         ended = np.zeros(self.batch_size, dtype=bool) if ended is None else ended.copy()
         written = np.empty((self.batch_size, num_tokens), dtype=np.int64)
         logits = self.step(token_ids).numpy()

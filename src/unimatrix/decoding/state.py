@@ -205,6 +205,7 @@ def write_cache(
         automaton=automaton,
         text_hash=text_hash.contiguous() if state.knows_text else None,
         origin=origin,
+        is_sound=True,
     )
 
 

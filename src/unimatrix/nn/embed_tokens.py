@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from unimatrix.errors import InputError
 from unimatrix.nn.packed_linear import is_plain
 from unimatrix.ops.fused_passes import runs_native
 
@@ -19,6 +20,9 @@ def embed_tokens(
 
     Returns:
         [..., D].
+
+    Raises:
+        InputError: for an id that is not in the vocabulary; a GPU ends the process's work instead.
     """
     if _is_pass(embed, token_ids, backend):
         # Imported here: it loads the compiler.
@@ -26,11 +30,24 @@ def embed_tokens(
 
         return embed_tokens_native(token_ids, embed.weight, allows_none=allows_none)
     if not allows_none:
-        features: Tensor = embed(token_ids)
-        return features
+        return _take_rows(embed, token_ids)
     known = (token_ids >= 0).unsqueeze(-1)
-    rows: Tensor = embed(token_ids.clamp(min=0))
-    return rows * known
+    return _take_rows(embed, token_ids.clamp(min=0)) * known
+
+
+def _take_rows(embed: nn.Embedding, token_ids: Tensor) -> Tensor:
+    """Call the embedding; say which id it does not have."""
+    try:
+        rows: Tensor = embed(token_ids)
+    except IndexError as error:  # torch has looked at every id, and names none
+        is_strange = (token_ids < 0) | (token_ids >= embed.num_embeddings)
+        if not is_strange.any():
+            raise
+        raise InputError(
+            f"token id {int(token_ids[is_strange][0])} is not in the vocabulary; pass 0 to "
+            f"{embed.num_embeddings - 1}"
+        ) from error
+    return rows
 
 
 def _is_pass(embed: nn.Embedding, token_ids: Tensor, backend: str) -> bool:

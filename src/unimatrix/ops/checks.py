@@ -52,6 +52,25 @@ def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
         raise InputError(f"{name} has dtype {tensor.dtype}; pass {dtype}.")
 
 
+def require_lengths(lengths: Tensor, num_tokens: int) -> None:
+    """Check the real tokens of each row, [B] int64 on any device; the values on the CPU only.
+
+    Args:
+        lengths: the argument.
+        num_tokens: T.
+
+    Raises:
+        InputError: if one is not in 0..T.
+    """
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    shortest, longest = (int(x) for x in lengths.aminmax())
+    if shortest < 0 or longest > num_tokens:
+        raise InputError(
+            f"lengths go from {shortest} to {longest}; pass values in 0..{num_tokens}."
+        )
+
+
 def find_real_tokens(lengths: Tensor | None, like: Tensor) -> Tensor:
     """Return which positions hold real tokens.
 

@@ -162,6 +162,12 @@ def _score_spans(
     keep(scratch)
 
 
+def _require_rows(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``InputError`` unless the kernel finds ids of every row."""
+    if ids.shape != shape or ids.dtype != torch.int64:
+        raise InputError(f"{name} is {list(ids.shape)} {ids.dtype}; pass {list(shape)} torch.int64")
+
+
 def run_head(
     h: Tensor,
     weights: PassWeights,
@@ -187,8 +193,11 @@ def run_head(
         the sum of the losses, and its gradients by h, by the row of weights and by the shares.
 
     Raises:
-        InputError: for a target that is neither a token nor ``ignored``.
+        InputError: for a target that is neither a token nor ``ignored``, or another shape or type.
     """
+    _require_rows("targets", targets, h.shape[:-1])
+    if token_ids is not None:
+        _require_rows("token_ids", token_ids, (*h.shape[:-1], token_ids.shape[-1]))
     vocab, num_rows = weights.sizes[0], h.numel() // h.shape[-1]
     num_spans = count_spans(-(-num_rows // TILE))
     work = (3 if saves else 1) * num_rows * weights.row.numel() // num_spans

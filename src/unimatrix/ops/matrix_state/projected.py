@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid, normalize, rms_norm
 
 from unimatrix.errors import InputError
 from unimatrix.ops import opaque
-from unimatrix.ops.checks import require_shape
+from unimatrix.ops.checks import require_dtype, require_lengths, require_shape
 from unimatrix.ops.matrix_state.scan import choose_backend, scan_matrix_state
 
 # Small beside the square of a read-out, which a long retention makes small.
@@ -76,6 +76,11 @@ def scan_projected(
         if initial_state is None:
             shape = (sizes["B"], sizes["H"], sizes["N"], sizes["N"])
             initial_state = projected.new_zeros(shape, dtype=dtype)
+        require_shape("initial_state", initial_state, "B H N N", sizes)
+        if lengths is not None:
+            require_dtype("lengths", lengths, torch.int64)
+            require_shape("lengths", lengths, "B", sizes)
+            require_lengths(lengths, sizes["T"])
         vectors = projected if unit or bound else torch.tanh(projected)
         tensors = (vectors.to(dtype), controls.to(dtype), initial_state.to(dtype))
         if torch.compiler.is_compiling():

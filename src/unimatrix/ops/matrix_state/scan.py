@@ -7,7 +7,13 @@ from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
-from unimatrix.ops.checks import find_real_tokens, is_autocast, require_dtype, require_shape
+from unimatrix.ops.checks import (
+    find_real_tokens,
+    is_autocast,
+    require_dtype,
+    require_lengths,
+    require_shape,
+)
 from unimatrix.ops.matrix_state.delta_parallel import scan_delta_parallel
 from unimatrix.ops.matrix_state.parallel import scan_parallel
 from unimatrix.ops.matrix_state.reference import TokenInputs, scan_reference
@@ -79,12 +85,7 @@ def _require_lengths(lengths: Tensor, sizes: dict[str, int]) -> None:
     """Raise InputError unless lengths are [B] int64 in 0..T (the range on the CPU only)."""
     require_dtype("lengths", lengths, torch.int64)
     require_shape("lengths", lengths, "B", sizes)
-    if lengths.device.type == "cpu":
-        shortest, longest = (int(x) for x in lengths.aminmax())
-        if shortest < 0 or longest > sizes["T"]:
-            raise InputError(
-                f"lengths go from {shortest} to {longest}; pass values in 0..{sizes['T']}."
-            )
+    require_lengths(lengths, sizes["T"])
 
 
 def _require_backend(backend: str, tokens: TokenInputs, norm_guard: bool) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 from unimatrix.errors import InputError
 from unimatrix.ops import opaque
 from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
-from unimatrix.ops.checks import require_dtype, require_shape
+from unimatrix.ops.checks import require_dtype, require_lengths, require_shape
 from unimatrix.ops.selective_slots.reference import scan_reference
 from unimatrix.ops.selective_slots.state import (
     MAX_CODE,
@@ -96,20 +96,23 @@ def scan_selective_slots(
         entry is in each. A position sees the writes of those before it, not its own.
 
     Raises:
-        InputError: if a shape or dtype does not fit, a code is out of range (checked on the
-            CPU), or the back end is unknown or cannot run this.
+        InputError: if a shape or dtype does not fit, lengths or a code are out of range (checked on
+            the CPU), or the back end is unknown or cannot run this.
 
     Cost:
         O(B T (Q + N) M) integer comparisons, on the CPU whatever the device but with ``triton``;
         nothing is differentiable. Deterministic; any split of a stream finds the same.
     """
     batch, num_tokens = value_ids.shape[:2]
+    are_given = lengths is not None
     if lengths is None:
         lengths = torch.full((batch,), num_tokens, device=read_keys.device)
     if first_position is None:
         first_position = torch.zeros_like(lengths)
     writes = SlotWrites(read_keys, write_keys, value_ids, codes, first_position, lengths)
     _check(writes, initial)
+    if are_given:
+        require_lengths(lengths, num_tokens)
     policy = SlotPolicy(bounded, margin, keep_first, fade_tokens or 0)
     device, num_slots = read_keys.device, initial.slot_keys.shape[1]
     name = choose_backend(device, num_slots, bounded=bounded) if backend == "auto" else backend

@@ -9,10 +9,14 @@ from unimatrix.ops.backends import require_backend
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.suffix_automaton.reference import predict_rows
 from unimatrix.ops.suffix_automaton.storage import (
+    DTYPES,
+    LETTERS,
+    NUM_COUNTERS,
     WINDOW,
     AutomatonState,
     count_live_bytes,
     empty_automaton,
+    keep_text,
 )
 
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "SuffixPrediction",
     "count_live_bytes",
     "empty_automaton",
+    "keep_text",
     "predict_from_suffix",
 ]
 
@@ -138,6 +143,11 @@ def _check_initial(initial: AutomatonState, batch: int, window: int | None) -> N
             f"initial has {initial.counters.shape[0]} rows; pass one for each of the {batch} rows "
             "of input_ids."
         )
+    sizes = {"B": batch, "8": 8, "2": 2, "3": 3, "10": NUM_COUNTERS}
+    for name, letters in LETTERS.items():
+        tensor = getattr(initial, name)
+        require_shape(f"initial.{name}", tensor, letters, sizes)
+        require_dtype(f"initial.{name}", tensor, DTYPES.get(name, torch.int32))
     built_with = int(initial.counters[0, WINDOW]) or None
     if window != built_with:
         raise InputError(f"window is {window} but initial was built with {built_with}; pass that.")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from unimatrix.errors import InputError
+from unimatrix.ops.checks import require_dtype, require_shape
 
 PARENT, LATEST, LENGTH, LINK, SYMBOL_A, CHILD_A, SYMBOL_B, CHILD_B = range(8)
 LEFT, RIGHT = range(2)
@@ -54,6 +55,17 @@ class AutomatonState(NamedTuple):
     splays: torch.Tensor  # [B, X, 2] int32
     edges: torch.Tensor  # [B, Y, 3] int32, Y the slots of the hash table
     counters: torch.Tensor  # [B, 10] int64
+
+
+LETTERS = {
+    "tokens": "B P",
+    "nodes": "B X 8",
+    "splays": "B X 2",
+    "edges": "B Y 3",
+    "counters": "B 10",
+}
+DTYPES = {"counters": torch.int64}
+"""Of the tensors that are not int32."""
 
 
 def empty_automaton(
@@ -103,6 +115,41 @@ def extend_rows(tensor: torch.Tensor, size: int) -> torch.Tensor:
     extended = tensor.new_zeros(tensor.shape[0], size, *tensor.shape[2:])
     extended[:, : tensor.shape[1]] = tensor
     return extended
+
+
+def keep_text(automaton: AutomatonState, window: int | None) -> AutomatonState:
+    """Return the automaton of the same text without its index, sharing nothing.
+
+    Args:
+        automaton: from anywhere; of its numbers, those of tokens alone are used.
+        window: W with which it was built.
+
+    Raises:
+        InputError: if shapes, types or counts are not those of an automaton.
+    """
+    sizes = {"8": 8, "2": 2, "3": 3, "10": NUM_COUNTERS}
+    for name, letters in LETTERS.items():
+        tensor = getattr(automaton, name)
+        require_shape(f"automaton.{name}", tensor, letters, sizes)
+        require_dtype(f"automaton.{name}", tensor, DTYPES.get(name, torch.int32))
+    capacity, counters = automaton.tokens.shape[1], torch.zeros_like(automaton.counters)
+    kept = [NUM_TOKENS, NUM_HELD, WINDOW]
+    counters[:, kept] = automaton.counters[:, kept]
+    num_tokens, held, windows = counters[:, kept].unbind(dim=1)
+    is_sound = (held >= 0) & (held <= capacity) & (held <= num_tokens) & (windows == (window or 0))
+    if not is_sound.all() or (window is not None and capacity != 2 * window):
+        raise InputError(
+            f"the automaton counts {held.tolist()} tokens held of {num_tokens.tolist()} in room "
+            f"for {capacity}, with windows {windows.tolist()}, which is not one of window {window}"
+        )
+    is_held = torch.arange(capacity) < held.unsqueeze(1)
+    return AutomatonState(
+        tokens=torch.where(is_held, automaton.tokens, 0),
+        nodes=torch.zeros_like(automaton.nodes),
+        splays=torch.zeros_like(automaton.splays),
+        edges=torch.zeros_like(automaton.edges),
+        counters=counters,
+    )
 
 
 def count_live_bytes(automaton: AutomatonState) -> torch.Tensor:
