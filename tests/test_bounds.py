@@ -50,11 +50,14 @@ def test_labels_outside_the_vocabulary_are_refused(
         labels[1, 7] = strange
         with pytest.raises(InputError, match=f"label {strange} is no token of the vocabulary"):
             model(ids, labels=labels, loss_only=loss_only)
-    for given in (ids[:, :-1], ids[:1], ids.int(), ids.double()):
-        with pytest.raises(InputError, match=r"labels is .*; pass \[2, 40\] torch.int64"):
-            model(ids, labels=given, loss_only=loss_only)
-        with pytest.raises(InputError, match=r"shift_labels is .*; pass \[2, 40\] torch.int64"):
-            model(ids, shift_labels=given, loss_only=loss_only)
+    for name in ("labels", "shift_labels"):
+        for given in (ids[:, :-1], ids[:1]):
+            with pytest.raises(InputError, match=rf"{name} has shape .*; pass \[2, 40\]"):
+                model(ids, **{name: given}, loss_only=loss_only)
+        with pytest.raises(InputError, match=f"{name} has dtype torch.float64"):
+            model(ids, **{name: ids.double()}, loss_only=loss_only)
+        short = model(ids, **{name: ids.int()}, loss_only=loss_only).loss
+        assert torch.equal(short, model(ids, **{name: ids}, loss_only=loss_only).loss)
 
 
 def test_ids_and_matches_of_another_kind_are_refused() -> None:

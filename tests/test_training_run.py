@@ -88,6 +88,7 @@ def test_run_folder_is_a_model_with_its_history(tmp_path: Path) -> None:
         "checkpoints",
         "config.json",
         "generation_config.json",
+        "load_unimatrix.py",
         "metrics.jsonl",
         "model.safetensors",
         "recipe.json",

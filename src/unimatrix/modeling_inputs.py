@@ -56,7 +56,7 @@ def take_targets(name: str, given: Tensor | None, shape: list[int] | None) -> Te
 
 
 def _take_whole(name: str, given: Tensor) -> Tensor:
-    """Return int32 as int64, which compiled code relies on; raise ``InputError`` for other types."""
+    """Return int32 as int64, which compiled code relies on; refuse other types."""
     if given.dtype == torch.int32:
         return given.long()
     if given.dtype != torch.int64:
