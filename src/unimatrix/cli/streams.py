@@ -20,15 +20,16 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     codecs.register_error(_ERRORS, _replace)
-    for stream in (sys.stdout, sys.stderr):
+    # A log shows such characters by their numbers, as Python's own does.
+    for stream, errors in ((sys.stdout, _ERRORS), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ERRORS)
+            stream.reconfigure(errors=errors)
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         raw = _LogFile(sys.stderr.fileno(), "w", closefd=False)
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(raw),
             encoding=sys.stderr.encoding,
-            errors=_ERRORS,
+            errors=sys.stderr.errors,
             line_buffering=True,
             write_through=True,
         )
