@@ -154,6 +154,10 @@ class UniMatrixBlock(GradientCheckpointingLayer):
     def _gradient_checkpointing_func(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        del self._checkpoint
+
     @property
     def _association_mixer(self) -> SlotMixer | DenseMixer | SelectiveMixer | None:
         return self.slot_mixer or self.dense_mixer or self.selective_mixer
