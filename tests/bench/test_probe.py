@@ -37,7 +37,7 @@ def test_peak_bytes_are_those_of_the_work_alone() -> None:
 def test_a_run_in_a_process_of_its_own() -> None:
     found = probe(make_cell("train", 600), SETTING)
     assert found.failure is None
-    assert found.state_bytes == 2 * 2 * 8 * 8 * 4 + 2 * 8  # matrix states, and two counters
+    assert found.state_bytes == 2 * 2 * 8 * 8 * 4 + 3 * 8  # two counters, and the hash
     assert found.run_s > 0
     if sys.platform == "linux":
         assert found.peak_bytes is not None
@@ -50,7 +50,7 @@ def test_a_compiled_step_in_a_process_of_its_own() -> None:
     found = probe(replace(cell, model=model), SETTING)
     assert found.failure is None
     assert 0 < found.run_s < SETTING.budget_s
-    assert found.state_bytes == 2 * 2 * 8 * 8 * 4 + 2 * 8
+    assert found.state_bytes == 2 * 2 * 8 * 8 * 4 + 3 * 8
 
 
 def test_a_model_that_fails_says_why() -> None:

@@ -161,4 +161,4 @@ def test_a_run_with_processes_of_its_own() -> None:
     (row,) = run_bench(make_plan(["prefill"], ["core"], [24]))["rows"]
     assert row["skipped"] is None
     assert row["ratio_to_llama"] is None
-    assert row["state_bytes"] == 2 * 2 * 8 * 8 * 4 + 2 * 8
+    assert row["state_bytes"] == 2 * 2 * 8 * 8 * 4 + 3 * 8

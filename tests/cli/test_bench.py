@@ -82,7 +82,7 @@ def test_automaton_and_starts_need_no_cells(
     assert all(len(line) <= 100 for line in lines)
     results = json.loads((out / "record.json").read_text(encoding="utf-8"))["results"]
     assert (results["rows"], results["text"], results["start"]) == ([], str(text), [row, skipped])
-    assert [path.name for path in out.iterdir()] == ["record.json"]
+    assert [path.name for path in out.glob("[!.]*")] == ["record.json"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:

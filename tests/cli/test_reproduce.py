@@ -19,7 +19,7 @@ def test_tables_are_written_and_checked(sizes_only) -> None:
     assert "4 not run, 4 reproduced (published, ours)" in answer.text
     assert answer.stderr == "sizes/seed-0 (1 left)\n"
     names = ("reproduce.html", "reproduce.json", "reproduce.md")
-    assert sorted(p.name for p in sizes_only.iterdir()) == [*names, "sizes"]
+    assert sorted(p.name for p in sizes_only.glob("[!.]*")) == [*names, "sizes"]
     assert "| core, parameters | 83,140 |" in (sizes_only / "reproduce.md").read_text()
 
     checked = run_command("reproduce", "--check")

@@ -404,16 +404,6 @@ def test_names_load_lazily() -> None:
         unimatrix.absent  # noqa: B018
 
 
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "unimatrix"])
-@pytest.mark.parametrize("label", [-5, 23])
-def test_a_label_outside_the_vocabulary_is_no_other_token(variant: str, label: int) -> None:
-    model, ids = build_model(variant), draw_ids(1, 6)
-    labels = ids.clone()
-    labels[0, 3] = label
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        model(ids, labels=labels)
-
-
 def test_logits_at_beside_labels_is_refused() -> None:
     model, ids = build_model("unimatrix+small"), draw_ids(1, 6)
     with pytest.raises(InputError, match="logits_at"):
