@@ -99,8 +99,26 @@ _HUGGING_FACE_KEYS = frozenset(
         "torch_dtype",
     }
 )
-# Said of how a file is found, not of the model.
-_LOADING_KEYS = frozenset({"code_revision", "gguf_file", "trust_remote_code", "use_auth_token"})
+# Said of how files are found and weights placed, not of the model: clients such as `transformers
+# serve` load configuration and model with the same keywords.
+_LOADING_KEYS = frozenset(
+    {
+        "code_revision",
+        "device_map",
+        "gguf_file",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "offload_buffers",
+        "offload_folder",
+        "quantization_config",
+        "tp_plan",
+        "tqdm_class",
+        "trust_remote_code",
+        "use_auth_token",
+        "use_safetensors",
+        "weights_only",
+    }
+)
 
 
 class UniMatrixConfig(PreTrainedConfig):

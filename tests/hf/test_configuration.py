@@ -65,6 +65,13 @@ def test_unknown_keys_of_a_call_raise(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path, remark="v1")
 
 
+def test_keywords_of_loading_a_model_are_taken(tmp_path: Path) -> None:
+    """``transformers serve`` gives them to the configuration as well."""
+    write_config(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, device_map="cpu", tqdm_class=None, dtype="auto")
+    assert not hasattr(config, "device_map")
+
+
 def test_a_call_rules_over_the_file(tmp_path: Path) -> None:
     write_config(tmp_path, note="v1")
     config, unused = AutoConfig.from_pretrained(
