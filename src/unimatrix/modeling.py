@@ -105,6 +105,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         handles_pointer: bool = False,
+        logits_to_keep: int = 0,
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
 
@@ -130,6 +131,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             output_attentions: accepted unless true: there are no attention weights.
             handles_pointer: the caller predicts with the pointer as well. Otherwise, where there
                 is one, the hidden states refuse to be multiplied with a head (``PointedHidden``).
+            logits_to_keep: without effect; callers that split a causal model pass it here as well.
 
         Returns:
             a ``UniMatrixModelOutput``.

@@ -199,7 +199,8 @@ def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[
     normalised again, they would share the worth of a read among all that were not taken.
     """
     given = {name: value for name, value in kwargs.items() if value is not None}
-    output = model.model(*args, handles_pointer=True, **(given | {"use_cache": False}))
+    given |= {"use_cache": False, "return_dict": True}
+    output = model.model(*args, handles_pointer=True, **given)
     predicted = model._predict(output, (slice(None),), is_scored_only=False)
     assert not isinstance(predicted, UnscoredRows)
     if not isinstance(predicted, MixedLogits):
