@@ -19,6 +19,8 @@ from unimatrix.reports.bench_tables import (
     tabulate_mode,
 )
 from unimatrix.reports.claims_report import CLAIMS_HEADER, tabulate_claims, tabulate_throughput
+from unimatrix.reports.client_tables import HEADER as CLIENTS_HEADER
+from unimatrix.reports.client_tables import tabulate_clients
 from unimatrix.reports.compare_results import (
     TABLE_TITLES,
     Table,
@@ -42,7 +44,7 @@ from unimatrix.run_folder import RECORD_FILE, read_record
 
 Record = dict[str, Any]
 
-DOCUMENTS = ("README.md", "docs/results.md", "docs/hindsight.md")
+DOCUMENTS = ("README.md", "docs/clients.md", "docs/hindsight.md", "docs/results.md")
 """Documents of the checkout that hold tables."""
 
 # A comparison with a table of its own.
@@ -499,6 +501,10 @@ def tabulate_claims_group(records: Mapping[str, Record], group: str) -> str:
     return text
 
 
+def _tabulate_clients(records: Mapping[str, Record]) -> str:
+    return _format_table(CLIENTS_HEADER, tabulate_clients(records["clients"]))
+
+
 TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     "bench-automaton": functools.partial(
         _tabulate_alone, part="automaton", describe=describe_automaton
@@ -512,6 +518,7 @@ TABLES: dict[str, Callable[[Mapping[str, Record]], str]] = {
     **{
         f"claims-{group}": functools.partial(tabulate_claims_group, group=group) for group in GROUPS
     },
+    "clients": _tabulate_clients,
     **{
         f"compare-{table}": functools.partial(_tabulate_comparison, table=table)
         for table in TABLE_TITLES

@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from tests.byte_models import build_byte_model, prefer, quiet_transformers
 from unimatrix import UniMatrixForCausalLM, build_tokenizer
 from unimatrix.tokenization import BOS_ID
 
-lm_eval = pytest.importorskip("lm_eval", reason='needs pip install "unimatrix-lm[lm-eval]"')
 # Its own imports and data sets warn about each other.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -85,8 +87,6 @@ def save(folder: Path, model: UniMatrixForCausalLM) -> str:
 
 
 def evaluate(model_args: dict, tasks: Path, task: str, batch_size: int | str = 2) -> dict:
-    from lm_eval.tasks import TaskManager
-
     return lm_eval.simple_evaluate(
         model="hf",
         model_args=model_args,
@@ -111,6 +111,7 @@ def score(model: UniMatrixForCausalLM, question: str, answer: str) -> float:
 batch_sizes = pytest.mark.parametrize("batch_size", [1, 4, "auto"])
 
 
+@pytest.mark.client("lm-eval", "loglikelihood (multiple choice), batch_size={batch_size}")
 @batch_sizes
 def test_log_likelihoods_of_a_saved_model(batch_size, tmp_path, tasks) -> None:
     model = build_byte_model("unimatrix")
@@ -127,14 +128,13 @@ def test_log_likelihoods_of_a_saved_model(batch_size, tmp_path, tasks) -> None:
 
 
 def test_nothing_is_cut_off(tmp_path) -> None:
-    from lm_eval.models.huggingface import HFLM
-
     folder = save(tmp_path / "model", build_byte_model("unimatrix"))
     assert HFLM(pretrained=folder, device="cpu").max_length == 2**50
     table = save(tmp_path / "table", build_byte_model("core", max_position_embeddings=128))
     assert HFLM(pretrained=table, device="cpu").max_length == 128
 
 
+@pytest.mark.client("lm-eval", "generate_until, batch_size={batch_size}")
 @batch_sizes
 def test_writing(batch_size, tmp_path, tasks) -> None:
     folder = save(tmp_path / "model", prefer(build_byte_model("core"), ord("e")))
@@ -142,6 +142,9 @@ def test_writing(batch_size, tmp_path, tasks) -> None:
     assert result["results"]["local_writing"]["exact_match,none"] == 1.0
 
 
+@pytest.mark.client(
+    "lm-eval", "loglikelihood_rolling with add_bos_token=False, batch_size={batch_size}"
+)
 @batch_sizes
 def test_rolling_log_likelihoods(batch_size, tmp_path, tasks) -> None:
     """With the argument that ``docs/results.md`` names, BOS is read once and nothing is cut."""
@@ -155,10 +158,8 @@ def test_rolling_log_likelihoods(batch_size, tmp_path, tasks) -> None:
     assert "add_bos_token=False" in DOCUMENT.read_text(encoding="utf-8")
 
 
+@pytest.mark.client("lm-eval", "a model in memory: HFLM(pretrained=model, tokenizer=tokenizer)")
 def test_a_model_in_memory(tasks) -> None:
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
     model = build_byte_model("sparsepointer")
     reader = HFLM(pretrained=model, tokenizer=build_tokenizer(), batch_size=1)
     result = lm_eval.simple_evaluate(
@@ -171,6 +172,7 @@ def test_a_model_in_memory(tasks) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.client("lm-eval", "the command line, on a saved model")
 def test_the_command(tmp_path, tasks) -> None:
     """The command of ``docs/results.md``, with another model and task."""
     folder = save(tmp_path / "model", prefer(build_byte_model("core"), ord("e")))
