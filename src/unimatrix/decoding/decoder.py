@@ -70,11 +70,12 @@ class Decoder:
                 position table has no row left.
         """
         config = self._plan.config
-        if token_ids.is_floating_point() or token_ids.device.type != "cpu":
+        try:
+            ids = np.ascontiguousarray(token_ids.detach().numpy())
+        except TypeError as error:  # of torch, which names neither the argument nor its device
             raise InputError(
                 f"token_ids is {token_ids.dtype} on {token_ids.device}; pass torch.int64 on the CPU"
-            )
-        ids = np.ascontiguousarray(token_ids.detach().numpy())
+            ) from error
         if ids.dtype == np.int32:
             ids = ids.astype(np.int64)
         if ids.shape != (self.batch_size,) or ids.dtype != np.int64:
@@ -82,10 +83,9 @@ class Decoder:
                 f"token_ids has shape {list(token_ids.shape)} and type {token_ids.dtype}; pass "
                 f"[{self.batch_size}] of torch.int64"
             )
-        if ids.min() < 0 or ids.max() >= config.vocab_size:
-            raise InputError(
-                f"token_ids holds {ids.tolist()}; pass ids in 0..{config.vocab_size - 1}"
-            )
+        listed = ids.tolist()  # of few rows, quicker than two reductions
+        if min(listed) < 0 or max(listed) >= config.vocab_size:
+            raise InputError(f"token_ids holds {listed}; pass ids in 0..{config.vocab_size - 1}")
         self._require_room()
         logits = self._allocate_logits()
         self._read(ids, logits)
