@@ -5,6 +5,7 @@ import torch
 
 from tests.byte_models import build_byte_model, prefer, quiet_transformers, save_model
 from tests.cli.command import assert_refused, run_command
+from tests.locks import hold_elsewhere
 from unimatrix import long_context_run
 from unimatrix.baselines.peers import PEERS
 from unimatrix.configuration import UniMatrixConfig
@@ -176,5 +177,7 @@ def test_unusable_models_and_folders(ours, tmp_path) -> None:
     assert not out.exists()
     assert_refused(run_command("eval-long", ours, *SMALL, "--out", ours), "holds no record")
     out.mkdir()
+    with hold_elsewhere(out):
+        assert_refused(run_command("eval-long", ours, *SMALL, "--out", out), "is in use")
     (out / RECORD_FILE).write_text("{}")
     assert_refused(run_command("eval-long", ours, *SMALL, "--out", out), "is damaged")

@@ -1,6 +1,7 @@
 import pytest
 
 from tests.cli.command import assert_refused, run_command
+from tests.locks import hold_elsewhere
 from unimatrix.reproduce import run
 from unimatrix.reproduce.claims import load_claims
 
@@ -19,10 +20,12 @@ def test_tables_are_written_and_checked(sizes_only) -> None:
     assert "4 not run, 4 reproduced (published, ours)" in answer.text
     assert answer.stderr == "sizes/seed-0 (1 left)\n"
     names = ("reproduce.html", "reproduce.json", "reproduce.md")
-    assert sorted(p.name for p in sizes_only.glob("[!.]*")) == [*names, "sizes"]
+    assert sorted(p.name for p in sizes_only.iterdir()) == [".lock", *names, "sizes"]
     assert "| core, parameters | 83,140 |" in (sizes_only / "reproduce.md").read_text()
 
-    checked = run_command("reproduce", "--check")
+    with hold_elsewhere(sizes_only):
+        assert_refused(run_command("reproduce", "--only", "lm"), "is in use")
+        checked = run_command("reproduce", "--check")  # Who reads asks for nothing.
     assert (checked.exit_code, checked.stderr) == (0, "")
     again = run_command("reproduce", "--only", "lm", "--json")
     assert again.stderr == ""
@@ -33,6 +36,8 @@ def test_tables_are_written_and_checked(sizes_only) -> None:
     stale = run_command("reproduce", "--check")
     assert stale.exit_code == 1
     assert "differs from the records: results/reproduce.json" in stale.stderr
+    record.write_text("")
+    assert_refused(run_command("reproduce", "--check"), "record.json is damaged")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from tests.byte_models import quiet_transformers
 from tests.compare.small import MODELS, make_comparison, write_corpus
+from tests.locks import hold_elsewhere
 from unimatrix.compare import cells, run
 from unimatrix.compare.cells import StoppedError, run_cell
 from unimatrix.compare.models import plan_models
@@ -135,6 +136,8 @@ def test_finished_cells_are_read_back(tmp_path, planned, monkeypatch) -> None:
     monkeypatch.setattr(cells, "train_model", None)
     monkeypatch.setattr(run, "measure_compressors", None)
     assert run_comparison(comparison, tmp_path / "out") == first
+    with hold_elsewhere(tmp_path / "out"), pytest.raises(InputError, match="is in use"):
+        run_comparison(comparison, tmp_path / "out")
 
 
 def test_the_weights_kept_are_those_judged(tmp_path, planned) -> None:
