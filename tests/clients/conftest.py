@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from unimatrix.run_folder import describe_run, write_json
+
 RECORD = Path(__file__).parents[2] / "results/clients/record.json"
 OUTCOMES: dict[str, dict[str, Any]] = {}
 USES = pytest.StashKey[dict[str, dict[str, Any]]]()
+RUN = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +28,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[USES] = {
         item.nodeid: describe_use(item) for item in items if item.get_closest_marker("client")
     }
+    if config.getoption("--record-clients", default=False):
+        config.stash[RUN] = describe_run("cpu")
 
 
 def describe_use(item: pytest.Item) -> dict[str, Any]:
@@ -52,14 +57,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("--record-clients", default=False):
+    run = session.config.stash.get(RUN, None)
+    if run is None:
         return
-    from unimatrix.run_folder import describe_run, write_json
-
     known = session.config.stash[USES]
     uses = [known[test] | OUTCOMES[test] | {"test": test} for test in known if test in OUTCOMES]
     libraries = ("datasets", "lm_eval", "peft", "trl")
-    record = {"format_version": 1, "status": "done", **describe_run("cpu")}
+    record = {"format_version": 1, "status": "done", **run}
     record["versions"] |= {library: metadata.version(library) for library in libraries}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     write_json(RECORD, record | {"results": {"uses": sorted(uses, key=lambda use: use["test"])}})
