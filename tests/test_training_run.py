@@ -211,6 +211,20 @@ def test_a_run_whose_last_checkpoint_is_not_whole_goes_on_from_the_one_before(
     assert find_fault(last.with_name("checkpoint-4"), 4) is None
 
 
+def test_going_on_with_another_number_of_processes_is_said(tmp_path: Path) -> None:
+    recipe, out = build_recipe(tmp_path), tmp_path / "run"
+    train_run(start(recipe, out), callbacks=[StopAfter(2)])
+    last = out / "checkpoints" / "checkpoint-2"
+    (last / "rng_state_1.pth").write_bytes((last / "rng_state.pth").read_bytes())
+    (last / "rng_state.pth").rename(last / "rng_state_0.pth")
+    said: list[str] = []
+    train_run(prepare_resumed_run(out, "cpu"), say=said.append)
+    assert said[1:] == [
+        f"{last} is of 2 process(es), and 1 go on: dropout draws other numbers than in an unbroken "
+        "run"
+    ]
+
+
 def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(tmp_path: Path) -> None:
     recipe, out = build_recipe(tmp_path), tmp_path / "run"
     train_run(start(recipe, out), callbacks=[StopAfter(2)])

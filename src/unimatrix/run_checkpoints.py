@@ -65,7 +65,7 @@ def find_fault(checkpoint: Path, optim_step: int) -> str | None:
     Returns:
         ``None`` if it is whole: every file that resuming reads is there and can be read to its end.
     """
-    for name in _list_files(checkpoint):
+    for name in (*_NEEDED_FILES, *list_random_states(checkpoint)):
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -77,6 +77,14 @@ def find_fault(checkpoint: Path, optim_step: int) -> str | None:
     if not isinstance(state, dict) or state.get("global_step") != optim_step:
         return f"trainer_state.json is not of step {optim_step}"
     return None
+
+
+def list_random_states(checkpoint: Path) -> list[str]:
+    """Return the names of the random states that a checkpoint has or lacks, one a process."""
+    ranks = [path.stem.rpartition("_")[2] for path in checkpoint.glob("rng_state_*.pth")]
+    # The number of processes is told by the last of them.
+    last = max((int(rank) for rank in ranks if rank.isdecimal()), default=None)
+    return ["rng_state.pth"] if last is None else [f"rng_state_{i}.pth" for i in range(last + 1)]
 
 
 @contextlib.contextmanager
@@ -126,15 +134,6 @@ def publish_checkpoint(folder: Path, optim_step: int, keep: int | None) -> None:
     kept = [path for number, path in list_checkpoints(folder) if number <= optim_step]
     for path in kept[: -keep if keep else 0]:
         shutil.rmtree(path)
-
-
-def _list_files(checkpoint: Path) -> list[str]:
-    """Return the names of what resuming reads."""
-    # One a process; the number of processes is told by the last of them.
-    ranks = [path.stem.rpartition("_")[2] for path in checkpoint.glob("rng_state_*.pth")]
-    last = max((int(rank) for rank in ranks if rank.isdecimal()), default=None)
-    names = ["rng_state.pth"] if last is None else [f"rng_state_{i}.pth" for i in range(last + 1)]
-    return [*_NEEDED_FILES, *names]
 
 
 def _read_through(path: Path) -> None:

@@ -38,7 +38,12 @@ from unimatrix.processes import (
     share,
 )
 from unimatrix.recipe import EvalSection, ModelSection, Recipe, make_paths_absolute
-from unimatrix.run_checkpoints import describe_kept, find_last_checkpoint, list_checkpoints
+from unimatrix.run_checkpoints import (
+    describe_kept,
+    find_last_checkpoint,
+    list_checkpoints,
+    list_random_states,
+)
 from unimatrix.run_folder import (
     CHECKPOINT_FOLDER,
     RECIPE_FILE,
@@ -254,6 +259,12 @@ def train_run(
         first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         begin = f", continuing checkpoint {first_step}" if first_step else ""
         say(f"training {run.num_steps:,} steps on {run.corpus.name} into {run.path}{begin}")
+        before = count_processes() if checkpoint is None else len(list_random_states(checkpoint))
+        if before != count_processes():
+            say(
+                f"{checkpoint} is of {before} process(es), and {count_processes()} go on: dropout "
+                "draws other numbers than in an unbroken run"
+            )
         if is_main_process():
             trim_metrics(run.path, first_step)
         result = _train(run, run.path, checkpoint, callbacks, on_metrics)
