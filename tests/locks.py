@@ -9,7 +9,7 @@ from pathlib import Path
 _PROGRAM = """
 import sys
 from pathlib import Path
-from unimatrix.run_folder import hold_folder
+from unimatrix.train.run_folder import hold_folder
 with hold_folder(Path(sys.argv[1])):
     print(flush=True)
     sys.stdin.read()

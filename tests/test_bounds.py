@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.models import SMALL, build_model, draw_ids
 from unimatrix import Decoder, UniMatrixCache
 from unimatrix.errors import InputError
-from unimatrix.ops.fused_passes.head_native import prepare_head, run_head
+from unimatrix.kernels.passes.head_native import prepare_head, run_head
 from unimatrix.ops.matrix_state import scan_projected
 from unimatrix.ops.selective_slots import empty_selective_slots, scan_selective_slots
 

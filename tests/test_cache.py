@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from tests.models import build_model, draw_ids
-from unimatrix import Decoder, UniMatrixForCausalLM, weights_origin
+from unimatrix import Decoder, UniMatrixForCausalLM
 from unimatrix.cache import UniMatrixCache
 from unimatrix.errors import InputError
+from unimatrix.hub import weights_origin
 
 IDS = draw_ids(2, 8)
 OTHER = "made by a model with other weights"

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from tests.models import build_model, draw_ids
-from tests.small_training import build_dataset, build_settings
-from tests.small_training import build_model as build_small_model
 from tests.tolerances import error
-from unimatrix import training
+from tests.train.small_training import build_dataset, build_settings
+from tests.train.small_training import build_model as build_small_model
 from unimatrix.configuration import PRESETS
+from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
+from unimatrix.kernels.passes.head_native import prepare_head
+from unimatrix.kernels.passes.mixing_native import prepare_mixing
+from unimatrix.kernels.passes.projection_native import prepare_projections
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.ops import opaque
-from unimatrix.ops.fused_passes.feed_forward_native import prepare_feed_forward
-from unimatrix.ops.fused_passes.head_native import prepare_head
-from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
-from unimatrix.ops.fused_passes.projection_native import prepare_projections
 from unimatrix.ops.matrix_state import scan_matrix_state
 from unimatrix.ops.selective_slots import empty_selective_slots
-from unimatrix.training import train_model
+from unimatrix.train import trainer as training
+from unimatrix.train.trainer import train_model
 
 # Every preset, and the delta rule with a gate that sees the stream.
 CAPTURED = [*PRESETS, "unimatrix+hidden"]

@@ -7,15 +7,15 @@ then on, whether it was loaded before or is loaded later.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from unimatrix.auto import REGISTERED, register, register_when_loaded
+from unimatrix.hub.auto import REGISTERED, register, register_when_loaded
 
 if TYPE_CHECKING:
     from unimatrix.cache import UniMatrixCache
     from unimatrix.configuration import PRESETS, UniMatrixConfig
-    from unimatrix.decoding.decoder import Decoder
     from unimatrix.errors import InputError
+    from unimatrix.hub.published import from_published
+    from unimatrix.inference.decoder import Decoder
     from unimatrix.modeling import UniMatrixForCausalLM, UniMatrixModel
-    from unimatrix.published import from_published
     from unimatrix.tokenization import (
         UniMatrixTokenizer,
         build_tokenizer,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Decoder": "decoding.decoder",
+    "Decoder": "inference.decoder",
     "InputError": "errors",
     "PRESETS": "configuration",
     "UniMatrixCache": "cache",
@@ -37,7 +37,7 @@ _HOMES = {
     "build_tokenizer": "tokenization",
     "decode_bytes": "tokenization",
     "encode_bytes": "tokenization",
-    "from_published": "published",
+    "from_published": "hub.published",
 }
 
 __all__ = [

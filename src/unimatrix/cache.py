@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from unimatrix.cache_checks import read_anew, require_sound
 from unimatrix.configuration import FORMAT_VERSION, UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.hub.cache_checks import read_anew, require_sound
+from unimatrix.hub.weights_origin import WeightsOrigin
 from unimatrix.nn.block import Associations, DepthCarry
 from unimatrix.nn.selective_mixer import SelectiveState
 from unimatrix.ops.dense_memory import DenseMemory
@@ -25,7 +26,6 @@ from unimatrix.ops.selective_slots import SelectiveSlots
 from unimatrix.ops.slots import SlotState
 from unimatrix.ops.suffix_automaton import AutomatonState
 from unimatrix.ops.text_hash import START
-from unimatrix.weights_origin import WeightsOrigin
 
 _logger = logging.get_logger(__name__)
 FORMAT = "unimatrix-cache"

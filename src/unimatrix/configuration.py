@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.hub.saved_loader import AUTO_MAP, save_loader
 from unimatrix.ops.hindsight import LABELS
-from unimatrix.saved_loader import AUTO_MAP, save_loader
 
 _logger = logging.get_logger(__name__)
 

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from unimatrix.errors import InputError
+from unimatrix.kernels.passes import sum_cross_entropy
+from unimatrix.kernels.passes.weights import PassWeights
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
-from unimatrix.ops.fused_passes import sum_cross_entropy
-from unimatrix.ops.fused_passes.pass_weights import PassWeights
 
 IGNORED_LABEL = -100
 

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from unimatrix.cache import UniMatrixCache, require_own_cache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.hub.split_head import PointedHidden, keep_pointer, splits_truly
 from unimatrix.loss import (
     IGNORED_LABEL,
     UnscoredRows,
@@ -47,14 +48,13 @@ from unimatrix.nn.norm import build_norm
 from unimatrix.nn.packed_linear import is_bare
 from unimatrix.nn.padding import Padding, find_padding
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
+from unimatrix.nn.previous_token import take_last
 from unimatrix.nn.residual_context import ResidualContext
-from unimatrix.nn.shift import take_last
 from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.ops.hindsight import HindsightScale
 from unimatrix.ops.suffix_automaton import AutomatonState
 from unimatrix.ops.text_hash import hash_text
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
-from unimatrix.split_head import PointedHidden, keep_pointer, splits_truly
 
 
 class UniMatrixModel(UniMatrixPreTrainedModel):

@@ -10,9 +10,10 @@ from transformers import initialization as init
 
 from unimatrix.cache import UniMatrixCache, require_own_cache
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.decoding.loop import choose_loop, sample_seeded, sample_tokens
-from unimatrix.decoding.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.errors import InputError
+from unimatrix.hub.weights_origin import WeightsOrigin
+from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
+from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.modeling_inputs import require_positions
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import GatedFeedForward
@@ -26,7 +27,6 @@ from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.ops import matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, require_backend
-from unimatrix.weights_origin import WeightsOrigin
 
 _USE_FUSED_PASSES = (UniMatrixBlock, RowNorm, GatedFeedForward, ShortConvolution, PointerMixture)
 

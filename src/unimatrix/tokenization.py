@@ -17,7 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from unimatrix.errors import InputError
-from unimatrix.saved_loader import TOKENIZER_AUTO_MAP, save_loader
+from unimatrix.hub.saved_loader import TOKENIZER_AUTO_MAP, save_loader
 
 NUM_BYTES = 256
 PAD_ID = 256

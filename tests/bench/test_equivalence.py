@@ -6,7 +6,7 @@ import torch
 from unimatrix.bench import equivalence
 from unimatrix.bench.equivalence import LIMITS, EquivalenceError, check_compiled, check_model
 from unimatrix.bench.models import BenchModel
-from unimatrix.ops.matrix_state import projected_native
+from unimatrix.ops.matrix_state import fused_scan_native as projected_native
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 

@@ -20,7 +20,7 @@ from unimatrix.bench.workloads import (
 )
 from unimatrix.errors import InputError
 from unimatrix.ops.suffix_automaton import predict_from_suffix
-from unimatrix.training import choose_collator
+from unimatrix.train.trainer import choose_collator
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 NAMES = ("sparsepointer", "unimatrix", "llama", "mamba2", "rwkv")

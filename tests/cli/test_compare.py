@@ -3,9 +3,9 @@ import json
 import pytest
 
 from tests.cli.command import assert_refused, run_command
-from tests.compare.small import write_corpus
-from unimatrix.compare import cells
-from unimatrix.training import Plan
+from tests.studies.compare.small import write_corpus
+from unimatrix.studies.compare import cells
+from unimatrix.train.trainer import Plan
 
 RECIPE = """
 num_layers = 1

@@ -6,12 +6,12 @@ import torch
 from tests.byte_models import build_byte_model, prefer, quiet_transformers, save_model
 from tests.cli.command import assert_refused, run_command
 from tests.locks import hold_elsewhere
-from unimatrix import long_context_run
 from unimatrix.baselines.peers import PEERS
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.reports.long_context_results import list_reasons, tabulate_tasks
 from unimatrix.reports.tables import TABLES
-from unimatrix.run_folder import RECORD_FILE
+from unimatrix.studies.eval_long import run as long_context_run
+from unimatrix.train.run_folder import RECORD_FILE
 
 # This file is the text: the standard library takes a second to find.
 TEXT = ("--data", __file__)

@@ -8,8 +8,8 @@ from tests.cli.command import assert_refused, run_command
 from unimatrix.data import ByteStream, load_corpus
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.compressors import xz_bits_per_byte
-from unimatrix.recipe import Recipe
-from unimatrix.run_folder import RECIPE_FILE, write_json, write_record
+from unimatrix.train.recipe import Recipe
+from unimatrix.train.run_folder import RECIPE_FILE, write_json, write_record
 
 TEXT = b"".join(b"%d bottles of beer on the wall\r\n" % n for n in range(60))
 

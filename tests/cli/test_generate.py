@@ -8,8 +8,8 @@ import pytest
 from tests.byte_models import build_byte_model, prefer, save_model
 from tests.cli.command import assert_refused, run_command
 from tests.models import build_model
-from unimatrix.generation import generate_bytes
-from unimatrix.sampling import Sampling
+from unimatrix.inference.generation import generate_bytes
+from unimatrix.inference.sampling import Sampling
 from unimatrix.tokenization import EOS_ID
 
 ANY_BYTES = bytes(range(256))

@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 
 from tests.cli.command import assert_refused, run_command
-from unimatrix.recall_recipe import RecallRecipe
+from unimatrix.studies.recall.recipe import RecallRecipe
 
 QUICK = ("--steps", 2, "--batch-size", 4, "--test-examples", 32)
 

@@ -2,8 +2,8 @@ import pytest
 
 from tests.cli.command import assert_refused, run_command
 from tests.locks import hold_elsewhere
-from unimatrix.reproduce import run
-from unimatrix.reproduce.claims import load_claims
+from unimatrix.studies.reproduce import run
+from unimatrix.studies.reproduce.claims import load_claims
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from tests.cli.command import run_command
 from tests.cli.test_train import write_recipe
-from tests.small_training import one_thread
+from tests.train.small_training import one_thread
 
 __all__ = ["one_thread"]
 

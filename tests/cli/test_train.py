@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cli.test_main import run_main
-from tests.small_training import build_recipe, build_text, one_thread
-from unimatrix.checkpoints import load_model
+from tests.train.small_training import build_recipe, build_text, one_thread
 from unimatrix.cli import train
 from unimatrix.cli.progress import TrainingProgress
 from unimatrix.data import ByteStream, load_corpus
-from unimatrix.recipe import Recipe, load_recipe
-from unimatrix.run_folder import write_json
+from unimatrix.hub.load import load_model
+from unimatrix.train.recipe import Recipe, load_recipe
+from unimatrix.train.run_folder import write_json
 
 __all__ = ["one_thread"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from unimatrix.run_folder import describe_run, write_json
+from unimatrix.train.run_folder import describe_run, write_json
 
 RECORD = Path(__file__).parents[2] / "results/clients/record.json"
 OUTCOMES: dict[str, dict[str, Any]] = {}

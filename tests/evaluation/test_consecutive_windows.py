@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 from torch.nn.functional import cross_entropy
 
-from tests.small_training import build_model, build_text, one_thread
+from tests.train.small_training import build_model, build_text, one_thread
 from unimatrix.baselines.gelu_transformer import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ByteStream, ConsecutiveWindows
 from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
-from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.evaluation.units import to_bits_per_byte
 
 __all__ = ["one_thread"]

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from tests.small_training import build_model
+from tests.train.small_training import build_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

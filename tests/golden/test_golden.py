@@ -9,8 +9,8 @@ from safetensors import safe_open
 
 from tests.ops import oracle
 from tests.tolerances import error, limit
+from unimatrix.hub.published import convert_name, from_published
 from unimatrix.ops.backends import BACKENDS
-from unimatrix.published import convert_name, from_published
 
 FOLDER = Path(__file__).parent
 FILES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))

@@ -8,8 +8,8 @@ import torch
 from tests.byte_models import save_model
 from tests.models import SMALL, VARIANTS, build_model, draw_ids
 from unimatrix import Decoder, UniMatrixForCausalLM
-from unimatrix.decoding import explain_unsupported
 from unimatrix.errors import InputError
+from unimatrix.kernels.step.support import explain_unsupported
 from unimatrix.ops.selective_slots import empty_selective_slots
 
 VOCAB = SMALL["vocab_size"]

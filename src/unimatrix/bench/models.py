@@ -14,7 +14,7 @@ from unimatrix.bench.peers import TIMED_PEERS
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.recipe import PRECISIONS
+from unimatrix.train.recipe import PRECISIONS
 
 # Of widths that are no multiple of it a GPU's products are slower.
 _WIDTH_MULTIPLE = 8

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from unimatrix.allocator import give_freed_memory_back, keep_freed_memory
 from unimatrix.bench.clock import time_once
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peak_bytes import measure_peak_bytes
 from unimatrix.bench.workloads import MODES, NEW_TOKENS, count_cache_bytes, cut_rows, prefill
+from unimatrix.train.allocator import give_freed_memory_back, keep_freed_memory
 
 # With fewer, some kernels would be compiled in the run that is measured: what layers make of tokens
 # alone they make of the vocabulary where a batch has more tokens than that.

@@ -11,7 +11,6 @@ import torch
 from torch.nn import Module
 from transformers.utils import logging
 
-from unimatrix.allocator import keep_freed_memory
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, count_model
 from unimatrix.bench.automaton import time_automaton
 from unimatrix.bench.ceilings import Ceilings
@@ -29,7 +28,8 @@ from unimatrix.bench.peers import LLAMA
 from unimatrix.bench.probe import Cell, Probe, Setting, count_positions, probe
 from unimatrix.bench.starts import time_starts
 from unimatrix.bench.workloads import MODES, NEW_TOKENS, choose_batch_size, cut_rows, load_text
-from unimatrix.ops.threads import flush_denormals
+from unimatrix.ops.numba.threads import flush_denormals
+from unimatrix.train.allocator import keep_freed_memory
 
 Row = dict[str, Any]
 

@@ -14,8 +14,8 @@ from unimatrix.bench.arithmetic import TokenCost
 from unimatrix.bench.clock import Workload
 from unimatrix.bench.models import BenchModel
 from unimatrix.data.corpora import load_corpus
-from unimatrix.decoding import explain_unusable
-from unimatrix.generation import read_prompt
+from unimatrix.inference.generation import read_prompt
+from unimatrix.kernels.step.support import explain_unusable
 from unimatrix.modeling import UniMatrixForCausalLM
 
 Collate = Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
@@ -208,7 +208,7 @@ def _start_loader(model: PreTrainedModel, ids: Tensor) -> BatchLoader | None:
     if ids.device.type != "cuda":
         return None
     # Imported here: it loads the Trainer, which has data loaders only for a GPU.
-    from unimatrix.training import choose_collator
+    from unimatrix.train.trainer import choose_collator
 
     return BatchLoader(choose_collator(model, ids.device.type), ids)
 
@@ -259,7 +259,7 @@ def _build_step(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Worklo
     with spec.cast_products(ids.device):
         is_compiled = isinstance(model, UniMatrixForCausalLM) and explain_unusable(model) is None
     if is_compiled:
-        from unimatrix.decoding.decoder import Decoder  # loads the compiler
+        from unimatrix.inference.decoder import Decoder  # loads the compiler
 
         decoder = Decoder(model, carried)
 

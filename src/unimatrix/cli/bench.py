@@ -17,7 +17,7 @@ from unimatrix.cli.common import (
     pick_device,
 )
 from unimatrix.errors import InputError, suggest
-from unimatrix.field_types import NOTHING
+from unimatrix.train.field_types import NOTHING
 
 if TYPE_CHECKING:
     from unimatrix.bench.run import BenchPlan
@@ -279,7 +279,7 @@ def _make_plan(
 def _run_visibly(plan: "BenchPlan", out: Path | None) -> dict[str, Any]:
     """Run the plan with a progress bar; keep record and plots if wanted."""
     from unimatrix.reports.bench_plots import write_bench_plots
-    from unimatrix.run_folder import create_folder, describe_run, write_record
+    from unimatrix.train.run_folder import create_folder, describe_run, write_record
 
     if out is None:
         return _measure_visibly(plan)
@@ -300,7 +300,7 @@ def _measure_visibly(plan: "BenchPlan") -> dict[str, Any]:
     from unimatrix.bench.equivalence import EquivalenceError
     from unimatrix.bench.run import run_bench
     from unimatrix.bench.starts import StartError
-    from unimatrix.checkpoints import hide_progress
+    from unimatrix.hub.load import hide_progress
 
     log = make_log()
     total = sum(len(plan.list_cells(mode)) for mode in plan.modes)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from unimatrix.errors import InputError, suggest
-from unimatrix.recipe import Recipe, override
+from unimatrix.train.recipe import Recipe, override
 
 if TYPE_CHECKING:
     from unimatrix.data import ByteStream

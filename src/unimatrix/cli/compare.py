@@ -10,7 +10,7 @@ from rich.table import Table
 
 from unimatrix.cli.common import DeviceOption, JsonOption, emit, make_log, pick_device
 from unimatrix.cli.terminal import to_text
-from unimatrix.compare.recipe import (
+from unimatrix.studies.compare.recipe import (
     DEFAULT_COMPARISON,
     Comparison,
     choose_corpora,
@@ -19,7 +19,7 @@ from unimatrix.compare.recipe import (
     load_comparison,
     shorten,
 )
-from unimatrix.run_folder import DEFAULT_PARENT
+from unimatrix.train.run_folder import DEFAULT_PARENT
 
 REPORT_FILE = "report.html"
 # Columns that a terminal has no room for.
@@ -98,9 +98,9 @@ def run(
 def _run_visibly(comparison: Comparison, folder: Path, device: str) -> dict[str, dict[str, Any]]:
     """Run the comparison with a line a cell, and a progress bar on a terminal."""
     from unimatrix.cli.progress import TrainingProgress
-    from unimatrix.compare.cells import StoppedError
-    from unimatrix.compare.run import run_comparison
     from unimatrix.evaluation.units import to_bits_per_byte
+    from unimatrix.studies.compare.cells import StoppedError
+    from unimatrix.studies.compare.run import run_comparison
 
     log = make_log()
     bars: list[TrainingProgress] = []

@@ -82,7 +82,7 @@ def run(
 
         require_report_path(report)
     place = pick_device(device)
-    from unimatrix.long_context_run import LENGTHS, TASKS, LongContextPlan
+    from unimatrix.studies.eval_long.run import LENGTHS, TASKS, LongContextPlan
 
     num = _QUICK_EXAMPLES if quick and examples is None else examples
     plan = LongContextPlan(
@@ -107,7 +107,7 @@ def _run_visibly(plan: Any, out: Path | None, device: str) -> dict[str, Any]:
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from unimatrix.long_context_run import run_long_context
+    from unimatrix.studies.eval_long.run import run_long_context
 
     log = make_log()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from unimatrix.data import ByteStream, Corpus
     from unimatrix.data.files import FileKey
     from unimatrix.modeling import UniMatrixForCausalLM
-    from unimatrix.recipe import DataSection
+    from unimatrix.train.recipe import DataSection
 
 SPLITS = ("train", "valid", "test")
 
@@ -105,8 +105,8 @@ def run(
         raise InputError(f"limit-bytes is {limit_bytes}; it must be at least 1")
     place = pick_device(device)
 
-    from unimatrix.checkpoints import load_model, require_byte_level
-    from unimatrix.run_folder import (
+    from unimatrix.hub.load import load_model, require_byte_level
+    from unimatrix.train.run_folder import (
         create_folder,
         describe_run,
         hash_config,
@@ -194,9 +194,9 @@ class _TrainingText:
     @classmethod
     def find(cls, model: str) -> "_TrainingText":
         """Return what the run folder, or that of the checkpoint, says."""
-        from unimatrix.checkpoints import find_recipe
-        from unimatrix.recipe import load_recipe
-        from unimatrix.run_folder import RECORD_FILE, read_run
+        from unimatrix.hub.load import find_recipe
+        from unimatrix.train.recipe import load_recipe
+        from unimatrix.train.run_folder import RECORD_FILE, read_run
 
         path = find_recipe(model)
         if path is None:

@@ -23,11 +23,11 @@ from unimatrix.cli.common import (
 )
 from unimatrix.cli.terminal import ByteDisplay, show_bytes
 from unimatrix.errors import InputError
-from unimatrix.field_types import read_field_docs
-from unimatrix.sampling import DEFAULT_NEW_BYTES, DEFAULT_SAMPLING, Sampling
+from unimatrix.inference.sampling import DEFAULT_NEW_BYTES, DEFAULT_SAMPLING, Sampling
+from unimatrix.train.field_types import read_field_docs
 
 if TYPE_CHECKING:
-    from unimatrix.generation import Continuation
+    from unimatrix.inference.generation import Continuation
 
 _DOCS = read_field_docs(Sampling)
 _ECHOED_BYTES = 400
@@ -88,9 +88,9 @@ def run(
     data = read_prompt(prompt, prompt_file)
     place = pick_device(device)
 
-    from unimatrix.checkpoints import load_model, require_byte_level
     from unimatrix.evaluation.streams import require_state
-    from unimatrix.generation import generate_bytes
+    from unimatrix.hub.load import load_model, require_byte_level
+    from unimatrix.inference.generation import generate_bytes
 
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)

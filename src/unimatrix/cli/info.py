@@ -49,12 +49,12 @@ def describe_model(name: str, device: str) -> dict[str, Any]:
     Raises:
         InputError: if there is no such model.
     """
-    from unimatrix.checkpoints import load_config
     from unimatrix.evaluation.footprint import (
         count_parameters,
         list_growing_parts,
         measure_state_bytes,
     )
+    from unimatrix.hub.load import load_config
     from unimatrix.modeling import UniMatrixForCausalLM
 
     config = load_config(name)

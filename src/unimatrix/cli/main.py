@@ -149,8 +149,8 @@ def _describe(error: Exception) -> str:
 
 def _print_error(sentence: str) -> None:
     """Print one sentence on stderr, from the first process of a distributed run only."""
-    if "unimatrix.processes" in sys.modules:
-        from unimatrix.processes import is_main_process
+    if "unimatrix.train.processes" in sys.modules:
+        from unimatrix.train.processes import is_main_process
 
         if not is_main_process():
             return

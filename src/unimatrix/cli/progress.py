@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from unimatrix.processes import is_main_process
+from unimatrix.train.processes import is_main_process
 
 _LINES_PER_RUN = 20
 

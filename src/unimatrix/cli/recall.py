@@ -15,8 +15,8 @@ from unimatrix.cli.common import (
     parse_overrides,
     pick_device,
 )
-from unimatrix.field_types import read_field_docs
-from unimatrix.recall_recipe import TASKS, RecallRecipe, find_recipe
+from unimatrix.studies.recall.recipe import TASKS, RecallRecipe, find_recipe
+from unimatrix.train.field_types import read_field_docs
 
 _DOCS = read_field_docs(RecallRecipe)
 
@@ -137,7 +137,7 @@ def run(
 def _run_visibly(recipe: RecallRecipe, out: Path | None, device: str) -> dict[str, Any]:
     """Run the experiment with a progress bar."""
     from unimatrix.cli.progress import TrainingProgress
-    from unimatrix.recall_run import run_recall
+    from unimatrix.studies.recall.run import run_recall
 
     log = make_log()
     progress = TrainingProgress(log, loss_scale=1.0, loss_unit="nats")

@@ -10,8 +10,8 @@ from rich.markup import escape
 
 from unimatrix.cli.common import DeviceOption, JsonOption, emit, make_log, pick_device
 from unimatrix.errors import InputError
-from unimatrix.recipe import describe_key
-from unimatrix.reproduce.claims import GROUPS, choose_groups, judge_claims
+from unimatrix.studies.reproduce.claims import GROUPS, choose_groups, judge_claims
+from unimatrix.train.recipe import describe_key
 
 SUMMARY_FILE = "reproduce.json"
 MARKDOWN_FILE = "reproduce.md"
@@ -59,8 +59,8 @@ def run(
         return
 
     from unimatrix.reports.claims_report import write_claims_report
-    from unimatrix.reproduce.run import Plan, StoppedError, reproduce
-    from unimatrix.run_folder import write_file
+    from unimatrix.studies.reproduce.run import Plan, StoppedError, reproduce
+    from unimatrix.train.run_folder import write_file
 
     plan = Plan(
         groups=groups,

@@ -19,7 +19,7 @@ from unimatrix.cli.common import (
 )
 from unimatrix.cli.terminal import show_bytes
 from unimatrix.errors import InputError
-from unimatrix.recipe import (
+from unimatrix.train.recipe import (
     DEFAULT_RECIPE,
     Recipe,
     describe_key,
@@ -32,7 +32,7 @@ from unimatrix.recipe import (
 )
 
 if TYPE_CHECKING:
-    from unimatrix.training_run import TrainingRun
+    from unimatrix.train.run import TrainingRun
 
 
 def run(
@@ -115,7 +115,7 @@ def _resolve(
     """Return the recipe after flags and ``--set``; that of a resumed run must not change."""
     stored = None
     if resumed is not None:
-        from unimatrix.run_folder import read_run
+        from unimatrix.train.run_folder import read_run
 
         stored, _ = read_run(resumed)
     base = stored if name is None and stored is not None else load_recipe(name or DEFAULT_RECIPE)
@@ -133,9 +133,9 @@ def _resolve(
 
 def _check_model(recipe: Recipe) -> None:
     """Raise ``InputError`` unless the recipe's model can be built."""
-    from unimatrix.checkpoints import load_config
     from unimatrix.configuration import UniMatrixConfig
-    from unimatrix.training_run import require_room
+    from unimatrix.hub.load import load_config
+    from unimatrix.train.run import require_room
 
     if recipe.model.init is not None:
         config = load_config(recipe.model.init)
@@ -147,8 +147,8 @@ def _check_model(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe, out: Path | None, *, resume: bool, device: str, as_json: bool) -> None:
     """Run the recipe and print the result in the main process."""
-    from unimatrix.processes import is_main_process, join_processes
-    from unimatrix.training_run import hold_run, prepare_resumed_run, prepare_run, start_run
+    from unimatrix.train.processes import is_main_process, join_processes
+    from unimatrix.train.run import hold_run, prepare_resumed_run, prepare_run, start_run
 
     log = make_log()
     if resume:
@@ -167,8 +167,8 @@ def _train(recipe: Recipe, out: Path | None, *, resume: bool, device: str, as_js
 
 def _train_and_judge(run: "TrainingRun", log: Console, *, as_json: bool) -> None:
     """Train, then validate and print the result in the main process."""
-    from unimatrix.processes import is_main_process
-    from unimatrix.training_run import judge_run
+    from unimatrix.train.processes import is_main_process
+    from unimatrix.train.run import judge_run
 
     main = is_main_process()
     log.quiet = not main
@@ -183,8 +183,8 @@ def _train_visibly(run: "TrainingRun", log: Console) -> bool:
     """Train with a progress bar; return whether it came to its end."""
     from unimatrix.cli.progress import TrainingProgress
     from unimatrix.evaluation.units import to_bits_per_byte
-    from unimatrix.training_callbacks import StopOnSignal
-    from unimatrix.training_run import train_run
+    from unimatrix.train.callbacks import StopOnSignal
+    from unimatrix.train.run import train_run
 
     scale = to_bits_per_byte(1.0, 1)
     progress = TrainingProgress(log, loss_scale=scale, loss_unit="bits per byte")

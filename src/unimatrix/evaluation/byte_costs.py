@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation.modes import suspend_training
 from unimatrix.evaluation.streams import (
     CHUNK_TOKENS,
     name_context,
@@ -28,6 +27,7 @@ from unimatrix.evaluation.streams import (
     read_on,
     require_state,
 )
+from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.evaluation.units import to_bits_per_byte
 from unimatrix.tokenization import BOS_ID, encode_bytes
 

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from unimatrix.baselines.universal_transformer import RepeatedLayer
 from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
-from unimatrix.evaluation.modes import suspend_training
 from unimatrix.evaluation.streams import (
     CHUNK_TOKENS,
     carry_state,
@@ -17,6 +16,7 @@ from unimatrix.evaluation.streams import (
     read_first,
     require_state,
 )
+from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 _FEW_TOKENS = 4

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from unimatrix.data import ConsecutiveWindows
 from unimatrix.evaluation.bits_per_byte import BitsPerByte
-from unimatrix.evaluation.modes import suspend_training
+from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.evaluation.units import to_bits_per_byte
 
 

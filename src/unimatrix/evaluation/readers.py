@@ -25,20 +25,20 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from unimatrix.auto import register
 from unimatrix.baselines.linear_attention.modeling import (
     LinearAttentionConfig,
     LinearAttentionForCausalLM,
 )
-from unimatrix.checkpoints import CONFIG_FILE, hide_progress, load_model, require_byte_level
 from unimatrix.configuration import PRESETS
 from unimatrix.errors import InputError
 from unimatrix.evaluation.byte_costs import Score, score_tokens
-from unimatrix.evaluation.modes import suspend_training
 from unimatrix.evaluation.streams import CHUNK_TOKENS, carry_state, name_state
-from unimatrix.generation import generate_bytes
+from unimatrix.evaluation.suspend_training import suspend_training
+from unimatrix.hub.auto import register
+from unimatrix.hub.load import CONFIG_FILE, hide_progress, load_model, require_byte_level
+from unimatrix.inference.generation import generate_bytes
+from unimatrix.inference.sampling import Sampling
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.sampling import Sampling
 from unimatrix.tokenization import (
     BOS_ID,
     EOS_ID,

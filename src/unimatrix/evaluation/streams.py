@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
+from unimatrix.evaluation.suffix_matches import read_with_automaton
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.stream_matches import read_with_automaton
 from unimatrix.tokenization import BOS_ID
 
 CHUNK_TOKENS = 2048

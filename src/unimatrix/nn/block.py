@@ -7,6 +7,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.kernels.passes import (
+    add_feed_forward,
+    add_mixed,
+    project,
+    sum_gated,
+)
+from unimatrix.kernels.passes.weights import PassWeights
 from unimatrix.nn.checkpointing import Checkpoint, checkpoint_nested
 from unimatrix.nn.dense_mixer import DenseMixer
 from unimatrix.nn.feed_forward import build_feed_forward
@@ -14,21 +21,14 @@ from unimatrix.nn.fusion import fuse_feed_forward, fuse_mixing, fuse_projections
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
+from unimatrix.nn.previous_token import take_last
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead, SelectiveState
-from unimatrix.nn.shift import take_last
 from unimatrix.nn.slot_mixer import SlotMixer
 from unimatrix.ops.dense_memory import DenseMemory
-from unimatrix.ops.fused_passes import (
-    add_feed_forward,
-    add_mixed,
-    project,
-    sum_gated,
-)
-from unimatrix.ops.fused_passes.pass_weights import PassWeights
 from unimatrix.ops.slots import SlotRead, SlotState
 
 if TYPE_CHECKING:
-    from unimatrix.ops.depth_step_native import DepthStep
+    from unimatrix.kernels.passes.depth_step_native import DepthStep
 
 
 class Sequence(NamedTuple):
@@ -287,7 +287,7 @@ class UniMatrixBlock(GradientCheckpointingLayer):
     ) -> "_Applied":
         """Apply all parts as one compiled operator."""
         # Imported here: it loads the compiler.
-        from unimatrix.ops.depth_step_native import apply_depth_step_native
+        from unimatrix.kernels.passes.depth_step_native import apply_depth_step_native
 
         assert self.matrix_mixer is not None
         contexts = _list_contexts(sequence, retrieval)

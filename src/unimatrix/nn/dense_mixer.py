@@ -4,7 +4,7 @@ from torch import Tensor
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.associative_projections import AssociativeProjections
-from unimatrix.nn.shift import shift_to_previous
+from unimatrix.nn.previous_token import shift_to_previous
 from unimatrix.ops.dense_memory import DenseMemory, read_dense_memory
 
 

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from unimatrix.errors import InputError
+from unimatrix.kernels.passes import runs_native
 from unimatrix.nn.packed_linear import is_plain
-from unimatrix.ops.fused_passes import runs_native
 
 
 def embed_tokens(
@@ -26,7 +26,7 @@ def embed_tokens(
     """
     if _is_pass(embed, token_ids, backend):
         # Imported here: it loads the compiler.
-        from unimatrix.ops.fused_passes.embedding_native import embed_tokens_native
+        from unimatrix.kernels.passes.embedding_native import embed_tokens_native
 
         return embed_tokens_native(token_ids, embed.weight, allows_none=allows_none)
     if not allows_none:

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.kernels.passes import apply_gated_unit
 from unimatrix.nn.packed_linear import apply_together
-from unimatrix.ops.fused_passes import apply_gated_unit
 
 
 class FeedForward(nn.Module):

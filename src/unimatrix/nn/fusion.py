@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from unimatrix.kernels.passes import fuses_products
+from unimatrix.kernels.passes.weights import PassWeights
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.norm import RowNorm
 from unimatrix.nn.packed_linear import is_bare, is_plain
-from unimatrix.ops.fused_passes import fuses_products
-from unimatrix.ops.fused_passes.pass_weights import PassWeights
-from unimatrix.ops.matrix_state.projected import fuses_scan
+from unimatrix.ops.matrix_state.fused_scan import fuses_scan
 
 if TYPE_CHECKING:
-    from unimatrix.ops.depth_step_native import DepthStep
+    from unimatrix.kernels.passes.depth_step_native import DepthStep
 
 
 def fuse_projections(
@@ -44,7 +44,7 @@ def fuse_projections(
     if not fuses_products(x, weights, backend, inner_width=num_vectors):
         return None
     # Imported here: it loads the compiler.
-    from unimatrix.ops.fused_passes.projection_native import prepare_projections
+    from unimatrix.kernels.passes.projection_native import prepare_projections
 
     assert norm.eps is not None
     return prepare_projections(
@@ -75,7 +75,7 @@ def fuse_mixing(
     if not fuses_products(x, weights, backend, inner_width=mixer.out_proj.in_features):
         return None
     # Imported here: it loads the compiler.
-    from unimatrix.ops.fused_passes.mixing_native import prepare_mixing
+    from unimatrix.kernels.passes.mixing_native import prepare_mixing
 
     gates, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     return prepare_mixing(mixer.out_proj.weight, gates, biases)
@@ -102,7 +102,7 @@ def fuse_feed_forward(
     if not fuses_products(x, [norm.weight, *up, network.down_proj.weight], backend):
         return None
     # Imported here: it loads the compiler.
-    from unimatrix.ops.fused_passes.feed_forward_native import prepare_feed_forward
+    from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
 
     assert norm.eps is not None
     shift = norm.bias if isinstance(norm, nn.LayerNorm) else None
@@ -133,7 +133,7 @@ def fuse_step(
     if not fuses_scan(mixer.backend, x.device, x.shape[1]):
         return None
     # Imported here: it loads the compiler.
-    from unimatrix.ops.depth_step_native import DepthStep
+    from unimatrix.kernels.passes.depth_step_native import DepthStep
 
     sizes = (mixer.num_heads, mixer.head_dim, mixer.squashes, mixer.normalized_keys)
     return DepthStep(projections, mixing, feed_forward, *sizes)
@@ -150,6 +150,6 @@ def fuse_head(head: nn.Linear, h: Tensor, backend: str) -> PassWeights | None:
     if not is_plain(head) or not fuses_products(h, [head.weight], backend):
         return None
     # Imported here: it loads the compiler.
-    from unimatrix.ops.fused_passes.head_native import prepare_head
+    from unimatrix.kernels.passes.head_native import prepare_head
 
     return prepare_head(head.weight)

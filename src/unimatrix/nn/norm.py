@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.ops.fused_passes import normalize_rows
+from unimatrix.kernels.passes import normalize_rows
 
 
 class RowNorm(nn.RMSNorm):

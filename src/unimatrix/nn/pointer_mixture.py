@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.kernels.passes import FoundInSlots, FoundMatch, runs_native, weigh_retrieved
 from unimatrix.nn.packed_linear import is_bare, is_plain
 from unimatrix.nn.selective_mixer import SelectiveRead
 from unimatrix.ops.checks import is_autocast
-from unimatrix.ops.fused_passes import FoundInSlots, FoundMatch, runs_native, weigh_retrieved
 
 # Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
 _NUM_LENGTH_BUCKETS = 10

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.embed_tokens import embed_tokens
-from unimatrix.nn.shift import shift_to_previous
+from unimatrix.nn.previous_token import shift_to_previous
 from unimatrix.ops import opaque
 from unimatrix.ops.suffix_automaton import AutomatonState, predict_from_suffix
 

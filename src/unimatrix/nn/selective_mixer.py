@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, gelu, linear, logsigmoid, pad
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.kernels.passes import normalize_rows
+from unimatrix.kernels.passes.weights import NUM_LANES
 from unimatrix.nn.packed_linear import is_plain
 from unimatrix.ops.checks import find_real_tokens, is_autocast
-from unimatrix.ops.fused_passes import normalize_rows
-from unimatrix.ops.fused_passes.pass_weights import NUM_LANES
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
     CODES_PER_NAT,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from unimatrix.ops.fused_passes import convolve_recent
+from unimatrix.kernels.passes import convolve_recent
 
 _FIRST_STD = 0.3
 

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.associative_projections import AssociativeProjections
+from unimatrix.nn.previous_token import shift_to_previous
 from unimatrix.nn.product_keys import ProductKeys
-from unimatrix.nn.shift import shift_to_previous
 from unimatrix.ops.slots import SlotRead, SlotState, empty_slots, scan_slots
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimatrix.ops.fused_passes.pass_weights import PassWeights
+from unimatrix.kernels.passes.weights import PassWeights
 
 
 @torch.library.custom_op("unimatrix::scan_projected", mutates_args=(), device_types="cpu")
@@ -20,7 +20,7 @@ def scan_projected(
     projected: Tensor, controls: Tensor, initial: Tensor, lengths: Tensor | None, unit: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the native scan of a layer's projections; see ``projected_native.run_forward``."""
-    from unimatrix.ops.matrix_state.projected_native import run_forward
+    from unimatrix.ops.matrix_state.fused_scan_native import run_forward
 
     return run_forward(
         projected.flatten(2).contiguous(),
@@ -59,7 +59,7 @@ def _scan_projected_backward(
     num_controls: int,
     unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from unimatrix.ops.matrix_state.projected_native import run_backward
+    from unimatrix.ops.matrix_state.fused_scan_native import run_backward
 
     vectors, kept = projected.flatten(2).contiguous(), tuple(x.contiguous() for x in saved)
     given = (vectors, lengths, kept, dy.contiguous(), dfinal.contiguous())
@@ -206,7 +206,7 @@ def project(
     squashes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run norm, convolution and projections; see ``PassWeights`` for what weights are."""
-    from unimatrix.ops.fused_passes import projection_native as native
+    from unimatrix.kernels.passes import projection_native as native
 
     weights = PassWeights(row, panels, tuple(sizes), eps)
     return native.run_forward(x.contiguous(), recent, weights, squashes=squashes)
@@ -239,7 +239,7 @@ def _project_backward(
     grads: Sequence[Tensor],
     squashes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from unimatrix.ops.fused_passes import projection_native as native
+    from unimatrix.kernels.passes import projection_native as native
 
     weights = PassWeights(row, panels, tuple(sizes), eps)
     elsewhere = x.new_empty(0)  # the stream's own gradient, which the graph adds
@@ -289,7 +289,7 @@ def add_mixed(
     sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run projection, gates and gated sum; see ``PassWeights`` for what weights are."""
-    from unimatrix.ops.fused_passes import mixing_native as native
+    from unimatrix.kernels.passes import mixing_native as native
 
     readout, *others = (context.contiguous() for context in contexts)
     weights = PassWeights(row, panels, tuple(sizes))
@@ -321,7 +321,7 @@ def _add_mixed_backward(
     sizes: Sequence[int],
     dy: Tensor,
 ) -> list[Tensor]:
-    from unimatrix.ops.fused_passes import mixing_native as native
+    from unimatrix.kernels.passes import mixing_native as native
 
     readout, *others = (context.contiguous() for context in contexts)
     weights = PassWeights(row, panels, tuple(sizes))
@@ -365,7 +365,7 @@ def add_feed_forward(
     x: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     """Run norm and feed-forward network; see ``PassWeights`` for what weights are."""
-    from unimatrix.ops.fused_passes import feed_forward_native as native
+    from unimatrix.kernels.passes import feed_forward_native as native
 
     weights = PassWeights(row, panels, tuple(sizes), eps)
     return native.run_forward(x.contiguous(), weights, saves=True)
@@ -388,7 +388,7 @@ def _feed_forward_backward(
     eps: float,
     dy: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    from unimatrix.ops.fused_passes import feed_forward_native as native
+    from unimatrix.kernels.passes import feed_forward_native as native
 
     weights = PassWeights(row, panels, tuple(sizes), eps)
     return native.run_backward(x.contiguous(), kept, weights, dy)
@@ -432,7 +432,7 @@ def sum_cross_entropy(
     ignored: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run head and loss; see ``PassWeights`` and ``head_native.run_head``."""
-    from unimatrix.ops.fused_passes import head_native as native
+    from unimatrix.kernels.passes import head_native as native
 
     shares = None if shares is None else shares.contiguous()
     weights = PassWeights(row, panels, tuple(sizes))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from unimatrix.reports.tables import find_stale_documents, read_records
-from unimatrix.run_folder import write_file
+from unimatrix.train.run_folder import write_file
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from unimatrix.evaluation.units import format_bytes
 from unimatrix.reports.figures import render_png
-from unimatrix.run_folder import write_file
+from unimatrix.train.run_folder import write_file
 
 Row = Mapping[str, Any]
 

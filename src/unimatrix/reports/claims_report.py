@@ -13,7 +13,7 @@ from unimatrix.reports.page import (
     render_table,
     require_report_path,
 )
-from unimatrix.reproduce.claims import (
+from unimatrix.studies.reproduce.claims import (
     BETTER,
     GROUPS,
     NOT_REPRODUCED,
@@ -25,7 +25,7 @@ from unimatrix.reproduce.claims import (
     list_cells,
     name_run,
 )
-from unimatrix.run_folder import write_file
+from unimatrix.train.run_folder import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

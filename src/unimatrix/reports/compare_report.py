@@ -24,7 +24,7 @@ from unimatrix.reports.page import (
     render_table,
     require_report_path,
 )
-from unimatrix.run_folder import write_file
+from unimatrix.train.run_folder import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

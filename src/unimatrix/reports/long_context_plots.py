@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.long_context_run import BOOK
 from unimatrix.reports.compare_plots import list_styles
 from unimatrix.reports.figures import INK, set_look, wrap_label
+from unimatrix.studies.eval_long.run import BOOK
 from unimatrix.tasks.ruler import RULER_TASKS
 
 Record = Mapping[str, Any]

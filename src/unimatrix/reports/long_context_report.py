@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unimatrix.long_context_run import BOOK
 from unimatrix.reports.compare_results import Table
 from unimatrix.reports.long_context_results import (
     list_reasons,
@@ -20,8 +19,9 @@ from unimatrix.reports.page import (
     render_table,
     require_report_path,
 )
-from unimatrix.run_folder import write_file
+from unimatrix.studies.eval_long.run import BOOK
 from unimatrix.tasks.ruler import RULER_TASKS
+from unimatrix.train.run_folder import write_file
 
 Record = Mapping[str, Any]
 

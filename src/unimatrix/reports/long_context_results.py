@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.long_context_run import BOOK, CODE
 from unimatrix.reports.compare_results import Table
+from unimatrix.studies.eval_long.run import BOOK, CODE
 from unimatrix.tasks.ruler import RULER_TASKS
 
 Record = Mapping[str, Any]

@@ -23,7 +23,7 @@ from unimatrix.reports.recall_results import (
     list_copy_rules,
     name_rule,
 )
-from unimatrix.run_folder import write_file
+from unimatrix.train.run_folder import write_file
 
 # The task whose state and accuracy others have published.
 _MAIN_TASK = "mqar-b"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimatrix.compare.recipe import DEFAULT_COMPARISON
 from unimatrix.errors import InputError, suggest
 from unimatrix.reports.bench_tables import (
     describe_automaton,
@@ -39,8 +38,9 @@ from unimatrix.reports.long_context_results import (
     tabulate_tasks,
 )
 from unimatrix.reports.recall_results import find_copy_rules
-from unimatrix.reproduce.claims import GROUPS, Claim, judge_claims, load_claims
-from unimatrix.run_folder import RECORD_FILE, read_record
+from unimatrix.studies.compare.recipe import DEFAULT_COMPARISON
+from unimatrix.studies.reproduce.claims import GROUPS, Claim, judge_claims, load_claims
+from unimatrix.train.run_folder import RECORD_FILE, read_record
 
 Record = dict[str, Any]
 

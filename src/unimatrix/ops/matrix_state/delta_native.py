@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unimatrix.ops.compile_native import kernel, part
-from unimatrix.ops.lanes_native import OPTIONS, load, plus, pointer, store, times, total, zeros
 from unimatrix.ops.matrix_state.native import choose_interval
 from unimatrix.ops.matrix_state.reference import TokenInputs
-from unimatrix.ops.threads import run_rows
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import OPTIONS, load, plus, pointer, store, times, total, zeros
+from unimatrix.ops.numba.threads import run_rows
 
 
 @part(**OPTIONS)

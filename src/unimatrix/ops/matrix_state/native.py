@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unimatrix.ops.compile_native import kernel, part
-from unimatrix.ops.lanes_native import (
+from unimatrix.ops.matrix_state.reference import TokenInputs
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import (
     OPTIONS,
     load,
     plus,
@@ -30,8 +31,7 @@ from unimatrix.ops.lanes_native import (
     total,
     zeros,
 )
-from unimatrix.ops.matrix_state.reference import TokenInputs
-from unimatrix.ops.threads import run_rows
+from unimatrix.ops.numba.threads import run_rows
 
 
 class _Form(NamedTuple):

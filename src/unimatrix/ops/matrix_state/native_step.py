@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from unimatrix.ops.compile_native import part
+from unimatrix.ops.numba.compile import part
 
 Array = np.ndarray[Any, Any]
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unimatrix.ops.compile_native import kernel, part
-from unimatrix.ops.fused_passes.normal_native import find_normal_density, integrate_normal
-from unimatrix.ops.fused_passes.tiles_native import TILE, count_spans, sum_spans
-from unimatrix.ops.lanes_native import (
+from unimatrix.kernels.passes.gaussian_native import find_normal_density, integrate_normal
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import (
     OPTIONS,
     at,
     keep,
@@ -23,9 +22,10 @@ from unimatrix.ops.lanes_native import (
     total,
     zeros,
 )
-from unimatrix.ops.products_native import LANES
+from unimatrix.ops.numba.products import LANES
+from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.numba.tiles import TILE, count_spans, sum_spans
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
-from unimatrix.ops.threads import run_rows
 
 
 class _Form(NamedTuple):

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unimatrix.ops.compile_native import kernel, part
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.threads import Shaped, map_rows
 from unimatrix.ops.selective_slots.state import (
     MIN_CODE,
     NO_KEY,
@@ -16,7 +17,6 @@ from unimatrix.ops.selective_slots.state import (
     SlotScan,
     SlotWrites,
 )
-from unimatrix.ops.threads import Shaped, map_rows
 
 Array = np.ndarray[Any, Any]
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimatrix.ops.compile_native import kernel, part
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.threads import Shaped, map_rows
 from unimatrix.ops.selective_slots.keys import _MASK, _MIX, _STEP
 from unimatrix.ops.selective_slots.native import _scan_rows
 from unimatrix.ops.selective_slots.state import NO_KEY
-from unimatrix.ops.threads import Shaped, map_rows
 
 __all__ = ["hash_context", "hash_contexts_native", "scan_token"]
 

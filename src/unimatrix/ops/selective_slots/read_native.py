@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unimatrix.ops.compile_native import kernel
-from unimatrix.ops.fused_passes.tiles_native import (
+from unimatrix.ops.hindsight import LABELS, LEAST_WEIGHT, HindsightRules, HindsightScale
+from unimatrix.ops.numba.compile import kernel
+from unimatrix.ops.numba.lanes import OPTIONS, at, pointer
+from unimatrix.ops.numba.products import LANES
+from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.numba.tiles import (
     TILE,
     add_multiple,
     count_spans,
     multiply_rows,
     sum_spans,
 )
-from unimatrix.ops.hindsight import LABELS, LEAST_WEIGHT, HindsightRules, HindsightScale
-from unimatrix.ops.lanes_native import OPTIONS, at, pointer
-from unimatrix.ops.products_native import LANES
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, SlotLookup
-from unimatrix.ops.threads import run_rows
 
 _WORK_OF_SHARES = 1000  # multiply-adds in the time of a read's exponentials
 _ATTRIBUTION, _READ_HIT, _READ_WEIGHT = range(len(LABELS))

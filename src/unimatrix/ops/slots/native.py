@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.cosine_read import (
     LOGIT_SCALE,
     MIN_NORM,
@@ -22,8 +21,8 @@ from unimatrix.ops.cosine_read import (
     compute_decision_norms,
     read_chosen,
 )
-from unimatrix.ops.fused_passes.tiles_native import add_multiple, multiply_rows
-from unimatrix.ops.lanes_native import (
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import (
     OPTIONS,
     find_first,
     largest,
@@ -34,10 +33,11 @@ from unimatrix.ops.lanes_native import (
     times,
     zeros,
 )
-from unimatrix.ops.products_native import LANES
+from unimatrix.ops.numba.products import LANES
+from unimatrix.ops.numba.threads import Shaped, map_rows
+from unimatrix.ops.numba.tiles import add_multiple, multiply_rows
 from unimatrix.ops.slots.decisions import Allocation, prepare_strengths
 from unimatrix.ops.slots.slot_state import SlotRules
-from unimatrix.ops.threads import Shaped, map_rows
 
 Array = np.ndarray[Any, Any]
 _SLOT_LANES = (0,) * 32  # four registers of float64: their sums need not wait for each other

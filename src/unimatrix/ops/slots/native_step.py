@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from unimatrix.ops.compile_native import kernel, part
 from unimatrix.ops.cosine_read import LOGIT_SCALE, MIN_NORM, UNIT_GRID
+from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.slots.decisions import MIN_STRENGTH
 from unimatrix.ops.slots.native import _choose_slot, _compute_unit, _dot
 

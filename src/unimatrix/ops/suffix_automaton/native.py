@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from unimatrix.errors import InputError
-from unimatrix.ops.compile_native import kernel, part
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.threads import Shaped, map_rows
 from unimatrix.ops.suffix_automaton.storage import (
     ACTIVE_NODE,
     CHILD_A,
@@ -54,7 +55,6 @@ from unimatrix.ops.suffix_automaton.storage import (
     bound_capacity,
     extend_rows,
 )
-from unimatrix.ops.threads import Shaped, map_rows
 
 SPLAY_LENGTH = 32
 _PUSHED, _DONE, _NODES_WANTED, _EDGES_WANTED = range(4)

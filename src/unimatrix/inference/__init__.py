@@ -1,0 +1,1 @@
+"""Running a trained model: token by token, in ``generate``, and over bytes."""

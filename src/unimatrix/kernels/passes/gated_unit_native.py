@@ -1,0 +1,93 @@
+"""The gated linear unit in Numba: one pass forward, one backward."""
+# mypy: allow-untyped-defs
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.kernels.passes.gated_sum_native import squash
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import OPTIONS, load, minus, plus, pointer, store, times, zeros
+from unimatrix.ops.numba.threads import run_rows
+
+_FORM = ((0,) * 16, (0,))  # numbers handled together; in rows that are shorter, one
+_WORK = 8  # of a number, beside a multiply-add
+
+
+@part(**OPTIONS)
+def _apply_part(lanes, j, width, source, target):
+    gate, up = load(source, j, lanes), load(source, width + j, lanes)
+    share = squash(gate, plus(zeros(source, lanes), 1.0))
+    store(target, j, times(times(gate, share), up))
+
+
+@part(**OPTIONS)
+def _backward_part(lanes, j, width, source, grad, target):
+    gate, up, along = load(source, j, lanes), load(source, width + j, lanes), load(grad, j, lanes)
+    ones = plus(zeros(source, lanes), 1.0)
+    share = squash(gate, ones)
+    let = times(gate, share)
+    store(target, width + j, times(along, let))
+    slope = plus(share, times(let, minus(ones, share)))
+    store(target, j, times(times(along, up), slope))
+
+
+@kernel(**OPTIONS)
+def _apply_rows(first, last, form, width, x, y):
+    lanes, one_lane = form
+    even = width - width % len(lanes)
+    for row in range(first, last):
+        source, target = pointer(x, 2 * row * width), pointer(y, row * width)
+        for j in range(0, even, len(lanes)):
+            _apply_part(lanes, j, width, source, target)
+        if 0 < even < width:  # once more over the last lanes, some for the second time
+            _apply_part(lanes, width - len(lanes), width, source, target)
+        elif even == 0:
+            for j in range(width):
+                _apply_part(one_lane, j, width, source, target)
+
+
+@kernel(**OPTIONS)
+def _backward_rows(first, last, form, width, x, dy, dx):
+    lanes, one_lane = form
+    even = width - width % len(lanes)
+    for row in range(first, last):
+        source, target = pointer(x, 2 * row * width), pointer(dx, 2 * row * width)
+        grad = pointer(dy, row * width)
+        for j in range(0, even, len(lanes)):
+            _backward_part(lanes, j, width, source, grad, target)
+        if 0 < even < width:  # once more over the last lanes, some for the second time
+            _backward_part(lanes, width - len(lanes), width, source, grad, target)
+        elif even == 0:
+            for j in range(width):
+                _backward_part(one_lane, j, width, source, grad, target)
+
+
+class _GatedUnit(torch.autograd.Function):
+    """The unit with its backward kernel; not differentiable twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        width = x.shape[-1] // 2
+        y = x.new_empty(*x.shape[:-1], width)
+        run_rows(_apply_rows, _FORM, x.numel() // (2 * width), _WORK * width, width, x, y)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        width, dx = x.shape[-1] // 2, torch.empty_like(x)
+        num_rows = x.numel() // (2 * width)
+        run_rows(_backward_rows, _FORM, num_rows, 2 * _WORK * width, width, x, dy, dx)
+        return dx
+
+
+def apply_gated_unit_native(gate_and_up: Tensor) -> Tensor:
+    """Compute E23 on the CPU; arguments as in ``apply_gated_unit``."""
+    y: Tensor = _GatedUnit.apply(gate_and_up)
+    return y

@@ -1,0 +1,268 @@
+"""Output head and cross entropy in Numba: losses and gradients in one pass over the rows.
+
+As in ``feed_forward_native``, a few rows at a time go through all of it. A sum's gradient is the
+same for every row but for a factor known only later, so the pass forward computes it too, and
+neither logits nor their gradients are ever in memory for more than the rows in hand.
+"""
+# mypy: allow-untyped-defs
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.errors import InputError
+from unimatrix.kernels.passes.weights import PassWeights, join_weights, order_panels
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import (
+    OPTIONS,
+    at,
+    exponential,
+    keep,
+    larger,
+    largest,
+    load,
+    plus,
+    pointer,
+    store,
+    times,
+    total,
+    zeros,
+)
+from unimatrix.ops.numba.products import LANES, multiply
+from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.numba.tiles import TILE, count_spans, needs_gradient, sum_spans
+
+_FAR_BELOW = -1e30  # a logit of no weight, finite in float32
+
+
+class _Form(NamedTuple):
+    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+
+    lanes: tuple[int, ...]
+    mixes: tuple[int, ...]  # empty: shares are votes, added to logits
+    saves: tuple[int, ...]  # empty: no gradients
+
+
+class HeadSizes(NamedTuple):
+    """What the row of weights holds, the head's [V, D].
+
+    Attributes:
+        vocab: V.
+        width: D, a multiple of the kernel's lanes.
+    """
+
+    vocab: int
+    width: int
+
+
+def prepare_head(weight: Tensor) -> PassWeights:
+    """Prepare the head's weight [V, D]; D is a multiple of the kernel's lanes."""
+    sizes = HeadSizes(*weight.shape)
+    return join_weights([weight], order_panels(((0, *sizes),)), sizes)
+
+
+@part(**OPTIONS)
+def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_pointed, dshares):
+    """Return a row's loss; set its logits and shares to the gradients by them."""
+    lanes, W = form.lanes, len(form.lanes)
+    if len(form.mixes) == 0:
+        for k in range(num_pointed):
+            logits[token_ids[k]] += shares[k]
+    for j in range(vocab, columns):
+        logits[j] = _FAR_BELOW
+    tops = load(logits, 0, lanes)
+    for j in range(W, columns, W):
+        tops = larger(tops, load(logits, j, lanes))
+    top = largest(tops)
+    of_target, sums = logits[target] - top, zeros(logits, lanes)
+    for j in range(0, columns, W):
+        part = exponential(plus(load(logits, j, lanes), -top))
+        store(logits, j, part)
+        sums = plus(sums, part)
+    whole = total(sums)
+    nats = math.log(whole) - of_target
+    share = whole / whole  # 1 in the type of the logits
+    if len(form.mixes):
+        own = shares[0] - nats
+        best = own
+        for k in range(num_pointed):
+            if token_ids[k] == target:
+                best = max(best, shares[1 + k])
+        together = math.exp(own - best)
+        for k in range(num_pointed):
+            if token_ids[k] == target:
+                together += math.exp(shares[1 + k] - best)
+        nats = -(best + math.log(together))
+        share = math.exp(own - best) / together
+        if len(form.saves):
+            dshares[0] = -share
+            for k in range(num_pointed):
+                dshares[1 + k] = 0
+                if token_ids[k] == target:
+                    dshares[1 + k] = -math.exp(shares[1 + k] - best) / together
+    if len(form.saves):
+        for j in range(0, columns, W):
+            store(logits, j, times(load(logits, j, lanes), share / whole))
+        logits[target] -= share
+        if len(form.mixes) == 0:
+            for k in range(num_pointed):
+                dshares[k] = logits[token_ids[k]]
+    return nats
+
+
+@kernel(**OPTIONS)
+def _score_spans(
+    first, last, form, num_spans, num_rows, vocab, width, num_pointed, ignored,
+    h, panels, targets, token_ids, shares, dh, dshares, grads, sums,
+):  # fmt: skip
+    lanes, D, K, W = form.lanes, width, num_pointed, len(form.lanes)
+    S = K + len(form.mixes)
+    V = (vocab + W - 1) // W * W
+    across = pointer(panels, 0)
+    matrix = at(across, D * V)
+    logits_row = V + W  # apart by no power of two
+    scratch = np.empty(TILE * logits_row, h.dtype)
+    logits = pointer(scratch, 0)
+    for span in range(first, last):
+        if len(form.saves):
+            grads[span * vocab * D : (span + 1) * vocab * D] = 0
+        nats, num_strange = 0.0, 0
+        end = (span + 1) * num_rows // num_spans
+        for start in range(span * num_rows // num_spans, end, TILE):
+            rows = min(TILE, end - start)
+            source = pointer(h, start * D)
+            multiply(lanes, source, D, 1, across, D * W, W, logits, logits_row, rows, V, D, False)
+            for row in range(rows):
+                target, mine = targets[start + row], at(logits, row * logits_row)
+                if 0 <= target < vocab:
+                    nats += _score_row(
+                        form, mine, vocab, V, target, pointer(token_ids, (start + row) * K),
+                        pointer(shares, (start + row) * S), K, pointer(dshares, (start + row) * S),
+                    )  # fmt: skip
+                    continue
+                num_strange += target != ignored
+                for j in range(0, V, W):
+                    store(mine, j, zeros(mine, lanes))
+                if len(form.saves):
+                    dshares[(start + row) * S : (start + row + 1) * S] = 0
+            if len(form.saves):
+                multiply(
+                    lanes, logits, logits_row, 1, matrix, vocab * W, W,
+                    pointer(dh, start * D), D, rows, D, vocab, False,
+                )  # fmt: skip
+                multiply(
+                    lanes, logits, 1, logits_row, source, W, D,
+                    pointer(grads, span * vocab * D), D, vocab, D, rows, True,
+                )  # fmt: skip
+        sums[2 * span], sums[2 * span + 1] = nats, num_strange
+    keep(scratch)
+
+
+def _require_rows(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ``InputError`` unless the kernel finds ids of every row."""
+    if ids.shape != shape or ids.dtype != torch.int64:
+        raise InputError(f"{name} is {list(ids.shape)} {ids.dtype}; pass {list(shape)} torch.int64")
+
+
+def run_head(
+    h: Tensor,
+    weights: PassWeights,
+    targets: Tensor,
+    token_ids: Tensor | None,
+    shares: Tensor | None,
+    *,
+    ignored: int,
+    saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the kernel.
+
+    Args:
+        h: [..., D].
+        weights: from ``prepare_head``.
+        targets: [...] int64.
+        token_ids: [..., K] int64, or ``None`` without a pointer.
+        shares: [..., K] votes or [..., 1 + K] logarithms, as in ``sum_cross_entropy``.
+        ignored: the target that counts nothing.
+        saves: return gradients; else they are empty.
+
+    Returns:
+        the sum of the losses, and its gradients by h, by the row of weights and by the shares.
+
+    Raises:
+        InputError: for a target that is neither a token nor ``ignored``, or another shape or type.
+    """
+    _require_rows("targets", targets, h.shape[:-1])
+    if token_ids is not None:
+        _require_rows("token_ids", token_ids, (*h.shape[:-1], token_ids.shape[-1]))
+    vocab, num_rows = weights.sizes[0], h.numel() // h.shape[-1]
+    num_spans = count_spans(-(-num_rows // TILE))
+    work = (3 if saves else 1) * num_rows * weights.row.numel() // num_spans
+    num_pointed = 0 if token_ids is None else token_ids.shape[-1]
+    mixes = shares is not None and shares.shape[-1] > num_pointed
+    form, none = _Form(LANES, (0,) * mixes, (0,) * saves), h.new_empty(0)
+    shares = none if shares is None else shares
+    token_ids = targets.new_empty(0) if token_ids is None else token_ids
+    dh, dshares = (torch.empty_like(part) if saves else none for part in (h, shares))
+    grads = h.new_empty(num_spans, weights.row.numel() if saves else 0)
+    sums = h.new_empty(num_spans, 2, dtype=torch.float64)
+    sizes = (num_spans, num_rows, *weights.sizes, num_pointed, ignored)
+    given = (h, weights.panels, targets, token_ids, shares)
+    run_rows(_score_spans, form, num_spans, work, *sizes, *given, dh, dshares, grads, sums)
+    nats, num_strange = sums.sum(dim=0)
+    if num_strange:
+        is_strange = ((targets < 0) | (targets >= vocab)) & (targets != ignored)
+        raise InputError(
+            f"label {int(targets[is_strange][0])} is no token of the vocabulary; pass 0 to "
+            f"{vocab - 1}, or {ignored} where no loss is wanted"
+        )
+    return nats.to(h.dtype), dh, sum_spans(grads) if saves else none, dshares
+
+
+class _SumCrossEntropy(torch.autograd.Function):
+    """The pass, whose gradients are there before they are asked for; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        saves: bool,
+        ignored: int,
+        given: PassWeights,
+        targets: Tensor,
+        token_ids: Tensor | None,
+        h: Tensor,
+        row: Tensor,
+        shares: Tensor | None,
+    ) -> Tensor:
+        shares = None if shares is None else shares.contiguous()
+        inputs = (h.contiguous(), given, targets.contiguous(), token_ids, shares)
+        nats, *grads = run_head(*inputs, ignored=ignored, saves=saves)
+        ctx.save_for_backward(*grads)
+        ctx.has_shares = shares is not None
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
+        dh, drow, dshares = ctx.saved_tensors
+        of_shares = dnats * dshares if ctx.has_shares else None
+        return None, None, None, None, None, dnats * dh, dnats * drow, of_shares
+
+
+def sum_cross_entropy_native(
+    h: Tensor,
+    weights: PassWeights,
+    targets: Tensor,
+    token_ids: Tensor | None,
+    shares: Tensor | None,
+    *,
+    ignored: int,
+) -> Tensor:
+    """Run the pass on the CPU; arguments as in ``sum_cross_entropy``."""
+    saves = needs_gradient(h, weights.row, shares)
+    others = (weights, targets, token_ids, h, weights.row, shares)
+    nats: Tensor = _SumCrossEntropy.apply(saves, ignored, *others)
+    return nats

@@ -1,0 +1,194 @@
+"""Scores and shares of a pointer's components in Numba: one pass forward, one backward."""
+# mypy: allow-untyped-defs
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import OPTIONS, at, pointer
+from unimatrix.ops.numba.products import LANES
+from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.numba.tiles import (
+    TILE,
+    add_multiple,
+    count_spans,
+    multiply_rows,
+    sum_spans,
+)
+
+if TYPE_CHECKING:
+    from unimatrix.kernels.passes import FoundInSlots, FoundMatch
+
+
+_WORK_OF_SHARES = 1000  # multiply-adds in the time of a row's exponentials
+
+
+class _Form(NamedTuple):
+    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+
+    lanes: tuple[int, ...]
+    matched: tuple[int, ...]  # empty: no automaton
+
+
+@part(**OPTIONS)
+def _choose_bucket(length, num_buckets):
+    """Return where the score of a match length stands: of 1, 2, 3-4, 5-8, ..., the rest last."""
+    bucket, covered = 0, 1
+    while covered < length and bucket < num_buckets - 1:
+        bucket, covered = bucket + 1, 2 * covered
+    return bucket
+
+
+@kernel(**OPTIONS)
+def _weigh_rows(
+    first, last, form, width, num_slots, num_buckets,
+    h, weight, bias, log_strength, token_ids, match_weight, match_bias, by_length,
+    predicted_ids, match_lengths, all_ids, log_weights,
+):  # fmt: skip
+    Q = num_slots
+    K = Q + len(form.matched)
+    for row in range(first, last):
+        source, scores = pointer(h, row * width), pointer(log_weights, row * (1 + K))
+        ids = pointer(all_ids, row * K)
+        scores[0] = 0
+        best = scores[0]
+        for q in range(Q):
+            ids[q] = token_ids[row * Q + q]
+            product = multiply_rows(form.lanes, source, pointer(weight, q * width), width)
+            scores[1 + q] = product + bias[q] + log_strength[row * Q + q]
+            best = max(best, scores[1 + q])
+        if len(form.matched):
+            ids[Q] = max(predicted_ids[row], 0)
+            product = multiply_rows(form.lanes, source, pointer(match_weight, 0), width)
+            bucket = _choose_bucket(match_lengths[row], num_buckets)
+            scores[1 + Q] = product + match_bias[0] + by_length[bucket]
+            if predicted_ids[row] < 0:
+                scores[1 + Q] = -math.inf
+            best = max(best, scores[1 + Q])
+        total = 0.0
+        for k in range(1 + K):
+            total += math.exp(scores[k] - best)
+        level = best + math.log(total)
+        for k in range(1 + K):
+            scores[k] -= level
+
+
+@kernel(**OPTIONS)
+def _backward_spans(
+    first, last, form, num_spans, num_rows, width, num_slots, num_buckets,
+    h, weight, match_weight, predicted_ids, match_lengths, log_weights,
+    dstream, dlog_weights, dh, dlog_strength, delsewhere, grads,
+):  # fmt: skip
+    Q = num_slots
+    K = Q + len(form.matched)
+    num_grads = len(grads) // num_spans
+    for span in range(first, last):
+        grads[span * num_grads : (span + 1) * num_grads] = 0
+        dweight = pointer(grads, span * num_grads)
+        dbias = at(dweight, K * width)
+        dby_length = at(dbias, K)
+        for row in range(span * num_rows // num_spans, (span + 1) * num_rows // num_spans):
+            source, target = pointer(h, row * width), pointer(dh, row * width)
+            shares = pointer(log_weights, row * (1 + K))
+            slopes = pointer(dlog_weights, row * (1 + K))
+            whole = slopes[0]
+            for k in range(K):
+                whole += slopes[1 + k]
+            for j in range(width):
+                target[j] = dstream[row * width + j]
+            for k in range(K):
+                slope = slopes[1 + k] - math.exp(shares[1 + k]) * whole
+                along = pointer(weight, k * width)
+                if k < Q:
+                    dlog_strength[row * Q + k] = slope
+                    delsewhere[row * Q + k] = slopes[1 + k]
+                else:
+                    along = pointer(match_weight, 0)
+                    if predicted_ids[row] < 0:
+                        continue
+                    dby_length[_choose_bucket(match_lengths[row], num_buckets)] += slope
+                dbias[k] += slope
+                add_multiple(form.lanes, along, slope, width, target)
+                add_multiple(form.lanes, source, slope, width, at(dweight, k * width))
+
+
+class _WeighRetrieved(torch.autograd.Function):
+    """The pass with its backward kernel; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        log_strength: Tensor,
+        elsewhere: Tensor | None,
+        match_weight: Tensor,
+        match_bias: Tensor,
+        by_length: Tensor,
+        *ids: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h = h.contiguous()
+        token_ids, predicted_ids, match_lengths = (part.contiguous() for part in ids)
+        width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
+        form = _Form(LANES, (0,) * match_weight.shape[0])
+        num_components = num_slots + len(form.matched)
+        all_ids = predicted_ids.new_empty(*h.shape[:-1], num_components, dtype=torch.int64)
+        log_weights = h.new_empty(*h.shape[:-1], 1 + num_components)
+        given = (h, weight, bias, log_strength, token_ids, match_weight, match_bias, by_length)
+        results = (predicted_ids, match_lengths, all_ids, log_weights)
+        sizes = (h.numel() // width, _WORK_OF_SHARES + width * num_components)
+        run_rows(_weigh_rows, form, *sizes, width, num_slots, num_buckets, *given, *results)
+        ctx.save_for_backward(
+            h, weight, match_weight, predicted_ids, match_lengths, by_length, log_weights
+        )
+        ctx.has_elsewhere = elsewhere is not None
+        ctx.mark_non_differentiable(all_ids)
+        return h, all_ids, log_weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dstream: Tensor, _: Tensor, dlog_weights: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        h, weight, match_weight, *ids, by_length, log_weights = ctx.saved_tensors
+        width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
+        form = _Form(LANES, (0,) * match_weight.shape[0])
+        num_components = num_slots + len(form.matched)
+        num_rows = h.numel() // width
+        num_spans = count_spans(-(-num_rows // TILE))
+        dh = torch.empty_like(h)
+        dlog_strength, delsewhere = h.new_empty(2, *h.shape[:-1], num_slots)
+        counts = (num_components * width, num_components, num_buckets)
+        grads = h.new_empty(num_spans, sum(counts))
+        work = num_rows * (_WORK_OF_SHARES + 2 * counts[0]) // num_spans
+        sizes = (num_spans, num_rows, width, num_slots, num_buckets)
+        given = (h, weight, match_weight, *ids, log_weights, dstream, dlog_weights)
+        results = (dh, dlog_strength, delsewhere, grads)
+        run_rows(_backward_spans, form, num_spans, work, *sizes, *given, *results)
+        dweights, dbiases, dby_length = sum_spans(grads).split(counts)
+        of_slots = dweights[: weight.numel()].view_as(weight), dbiases[:num_slots]
+        of_match = dweights[weight.numel() :].view_as(match_weight), dbiases[num_slots:]
+        of_elsewhere = delsewhere if ctx.has_elsewhere else None
+        others = (*of_match, dby_length, None, None, None)
+        return dh, *of_slots, dlog_strength, of_elsewhere, *others
+
+
+def weigh_retrieved_native(
+    h: Tensor, slots: "FoundInSlots | None", match: "FoundMatch | None"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the pass on the CPU; arguments as in ``weigh_retrieved``."""
+    none, no_rows = h.new_empty(0), h.new_empty(0, h.shape[-1])
+    no_ids = torch.empty(0, dtype=torch.int64)
+    weight, bias, token_ids, log_strength, elsewhere = slots or (no_rows, none, no_ids, none, None)
+    match_weight, match_bias, by_length, *found = match or (no_rows, none, none, no_ids, no_ids)
+    of_slots = (weight, bias, log_strength, elsewhere)
+    of_match = (match_weight, match_bias, by_length)
+    weighed: tuple[Tensor, Tensor, Tensor] = _WeighRetrieved.apply(
+        h, *of_slots, *of_match, token_ids, *found
+    )
+    return weighed

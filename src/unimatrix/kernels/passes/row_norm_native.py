@@ -1,0 +1,105 @@
+"""Root-mean-square normalisation in Numba, with its backward in one pass."""
+# mypy: allow-untyped-defs
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.kernels.passes.weights import hold_float
+from unimatrix.ops.numba.compile import kernel
+from unimatrix.ops.numba.lanes import OPTIONS, load, plus, pointer, store, times, total, zeros
+from unimatrix.ops.numba.threads import run_rows
+
+_LANES = (0,) * 16  # numbers handled together; a row's last D % 16 go one by one
+_ROWS_PER_BLOCK = 64  # share one sum for the weight's gradient
+
+
+@kernel(**OPTIONS)
+def _normalize_blocks(first, last, lanes, num_rows, width, x, weight, eps, y, inverses):
+    even = width - width % len(lanes)
+    for row in range(first * _ROWS_PER_BLOCK, min(last * _ROWS_PER_BLOCK, num_rows)):
+        source, target, scale = pointer(x, row * width), pointer(y, row * width), pointer(weight, 0)
+        squares = zeros(source, lanes)
+        for j in range(0, even, len(lanes)):
+            part = load(source, j, lanes)
+            squares = plus(squares, times(part, part))
+        square = total(squares)
+        for j in range(even, width):
+            square += source[j] * source[j]
+        inverse = 1 / math.sqrt(square / width + eps[0])
+        for j in range(0, even, len(lanes)):
+            store(target, j, times(times(load(source, j, lanes), inverse), load(scale, j, lanes)))
+        for j in range(even, width):
+            target[j] = source[j] * inverse * scale[j]
+        inverses[row] = inverse
+
+
+@kernel(**OPTIONS)
+def _backward_blocks(
+    first, last, lanes, num_rows, width, x, weight, inverses, dy, dx, dweight
+):  # fmt: skip
+    even = width - width % len(lanes)
+    scale = pointer(weight, 0)
+    for block in range(first, last):
+        by_weight = pointer(dweight, block * width)
+        for j in range(width):
+            by_weight[j] = 0
+        for row in range(block * _ROWS_PER_BLOCK, min((block + 1) * _ROWS_PER_BLOCK, num_rows)):
+            source, grad = pointer(x, row * width), pointer(dy, row * width)
+            target, inverse = pointer(dx, row * width), inverses[row]
+            along = zeros(source, lanes)
+            for j in range(0, even, len(lanes)):
+                moved = times(load(source, j, lanes), load(grad, j, lanes))
+                along = plus(along, times(moved, load(scale, j, lanes)))
+                store(by_weight, j, plus(load(by_weight, j, lanes), times(moved, inverse)))
+            outward = total(along)
+            for j in range(even, width):
+                moved_one = source[j] * grad[j]
+                outward += moved_one * scale[j]
+                by_weight[j] += moved_one * inverse
+            outward *= -inverse * inverse / width
+            for j in range(0, even, len(lanes)):
+                inward = times(load(grad, j, lanes), load(scale, j, lanes))
+                inward = plus(inward, times(load(source, j, lanes), outward))
+                store(target, j, times(inward, inverse))
+            for j in range(even, width):
+                target[j] = (grad[j] * scale[j] + source[j] * outward) * inverse
+
+
+class _NormalizeRows(torch.autograd.Function):
+    """The normalisation with its backward kernel; not differentiable twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        num_rows = x.numel() // width
+        x = x.contiguous()
+        y, inverses = torch.empty_like(x), x.new_empty(num_rows)
+        num_blocks = -(-num_rows // _ROWS_PER_BLOCK)
+        sizes = (num_blocks, 4 * _ROWS_PER_BLOCK * width)
+        given = (num_rows, width, x, weight, hold_float(eps, x.dtype), y, inverses)
+        run_rows(_normalize_blocks, _LANES, *sizes, *given)
+        ctx.save_for_backward(x, weight, inverses)
+        ctx.sizes = sizes
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverses = ctx.saved_tensors
+        width = x.shape[-1]
+        dx, dweight = torch.empty_like(x), x.new_empty(ctx.sizes[0], width)
+        given = (x.numel() // width, width, x, weight, inverses, dy)
+        run_rows(_backward_blocks, _LANES, *ctx.sizes, *given, dx, dweight)
+        return dx, dweight.sum(dim=0) if ctx.needs_input_grad[1] else None, None
+
+
+def normalize_rows_native(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Normalise on the CPU; arguments as in ``normalize_rows``."""
+    if weight is None:
+        weight = x.new_ones(x.shape[-1])
+    y: Tensor = _NormalizeRows.apply(x, weight.to(x.dtype), eps)
+    return y

@@ -1,0 +1,1 @@
+"""One token of a model, from ids to logits, in one compiled call."""

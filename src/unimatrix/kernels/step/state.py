@@ -1,0 +1,229 @@
+"""What the rows carry, in the arrays of the compiled step, and the way there and back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unimatrix.cache import UniMatrixCache, digest_config
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.hub.weights_origin import WeightsOrigin
+from unimatrix.nn.block import Associations, DepthCarry
+from unimatrix.nn.selective_mixer import SelectiveState
+from unimatrix.ops.selective_slots import SelectiveSlots, empty_selective_slots
+from unimatrix.ops.slots import SlotState, empty_slots
+from unimatrix.ops.slots.native_step import prepare_slots
+from unimatrix.ops.suffix_automaton import AutomatonState, empty_automaton
+from unimatrix.ops.suffix_automaton.native_step import AutomatonStream, copy_automaton
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(eq=False)
+class StepState:
+    """The state of B rows, changed in place by the compiled step.
+
+    Attributes:
+        num_columns: columns consumed so far, padding included.
+        matrix_states: [L, B, H, N, N], address by payload; no depth steps without matrix state.
+        recents: [L, B, K - 1, D], normalised streams of the last tokens; ``None`` without a short
+            convolution.
+        slots: keys [G, B, M, C], values [G, B, M, D], strengths [G, B, M], previous [G, B, D] and,
+            in float64, units [G, B, M, C] and offsets [G, B, M] of the keys; ages and token ids
+            [G, B, M] int64. G is 1 with the token source, L with the hidden one. ``None`` without.
+        selective: keys, values and codes [B, M], recent token ids [B, n], all int64; or ``None``.
+        counters: [B, 3] int64, tokens so far, the last token and the hash of the text.
+        knows_text: whether that hash is of the whole text.
+        automaton: ``None`` where the model has none.
+    """
+
+    num_columns: int
+    matrix_states: Array
+    recents: Array | None
+    slots: tuple[Array, ...] | None
+    selective: tuple[Array, ...] | None
+    counters: Array
+    knows_text: bool
+    automaton: AutomatonStream | None
+
+    @property
+    def carried(self) -> tuple[Any, ...]:
+        """What the kernel takes of it."""
+        return self.matrix_states, self.recents, self.slots, self.selective, self.counters
+
+    @property
+    def match(self) -> tuple[Array, Array] | None:
+        """What the automaton said last, in arrays that it changes in place."""
+        if self.automaton is None:
+            return None
+        return self.automaton.predicted_ids, self.automaton.match_lengths
+
+    def num_bytes(self) -> int:
+        """Return the bytes of everything here, as allocated."""
+        arrays = [self.matrix_states, *(self.slots or ()), *(self.selective or ()), self.counters]
+        if self.recents is not None:
+            arrays.append(self.recents)
+        num_bytes = sum(array.nbytes for array in arrays)
+        if self.automaton is not None:
+            num_bytes += sum(t.numel() * t.element_size() for t in self.automaton.automaton)
+        return num_bytes
+
+
+def read_cache(
+    cache: UniMatrixCache, config: UniMatrixConfig, num_recent: int, dtype: torch.dtype
+) -> StepState:
+    """Copy a cache into the arrays of the compiled step.
+
+    Args:
+        cache: of the model; not altered, and nothing is shared with it.
+        config: the model's.
+        num_recent: tokens that the contexts of selective slots reach back; 0 without.
+        dtype: of floating state, float32 or float64.
+    """
+    batch = cache.batch_size
+    text_hash = torch.zeros_like(cache.num_tokens) if cache.text_hash is None else cache.text_hash
+    counters = torch.stack([cache.num_tokens, cache.last_token_ids, text_hash], dim=1)
+    stream = None
+    if config.residual_path == "suffix_automaton":
+        automaton = cache.automaton
+        if automaton is None:
+            stream = AutomatonStream(empty_automaton(batch, config.automaton_window))
+        else:
+            stream = AutomatonStream(copy_automaton(automaton))
+    return StepState(
+        num_columns=cache.num_columns,
+        matrix_states=_read_matrix_states(cache, config, dtype),
+        recents=_read_recents(cache, config, dtype),
+        slots=_read_slots(cache, config, dtype),
+        selective=_read_selective(cache, config, num_recent),
+        counters=_copy(counters, torch.int64),
+        knows_text=cache.text_hash is not None,
+        automaton=stream,
+    )
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Array:
+    """Return a contiguous copy as an array."""
+    copied: Array = tensor.detach().to("cpu", dtype, copy=True).contiguous().numpy()
+    return copied
+
+
+def _read_matrix_states(
+    cache: UniMatrixCache, config: UniMatrixConfig, dtype: torch.dtype
+) -> Array:
+    heads, size = config.num_attention_heads, config.head_dim
+    if config.update_rules == "none":
+        return _copy(torch.empty(0, cache.batch_size, heads, size, size), dtype)
+    empty = torch.zeros(cache.batch_size, heads, size, size)
+    states = [empty if c.matrix_state is None else c.matrix_state for c in cache.depth]
+    return _copy(torch.stack(states).mT, dtype)
+
+
+def _read_recents(
+    cache: UniMatrixCache, config: UniMatrixConfig, dtype: torch.dtype
+) -> Array | None:
+    if not config.conv_kernel or config.update_rules == "none":
+        return None
+    empty = torch.zeros(cache.batch_size, config.conv_kernel - 1, config.hidden_size)
+    return _copy(torch.stack([empty if c.recent is None else c.recent for c in cache.depth]), dtype)
+
+
+def _read_slots(
+    cache: UniMatrixCache, config: UniMatrixConfig, dtype: torch.dtype
+) -> tuple[Array, ...] | None:
+    """Return the slots of the groups, and what decisions look at; ``None`` without slots."""
+    if config.associative_memory != "slots":
+        return None
+    batch, width = cache.batch_size, config.hidden_size
+    empty = empty_slots(batch, config.num_slots, config.slot_key_size, width, dtype=dtype)
+    hidden = config.slot_source == "hidden"
+    groups = [c.associations for c in cache.depth] if hidden else [cache.associations]
+    held = [group.slots or empty for group in groups]
+    previous = [empty.slot_values[:, 0] if g.previous is None else g.previous for g in groups]
+    keys, values, strengths, ages, ids = (
+        torch.stack(list(fields)) for fields in zip(*held, strict=True)
+    )
+    floats = [_copy(tensor, dtype) for tensor in (keys, values, strengths)]
+    units, offsets = np.empty(keys.shape), np.empty(strengths.shape)
+    flat = floats[0].reshape(-1, keys.shape[-1])
+    prepare_slots(flat, floats[2].reshape(-1), units.reshape(flat.shape), offsets.reshape(-1))
+    integers = [_copy(tensor, torch.int64) for tensor in (ages, ids)]
+    return (*floats, _copy(torch.stack(previous), dtype), units, offsets, *integers)
+
+
+def _read_selective(
+    cache: UniMatrixCache, config: UniMatrixConfig, num_recent: int
+) -> tuple[Array, ...] | None:
+    if config.associative_memory != "selective":
+        return None
+    selective = cache.associations.selective
+    if selective is None:
+        slots = empty_selective_slots(cache.batch_size, config.num_slots, config.vocab_size)
+        selective = SelectiveState(slots, torch.full((cache.batch_size, num_recent), -1))
+    return tuple(
+        _copy(tensor, torch.int64) for tensor in (*selective.slots, selective.recent_token_ids)
+    )
+
+
+def write_cache(
+    state: StepState, config: UniMatrixConfig, origin: WeightsOrigin | None
+) -> UniMatrixCache:
+    """Copy the state into a cache, as ``forward`` would have returned it.
+
+    Args:
+        state: not altered, and nothing is shared with it.
+        config: the model's.
+        origin: the weights that the streams went through.
+    """
+    num_tokens, last_token_ids, text_hash = torch.from_numpy(state.counters.copy()).unbind(dim=1)
+    matrix_states: list[Tensor | None] = [None] * config.num_hidden_layers
+    if config.update_rules != "none":
+        copied = torch.from_numpy(state.matrix_states.copy()).mT.contiguous()
+        matrix_states = list(copied.unbind())
+    recents: list[Tensor | None] = [None] * config.num_hidden_layers
+    if state.recents is not None:
+        recents = list(torch.from_numpy(state.recents.copy()).unbind())
+    shared, own = Associations(), [Associations()] * config.num_hidden_layers
+    if state.slots is not None and config.slot_source == "hidden":
+        own = _write_slots(state.slots)
+    elif state.slots is not None:
+        (shared,) = _write_slots(state.slots)
+    elif state.selective is not None:
+        shared = Associations(selective=_write_selective(state.selective, config))
+    automaton: AutomatonState | None = None
+    if state.automaton is not None:
+        automaton = copy_automaton(state.automaton.automaton)
+    return UniMatrixCache(
+        config_digest=digest_config(config),
+        num_columns=state.num_columns,
+        num_tokens=num_tokens.contiguous(),
+        last_token_ids=last_token_ids.contiguous(),
+        depth=tuple(DepthCarry(*carry) for carry in zip(matrix_states, recents, own, strict=True)),
+        associations=shared,
+        automaton=automaton,
+        text_hash=text_hash.contiguous() if state.knows_text else None,
+        origin=origin,
+        is_sound=True,
+    )
+
+
+def _write_slots(slots: tuple[Array, ...]) -> list[Associations]:
+    """Return the bindings of each group."""
+    keys, values, strengths, previous, _, _, ages, ids = (
+        torch.from_numpy(array.copy()) for array in slots
+    )
+    return [
+        Associations(previous[g], SlotState(keys[g], values[g], strengths[g], ages[g], ids[g]))
+        for g in range(keys.shape[0])
+    ]
+
+
+def _write_selective(selective: tuple[Array, ...], config: UniMatrixConfig) -> SelectiveState:
+    keys, values, codes, recent = (torch.from_numpy(array) for array in selective)
+    like = empty_selective_slots(1, 1, config.vocab_size)
+    slots = SelectiveSlots(
+        *(new.to(old.dtype) for new, old in zip((keys, values, codes), like, strict=True))
+    )
+    return SelectiveState(slots, recent.to(torch.int32))

@@ -1,0 +1,475 @@
+"""Matrix state from a layer's projections in Numba: activations, scan and norm in one pass.
+
+The scan is that of ``native.py``; a token's vectors are bound when the scan reaches it, so they
+never stand in memory. The backward keeps the units of a few tokens beside their states.
+"""
+# mypy: allow-untyped-defs
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unimatrix.ops.matrix_state.fused_scan import READOUT_EPS
+from unimatrix.ops.matrix_state.native import (
+    choose_interval,
+    make_identity,
+    weigh_rules,
+    write_and_read,
+    write_gradient,
+)
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import (
+    OPTIONS,
+    at,
+    exponential,
+    larger,
+    load,
+    minus,
+    over,
+    plus,
+    pointer,
+    prefetch,
+    root,
+    store,
+    times,
+    total,
+    where_negative,
+    zeros,
+)
+from unimatrix.ops.numba.products import LANES
+from unimatrix.ops.numba.threads import run_rows
+
+_UNIT_EPS = 1e-12  # of torch's normalize
+_AHEAD = 8  # tokens whose vectors are fetched early: a head's are small pieces of memory
+
+
+class _Form(NamedTuple):
+    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+
+    lanes: tuple[int, ...]  # of tokens weighed together
+    width: tuple[int, ...]  # N zeros
+    mixed: tuple[int, ...]  # empty: the outer rule alone
+    norm_guard: tuple[int, ...]  # always empty
+    unit: tuple[int, ...]  # empty: the vectors come bound, and the readout stays as it is
+
+
+@part(**OPTIONS)
+def _fill_with_ones(room):
+    for i in range(len(room)):
+        room[i] = 1
+
+
+@part(**OPTIONS)
+def _weigh_tokens(form, controls, num_heads, h, count, room, weights):
+    """Set the weights of up to 16 tokens: retention, its complement and the three rules'.
+
+    Args:
+        controls: of the first token.
+        count: how many there are.
+        room: for 9 lanes.
+        weights: of the first token and the head.
+    """
+    lanes, W, per_head = form.lanes, len(form.lanes), 4 if len(form.mixed) else 1
+    for i in range(W):
+        of_token = at(controls, min(i, count - 1) * num_heads * per_head)
+        room[i] = of_token[h]
+        for n in range(1, per_head):
+            room[n * W + i] = of_token[num_heads + 3 * h + n - 1]
+    x, made = load(room, 0, lanes), at(room, 4 * W)
+    ones = plus(zeros(room, lanes), 1.0)
+    fading = exponential(where_negative(x, x, times(x, -1.0)))
+    greater = over(ones, plus(ones, fading))
+    lesser = times(fading, greater)
+    store(made, 0, where_negative(x, lesser, greater))
+    store(made, W, where_negative(x, greater, lesser))
+    if len(form.mixed):
+        outer, diagonal = load(room, W, lanes), load(room, 2 * W, lanes)
+        symmetric = load(room, 3 * W, lanes)
+        most = larger(outer, larger(diagonal, symmetric))
+        outer, diagonal = exponential(minus(outer, most)), exponential(minus(diagonal, most))
+        symmetric = exponential(minus(symmetric, most))
+        share = over(ones, plus(plus(outer, diagonal), symmetric))
+        store(made, 2 * W, times(outer, share))
+        store(made, 3 * W, times(diagonal, share))
+        store(made, 4 * W, times(symmetric, share))
+    for i in range(count):
+        for n in range(5 if len(form.mixed) else 2):
+            weights[5 * num_heads * i + n] = made[n * W + i]
+
+
+@part(**OPTIONS)
+def _invert_lengths(form, vectors, stride, apart, count, inverses):
+    """Set ``inverses`` to 1 over the lengths of the vectors of up to 16 tokens, by vector.
+
+    Args:
+        vectors: of the first token, ``apart`` numbers from one to the next.
+        stride: numbers from token to token.
+        count: how many tokens there are.
+    """
+    lanes, W = form.lanes, len(form.lanes)
+    num_vectors = 4 if len(form.mixed) else 3
+    for i in range(count):
+        for n in range(num_vectors):
+            vector = load(vectors, i * stride + n * apart, form.width)
+            inverses[n * W + i] = total(times(vector, vector))
+    least = plus(zeros(inverses, lanes), _UNIT_EPS)
+    for n in range(num_vectors):
+        length = larger(least, root(load(inverses, n * W, lanes)))
+        store(inverses, n * W, over(plus(zeros(inverses, lanes), 1.0), length))
+
+
+@part(**OPTIONS)
+def _unbind(form, gradient, unit, inverse):
+    """Turn the gradient of a unit vector into that of the vector, in place."""
+    along, lanes = load(unit, 0, form.width), load(gradient, 0, form.width)
+    outward = total(times(along, lanes)) if inverse * _UNIT_EPS < 1 else 0.0
+    store(gradient, 0, times(plus(lanes, times(along, -outward)), inverse))
+
+
+@part(**OPTIONS)
+def _normalize_readouts(form, y, num_heads, count, room, inverses):
+    """Divide readouts of up to 16 tokens by the roots of their mean squares; keep the inverses.
+
+    Args:
+        y, inverses: of the first token and the head.
+        count: how many tokens there are.
+        room: for the inverses.
+    """
+    lanes, N = form.lanes, len(form.width)
+    for i in range(count):
+        vector = load(y, i * num_heads * N, form.width)
+        room[i] = total(times(vector, vector)) / N + READOUT_EPS
+    store(room, 0, over(plus(zeros(room, lanes), 1.0), root(load(room, 0, lanes))))
+    for i in range(count):
+        place, inverses[i * num_heads] = i * num_heads * N, room[i]
+        store(y, place, times(load(y, place, form.width), room[i]))
+
+
+@part(**OPTIONS)
+def _pass_readout(form, dy, y, inverse, out):
+    """Set ``out`` to the gradient of the readout before it was normalised."""
+    lanes, read = load(dy, 0, form.width), load(y, 0, form.width)
+    outward = total(times(lanes, read)) / len(form.width)
+    store(out, 0, times(plus(lanes, times(read, -outward)), inverse))
+
+
+@kernel(**OPTIONS)
+def _scan_rows(
+    first, last, form, projected, controls, initial, lengths,
+    num_tokens, num_heads, interval, y, final, checkpoints, weights, inverses,
+):  # fmt: skip
+    N = len(form.width)
+    num_vectors = 4 if len(form.mixed) else 3
+    num_controls = num_heads * (4 if len(form.mixed) else 1)
+    stride = len(projected) // (lengths.size * num_tokens)
+    identity = make_identity(N, final)
+    S = np.empty(N * N, final.dtype)  # [address, payload]
+    units = np.empty(4 * N, final.dtype)  # q, k, v, d
+    W = len(form.lanes)
+    room = np.empty(9 * W, final.dtype)
+    inverted = np.empty(4 * W, final.dtype)
+    _fill_with_ones(room)
+    _fill_with_ones(inverted)
+    num_checkpoints = checkpoints.size // (lengths.size * num_heads * N * N)
+    for row in range(first, last):
+        b, h = row // num_heads, row % num_heads
+        for i in range(N):
+            for j in range(N):
+                S[j * N + i] = initial[(row * N + i) * N + j]
+        for t in range(lengths[b]):
+            if interval > 0 and t % interval == 0:
+                saved = (row * num_checkpoints + t // interval) * N * N
+                for i in range(N):
+                    for j in range(N):
+                        checkpoints[saved + i * N + j] = S[j * N + i]
+            position = b * num_tokens + t
+            token = position * num_heads + h
+            weigh = pointer(weights, 5 * token)
+            apart = num_heads * N
+            vectors = pointer(projected, position * stride + h * N)
+            for n in range(num_vectors):
+                prefetch(vectors, _AHEAD * stride + n * apart)
+            if t % W == 0:
+                count = min(W, lengths[b] - t)
+                _weigh_tokens(
+                    form, pointer(controls, position * num_controls), num_heads, h, count,
+                    pointer(room, 0), weigh,
+                )  # fmt: skip
+                if len(form.unit):
+                    _invert_lengths(form, vectors, stride, apart, count, pointer(inverted, 0))
+            if len(form.unit):
+                for n in range(num_vectors):
+                    unit = times(load(vectors, n * apart, form.width), inverted[n * W + t % W])
+                    store(pointer(units, 0), n * N, unit)
+                vectors, apart = pointer(units, 0), N
+            q, k = at(vectors, 0), at(vectors, apart)
+            v, d = at(vectors, 2 * apart), at(vectors, (num_vectors - 1) * apart)
+            out = pointer(y, token * N)
+            write_and_read(
+                form, pointer(identity, 0), pointer(S, 0), pointer(S, 0), weigh[0],
+                weigh_rules(form, weigh[1], at(weigh, 2)), v, k, d, q, out,
+            )  # fmt: skip
+            if len(form.unit) and (t % W == W - 1 or t == lengths[b] - 1):
+                begun = token - t % W * num_heads
+                _normalize_readouts(
+                    form, pointer(y, begun * N), num_heads, t % W + 1,
+                    pointer(room, 0), pointer(inverses, begun),
+                )  # fmt: skip
+        for i in range(N):
+            for j in range(N):
+                final[(row * N + i) * N + j] = S[j * N + i]
+
+
+@part(**OPTIONS)
+def _bind_token(form, vectors, apart, inverted, dy, y, inverse, kept):
+    """Keep a token's q, k, v, d and dy, bound, and their divisors' inverses."""
+    N = len(form.width)
+    num_vectors = 4 if len(form.mixed) else 3
+    if len(form.unit):
+        for n in range(num_vectors):
+            kept[5 * N + n] = inverted[n * len(form.lanes)]
+            store(kept, n * N, times(load(vectors, n * apart, form.width), kept[5 * N + n]))
+        _pass_readout(form, dy, y, inverse, at(kept, 4 * N))
+    else:
+        for n in range(num_vectors):
+            store(kept, n * N, load(vectors, n * apart, form.width))
+        store(kept, 4 * N, load(dy, 0, form.width))
+
+
+@part(**OPTIONS)
+def _pass_controls(form, weights, by, num_heads, h, dcontrols):
+    """Set the gradients of a token's logits from those of retention and of the rules' factors."""
+    kept, by_outer, by_swapped, by_diagonal = by
+    rho, write = weights[0], weights[1]
+    if len(form.mixed):
+        outer, diagonal, symmetric = weights[2], weights[3], weights[4]
+        by_symmetric = (by_outer + by_swapped) / 2
+        mean = outer * by_outer + diagonal * by_diagonal + symmetric * by_symmetric
+        first = num_heads + 3 * h
+        dcontrols[first] = write * outer * (by_outer - mean)
+        dcontrols[first + 1] = write * diagonal * (by_diagonal - mean)
+        dcontrols[first + 2] = write * symmetric * (by_symmetric - mean)
+        by_outer = mean
+    dcontrols[h] = rho * write * (kept - by_outer)
+
+
+@kernel(**OPTIONS)
+def _backward_rows(
+    first, last, form, projected, weights, lengths, num_tokens, num_heads, interval,
+    checkpoints, y, inverses, dy, dfinal, dprojected, dcontrols, dinitial,
+):  # fmt: skip
+    N = len(form.width)
+    size, apart = N * N, num_heads * N
+    num_vectors = 4 if len(form.mixed) else 3
+    num_controls = num_heads * (4 if len(form.mixed) else 1)
+    stride = len(projected) // (lengths.size * num_tokens)
+    G = np.empty(size, dprojected.dtype)  # d loss / d S of the token at hand, [payload, address]
+    across = np.empty(size, dprojected.dtype)  # the same transposed
+    identity = make_identity(N, G)
+    S = np.empty((interval + 1) * size, dprojected.dtype)  # the states around a few tokens
+    num_kept, W = 5 * N + 4, len(form.lanes)
+    inverted = np.empty(4 * W, dprojected.dtype)
+    _fill_with_ones(inverted)
+    kept = np.empty(interval * num_kept, dprojected.dtype)  # see _bind_token
+    num_checkpoints = checkpoints.size // (lengths.size * num_heads * size)
+    for row in range(first, last):
+        b, h = row // num_heads, row % num_heads
+        for n in range(size):
+            G[n] = dfinal[row * size + n]
+            across[n % N * N + n // N] = G[n]
+        for chunk in range((lengths[b] - 1) // interval, -1, -1):
+            start, stop = chunk * interval, min((chunk + 1) * interval, lengths[b])
+            for n in range(size):
+                S[n] = checkpoints[(row * num_checkpoints + chunk) * size + n]
+            for t in range(start, stop):
+                position = b * num_tokens + t
+                token, vectors = position * num_heads + h, position * stride + h * N
+                of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
+                for n in range(num_vectors):
+                    early = vectors + _AHEAD * stride + n * apart
+                    prefetch(pointer(projected, early), 0)
+                    prefetch(pointer(dprojected, early), 0)
+                prefetch(pointer(dy, (token + _AHEAD * num_heads) * N), 0)
+                prefetch(pointer(y, (token + _AHEAD * num_heads) * N), 0)
+                if len(form.unit) and (t - start) % W == 0:
+                    count = min(W, stop - t)
+                    _invert_lengths(
+                        form,
+                        pointer(projected, vectors),
+                        stride,
+                        apart,
+                        count,
+                        pointer(inverted, 0),
+                    )
+                _bind_token(
+                    form, pointer(projected, vectors), apart, pointer(inverted, (t - start) % W),
+                    pointer(dy, token * N), pointer(y, token * N), inverses[token], of_token,
+                )  # fmt: skip
+                weigh = pointer(weights, 5 * token)
+                write_and_read(
+                    form, pointer(identity, 0), pointer(S, now), pointer(S, now + size), weigh[0],
+                    weigh_rules(form, weigh[1], at(weigh, 2)), at(of_token, N),
+                    at(of_token, 2 * N), at(of_token, 3 * N),
+                    at(of_token, 4 * N), pointer(dprojected, vectors),
+                )  # fmt: skip
+            for t in range(stop - 1, start - 1, -1):
+                position = b * num_tokens + t
+                token, vectors = position * num_heads + h, position * stride + h * N
+                of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
+                weigh, grads = pointer(weights, 5 * token), pointer(dprojected, vectors)
+                by = write_gradient(
+                    form, pointer(identity, 0), pointer(G, 0), pointer(across, 0),
+                    pointer(S, now), weigh[0], weigh_rules(form, weigh[1], at(weigh, 2)),
+                    of_token, at(of_token, N), at(of_token, 2 * N), at(of_token, 3 * N),
+                    at(of_token, 4 * N), at(grads, apart), at(grads, 2 * apart),
+                    at(grads, (num_vectors - 1) * apart),
+                )  # fmt: skip
+                if len(form.unit):
+                    for n in range(num_vectors):
+                        _unbind(
+                            form, at(grads, n * apart), at(of_token, n * N), of_token[5 * N + n]
+                        )
+                of_position = pointer(dcontrols, position * num_controls)
+                _pass_controls(form, weigh, by, num_heads, h, of_position)
+        for n in range(size):
+            dinitial[row * size + n] = G[n]
+
+
+def run_forward(
+    vectors: Tensor,
+    controls: Tensor,
+    initial: Tensor,
+    lengths: Tensor | None,
+    *,
+    unit: bool,
+    saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the forward kernel.
+
+    Args:
+        vectors: [B, T, P H N] or more, which are not looked at.
+        controls: [B, T, H] with P = 3, [B, T, 4 H] with P = 4.
+        initial: [B, H, N, N].
+        lengths, unit: as in ``scan_projected``.
+        saves: whether the backward kernel will run.
+
+    Returns:
+        y [B, T, H, N], the last state [B, H, N, N], and for the backward kernel states along the
+        way, the weights of the rules, and what the readouts were divided by, inverted.
+    """
+    B, T, _ = vectors.shape
+    _, H, N, _ = initial.shape
+    form = _choose_form(initial, controls.shape[-1], unit)
+    interval = choose_interval(N) if saves else 0
+    allocate = vectors.new_empty if lengths is None else vectors.new_zeros
+    y, inverses = allocate(B, T, H, N), allocate(B, T, H)
+    weights = allocate(B, T, H, 5)
+    checkpoints = vectors.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
+    final_state = torch.empty_like(initial)  # [B, H, N, N]
+    counts = torch.full((B,), T) if lengths is None else lengths
+    inputs = (vectors, controls, initial, counts, T, H, interval)
+    results = (y, final_state, checkpoints, weights, inverses)
+    run_rows(_scan_rows, form, B * H, T * N * N, *inputs, *results)
+    return y, final_state, checkpoints, weights, inverses
+
+
+def run_backward(
+    vectors: Tensor,
+    lengths: Tensor | None,
+    saved: tuple[Tensor, ...],
+    dy: Tensor,
+    dfinal: Tensor,
+    *,
+    num_controls: int,
+    unit: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernel.
+
+    Args:
+        vectors, lengths, unit: of the forward pass.
+        saved: its last three results with y: checkpoints, weights, y, inverses.
+        dy, dfinal: gradients of its first two results.
+        num_controls: of a token.
+
+    Returns:
+        the gradients of vectors (in as many numbers; nothing in those not looked at), controls and
+        the initial state.
+    """
+    B, T, _ = vectors.shape
+    _, H, N, _ = dfinal.shape
+    form = _choose_form(dfinal, num_controls, unit)
+    checkpoints, weights, y, inverses = saved
+    allocate = vectors.new_empty if lengths is None else vectors.new_zeros
+    dvectors, dcontrols = allocate(vectors.shape), allocate(B, T, num_controls)
+    dinitial = torch.empty_like(dfinal)
+    counts = torch.full((B,), T) if lengths is None else lengths
+    given = (vectors, weights, counts, T, H, choose_interval(N), checkpoints, y, inverses)
+    grads = (dvectors, dcontrols, dinitial)
+    run_rows(_backward_rows, form, B * H, T * N * N, *given, dy, dfinal, *grads)
+    return grads
+
+
+def _choose_form(state: Tensor, num_controls: int, unit: bool) -> _Form:
+    """Return what the kernels are compiled for."""
+    _, H, N, _ = state.shape
+    return _Form(LANES, (0,) * N, (0,) * (num_controls == 4 * H), (), (0,) * unit)
+
+
+class _ScanProjected(torch.autograd.Function):
+    """The scan with its backward kernel; not differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: bool,
+        saves: bool,
+        lengths: Tensor | None,
+        initial: Tensor,
+        projected: Tensor,
+        controls: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        vectors = projected.flatten(2).contiguous()
+        y, final_state, checkpoints, weights, inverses = run_forward(
+            vectors, controls, initial, lengths, unit=unit, saves=saves
+        )
+        if saves:
+            ctx.save_for_backward(vectors, lengths, checkpoints, weights, y, inverses)
+        ctx.rules = {"num_controls": controls.shape[-1], "unit": unit}
+        ctx.shape = projected.shape
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        vectors, lengths, *saved = ctx.saved_tensors
+        given = (vectors, lengths, tuple(saved), dy, dfinal)
+        dvectors, dcontrols, dinitial = run_backward(*given, **ctx.rules)
+        return None, None, None, dinitial, dvectors.view(ctx.shape), dcontrols
+
+
+def scan_projected_native(
+    projected: Tensor,
+    controls: Tensor,
+    initial_state: Tensor,
+    lengths: Tensor | None,
+    *,
+    unit: bool,
+) -> tuple[Tensor, Tensor]:
+    """Bind, scan and normalise with compiled loops on the CPU.
+
+    Args:
+        projected, controls, lengths, unit: as in ``scan_projected``; tanh has been applied.
+        initial_state: [B, H, N, N]; all of one dtype, float32 or float64.
+
+    Returns:
+        y [B, T, H, N] and the state after the last real token.
+
+    Cost: as ``scan_native``.
+    """
+    tensors = (initial_state, projected, controls)
+    saves = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    y, final_state = _ScanProjected.apply(unit, saves, lengths, *tensors)
+    return y, final_state

@@ -1,0 +1,137 @@
+"""Where compiled kernels are kept, and what has to be the same for one to be taken.
+
+Numba looks at the file of a kernel. What goes into it comes from other files as well: parts,
+constants, numbers of columns. So a kernel here is keyed by every file of the package that its own
+imports, at the top, directly or not.
+"""
+# mypy: allow-untyped-defs
+
+import functools
+import hashlib
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numpy as np
+
+from numba.core import config
+from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
+
+_PACKAGE = Path(__file__).parents[2]
+_IMPORT = re.compile(r"\n(?:from|import) (unimatrix[\w.]*)(?: import (?:\(([^)]*)\)|(.*)))?")
+# Settings of Numba that change the machine code and are not in its own key.
+_SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK")
+
+
+@functools.cache
+def digest_sources(module: str) -> str:
+    """Return a hash of a module's file and of every file of the package that it imports.
+
+    Files are read once in a process: it runs what they were when it began, so what it compiles
+    must not pass for compiled from what they are later.
+
+    Args:
+        module: full name, such as ``unimatrix.ops.slots.native``.
+    """
+    waiting, found = [module], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += _read_module(name)[1]
+    digests = sorted((name, _read_module(name)[0]) for name in found)
+    return hashlib.sha256(repr(digests).encode()).hexdigest()
+
+
+@functools.cache
+def _read_module(name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the hash of a module's file and the modules of the package that it imports."""
+    path = _find_file(name)
+    try:
+        source = b"" if path is None else Path(path).read_bytes()
+    except OSError:
+        source = b""  # an application without sources, which nobody edits
+    imported = []
+    for package, several, one in _IMPORT.findall(source.decode()):
+        names = re.findall(r"(\w+)(?: as \w+)?", several or one)
+        modules = [f"{package}.{name}" for name in names]
+        are_files = [_find_file(module) is not None for module in modules]
+        imported += [module for module, is_file in zip(modules, are_files, strict=True) if is_file]
+        if not all(are_files) or not modules:
+            imported.append(package)
+    return hashlib.sha256(source).hexdigest(), tuple(imported)
+
+
+@functools.cache
+def _find_file(module: str) -> str | None:
+    """Return the file of a module of the package, ``None`` if it has none."""
+    path = os.path.join(_PACKAGE, *module.split(".")[1:])
+    files = (f"{path}.py", os.path.join(path, "__init__.py"))
+    return next((file for file in files if os.path.isfile(file)), None)
+
+
+class KernelCache(NullCache):
+    """Numba's cache of one function, keyed by all sources; without a place to write, none.
+
+    Args:
+        function: the Python function of a kernel.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._kept: FunctionCache | None = None
+        try:
+            self._kept = FunctionCache(function)
+        except RuntimeError:  # no folder can be written
+            return
+        versions = [llvmlite.__version__, np.__version__]
+        versions += [str(getattr(config, name)) for name in _SETTINGS]
+        # In place of the hash of the function's own file.
+        self._kept._cache_file = IndexDataCacheFile(
+            cache_path=self._kept.cache_path,
+            filename_base=self._kept._impl.filename_base,
+            source_stamp=(digest_sources(function.__module__), *versions),
+        )
+
+    @property
+    def cache_path(self):
+        """The folder, ``None`` if there is none."""
+        return None if self._kept is None else self._kept.cache_path
+
+    def load_overload(self, sig, target_context):
+        """Return what was compiled for a signature, ``None`` if nothing was, or not whole."""
+        if self._kept is None:
+            return None
+        try:
+            return self._kept.load_overload(sig, target_context)
+        except (OSError, EOFError, pickle.UnpicklingError):  # a full disk leaves empty files
+            return None
+
+    def save_overload(self, sig, data):
+        """Keep what was compiled for a signature, where it can be kept."""
+        if self._kept is None:
+            _warn_uncached("no folder for them can be written")
+            return
+        try:
+            self._kept.save_overload(sig, data)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            _warn_uncached(str(error))
+
+    def flush(self):
+        """Forget what was compiled."""
+        if self._kept is not None:
+            self._kept.flush()
+
+
+@functools.cache
+def _warn_uncached(reason: str) -> None:
+    """Say once that every process compiles anew, and how to change that."""
+    warnings.warn(
+        f"compiled kernels cannot be kept ({reason}), so every process compiles its own, which "
+        "takes up to a minute; set NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )

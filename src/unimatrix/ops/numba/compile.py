@@ -1,0 +1,102 @@
+"""How loops are compiled: kernels that Python calls, and parts that only kernels call.
+
+A kernel is compiled once for its types and kept on disk (``cache_native``). What lets Python call a
+function costs as much to compile as a small function, so a part has none of it (and must not be
+called from Python), and no file: it is compiled into its kernels.
+"""
+# mypy: allow-untyped-defs
+
+from typing import Any
+
+from llvmlite import binding as llvm
+
+import numba
+from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.compiler_machinery import LoweringPass, register_pass
+from numba.core.sigutils import normalize_signature
+from numba.core.typed_passes import NativeLowering
+from unimatrix.ops.numba.cache import KernelCache
+
+
+def kernel(**options: Any) -> Any:
+    """Return the decorator of a function that Python or ``threads.map_rows`` calls.
+
+    Args:
+        options: of ``numba.njit``.
+    """
+
+    def decorate(function: Any) -> Any:
+        compiled = numba.njit(nogil=True, pipeline_class=_KernelCompiler, **options)(function)
+        # Set where `cache=True` sets Numba's own, which looks at the file of the kernel alone.
+        compiled._cache = KernelCache(function)
+        return compiled
+
+    return decorate
+
+
+def part(**options: Any) -> Any:
+    """Return the decorator of a function that kernels and other parts alone call.
+
+    Args:
+        options: of ``numba.njit``.
+    """
+    return numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+
+
+def callback(signature: str) -> Any:
+    """Return the decorator of a function that C calls by its address; kept on disk like a kernel.
+
+    Args:
+        signature: its types, as for ``numba.cfunc``.
+    """
+
+    def decorate(function: Any) -> Any:
+        compiled: Any = CFunc(function, normalize_signature(signature), locals={}, options={})
+        compiled._cache = KernelCache(function)
+        compiled.compile()
+        return compiled
+
+    return decorate
+
+
+class _KernelLibrary(JITCodeLibrary):
+    """The machine code of one kernel, whose parts nobody else can call.
+
+    Numba exports them as weak symbols: of the copies in several kernels, and of the one that a
+    compiling process makes of the part alone, all callers get whichever was loaded first. Each is
+    optimised for its kernel, so the last bits of a result would depend on what ran before.
+    """
+
+    def _finalize_final_module(self):
+        for function in self._final_module.functions:
+            if function.linkage == llvm.Linkage.linkonce_odr:
+                function.linkage = "internal"
+        super()._finalize_final_module()
+
+
+@register_pass(mutates_CFG=False, analysis_only=False)
+class _StartLibrary(LoweringPass):
+    """Has the kernel lowered into a library of its own kind."""
+
+    _name = "start_kernel_library"
+
+    def __init__(self):
+        LoweringPass.__init__(self)
+
+    def run_pass(self, state):
+        state.library = _KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return True
+
+
+class _KernelCompiler(Compiler):
+    """Numba's own passes, with the library above."""
+
+    def define_pipelines(self):
+        (passes,) = super().define_pipelines()
+        before = [one for one, _ in passes.passes]
+        passes.add_pass_after(_StartLibrary, before[before.index(NativeLowering) - 1])
+        passes.finalize()
+        return [passes]

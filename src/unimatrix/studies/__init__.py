@@ -1,0 +1,1 @@
+"""Studies: many trained cells, each recorded, that answer one question."""

@@ -1,0 +1,1 @@
+"""The recall study: how many bindings each model of a list recalls."""

@@ -1,0 +1,232 @@
+"""A recall experiment from recipe to accuracies."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.errors import InputError
+from unimatrix.evaluation.copy_rules import measure_copy_rules
+from unimatrix.evaluation.footprint import measure_state_bytes
+from unimatrix.evaluation.recall import measure_recall
+from unimatrix.hub.load import save_model
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.studies.recall.recipe import RecallRecipe
+from unimatrix.studies.recall.slices import RecallSlices, build_slices, count_pairs
+from unimatrix.tasks import AssociativeRecall, RotatingDataset, SeededTask
+from unimatrix.train.recipe import ModelSection, Recipe
+from unimatrix.train.run_folder import (
+    create_folder,
+    require_unicode_path,
+    start_record,
+    write_record,
+)
+from unimatrix.train.trainer import train_model
+
+# Added to the seed, so that no test ever meets a training example.
+_TEST_SEED_OFFSET = 2**32
+_BYTE_VOCAB_SIZE = 259
+_COPY_RULE_EXAMPLES = 200
+# Copy rules read the whole example in Python.
+_LONGEST_COPIED_TOKENS = 20_000
+# A test of longer examples takes fewer at a time; the longest are read in pieces.
+_TOKENS_PER_BATCH = 2**17
+_FEWEST_PER_BATCH, _MOST_PER_BATCH = 4, 64
+
+
+def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixConfig:
+    """Return the configuration of the model that a recall recipe trains.
+
+    Raises:
+        InputError: for an unknown preset, an unusable value, or slots on a preset without slots.
+    """
+    task = slices.train[0]
+    fields: dict[str, Any] = {"vocab_size": task.vocab_size, "dropout": recipe.dropout}
+    if isinstance(task, AssociativeRecall):
+        fields |= {"pad_token_id": task.PAD_ID, "bos_token_id": task.BOS_ID, "eos_token_id": None}
+        fields["max_position_embeddings"] = task.window_tokens
+    elif task.vocab_size != _BYTE_VOCAB_SIZE:
+        fields |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if recipe.preset == "unimatrix":
+        fields["max_position_embeddings"] = None
+    fields |= recipe.overrides
+    config = UniMatrixConfig.preset(recipe.preset, **fields)
+    if recipe.num_slots is None:
+        return config
+    if config.associative_memory not in ("slots", "selective"):
+        raise InputError(
+            f"slots is {recipe.num_slots} and preset {recipe.preset!r} has no slots; choose preset "
+            "unimatrix or sparsepointer, or leave slots out"
+        )
+    return UniMatrixConfig.preset(recipe.preset, **(fields | {"num_slots": recipe.num_slots}))
+
+
+def run_recall(
+    recipe: RecallRecipe,
+    *,
+    out: Path | None = None,
+    device: str = "cpu",
+    callbacks: Sequence[TrainerCallback] = (),
+    on_metrics: Callable[[dict[str, float]], None] | None = None,
+    on_test: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Train on a recall task and test it.
+
+    Args:
+        recipe: what to do; the same recipe gives the same numbers on the same machine.
+        out: folder for the model, its log and the record; ``None`` keeps nothing.
+        device: cpu, cuda or mps.
+        callbacks, on_metrics: as in ``train_model``.
+        on_test: called with the name of each test before it is run.
+
+    Returns:
+        ``task``, ``accuracy`` by test (a fraction), their ``mean_accuracy``, ``copy_rules`` by
+        test, ``parameters``, ``state_bytes`` at batch 1 and ``state_bytes_by_part``, ``train_s``
+        and the ``recipe``, as JSON types.
+
+    Raises:
+        InputError: for an unusable recipe or folder, before anything is written.
+    """
+    slices = build_slices(recipe)
+    model = _draw_model(recipe, slices)
+    if out is not None:
+        require_unicode_path(out)
+    with contextlib.nullcontext() if out is None else create_folder(out):
+        num_examples = recipe.steps * recipe.batch_size
+        trained = train_model(
+            model,
+            RotatingDataset(
+                slices.train,
+                recipe.seed,
+                num_examples,
+                recipe.batch_size,
+                first=slices.first,
+                num_first=round(slices.first_fraction * recipe.steps),
+            ),
+            recipe.to_train_section(),
+            out,
+            callbacks=callbacks,
+            device=device,
+            on_metrics=on_metrics,
+        )
+        result = _test(model.to(device), recipe, slices, trained.train_s, on_test)
+        if out is not None:
+            _keep(model, result, recipe, out, device)
+    return result
+
+
+def _check(recipe: RecallRecipe, slices: RecallSlices, config: UniMatrixConfig) -> None:
+    """Raise ``InputError`` for what would stop the run after its first writing."""
+    recipe.to_train_section()
+    if recipe.test_examples < 1:
+        raise InputError(f"test_examples is {recipe.test_examples}; it must be at least 1")
+    for num_slots in recipe.test_slots:
+        if num_slots < 0:
+            raise InputError(f"test_slots holds {num_slots}; give at least 1, or 0 for the pairs")
+    if recipe.test_slots and config.associative_memory != "selective":
+        raise InputError(
+            f"test_slots is {list(recipe.test_slots)} and the model of {recipe.task} with preset "
+            f"{recipe.preset!r} has no selective slots; leave it out"
+        )
+    for task in slices.test.values():
+        _list_slots(recipe, task)
+    if config.max_position_embeddings is not None:
+        longest = max(map(_count_tokens, (*slices.train, *slices.test.values())))
+        if longest > config.max_position_embeddings:
+            raise InputError(
+                f"an example has {longest} tokens and the position table "
+                f"{config.max_position_embeddings} rows; choose shorter tests or preset unimatrix"
+            )
+
+
+def _test(
+    model: UniMatrixForCausalLM,
+    recipe: RecallRecipe,
+    slices: RecallSlices,
+    train_s: float,
+    on_test: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return what ``run_recall`` returns for a model trained in so many seconds."""
+    test_seed = recipe.seed + _TEST_SEED_OFFSET
+    accuracy, copy_rules = {}, {}
+    for name, task in slices.test.items():
+        on_test(name)
+        num_tokens = _count_tokens(task)
+        for label, num_slots in _list_slots(recipe, task):
+            _resize_slots(model, num_slots)
+            accuracy[name + label] = measure_recall(
+                model,
+                task,
+                recipe.test_examples,
+                test_seed,
+                batch_size=min(
+                    max(_TOKENS_PER_BATCH // num_tokens, _FEWEST_PER_BATCH), _MOST_PER_BATCH
+                ),
+                whole_answer=slices.whole_answer,
+            )
+        if num_tokens <= _LONGEST_COPIED_TOKENS:
+            num_copied = min(recipe.test_examples, _COPY_RULE_EXAMPLES)
+            copy_rules[name] = measure_copy_rules(task, num_copied, test_seed)
+    _resize_slots(model, model.config.num_slots if recipe.test_slots else None)
+    by_part = measure_state_bytes(model)
+    return {
+        "task": recipe.task,
+        "accuracy": accuracy,
+        "mean_accuracy": sum(accuracy.values()) / len(accuracy),
+        "copy_rules": copy_rules,
+        "parameters": model.num_parameters(),
+        "state_bytes": sum(by_part.values()),
+        "state_bytes_by_part": by_part,
+        "train_s": round(train_s, 3),
+        "recipe": dataclasses.asdict(recipe),
+    }
+
+
+def _count_tokens(task: SeededTask) -> int:
+    """Return the length of every example of a task."""
+    return task.build(0, 1)["input_ids"].shape[1]
+
+
+def _list_slots(recipe: RecallRecipe, task: SeededTask) -> list[tuple[str, int | None]]:
+    """Return what to add to a test's name, and its number of slots, for each number asked for."""
+    if not recipe.test_slots:
+        return [("", None)]
+    numbers = dict.fromkeys(number or count_pairs(task) for number in recipe.test_slots)
+    return [(f" in {number} slots", number) for number in numbers]
+
+
+def _resize_slots(model: UniMatrixForCausalLM, num_slots: int | None) -> None:
+    """Give the model so many slots; ``None`` leaves them."""
+    if num_slots is None:
+        return
+    mixer = model.model.block.selective_mixer
+    assert mixer is not None
+    mixer.num_slots = num_slots
+
+
+def _draw_model(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixForCausalLM:
+    """Check the recipe; return the model with fresh weights, the global generator as it was."""
+    config = build_recall_config(recipe, slices)
+    _check(recipe, slices, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return UniMatrixForCausalLM(config)
+
+
+def _keep(
+    model: UniMatrixForCausalLM,
+    result: dict[str, Any],
+    recipe: RecallRecipe,
+    out: Path,
+    device: str,
+) -> None:
+    """Save the model and the record of how it came about."""
+    settings = Recipe(model=ModelSection(preset=recipe.preset), train=recipe.to_train_section())
+    save_model(model, out)
+    record = start_record(settings, model.config.to_dict(), device)
+    write_record(out, record | {"status": "done", "results": result})

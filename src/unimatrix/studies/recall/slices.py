@@ -1,0 +1,118 @@
+"""The training and test slices of a recall recipe: which shapes of a task, under which names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from unimatrix.data import load_corpus
+from unimatrix.errors import InputError
+from unimatrix.studies.recall.recipe import RecallRecipe
+from unimatrix.tasks import (
+    AssociativeRecall,
+    ChainedRecall,
+    CompositionalRecall,
+    MultiQueryRecall,
+    Needle,
+    NoisyKeys,
+    SeededTask,
+    TripleInteraction,
+)
+
+# (window tokens, pairs). Grid A is one model a shape in zoology; here one model learns all four.
+_GRID_A = ((64, 4), (128, 8), (256, 16), (512, 64))
+_GRID_B_TRAIN = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
+_GRID_B_TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+# Two-token keys need 5 P tokens.
+_TWO_TOKEN_TRAIN = ((64, 4), (128, 8), (256, 16), (256, 32), (512, 64))
+_TWO_TOKEN_TEST = ((64, 4), (64, 8), (128, 16), (256, 32), (512, 64), (1024, 128))
+_CHAINED = ((64, 4), (128, 8), (256, 16), (256, 32))
+_NUM_REBOUND = 4
+_NEEDLE_TRAIN_BYTES = 1024
+# A megabyte of a book has hundreds of digits, a training window less than one in the mean.
+_NEEDLE_TRAIN_DECOYS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallSlices:
+    """What is trained on in turn, and what is tested."""
+
+    train: tuple[SeededTask, ...]
+    """Tasks that the optimiser steps take in turn."""
+    test: Mapping[str, SeededTask]
+    """Tests by name."""
+    first: SeededTask | None = None
+    """Task of the first steps, if they have one of their own."""
+    first_fraction: float = 0.0
+    """How many of all steps those are."""
+    whole_answer: bool = False
+    """An example counts when all its labels are right; otherwise by the share that is."""
+
+
+def build_slices(recipe: RecallRecipe) -> RecallSlices:
+    """Return the slices of a recipe.
+
+    Args:
+        recipe: of any task.
+
+    Raises:
+        InputError: for shapes that the task cannot have, or text that cannot be found.
+    """
+    task = recipe.task
+    if task == "associative":
+        length = {} if recipe.test_tokens is None else {"window_tokens": recipe.test_tokens}
+        tests = {str(pairs): AssociativeRecall(pairs, **length) for pairs in recipe.test_pairs}
+        return RecallSlices(train=(AssociativeRecall(recipe.num_pairs),), test=tests)
+    if task == "mqar-chained":
+        chained = {_name(*shape): ChainedRecall(*shape) for shape in _CHAINED}
+        return RecallSlices(train=tuple(chained.values()), test=chained)
+    if task == "mqar-compositional":
+        return RecallSlices(
+            train=tuple(CompositionalRecall(*shape) for shape in _TWO_TOKEN_TRAIN),
+            test={_name(*shape): CompositionalRecall(*shape) for shape in _TWO_TOKEN_TEST},
+        )
+    if task.startswith("mqar"):
+        random_filler = task != "mqar-a"
+        rebound = _NUM_REBOUND if task == "mqar-forgetting" else 0
+        train, test = (_GRID_B_TRAIN, _GRID_B_TEST) if random_filler else (_GRID_A, _GRID_A)
+        return RecallSlices(
+            train=tuple(MultiQueryRecall(*shape, random_filler, rebound) for shape in train),
+            test={
+                _name(*shape): MultiQueryRecall(*shape, random_filler, rebound) for shape in test
+            },
+        )
+    if task == "noisy-keys":
+        return RecallSlices(train=(NoisyKeys(),), test={"512x16": NoisyKeys()})
+    if task == "needle":
+        return _build_needle(recipe)
+    rules = TripleInteraction.RULES
+    return RecallSlices(
+        train=(TripleInteraction(),),
+        test={rule: TripleInteraction(rule) for rule in rules},
+        # What the simplest rule teaches to retrieve, the others have to combine.
+        first=TripleInteraction("copy"),
+        first_fraction=0.05,
+    )
+
+
+def count_pairs(task: SeededTask) -> int:
+    """Return how many bindings an example of a task has."""
+    if isinstance(task, ChainedRecall):
+        return 2 * task.num_pairs
+    if isinstance(task, (AssociativeRecall, MultiQueryRecall, CompositionalRecall, NoisyKeys)):
+        return task.num_pairs
+    raise InputError("test_slots 0 is as many slots as pairs; this task has none, so give a number")
+
+
+def _build_needle(recipe: RecallRecipe) -> RecallSlices:
+    """Return needles in the corpus's training text, and of several lengths in its test text."""
+    corpus = load_corpus(recipe.data, recipe.test_data or None)
+    test = corpus.valid if recipe.test_data or corpus.test is None else corpus.test
+    train_text, test_text = (stream.read(0, len(stream)) for stream in (corpus.train, test))
+    return RecallSlices(
+        train=(Needle(_NEEDLE_TRAIN_BYTES, train_text, _NEEDLE_TRAIN_DECOYS),),
+        test={f"{size}": Needle(size, test_text) for size in recipe.test_windows},
+        whole_answer=True,
+    )
+
+
+def _name(window_tokens: int, num_pairs: int) -> str:
+    return f"{window_tokens}x{num_pairs}"

@@ -1,0 +1,82 @@
+"""Tokens a second of a forward pass by length, models interleaved."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from unimatrix.baselines.gelu_transformer import build_gelu_transformer
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.evaluation.suspend_training import suspend_training
+from unimatrix.modeling import UniMatrixForCausalLM
+
+LENGTHS = (64, 128, 256, 512)
+"""Tokens of a sequence, as in the paper."""
+BATCH_SIZE = 8
+_PRESETS = ("core", "rosa", "discovery", "sparsepointer")
+_UNTIMED_ROUNDS = 2
+_ROUNDS = 9
+
+
+def measure_throughput(seed: int, *, num_rounds: int = _ROUNDS) -> dict[str, Any]:
+    """Time forward passes of the published presets and of the paper's Transformer.
+
+    Rounds interleave the models, so a machine whose speed drifts slows all of them; the figures are
+    medians, ratios those of times in the same round.
+
+    Source: paper, throughput by length: batch 8, lengths 64 to 512, forward only.
+
+    Args:
+        seed: of weights and tokens.
+        num_rounds: rounds that count.
+
+    Returns:
+        ``tokens_per_s`` by model and length, ``ratio_at_128`` to the Transformer, and ``flatness``:
+        tokens a second at the longest length over those at the shortest.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models: dict[str, PreTrainedModel] = {
+            name: UniMatrixForCausalLM(UniMatrixConfig.preset(name, max_position_embeddings=None))
+            for name in _PRESETS
+        }
+        models["transformer"] = build_gelu_transformer(UniMatrixConfig(), max_tokens=max(LENGTHS))
+        ids = torch.randint(0, 256, (BATCH_SIZE, max(LENGTHS)))
+    seconds: dict[str, dict[int, list[float]]] = {
+        name: {length: [] for length in LENGTHS} for name in models
+    }
+    for index in range(num_rounds + _UNTIMED_ROUNDS):
+        for length in LENGTHS:
+            for name, model in models.items():
+                found = _time_forward(model, ids[:, :length].contiguous())
+                if index >= _UNTIMED_ROUNDS:
+                    seconds[name][length].append(found)
+    tokens_per_s = {
+        name: {
+            str(length): round(BATCH_SIZE * length / statistics.median(times), 1)
+            for length, times in by_length.items()
+        }
+        for name, by_length in seconds.items()
+    }
+    first, last = str(LENGTHS[0]), str(LENGTHS[-1])
+    return {
+        "tokens_per_s": tokens_per_s,
+        "ratio_at_128": {
+            name: statistics.median(
+                theirs / ours
+                for theirs, ours in zip(seconds["transformer"][128], by_length[128], strict=True)
+            )
+            for name, by_length in seconds.items()
+        },
+        "flatness": {name: found[last] / found[first] for name, found in tokens_per_s.items()},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _time_forward(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    with suspend_training(model):
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=False)
+        return time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Training: recipes, the trainer, runs and what they leave on disk."""

@@ -1,0 +1,186 @@
+"""What happens along a training: the log, the tripwire, the timer, and a stop on Ctrl-C."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
+
+from unimatrix.errors import RunError
+from unimatrix.train.processes import any_process, count_processes, is_main_process
+from unimatrix.train.run_folder import METRICS_FILE, writing
+
+_UNTIMED_STEPS = 3
+_LEAST_TIMED_STEPS = 3
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class NonFiniteError(RunError):
+    """The loss or a gradient is infinite or not a number; the message names the step."""
+
+
+class FiniteGuard(TrainerCallback):
+    """Stop before a gradient that is not finite reaches the weights.
+
+    A loss that is not finite has such a gradient, and gradients are shared, so all processes of a
+    run stop at the same step.
+    """
+
+    def on_pre_optimizer_step(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: PreTrainedModel,
+        **_unused: Any,
+    ) -> None:
+        """Raise ``NonFiniteError`` unless every gradient is finite."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            return
+        raise NonFiniteError(
+            f"the loss or its gradient is not finite at optimiser step {state.global_step + 1}; "
+            "lower train.learning_rate or raise train.warmup_fraction"
+        )
+
+
+class MetricsLog(TrainerCallback):
+    """Append every logged entry to ``metrics.jsonl`` and tell who listens.
+
+    Args:
+        out: the run folder; ``None`` writes nothing.
+        on_metrics: called with each entry: ``optim_step``, ``loss_nats``, ``learning_rate``,
+            ``grad_norm``, ``elapsed_s``, ``tokens_per_s``.
+        num_tokens: input tokens of an optimiser step.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        on_metrics: Callable[[dict[str, float]], None] | None,
+        *,
+        num_tokens: int,
+    ) -> None:
+        self.out = out
+        self.on_metrics = on_metrics
+        self.num_tokens = num_tokens
+        self.loss_nats = float("nan")
+        self._first_step = 0
+        self._start_s = 0.0
+        self._last = (0, 0.0)
+
+    def count_tokens(self, optim_step: int) -> int:
+        """Return the input tokens from the start of this training to ``optim_step``."""
+        return (optim_step - self._first_step) * self.num_tokens
+
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_unused: Any
+    ) -> None:
+        """Start the clock."""
+        self._first_step = state.global_step
+        self._start_s = time.perf_counter()
+        self._last = (state.global_step, self._start_s)
+
+    def on_log(
+        self,
+        args: Arguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_unused: Any,
+    ) -> None:
+        """Write and pass on an entry that has a loss."""
+        if "loss" not in logs or not is_main_process():
+            return
+        now = time.perf_counter()
+        num_steps, seconds = state.global_step - self._last[0], now - self._last[1]
+        self._last = (state.global_step, now)
+        self.loss_nats = logs["loss"]
+        entry = {
+            "optim_step": state.global_step,
+            "loss_nats": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm", float("nan")),
+            "elapsed_s": round(now - self._start_s, 3),
+            "tokens_per_s": round(num_steps * self.num_tokens / seconds, 1),
+        }
+        if self.out is not None:
+            path = self.out / METRICS_FILE
+            with writing(path, self.out), path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        if self.on_metrics is not None:
+            self.on_metrics(entry)
+
+
+class StepTimer(TrainerCallback):
+    """Time steps after the first few, then stop the training.
+
+    Args:
+        seconds: how long to time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._ends: list[float] = []
+
+    @property
+    def timed_s(self) -> float:
+        """Return the seconds that the timed steps took together."""
+        return self._ends[-1] - self._ends[_UNTIMED_STEPS - 1]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Return the mean of the timed steps."""
+        return self.timed_s / (len(self._ends) - _UNTIMED_STEPS)
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_unused: Any
+    ) -> None:
+        """Note the time; stop when enough was seen."""
+        self._ends.append(time.perf_counter())
+        enough = len(self._ends) >= _UNTIMED_STEPS + _LEAST_TIMED_STEPS
+        if any_process(enough and self.timed_s >= self.seconds, args.device):
+            control.should_training_stop = True
+
+
+class StopOnSignal(TrainerCallback):
+    """Turn Ctrl-C and SIGTERM into a checkpoint and a clean stop after the present step.
+
+    A second Ctrl-C stops at once. Under torchrun, which repeats the terminal's signal, later ones
+    are ignored.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {s: signal.signal(s, self._request) for s in _STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT and count_processes() == 1:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_unused: Any
+    ) -> None:
+        """Save and stop if any process was asked to."""
+        if any_process(self.requested, args.device):
+            control.should_log = True
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,492 @@
+"""A training run from recipe to record: check everything, write the folder, train, judge."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.data import (
+    ByteStream,
+    ConsecutiveWindows,
+    Corpus,
+    StreamMatches,
+    WindowDataset,
+    load_corpus,
+)
+from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
+from unimatrix.errors import InputError
+from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
+from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
+from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
+from unimatrix.evaluation.suffix_matches import match_stream
+from unimatrix.hub.load import load_config, load_model, require_byte_level, save_model
+from unimatrix.inference.generation import generate_bytes
+from unimatrix.inference.sampling import Sampling
+from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.tokenization import build_tokenizer
+from unimatrix.train.callbacks import NonFiniteError
+from unimatrix.train.checkpoints import (
+    describe_kept,
+    find_last_checkpoint,
+    list_checkpoints,
+    list_random_states,
+)
+from unimatrix.train.muon import require_muon
+from unimatrix.train.processes import (
+    count_processes,
+    is_main_process,
+    join_processes,
+    leave_processes,
+    run_in_main,
+    share,
+)
+from unimatrix.train.recipe import EvalSection, ModelSection, Recipe, make_paths_absolute
+from unimatrix.train.run_folder import (
+    CHECKPOINT_FOLDER,
+    RECIPE_FILE,
+    create_folder,
+    create_numbered_folder,
+    hold_folder,
+    read_run,
+    require_new_folder,
+    require_unicode_path,
+    start_record,
+    trim_metrics,
+    write_json,
+    write_record,
+    writing,
+)
+from unimatrix.train.trainer import TrainResult, plan_steps, split_batch, train_model
+
+_WARMUP_ITEMS = 10**7
+_SAMPLE_PROMPT_BYTES = 48
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainingRun:
+    """A run that is checked and ready to train.
+
+    Attributes:
+        recipe: what to do.
+        corpus: the text.
+        model: the model, before training.
+        device: cpu, cuda or mps.
+        num_steps: optimiser steps in all; 0 until ``start_run`` has planned a budget in minutes.
+        path: the run folder; ``None`` until ``start_run`` has made it.
+        record: what ``record.json`` says.
+        matches: what the automaton says of the training text, once ``cut_windows`` has asked.
+    """
+
+    recipe: Recipe
+    corpus: Corpus
+    model: UniMatrixForCausalLM
+    device: str
+    num_steps: int
+    path: Path | None
+    record: dict[str, Any]
+    matches: StreamMatches | None = None
+
+    def cut_windows(self, num_windows: int) -> WindowDataset:
+        """Return so many windows of the training text, drawn from the recipe's seed."""
+        if self.recipe.data.carried_automaton and self.matches is None:
+            self.matches = match_stream(self.corpus.train, self.model.config.automaton_window)
+        return _cut_windows(self.recipe, self.corpus, num_windows, self.matches)
+
+
+def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
+    """Check a new run to its last detail; nothing is written.
+
+    Args:
+        recipe: what to do.
+        out: the folder wanted; ``None`` leaves the name to ``start_run``.
+        device: cpu, cuda or mps.
+
+    Raises:
+        InputError: for anything that would stop the run later: a budget, corpus, model, batch or
+            folder that cannot be used.
+    """
+    join_processes(device)
+    if (recipe.train.steps is None) == (recipe.train.minutes is None):
+        raise InputError(
+            "the recipe has no training budget; give --minutes N for wall-clock or --steps N"
+        )
+    if out is not None:
+        require_unicode_path(out)
+        run_in_main(lambda: require_new_folder(out, resumable=True))
+    model = build_model(recipe.model, recipe.train.seed)
+    corpus = _open_corpus(recipe, model)
+    return TrainingRun(
+        recipe=make_paths_absolute(recipe),
+        corpus=corpus,
+        model=model,
+        device=device,
+        num_steps=recipe.train.steps or 0,
+        path=out,
+        record={},
+    )
+
+
+def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
+    """Check an interrupted run and take its number of threads; nothing is written.
+
+    Args:
+        run: its folder; who will go on with it holds it meanwhile (``hold_run``).
+        device: cpu, cuda or mps.
+
+    Raises:
+        InputError: if there is no such run, it is finished, or its corpus has changed.
+    """
+    join_processes(device)
+    recipe, record = read_run(run)
+    if record["status"] == "done":
+        raise InputError(
+            f"{run} is finished after {record['num_optim_steps']} steps; train it further with "
+            f"--init {run}"
+        )
+    # Sums depend on how they are split over threads.
+    torch.set_num_threads(record["hardware"]["num_threads"])
+    model = _rebuild_model(run, recipe)
+    corpus = _reopen_corpus(recipe, model, record["corpus"])
+    if corpus.sha256 != record["corpus"]["sha256"]:
+        raise InputError(
+            f"the text of {corpus.name} has changed since {run} began; resuming is exact only on "
+            "the same bytes, so start a new run"
+        )
+    return TrainingRun(
+        recipe=recipe,
+        corpus=corpus,
+        model=model,
+        device=device,
+        num_steps=record["num_optim_steps"],
+        path=run,
+        record=record,
+    )
+
+
+def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
+    """Plan a budget in minutes as steps, then create the run folder and write what is known.
+
+    Args:
+        run: from ``prepare_run``; gets its number of steps, path and record.
+        say: called with a sentence on the plan.
+    """
+    train, seconds_per_step = run.recipe.train, None
+    if train.num_threads is not None:
+        torch.set_num_threads(train.num_threads)
+    if train.minutes is not None:
+        say(f"timing a few steps to plan {train.minutes:g} min of training ...")
+        windows = run.cut_windows(_WARMUP_ITEMS)
+        plan = share(plan_steps(run.model, windows, train, device=run.device))
+        run.num_steps, seconds_per_step = plan.num_steps, plan.seconds_per_step
+        say(
+            f"{seconds_per_step * 1000:.1f} ms a step on {plan.num_threads} CPU thread(s): "
+            f"{run.num_steps:,} steps fit {train.minutes:g} min; set-up and validation come on top"
+        )
+    run.record = start_record(run.recipe, run.model.config.to_dict(), run.device) | {
+        "num_optim_steps": run.num_steps,
+        "planned_s_per_step": seconds_per_step,
+        "num_processes": count_processes(),
+        "backends": {"all": "torch.compile"}
+        if run.recipe.train.compile
+        else run.model.name_backends(run.recipe.data.window_tokens, run.device),
+        "corpus": {
+            "name": run.corpus.name,
+            "sha256": run.corpus.sha256,
+            "file_rules": FILE_RULES,
+            "train_bytes": len(run.corpus.train),
+            "valid_bytes": len(run.corpus.valid),
+        },
+    }
+    share(None)  # Every process has checked the folder before one makes it.
+    run.path = run_in_main(lambda: _write_folder(run))
+
+
+def _write_folder(run: TrainingRun) -> Path:
+    """Create the run folder and write what is known before the first step; return its path."""
+    title = f"{run.recipe.model.preset or 'tuned'}-{run.corpus.name}"
+    path = run.path or create_numbered_folder(title)
+    with create_folder(path), writing(path, path.parent):
+        run.model.config.save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+        write_json(path / RECIPE_FILE, run.recipe.to_dict())
+        write_record(path, run.record)
+    return path
+
+
+@contextlib.contextmanager
+def hold_run(path: Path) -> Iterator[None]:
+    """Keep other runs from writing to a run's folder; the main process holds it for all.
+
+    Raises:
+        InputError: in every process, if something else is writing there.
+    """
+    with contextlib.ExitStack() as held:
+        run_in_main(lambda: held.enter_context(hold_folder(path)))
+        yield
+
+
+def train_run(
+    run: TrainingRun,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_metrics: Callable[[dict[str, float]], None] | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> TrainResult:
+    """Train, from the last checkpoint where there is one, and save the model.
+
+    Args:
+        run: started or resumed.
+        callbacks: as in ``train_model``.
+        on_metrics: as in ``train_model``.
+        say: called with a sentence on where it begins.
+
+    Raises:
+        InputError: if its folder is in use, or has checkpoints and none is whole.
+        NonFiniteError: as in ``train_model``; the record says so.
+        InputError: the text can no longer be read; the record says so.
+        WriteError: as in ``train_model``.
+    """
+    assert run.path is not None
+    with hold_run(run.path):
+        checkpoint = find_last_checkpoint(run.path, say)
+        first_step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        begin = f", continuing checkpoint {first_step}" if first_step else ""
+        say(f"training {run.num_steps:,} steps on {run.corpus.name} into {run.path}{begin}")
+        before = count_processes() if checkpoint is None else len(list_random_states(checkpoint))
+        if before != count_processes():
+            say(
+                f"{checkpoint} is of {before} process(es), and {count_processes()} go on: dropout "
+                "draws other numbers than in an unbroken run"
+            )
+        if is_main_process():
+            trim_metrics(run.path, first_step)
+        result = _train(run, run.path, checkpoint, callbacks, on_metrics)
+        if is_main_process():
+            if not result.interrupted:
+                save_model(run.model, run.path)
+            trained_s = run.record.get("train_s", 0.0) + result.train_s
+            status = "interrupted" if result.interrupted else "trained"
+            run.record |= {"status": status, "train_s": round(trained_s, 3)}
+            write_record(run.path, run.record)
+        leave_processes()
+    return result
+
+
+def _train(
+    run: TrainingRun,
+    path: Path,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
+    on_metrics: Callable[[dict[str, float]], None] | None,
+) -> TrainResult:
+    """Train; where the loss diverges, say what is kept, in the record too."""
+    settings = replace(run.recipe.train, minutes=None, steps=run.num_steps)
+    try:
+        return train_model(
+            run.model,
+            run.cut_windows(run.num_steps * settings.batch_size),
+            settings,
+            path,
+            checkpoint=checkpoint,
+            callbacks=callbacks,
+            device=run.device,
+            on_metrics=on_metrics,
+        )
+    except (NonFiniteError, InputError) as error:
+        whole = type(error)(f"{error}; {describe_kept(path / CHECKPOINT_FOLDER)}")
+        if is_main_process():
+            write_record(path, run.record | {"status": "failed", "error": str(whole)})
+        raise whole from error
+
+
+def judge_run(run: TrainingRun) -> dict[str, Any]:
+    """Validate the trained model beside xz, let it write, and complete the record.
+
+    Returns:
+        the result, of JSON types.
+    """
+    assert run.path is not None
+    with hold_folder(run.path):
+        start = time.perf_counter()
+        settings = run.recipe.eval
+        run.model.eval()
+        score = judge_model(run.model, run.corpus, settings, run.recipe.data.window_tokens)
+        sample = draw_sample(run.model, run.corpus, settings, run.recipe.train.seed)
+        results = {
+            "bits_per_byte": score.bits_per_byte,
+            "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
+            "valid_bytes": score.bytes,
+            "context": score.context,
+            "prime_bytes": min(settings.prime_bytes, len(run.corpus.train)),
+            "state_bytes": score.state_bytes,
+            "eval_s": round(time.perf_counter() - start, 3),
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+        }
+        run.record |= {"status": "done", "results": results}
+        write_record(run.path, run.record)
+    tokens = run.num_steps * run.recipe.train.batch_size * run.recipe.data.window_tokens
+    return {
+        **results,
+        "run": str(run.path),
+        "data": list(run.recipe.data.data),
+        "prime": _name_prime(run),
+        "optim_steps": run.num_steps,
+        "tokens": tokens,
+        "train_s": run.record["train_s"],
+        "sample": sample,
+    }
+
+
+def judge_model(
+    model: UniMatrixForCausalLM, corpus: Corpus, settings: EvalSection, window_tokens: int
+) -> BitsPerByte:
+    """Measure bits per byte on a prefix of the validation split, by the recipe's protocol."""
+    num_bytes = min(settings.prefix_bytes, len(corpus.valid))
+    if settings.protocol == "carried":
+        prime = _cut_prime(corpus, settings)
+        return measure_bits_per_byte(model, corpus.valid, limit_bytes=num_bytes, prime=prime)
+    windows = ConsecutiveWindows(corpus.valid, window_tokens, max(1, num_bytes // window_tokens))
+    return measure_consecutive_windows(model, windows, batch_size=settings.batch_size)
+
+
+def draw_sample(
+    model: UniMatrixForCausalLM, corpus: Corpus, settings: EvalSection, seed: int
+) -> dict[str, str] | None:
+    """Let the model continue the first bytes of the validation split.
+
+    Returns:
+        the prompt and its continuation; ``None`` if the recipe wants no sample.
+    """
+    num_bytes = settings.sample_bytes
+    if num_bytes == 0:
+        return None
+    prompt = corpus.valid.read(0, min(_SAMPLE_PROMPT_BYTES, len(corpus.valid))).tobytes()
+    rows = model.config.max_position_embeddings
+    if rows is not None:
+        num_bytes = min(num_bytes, max(1, rows // 2))
+        prompt = prompt[: max(0, rows - num_bytes - 1)]
+    written = generate_bytes(
+        model,
+        prompt,
+        max_new_bytes=num_bytes,
+        prime=_cut_prime(corpus, settings),
+        sampling=Sampling(seed=seed),
+    )
+    return {
+        "prompt": prompt.decode("utf-8", "replace"),
+        "continuation": written.data.decode("utf-8", "replace"),
+    }
+
+
+def _name_prime(run: TrainingRun) -> list[str]:
+    """Return what ``--prime`` takes to read the same first; nothing where no argument says it.
+
+    Only text with validation text of its own: files that it was cut from would be read with it.
+    """
+    whole = 0 < len(run.corpus.train) <= run.recipe.eval.prime_bytes
+    return list(run.recipe.data.data) if whole and run.recipe.data.valid_data else []
+
+
+def _cut_prime(corpus: Corpus, settings: EvalSection) -> ByteStream | None:
+    """Return what the model reads before it is judged, if anything."""
+    start = max(0, len(corpus.train) - settings.prime_bytes)
+    if start == len(corpus.train):
+        return None
+    return corpus.train.slice(start, len(corpus.train), name="the end of the training text")
+
+
+def build_model(section: ModelSection, seed: int) -> UniMatrixForCausalLM:
+    """Build a preset with fresh weights, or load the weights to start from.
+
+    Args:
+        section: what to build.
+        seed: decides fresh weights; the global generator is left as it was.
+
+    Raises:
+        InputError: for an unusable preset, override or saved model, or one that is not byte-level.
+    """
+    if section.init is not None:
+        model = load_model(section.init).model
+        require_byte_level(model, section.init)
+        return model
+    assert section.preset is not None
+    model = _draw_model(UniMatrixConfig.preset(section.preset, **section.overrides), seed)
+    require_byte_level(model, section.preset)
+    return model
+
+
+def require_room(config: UniMatrixConfig, window_tokens: int) -> None:
+    """Raise ``InputError`` if a window is longer than the model's position table, if it has one."""
+    rows = config.max_position_embeddings
+    if rows is not None and window_tokens > rows:
+        raise InputError(
+            f"data.window_tokens is {window_tokens} and the model's position table has {rows} rows;"
+            " add --set model.max_position_embeddings=none, which drops the table"
+        )
+
+
+def _draw_model(config: UniMatrixConfig, seed: int) -> UniMatrixForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return UniMatrixForCausalLM(config)
+
+
+def _rebuild_model(run: Path, recipe: Recipe) -> UniMatrixForCausalLM:
+    """Build an interrupted run's model; the weights come from its checkpoint, if it has one."""
+    if recipe.model.init is not None and not list_checkpoints(run / CHECKPOINT_FOLDER):
+        return build_model(recipe.model, recipe.train.seed)
+    return _draw_model(load_config(run), recipe.train.seed)
+
+
+def _reopen_corpus(recipe: Recipe, model: UniMatrixForCausalLM, recorded: dict[str, Any]) -> Corpus:
+    """Open the corpus of a run that has begun, by the rules that it began with."""
+    if "file_rules" not in recorded:
+        corpus = _open_corpus(recipe, model, load=partial(load_stored_corpus, as_before=True))
+        if corpus.sha256 == recorded["sha256"]:
+            return corpus
+    return _open_corpus(recipe, model, load=load_stored_corpus)
+
+
+def _open_corpus(
+    recipe: Recipe, model: UniMatrixForCausalLM, load: Callable[..., Corpus] = load_corpus
+) -> Corpus:
+    """Open the corpus and check that windows, model and processes fit each other."""
+    require_room(model.config, recipe.data.window_tokens)
+    if recipe.data.carried_automaton and model.config.residual_path != "suffix_automaton":
+        raise InputError(
+            "data.carried_automaton is true and the model has no suffix automaton (residual_path "
+            f"is {model.config.residual_path!r}); leave it out"
+        )
+    if recipe.eval.prime_bytes and model.config.max_position_embeddings is not None:
+        raise InputError(
+            f"eval.prime_bytes is {recipe.eval.prime_bytes} and the model has a position table, "
+            "which reads nothing before its window; leave eval.prime_bytes out"
+        )
+    split_batch(recipe.train)
+    if recipe.train.optimizer == "muon":
+        require_muon()
+    corpus = load(recipe.data.data, recipe.data.valid_data or None)
+    _cut_windows(recipe, corpus, 1)
+    if recipe.eval.protocol == "windows":
+        ConsecutiveWindows(corpus.valid, recipe.data.window_tokens, 1)
+    return corpus
+
+
+def _cut_windows(
+    recipe: Recipe, corpus: Corpus, num_windows: int, matches: StreamMatches | None = None
+) -> WindowDataset:
+    return WindowDataset(
+        corpus.train,
+        recipe.data.window_tokens,
+        num_windows,
+        recipe.train.seed,
+        leading_bos=recipe.data.leading_bos,
+        matches=matches,
+    )

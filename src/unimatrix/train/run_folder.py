@@ -1,0 +1,383 @@
+"""The folder of one training run: what lies where, and the record of how it came about.
+
+``config.json``, ``model.safetensors``, the tokenizer's files and ``load_unimatrix.py``, by which
+``trust_remote_code=True`` finds this package, make the folder a saved model;
+``recipe.json``, ``record.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` tell how
+it was made.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from unimatrix.errors import InputError, RunError, WriteError, explain
+from unimatrix.train.recipe import Recipe, load_recipe
+
+FORMAT_VERSION = 1
+RECIPE_FILE = "recipe.json"
+RECORD_FILE = "record.json"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+CHECKPOINT_FOLDER = "checkpoints"
+TENSORBOARD_FOLDER = "tensorboard"
+DEFAULT_PARENT = Path("runs")
+
+_PACKAGES = ("unimatrix-lm", "torch", "transformers", "accelerate", "numba", "numpy", "tokenizers")
+_GIT_TIMEOUT_S = 10
+_FULL_BYTES = 2**20
+
+
+def require_unicode_path(path: Path) -> None:
+    """Raise ``InputError`` for a path that is not UTF-8: weights and logs cannot be written there.
+
+    safetensors, tokenizers and TensorBoard open none. Data may lie at such paths.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{str(path)!r} is not UTF-8, and models are saved and loaded under such names only; "
+            "choose another name"
+        ) from error
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether ``path`` is missing, or a folder of nothing but a lock."""
+    if not path.is_dir():
+        return not path.exists()
+    return all(entry.name == LOCK_FILE for entry in path.iterdir())
+
+
+def require_new_folder(path: Path, *, resumable: bool = False) -> None:
+    """Raise ``InputError`` unless ``path`` is missing or an empty folder that nobody writes to.
+
+    Args:
+        path: the folder wanted.
+        resumable: what is there may be a run that ``--resume`` continues.
+    """
+    if is_in_use(path):
+        raise InputError(
+            f"{path} is in use: another process is writing there; choose another --out"
+        )
+    if not is_vacant(path):
+        can_resume = resumable and _is_unfinished(path)
+        advice = "add --resume to continue it, or" if can_resume else "please"
+        raise InputError(f"{path} already exists and is not empty; {advice} choose another --out")
+
+
+@contextlib.contextmanager
+def create_folder(path: Path) -> Iterator[None]:
+    """Create the folder of a result and hold it, so that no other process writes there too.
+
+    Raises:
+        InputError: if ``path`` exists and is not empty, or is held.
+    """
+    require_new_folder(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with hold_folder(path):
+        require_new_folder(path)  # Another process may have been first.
+        yield
+
+
+def create_numbered_folder(title: str) -> Path:
+    """Create and return ``runs/TITLE-N`` with the lowest free N.
+
+    Args:
+        title: what tells runs apart, such as preset and corpus; made fit for a file name.
+    """
+    DEFAULT_PARENT.mkdir(exist_ok=True)
+    slug = re.sub(r"[^A-Za-z0-9_.]+", "-", title).strip("-.")[:60] or "run"
+    number = 1
+    while True:
+        path = DEFAULT_PARENT / f"{slug}-{number}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+@contextlib.contextmanager
+def hold_folder(path: Path) -> Iterator[None]:
+    """Keep other processes, and other threads, from writing to a folder; nests.
+
+    The lock is the operating system's own, on the file ``.lock``: it ends with the process that
+    holds it, however that ends, and nobody has to clean up. Reading needs no lock.
+
+    Raises:
+        InputError: if another process or thread holds it.
+    """
+    # Most commands hold no folder.
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / LOCK_FILE, is_singleton=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"{path} is in use: another process is writing there; wait until it ends, or stop it"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def hold_results(path: Path | None) -> Iterator[None]:
+    """Hold a folder of results that are added to, and create it first; ``None`` holds nothing.
+
+    Raises:
+        InputError: if another process or thread holds it.
+    """
+    if path is None:
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with hold_folder(path):
+        yield
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether another process or thread holds a folder."""
+    if not (path / LOCK_FILE).is_file():
+        return False
+    try:
+        with hold_folder(path):
+            return False
+    except InputError:
+        return True
+    except PermissionError:  # Who may not write there cannot ask.
+        return False
+
+
+@contextlib.contextmanager
+def writing(what: Path | str, folder: Path) -> Iterator[None]:
+    """Turn what writers raise, such as on a full disk, into a ``WriteError`` of one sentence.
+
+    Args:
+        what: the file, or what is written where.
+        folder: on the same disk.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        # Of PyTorch's writer RuntimeError; of tokenizers, which is Rust's, Exception itself.
+        known = OSError | RuntimeError | SafetensorError
+        if not isinstance(error, known) and type(error) is not Exception:
+            raise
+        reason = explain(error)
+        # On a full disk PyTorch's writer tells the line of its source and no more.
+        if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _FULL_BYTES:
+            reason = "no space left on device"
+        raise WriteError(f"cannot write {what}: {reason}") from error
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, whenever the process or the machine stops.
+
+    Args:
+        path: what to write; a reader finds the former content or the new one.
+        content: text is written as UTF-8.
+
+    Raises:
+        WriteError: if it cannot be written; the former content stays.
+    """
+    scratch = path.with_name(f"{path.name}.partial")
+    with writing(path, path.parent):
+        try:
+            with scratch.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object as JSON, whole or not at all."""
+    write_file(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_record(run: Path, record: dict[str, Any]) -> None:
+    """Write ``record.json``."""
+    write_json(run / RECORD_FILE, {"format_version": FORMAT_VERSION, **record})
+
+
+def read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe and the record of an existing run.
+
+    Raises:
+        InputError: if ``run`` is no run folder, is damaged, or was written by a later release.
+    """
+    require_unicode_path(run)
+    if not (run / RECORD_FILE).is_file() or not (run / RECIPE_FILE).is_file():
+        raise InputError(
+            f"{run} holds no run to resume ({RECORD_FILE} or {RECIPE_FILE} is missing); "
+            "leave --resume out to start one"
+        )
+    record = read_record(run, "start a new run", "format_version")
+    version = record["format_version"]
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{run} has format version {version} and this release reads up to {FORMAT_VERSION}; "
+            "upgrade unimatrix-lm"
+        )
+    return load_recipe(run / RECIPE_FILE), record
+
+
+def read_record(folder: Path, advice: str, *needed: str) -> dict[str, Any]:
+    """Return the record of a folder.
+
+    Args:
+        folder: holds a ``record.json``.
+        advice: what to do about a damaged one.
+        needed: the fields that must be there.
+
+    Raises:
+        InputError: if it cannot be read, or lacks a field.
+    """
+    path = folder / RECORD_FILE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name in needed:
+            record[name]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({explain(error)}); {advice}") from error
+    return record
+
+
+def trim_metrics(run: Path, optim_step: int) -> None:
+    """Drop what ``metrics.jsonl`` says about steps after ``optim_step``: they will be repeated.
+
+    Lines that a crash has cut short or overwritten go too.
+    """
+    path = run / METRICS_FILE
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    write_file(path, "".join(line for line in lines if _read_optim_step(line) <= optim_step))
+
+
+def start_record(recipe: Recipe, config: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return what is known of a run before its first step.
+
+    Args:
+        recipe: the resolved recipe.
+        config: the model's configuration as a JSON object.
+        device: where it trains.
+    """
+    return {
+        "status": "training",
+        "seed": recipe.train.seed,
+        "config_sha256": hash_config(config),
+        **describe_run(device),
+    }
+
+
+def describe_run(device: str) -> dict[str, Any]:
+    """Return when, where and with which code something runs.
+
+    Args:
+        device: cpu, cuda or mps.
+    """
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": describe_commit(),
+        "device": device,
+        "hardware": describe_hardware(),
+        "versions": describe_versions(),
+    }
+
+
+def hash_config(config: dict[str, Any]) -> str:
+    """Return the SHA-256 of a configuration, whatever the order of its fields."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that move numbers."""
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in _PACKAGES}
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return platform, processors and accelerator."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "platform": platform.platform(),
+        "processor": _read_processor(),
+        "num_processors": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+
+
+def describe_commit() -> dict[str, Any] | None:
+    """Return the commit of this code and whether it was changed since; ``None`` outside git."""
+    here = Path(__file__).parent
+    if _ask_git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    head = _ask_git(here, "rev-parse", "HEAD")
+    changes = _ask_git(here, "status", "--porcelain", "--untracked-files=no")
+    return None if head is None else {"hash": head, "dirty": bool(changes)}
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a folder holds a run that can be resumed."""
+    try:
+        _, record = read_run(path)
+    except InputError:
+        return False
+    return record.get("status") != "done"
+
+
+def _read_optim_step(line: str) -> float:
+    """Return the step of a line of ``metrics.jsonl``; infinity if the line is not whole."""
+    try:
+        entry = json.loads(line) if line.endswith("}\n") else {}
+    except ValueError:
+        entry = {}
+    return float(entry.get("optim_step", "inf"))
+
+
+def _ask_git(folder: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _read_processor() -> str:
+    """Return the processor's name; Linux tells it in a file only."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
