@@ -4,32 +4,32 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
 from unimatrix.configuration import FORMAT_VERSION, UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.hub.cache_checks import read_anew, require_sound
 from unimatrix.hub.weights_origin import WeightsOrigin
-from unimatrix.nn.block import Associations, DepthCarry
-from unimatrix.nn.selective_mixer import SelectiveState
-from unimatrix.ops.dense_memory import DenseMemory
-from unimatrix.ops.selective_slots import SelectiveSlots
-from unimatrix.ops.slots import SlotState
+from unimatrix.nn.block import States
+from unimatrix.nn.mixer import Mixer
+from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.ops.suffix_automaton import AutomatonState
 from unimatrix.ops.text_hash import START
 
 _logger = logging.get_logger(__name__)
 FORMAT = "unimatrix-cache"
-PARTS = ("matrix_state", "slots", "dense_memory", "automaton", "previous_token", "counters")
+# Fields of a mixer's state that hold features of the last tokens, whatever the mixer.
+_LAST_TOKENS = ("previous", "recent")
 
 # Configuration fields that decide the cache's contents and shapes.
 _CARRIED_BY = (
@@ -79,9 +79,8 @@ class UniMatrixCache:
         num_columns: columns consumed so far, padding included.
         num_tokens: [B] int64, real tokens consumed by each row.
         last_token_ids: [B] int64, the last real token, -1 where there is none.
-        depth: what each depth step carries.
-        associations: bindings of the token source, shared by the depth steps.
-        automaton: the suffix automaton; lives on the CPU.
+        depth: what mixers carry that read at every depth step: for each step, by mixer's name.
+        shared: what mixers carry that read once, by the mixer's name.
         text_hash: [B] int64, of the real tokens consumed by each row (``ops.text_hash``), by which
             ``generate`` knows them again; ``None`` where nobody counted.
         origin: the weights that made it; ``None`` is unknown, and fits any.
@@ -92,9 +91,8 @@ class UniMatrixCache:
     num_columns: int
     num_tokens: Tensor
     last_token_ids: Tensor
-    depth: tuple[DepthCarry, ...]
-    associations: Associations = field(default_factory=Associations)
-    automaton: AutomatonState | None = None
+    depth: tuple[States, ...]
+    shared: States = field(default_factory=dict)
     text_hash: Tensor | None = None
     origin: WeightsOrigin | None = None
     is_sound: bool = False
@@ -111,18 +109,28 @@ class UniMatrixCache:
         """Number of rows, B."""
         return int(self.num_tokens.shape[0])
 
+    @property
+    def automaton(self) -> AutomatonState | None:
+        """The suffix automaton, which lives on the CPU; ``None`` without one."""
+        automaton: Any = self.shared.get(ResidualContext.name)
+        return automaton
+
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor by name; batch is the first dimension of each."""
-        return _flatten(
-            {
-                "num_tokens": self.num_tokens,
-                "last_token_ids": self.last_token_ids,
-                "depth": self.depth,
-                "associations": self.associations,
-                "automaton": self.automaton,
-                "text_hash": self.text_hash,
-            }
-        )
+        tensors = {"num_tokens": self.num_tokens, "last_token_ids": self.last_token_ids}
+        if self.text_hash is not None:
+            tensors["text_hash"] = self.text_hash
+        for prefix, states in self._list_states():
+            for name, state in states.items():
+                tensors |= _flatten(state, f"{prefix}{Mixer.kinds[name].state_prefix}")
+        return tensors
+
+    def _list_states(self) -> list[tuple[str, States]]:
+        """Return the states of each depth step and the shared ones, with the prefix of names."""
+        return [
+            *((f"depth.{i}.", states) for i, states in enumerate(self.depth)),
+            ("", self.shared),
+        ]
 
     def select_rows(self, rows: Tensor) -> "UniMatrixCache":
         """Return a cache of the given rows, in that order; rows may repeat (beams).
@@ -139,7 +147,8 @@ class UniMatrixCache:
     def to(self, device: torch.device | str) -> "UniMatrixCache":
         """Return a cache on the device; the automaton stays on the CPU, where it is read."""
         moved = self._map(lambda tensor: tensor.to(device))
-        return replace(moved, automaton=self.automaton)
+        stay = {n: s for n, s in self.shared.items() if Mixer.kinds[n].state_device is not None}
+        return replace(moved, shared={**moved.shared, **stay})
 
     def forget_weights(self) -> "UniMatrixCache":
         """Return a cache that any model of the same configuration takes."""
@@ -150,10 +159,20 @@ class UniMatrixCache:
         return sum(self.bytes_by_part().values())
 
     def bytes_by_part(self) -> dict[str, int]:
-        """Return the bytes of each of ``PARTS``; previous_token is what the last tokens leave."""
-        parts = dict.fromkeys(PARTS, 0)
-        for name, tensor in self.tensors().items():
-            parts[_name_part(name)] += tensor.numel() * tensor.element_size()
+        """Return the bytes of each part, as ``unimatrix info`` names them.
+
+        ``previous_token`` is what the last tokens leave for the next, ``counters`` what is counted.
+        """
+        parts = dict.fromkeys([kind.part for kind in Mixer.kinds.values()], 0)
+        parts |= {"previous_token": 0, "counters": 0}
+        counters = [self.num_tokens, self.last_token_ids, self.text_hash]
+        parts["counters"] = sum(_count_bytes(_flatten(tensor)) for tensor in counters)
+        for _, states in self._list_states():
+            for name, state in states.items():
+                for field_name, value in zip(type(state)._fields, state, strict=True):
+                    is_last = field_name in _LAST_TOKENS
+                    part = "previous_token" if is_last else Mixer.kinds[name].part
+                    parts[part] += _count_bytes(_flatten(value))
         return parts
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -227,15 +246,10 @@ class UniMatrixCache:
             num_tokens=tensors["num_tokens"],
             last_token_ids=tensors["last_token_ids"],
             depth=tuple(
-                DepthCarry(
-                    tensors.get(f"depth.{i}.matrix_state"),
-                    tensors.get(f"depth.{i}.recent"),
-                    _gather_associations(tensors, f"depth.{i}.associations."),
-                )
+                _gather_states(tensors, f"depth.{i}.")
                 for i in range(int(metadata["num_depth_steps"]))
             ),
-            associations=_gather_associations(tensors, "associations."),
-            automaton=_gather(AutomatonState, tensors, "automaton."),
+            shared=_gather_states(tensors, ""),
             text_hash=tensors.get("text_hash"),
             origin=WeightsOrigin(None, digests) if digests else None,
         ).to(device)
@@ -263,7 +277,9 @@ class UniMatrixCache:
             )
         if not self.is_sound:
             require_sound(self.tensors(), len(self.depth), model.config)
-            self.automaton = read_anew(self.automaton, model.config)
+            automaton = read_anew(self.automaton, model.config)
+            if automaton is not None:
+                self.shared = {**self.shared, ResidualContext.name: automaton}
             self.is_sound = True
         if self.origin is not None and self.origin is not model.origin:
             self._compare_weights(model)
@@ -288,14 +304,9 @@ class UniMatrixCache:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "UniMatrixCache":
         """Return a cache with ``function`` applied to every tensor."""
+        fields = ("num_tokens", "last_token_ids", "depth", "shared", "text_hash")
         return replace(
-            self,
-            num_tokens=function(self.num_tokens),
-            last_token_ids=function(self.last_token_ids),
-            depth=_map(self.depth, function),
-            associations=_map(self.associations, function),
-            automaton=_map(self.automaton, function),
-            text_hash=_map(self.text_hash, function),
+            self, **{n: tree_map_only(Tensor, function, getattr(self, n)) for n in fields}
         )
 
 
@@ -319,7 +330,7 @@ def start_cache(
         num_columns=0,
         num_tokens=torch.zeros(batch, dtype=torch.int64, device=device),
         last_token_ids=torch.full((batch,), -1, dtype=torch.int64, device=device),
-        depth=(DepthCarry(),) * config.num_hidden_layers,
+        depth=({},) * config.num_hidden_layers,
         text_hash=text_hash,
         is_sound=True,
     )
@@ -356,64 +367,34 @@ def _warn_of_missing(path: str, digests: dict[str, str], text_hash: Tensor | Non
 
 
 def _flatten(parts: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors of nested named tuples, tuples and dicts by dotted name."""
+    """Return the tensors of a named tuple, and of those in it, by dotted name."""
     if parts is None:
         return {}
     if isinstance(parts, Tensor):
         return {prefix.removesuffix("."): parts}
-    if hasattr(parts, "_asdict"):
-        parts = parts._asdict()
-    items = parts.items() if isinstance(parts, dict) else enumerate(parts)
     tensors: dict[str, Tensor] = {}
-    for name, part in items:
+    for name, part in zip(parts._fields, parts, strict=True):
         tensors |= _flatten(part, f"{prefix}{name}.")
     return tensors
 
 
-def _map(parts: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to every tensor of nested named tuples and tuples."""
-    if parts is None:
-        return None
-    if isinstance(parts, Tensor):
-        return function(parts)
-    mapped = [_map(part, function) for part in parts]
-    return type(parts)(*mapped) if hasattr(parts, "_asdict") else tuple(mapped)
+def _count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _gather(kind: Any, tensors: dict[str, Tensor], prefix: str) -> Any:
-    """Return the named tuple stored under ``prefix``, ``None`` if there is none."""
-    fields = {name: tensors.get(prefix + name) for name in kind._fields}
-    return None if all(value is None for value in fields.values()) else kind(**fields)
+def _gather_states(tensors: Mapping[str, Tensor], prefix: str) -> States:
+    """Return the states of all mixers whose tensors are stored under ``prefix``."""
+    kinds = Mixer.kinds.items()
+    states = {n: _gather(k.State, tensors, prefix + k.state_prefix) for n, k in kinds}
+    return {name: state for name, state in states.items() if state is not None}
 
 
-def _gather_associations(tensors: dict[str, Tensor], prefix: str) -> Associations:
-    """Return the associations stored under ``prefix``."""
-    slots = _gather(SelectiveSlots, tensors, f"{prefix}selective.slots.")
-    selective = None
-    if slots is not None:
-        selective = SelectiveState(
-            slots,
-            tensors[f"{prefix}selective.recent_token_ids"],
-            tensors.get(f"{prefix}selective.logits"),
-        )
-    return Associations(
-        tensors.get(f"{prefix}previous"),
-        _gather(SlotState, tensors, f"{prefix}slots."),
-        _gather(DenseMemory, tensors, f"{prefix}dense."),
-        selective,
-    )
-
-
-def _name_part(name: str) -> str:
-    """Return the part of the cache that the tensor belongs to."""
-    for key, part in (
-        ("matrix_state", "matrix_state"),
-        (".previous", "previous_token"),
-        (".recent", "previous_token"),
-        ("dense.", "dense_memory"),
-        ("associations.", "slots"),
-        ("automaton.", "automaton"),
-    ):
-        if key in name:
-            return part
-    return "counters"
+def _gather(kind: Any, tensors: Mapping[str, Tensor], prefix: str) -> Any:
+    """Return the named tuple stored under ``prefix``; ``None`` if a field without default lacks."""
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        is_nested = hasattr(hint, "_fields")
+        nested = _gather(hint, tensors, f"{prefix}{name}.") if is_nested else None
+        values[name] = nested if is_nested else tensors.get(prefix + name)
+    required = set(kind._fields) - set(kind._field_defaults)
+    return None if any(values[name] is None for name in required) else kind(**values)

@@ -1,37 +1,40 @@
 """The loss: which positions it needs, cross entropy in nats, and the scale of hindsight."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from unimatrix.errors import InputError
-from unimatrix.kernels.passes import sum_cross_entropy
-from unimatrix.kernels.passes.weights import PassWeights
+from unimatrix.modeling_outputs import Pointer
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 
 IGNORED_LABEL = -100
 
 
-class UnscoredRows(NamedTuple):
-    """What a pass over head and loss together begins with.
+def predict(head: nn.Module, h: Tensor, pointer: Pointer) -> Tensor | MixedLogits:
+    """Return the logits [..., V], with the votes of a pointer, or beside the shares of a mixture.
 
-    Attributes:
-        h: [..., D], what the head reads.
-        head: from ``fuse_head``.
-        token_ids: [..., K] int64, what a pointer proposes; ``None`` without one.
-        shares: votes [..., K], or ln of the shares of a mixture [..., 1 + K].
+    Equation: E9, E17.
+
+    Args:
+        head: from D to V.
+        h: [..., D].
+        pointer: what retrieved tokens say.
     """
-
-    h: Tensor
-    head: PassWeights
-    token_ids: Tensor | None
-    shares: Tensor | None
+    logits: Tensor = head(h)
+    if pointer.token_ids is None:
+        return logits
+    if pointer.log_weights is not None:
+        return MixedLogits(logits, pointer.token_ids, pointer.log_weights)
+    assert pointer.votes is not None
+    # In place: the head's product is not needed backward, and a copy is B x T x V.
+    return logits.scatter_add_(-1, pointer.token_ids, pointer.votes.to(logits.dtype))
 
 
 def compute_loss(
-    logits: Tensor | MixedLogits | UnscoredRows,
+    predicted: Tensor | MixedLogits,
     targets: Tensor,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
@@ -41,8 +44,7 @@ def compute_loss(
     float32.
 
     Args:
-        logits: [..., V], or those of a mixture, of which only the targets are computed, or what
-            comes before them.
+        predicted: logits [..., V], or those of a mixture, of which only the targets are computed.
         targets: [...] int64, -100 ignored.
         num_items_in_batch: divisor instead of the number of targets here.
 
@@ -51,11 +53,9 @@ def compute_loss(
             instead.
     """
     try:
-        return _compute_loss(logits, targets, num_items_in_batch)
+        return _compute_loss(predicted, targets, num_items_in_batch)
     except (IndexError, RuntimeError) as error:  # torch has looked at every target
-        if isinstance(logits, UnscoredRows):
-            raise
-        vocab = (logits[0] if isinstance(logits, MixedLogits) else logits).shape[-1]
+        vocab = (predicted[0] if isinstance(predicted, MixedLogits) else predicted).shape[-1]
         is_strange = (targets != IGNORED_LABEL) & ((targets < 0) | (targets >= vocab))
         if not is_strange.any():
             raise
@@ -66,25 +66,17 @@ def compute_loss(
 
 
 def _compute_loss(
-    logits: Tensor | MixedLogits | UnscoredRows,
-    targets: Tensor,
-    num_items_in_batch: Tensor | int | None,
+    predicted: Tensor | MixedLogits, targets: Tensor, num_items_in_batch: Tensor | int | None
 ) -> Tensor:
     """Compute the loss; arguments as in ``compute_loss``."""
-    if isinstance(logits, UnscoredRows):
-        h, head, *pointer = logits
-        total = sum_cross_entropy(h, head, targets, *pointer, ignored=IGNORED_LABEL)
-        if num_items_in_batch is None:
-            return total / (targets != IGNORED_LABEL).sum()
-        return total / num_items_in_batch
     targets = targets.flatten()
-    if isinstance(logits, MixedLogits):
+    if isinstance(predicted, MixedLogits):
         counted = targets != IGNORED_LABEL
-        rows = (raise_precision(part).flatten(0, -2) for part in logits)
+        rows = (raise_precision(part).flatten(0, -2) for part in predicted)
         losses = score_targets(MixedLogits(*rows), targets.masked_fill(~counted, 0))
         total = torch.where(counted, losses, 0.0).sum()
         return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-    flat = raise_precision(logits).flatten(0, -2), targets.to(logits.device)
+    flat = raise_precision(predicted).flatten(0, -2), targets.to(predicted.device)
     if num_items_in_batch is None:
         return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
     return cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch

@@ -1,14 +1,15 @@
 """What ``forward`` takes: every argument is checked once, here."""
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
+from unimatrix.cache import UniMatrixCache, require_own_cache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.nn.padding import Padding
+from unimatrix.nn.padding import Padding, find_padding
 
 
 class LossOptions(TypedDict, total=False):
@@ -23,6 +24,94 @@ class LossOptions(TypedDict, total=False):
     """
 
     shift_labels: Tensor | None
+
+
+class Inputs(NamedTuple):
+    """What a forward pass reads, checked.
+
+    Attributes:
+        ids: [B, T] int64, real tokens first in each row; -1 where only embeddings are given.
+        embeddings: [B, T, D] likewise, in place of those of the ids, or ``None``.
+        past: the cache to continue from.
+        padding: where it was; ``None`` is none.
+        keeps_cache: whether a cache is returned.
+    """
+
+    ids: Tensor
+    embeddings: Tensor | None
+    past: UniMatrixCache
+    padding: Padding | None
+    keeps_cache: bool
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Real tokens of each row, [B] int64; ``None`` is T for all."""
+        return None if self.padding is None else self.padding.lengths
+
+
+def read_inputs(
+    model: Any,
+    input_ids: Tensor | None,
+    *,
+    attention_mask: Tensor | None,
+    past_key_values: UniMatrixCache | None,
+    use_cache: bool | None,
+    suffix_match: Tensor | None,
+    inputs_embeds: Tensor | None,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    output_attentions: bool | None,
+) -> Inputs:
+    """Return what ``UniMatrixModel.forward`` reads of its arguments, and refuse what it cannot.
+
+    Args:
+        model: a ``UniMatrixModel``; the others are arguments of its ``forward``.
+
+    Raises:
+        InputError: as ``UniMatrixModel.forward``.
+    """
+    config = model.config
+    refuse_unused(config, output_attentions, token_type_ids)
+    ids = require_tokens(config, input_ids, inputs_embeds)
+    if input_ids is not None:
+        require_known("token id", ids, model.embed_tokens.weight.shape[0])
+    require_match(
+        suffix_match,
+        ids,
+        has_automaton=config.residual_path == "suffix_automaton",
+        is_continued=bool(use_cache) or attention_mask is not None or past_key_values is not None,
+        num_tokens=config.vocab_size,
+    )
+    if use_cache is None:
+        use_cache = config.use_cache and not model.training
+    keeps_cache = use_cache and suffix_match is None
+    past = require_own_cache(past_key_values)
+    if past is None:
+        past = start_cache(config, ids, is_kept=keeps_cache)
+    else:
+        past.check(model, ids.shape[0])
+    padding = find_padding(attention_mask, ids, past.num_columns)
+    has_table = model.embed_positions is not None
+    require_positions(position_ids, ids, past.num_tokens, padding, has_table=has_table)
+    if padding is not None:
+        ids = padding.pack(ids)
+        inputs_embeds = None if inputs_embeds is None else padding.pack(inputs_embeds)
+    return Inputs(ids, inputs_embeds, past, padding, keeps_cache)
+
+
+def require_known(name: str, ids: Tensor, num_tokens: int, lowest: int = 0) -> None:
+    """Raise ``InputError`` for an id that is not in the vocabulary; looked at on the CPU alone.
+
+    A GPU would be waited for, and ends the process's work at such an id by itself.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    smallest, largest = (int(bound) for bound in ids.aminmax())
+    if smallest < lowest or largest >= num_tokens:
+        strange = smallest if smallest < lowest else largest
+        raise InputError(
+            f"{name} {strange} is not in the vocabulary; pass {lowest} to {num_tokens - 1}"
+        )
 
 
 def take_shift_labels(options: Mapping[str, Any]) -> Tensor | None:
@@ -170,7 +259,12 @@ def require_positions(
 
 
 def require_match(
-    match: Tensor | None, ids: Tensor, *, has_automaton: bool, is_continued: bool
+    match: Tensor | None,
+    ids: Tensor,
+    *,
+    has_automaton: bool,
+    is_continued: bool,
+    num_tokens: int,
 ) -> None:
     """Raise ``InputError`` unless what the automaton said may stand for running it.
 
@@ -179,6 +273,7 @@ def require_match(
         ids: [B, T].
         has_automaton: whether the model has one.
         is_continued: whether there is a cache, before or after, or a mask.
+        num_tokens: V, of the vocabulary.
     """
     if match is None:
         return
@@ -191,3 +286,4 @@ def require_match(
         raise InputError(
             f"suffix_match is {list(match.shape)} {match.dtype}; pass {list(shape)} torch.int64"
         )
+    require_known("suffix_match predicts", match[..., 0], num_tokens, lowest=-1)

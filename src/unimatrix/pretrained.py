@@ -5,30 +5,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from unimatrix.cache import UniMatrixCache, require_own_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.hub.checkpointing import Checkpoint, checkpoint_nested
 from unimatrix.hub.weights_origin import WeightsOrigin
 from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
+from unimatrix.kernels.backends import name_backends, set_backend
 from unimatrix.modeling_inputs import require_positions
-from unimatrix.nn.block import UniMatrixBlock
-from unimatrix.nn.feed_forward import GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
-from unimatrix.nn.norm import RowNorm
 from unimatrix.nn.padding import align_right, cut_mask, find_padding
-from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.nn.token_modulation import TokenModulation
-from unimatrix.ops import matrix_state, selective_slots, slots
-from unimatrix.ops.backends import BACKENDS, require_backend
-
-_USE_FUSED_PASSES = (UniMatrixBlock, RowNorm, GatedFeedForward, ShortConvolution, PointerMixture)
 
 
 class UniMatrixPreTrainedModel(PreTrainedModel):
@@ -44,6 +39,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__(config)
         self.origin = WeightsOrigin(self)
+        self.passes_backend = "auto"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "origin"}
@@ -63,9 +59,6 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""
         super()._init_weights(module)
-        # transformers knows norms by the name of their class, which ours is not.
-        if isinstance(module, RowNorm):
-            init.ones_(module.weight)
         if isinstance(module, (RetentionProjection, SelectiveMixer, ShortConvolution)):
             for parameter, start in module.list_starts():
                 init.copy_(parameter, start)  # Loaded weights stay.
@@ -140,6 +133,19 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
         """Return the cache of the surviving beams."""
         return past_key_values.select_rows(beam_idx)
 
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Checkpoint = checkpoint,
+        **options: Any,
+    ) -> None:
+        """Have the block computed again in the backward pass; called by transformers.
+
+        The arguments are those of ``PreTrainedModel._set_gradient_checkpointing``.
+        """
+        nested = partial(checkpoint_nested, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, nested, **options)
+
     def set_backend(self, backend: str | dict[str, str]) -> None:
         """Choose the back end of every operator in this model.
 
@@ -150,28 +156,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
         Raises:
             InputError: if an operator of this model has no such back end.
         """
-        chosen = dict.fromkeys(BACKENDS, backend) if isinstance(backend, str) else dict(backend)
-        if isinstance(backend, str) and backend not in ("auto", *BACKENDS["fused_passes"]):
-            # Fused passes are no scan and have no other form: they stay as they are.
-            del chosen["fused_passes"]
-        blocks = [module for module in self.modules() if isinstance(module, UniMatrixBlock)]
-        contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
-        users: dict[str, list[nn.Module | None]] = {
-            "matrix_state": [block.matrix_mixer for block in blocks],
-            "slots": [block.slot_mixer for block in blocks],
-            "selective_slots": [block.selective_mixer for block in blocks],
-            "dense_memory": [block.dense_mixer for block in blocks],
-            "suffix_automaton": [context for context in contexts if context.uses_automaton],
-            "fused_passes": [m for m in self.modules() if isinstance(m, _USE_FUSED_PASSES)],
-        }
-        for op, name in chosen.items():
-            if op not in users:
-                raise InputError(f"unknown operator {op!r}; choose from {', '.join(BACKENDS)}")
-            modules = [module for module in users[op] if module is not None]
-            if modules and name != "auto":
-                require_backend(op, name)
-            for module in modules:
-                setattr(module, "backend", name)  # noqa: B010
+        set_backend(self, backend)
 
     def name_backends(
         self, num_tokens: int, device: torch.device | str | None = None
@@ -183,37 +168,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
             device: where it would run; ``None`` is where the model is.
         """
         place = self.device if device is None else torch.device(device)
-        block = next(module for module in self.modules() if isinstance(module, UniMatrixBlock))
-        contexts = [module for module in self.modules() if isinstance(module, ResidualContext)]
-        chosen: dict[str, tuple[nn.Module, str]] = {}
-        if block.matrix_mixer is not None:
-            auto = matrix_state.choose_backend(
-                num_tokens,
-                place,
-                norm_guard=block.matrix_mixer.norm_guard,
-                is_delta=block.matrix_mixer.uses_delta,
-                head_dim=block.matrix_mixer.head_dim,
-                is_double=self.dtype == torch.float64,
-            )
-            chosen["matrix_state"] = block.matrix_mixer, auto
-        if block.slot_mixer is not None:
-            num_slots, key_size = self.config.num_slots, self.config.slot_key_size
-            auto = slots.choose_backend(place, num_tokens, num_slots, key_size)
-            chosen["slots"] = block.slot_mixer, auto
-        if block.selective_mixer is not None:
-            bounded = block.selective_mixer.bounded_training or not self.training
-            auto = selective_slots.choose_backend(place, self.config.num_slots, bounded=bounded)
-            chosen["selective_slots"] = block.selective_mixer, auto
-        if block.dense_mixer is not None:
-            chosen["dense_memory"] = block.dense_mixer, "parallel"
-        if contexts and contexts[0].uses_automaton:
-            chosen["suffix_automaton"] = contexts[0], "native"
-        native = place.type == "cpu" and num_tokens > 1
-        chosen["fused_passes"] = block, "native" if native else "reference"
-        return {
-            op: auto if module.backend == "auto" else str(module.backend)
-            for op, (module, auto) in chosen.items()
-        }
+        return name_backends(self, num_tokens, place)
 
 
 class UniMatrixGenerationMixin(GenerationMixin):

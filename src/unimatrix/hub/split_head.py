@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.loss import IGNORED_LABEL, UnscoredRows, raise_precision
+from unimatrix.loss import IGNORED_LABEL, predict, raise_precision
 from unimatrix.nn.pointer_mixture import MixedLogits, mix_logits
 
 if TYPE_CHECKING:
@@ -201,8 +201,7 @@ def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[
     given = {name: value for name, value in kwargs.items() if value is not None}
     given |= {"use_cache": False, "return_dict": True}
     output = model.model(*args, handles_pointer=True, **given)
-    predicted = model._predict(output, (slice(None),), is_scored_only=False)
-    assert not isinstance(predicted, UnscoredRows)
+    predicted = predict(model.lm_head, output.last_hidden_state, output.pointer)
     if not isinstance(predicted, MixedLogits):
         return raise_precision(predicted), False, output.hindsight_scale
     mixed = mix_logits(MixedLogits(*(raise_precision(part) for part in predicted)))

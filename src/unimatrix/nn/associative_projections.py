@@ -1,23 +1,24 @@
 """Queries, keys, values and the read gate, shared by slots and dense associative memory."""
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.mixer import Mixer
 
 
-class AssociativeProjections(nn.Module):
+class AssociativeProjections(Mixer):
     """Turn source features into queries, keys and values; gate what was read into the stream.
 
     Equation: E5 and E6 (inputs), E11 (gate).
 
     Args:
-        config: uses D, C, ``identity_lookup`` and ``identity_values``.
+        config: uses D, C, ``slot_source``, ``identity_lookup`` and ``identity_values``.
     """
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
-        self.backend = "auto"
+        # Token embeddings are the same at every depth step.
+        self.reads_at = 0 if config.slot_source == "token" else None
         self.key_size = config.slot_key_size
         self.value_size = config.hidden_size
         width = config.hidden_size
@@ -31,14 +32,7 @@ class AssociativeProjections(nn.Module):
             self.value_proj = nn.Linear(width, width, bias=False)
         self.read_gate = nn.Linear(width, width)
 
-    def forward(self, h: Tensor, context: Tensor) -> Tensor:
-        """Return the gated context.
-
-        Args:
-            h: [B, T, D], normalised stream of this depth step.
-            context: [B, T, D], what the read returned.
-
-        Returns:
-            [B, T, D].
-        """
-        return torch.sigmoid(self.read_gate(h)) * context
+    @property
+    def gate(self) -> nn.Module:
+        """The read gate."""
+        return self.read_gate

@@ -1,11 +1,26 @@
 """Projections and gate around the dense associative memory."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.associative_projections import AssociativeProjections
-from unimatrix.nn.previous_token import shift_to_previous
+from unimatrix.nn.mixer import Read, Tokens
+from unimatrix.nn.previous_token import shift_to_previous, take_last
 from unimatrix.ops.dense_memory import DenseMemory, read_dense_memory
+
+
+class DenseState(NamedTuple):
+    """What the dense associative memory carries from call to call; it grows with the stream.
+
+    Attributes:
+        previous: [B, D], source feature of the last real token.
+        dense: the pairs so far.
+    """
+
+    previous: Tensor
+    dense: DenseMemory
 
 
 class DenseMixer(AssociativeProjections):
@@ -18,39 +33,33 @@ class DenseMixer(AssociativeProjections):
         config: uses D, C and K.
     """
 
+    name, operator, part = "dense_mixer", "dense_memory", "dense_memory"
+    State, state_prefix = DenseState, "associations."
+
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__(config)
         self.topk = config.slots_per_read
 
-    def retrieve(
-        self,
-        source: Tensor,
-        writable: Tensor,
-        *,
-        previous: Tensor | None,
-        dense: DenseMemory | None,
-        lengths: Tensor | None,
-    ) -> tuple[Tensor, DenseMemory]:
-        """Read at every position, then append.
+    @property
+    def grows(self) -> bool:
+        """Every token adds a pair."""
+        return True
 
-        Args:
-            source: [B, T, D], token embeddings or the normalised stream.
-            writable: [B, T] bool, whether the position has a predecessor.
-            previous: [B, D], source feature of the token before the first; ``None`` is none.
-            dense: the pairs so far; ``None`` is none.
-            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
-
-        Returns:
-            [B, T, D], what each position read; the pairs including these T.
-        """
+    def forward(
+        self, source: Tensor, tokens: Tokens, state: DenseState | None
+    ) -> tuple[Read, DenseState]:
+        """Read at every position, then append; see ``Mixer.forward``."""
+        source = source if self.reads_at is None else tokens.embeddings
+        previous, dense = (None, None) if state is None else state
         before = shift_to_previous(source, previous)  # [B, T, D]
-        return read_dense_memory(
+        context, dense = read_dense_memory(
             self.query_proj(source),
             self.key_proj(before),
             self.value_proj(source),
-            writable=writable,
+            writable=tokens.writable,
             topk=self.topk,
             initial=dense,
-            lengths=lengths,
-            backend=self.backend,
+            lengths=tokens.lengths,
+            **self.operator_options,
         )
+        return Read(context), DenseState(take_last(source, tokens.lengths, previous), dense)

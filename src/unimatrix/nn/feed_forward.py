@@ -1,15 +1,15 @@
 """The feed-forward networks of a depth step."""
 
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, silu
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.kernels.passes import apply_gated_unit
-from unimatrix.nn.packed_linear import apply_together
 
 
 class FeedForward(nn.Module):
     """Apply Linear(D, F), GELU (erf), dropout, Linear(F, D).
+
+    Equation: E23.
 
     Args:
         config: uses D, F and ``dropout``.
@@ -44,7 +44,6 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
-        self.backend = "auto"
         width, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
@@ -58,8 +57,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the network's output, [B, T, D] for [B, T, D]."""
-        gate_and_up = apply_together(self.up_projs, h)  # [B, T, 2 F]
-        inner = apply_gated_unit(gate_and_up, backend=self.backend)  # [B, T, F]
+        inner = silu(self.gate_proj(h)) * self.up_proj(h)  # [B, T, F]
         output: Tensor = self.down_proj(self.dropout(inner))
         return output
 

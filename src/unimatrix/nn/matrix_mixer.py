@@ -1,16 +1,30 @@
 """Projections around the matrix state."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.nn.packed_linear import PackedWeights, apply_together, pack
+from unimatrix.nn.mixer import Mixer, Read, Tokens
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops.matrix_state import scan_projected
 
 NUM_RULES = 3
+
+
+class MatrixState(NamedTuple):
+    """What the matrix mixer carries from call to call, at each depth step.
+
+    Attributes:
+        matrix_state: [B, H, N, N], payload by address, float32 at least.
+        recent: [B, K - 1, D], normalised streams of the last tokens, with a short convolution over
+            K tokens.
+    """
+
+    matrix_state: Tensor
+    recent: Tensor | None = None
 
 
 class RetentionProjection(nn.Linear):
@@ -38,7 +52,7 @@ class RetentionProjection(nn.Linear):
         return [(self.bias, (scales - 1).clamp_min(1e-3).log())]
 
 
-class MatrixMixer(nn.Module):
+class MatrixMixer(Mixer):
     """Mix tokens through one matrix state per head.
 
     Equation: E1 to E4, E18, E19, E24.
@@ -49,6 +63,9 @@ class MatrixMixer(nn.Module):
             and ``longest_retention``.
     """
 
+    name, operator, part = "matrix_mixer", "matrix_state", "matrix_state"
+    State, state_prefix = MatrixState, ""
+
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -57,7 +74,6 @@ class MatrixMixer(nn.Module):
         self.normalized_keys = config.normalized_keys
         self.mixes_rules = config.update_rules == "mixed"
         self.uses_delta = config.update_rules == "delta"
-        self.backend = "auto"
         width, inner = config.hidden_size, self.num_heads * self.head_dim
         self.q_proj = nn.Linear(width, inner, bias=False)
         self.k_proj = nn.Linear(width, inner, bias=False)
@@ -102,63 +118,56 @@ class MatrixMixer(nn.Module):
         """Whether every vector passes through tanh."""
         return not self.normalized_keys and not self.uses_delta
 
-    def pack(self) -> tuple[PackedWeights | None, PackedWeights | None]:
-        """Return the weights that ``forward`` applies together, for several depth steps."""
-        return pack(self.vector_layers), pack(self.control_layers)
+    @property
+    def gate(self) -> nn.Module:
+        """The residual gate."""
+        return self.residual_gate
 
     def forward(
+        self, source: Tensor, tokens: Tokens, state: MatrixState | None
+    ) -> tuple[Read, MatrixState]:
+        """Write each token into every head's matrix state, then read; see ``Mixer.forward``."""
+        matrix_state, recent = (None, None) if state is None else state
+        mixed = source
+        if self.short_conv is not None:
+            mixed, recent = self.short_conv(source, recent, tokens.lengths)
+        vectors = [layer(mixed) for layer in self.vector_layers]  # [B, T, H N] each
+        controls = [layer(source) for layer in self.control_layers]
+        readout, matrix_state = self.scan(
+            torch.cat(vectors, dim=-1), torch.cat(controls, dim=-1), matrix_state, tokens.lengths
+        )
+        return Read(self.out_proj(readout)), MatrixState(matrix_state, recent)
+
+    def scan(
         self,
-        h: Tensor,
+        vectors: Tensor,
+        controls: Tensor,
         matrix_state: Tensor | None,
-        recent: Tensor | None,
         lengths: Tensor | None,
-        packed: tuple[PackedWeights | None, PackedWeights | None] = (None, None),
-        projected: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the readout before ``out_proj``, and the state after the last real token.
+        *,
+        bound: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the readout before ``out_proj`` and the state after the last real token.
 
         Args:
-            h: [B, T, D], normalised stream of this depth step.
+            vectors: [B, T, P H N], of ``vector_layers`` side by side.
+            controls: [B, T, C], of ``control_layers`` side by side.
             matrix_state: [B, H, N, N] before the first token; ``None`` is zero.
-            recent: what the short convolution needs of the tokens before; ``None`` is zeros.
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
-            packed: from ``pack``.
-            projected: what ``vector_layers`` behind the convolution and ``control_layers`` make of
-                h, side by side, where that is known; the vectors squashed if ``squashes``.
+            bound: whether the vectors have passed through tanh, where ``squashes``.
 
         Returns:
-            [B, T, H N] in the dtype of ``h``; [B, H, N, N], float32 at least; ``recent``
-            afterwards, ``None`` without a short convolution.
+            [B, T, H N] in the dtype of the vectors; [B, H, N, N], float32 at least.
         """
-        if projected is not None:
-            vectors, controls = projected
-            recent = self.take_recent(h, recent, lengths)
-        else:
-            source = h
-            if self.short_conv is not None:
-                source, recent = self.short_conv(h, recent, lengths)
-            vectors = apply_together(self.vector_layers, source, packed[0])  # [B, T, P H N]
-            controls = apply_together(self.control_layers, h, packed[1])  # [B, T, C]
-        y, final_state = scan_projected(
-            vectors.view(*h.shape[:2], -1, self.num_heads, self.head_dim),
+        readout, matrix_state = scan_projected(
+            vectors.view(*vectors.shape[:2], -1, self.num_heads, self.head_dim),
             controls,
             unit=self.normalized_keys,
             delta=self.uses_delta,
-            bound=projected is not None and self.squashes,
+            bound=bound,
             norm_guard=self.norm_guard,
             initial_state=matrix_state,
             lengths=lengths,
-            backend=self.backend,
+            **self.operator_options,
         )
-        return y.flatten(2), final_state, recent
-
-    def take_recent(
-        self, h: Tensor, recent: Tensor | None, lengths: Tensor | None
-    ) -> Tensor | None:
-        """Return what the short convolution needs of these tokens in the next call, if it has one.
-
-        The arguments are those of ``forward``.
-        """
-        if self.short_conv is None:
-            return recent
-        return self.short_conv.take_recent(h, recent, lengths)
+        return readout.flatten(2), matrix_state

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.kernels.passes import FoundInSlots, FoundMatch, runs_native, weigh_retrieved
-from unimatrix.nn.packed_linear import is_bare, is_plain
+from unimatrix.nn.residual_context import ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveRead
-from unimatrix.ops.checks import is_autocast
 
 # Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
 _NUM_LENGTH_BUCKETS = 10
@@ -30,7 +28,6 @@ class PointerMixture(nn.Module):
 
     def __init__(self, config: UniMatrixConfig, num_reads: int) -> None:
         super().__init__()
-        self.backend = "auto"
         self.num_reads = num_reads
         self.slot_score = nn.Linear(config.hidden_size, num_reads) if num_reads else None
         self.automaton_score: nn.Linear | None = None
@@ -40,31 +37,31 @@ class PointerMixture(nn.Module):
             self.length_score = nn.Embedding(_NUM_LENGTH_BUCKETS, 1)
 
     def forward(
-        self, h: Tensor, read: SelectiveRead | None, match: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, h: Tensor, found: SelectiveRead | None, match: ResidualRead | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the tokens that share the probability, and ln of the shares.
 
         Args:
             h: [B, T, D], what the head reads.
-            read: what the slots found.
-            match: the automaton's predicted ids and match lengths, [B, T] int64 each, -1 and 0 for
-                no match.
+            found: what the selective slots found; ``None`` is nothing.
+            match: what the suffix automaton says; ``None`` where it has no score.
 
         Returns:
-            h, to go on with; token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary
-            first, -inf for what was not found.
+            token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary first, -inf for
+            what was not found.
         """
-        if self._is_one_pass(h, read):
-            return weigh_retrieved(h, *self._list_found(read, match))
         ids, scores, elsewhere = [], [torch.zeros_like(h[..., :1])], [torch.zeros_like(h[..., :1])]
-        if self.slot_score is not None and read is not None:
-            ids.append(read.token_ids)
-            scores.append(self.slot_score(h) + read.log_strength)
-            zeros = torch.zeros_like(read.log_strength)
-            elsewhere.append(zeros if read.elsewhere is None else read.elsewhere + zeros)
+        if self.slot_score is not None and found is not None:
+            ids.append(found.token_ids)
+            scores.append(self.slot_score(h) + found.log_strength)
+            zeros = torch.zeros_like(found.log_strength)
+            elsewhere.append(zeros if found.elsewhere is None else found.elsewhere + zeros)
         if self.automaton_score is not None and self.length_score is not None:
             assert match is not None
-            predicted, lengths = (part.unsqueeze(-1) for part in match)  # [B, T, 1]
+            assert match.predicted_ids is not None
+            assert match.match_lengths is not None
+            predicted = match.predicted_ids.unsqueeze(-1)  # [B, T, 1]
+            lengths = match.match_lengths.unsqueeze(-1)
             buckets = (2 * lengths - 1).clamp_min(1).double().log2().long()
             by_length = self.length_score(buckets.clamp(max=_NUM_LENGTH_BUCKETS - 1)).squeeze(-1)
             score = self.automaton_score(h) + by_length
@@ -72,30 +69,7 @@ class PointerMixture(nn.Module):
             elsewhere.append(torch.zeros_like(score))
             ids.append(predicted.clamp_min(0))
         log_weights = log_softmax(torch.cat(scores, dim=-1), dim=-1)
-        return h, torch.cat(ids, dim=-1), log_weights + torch.cat(elsewhere, dim=-1)
-
-    def _is_one_pass(self, h: Tensor, read: SelectiveRead | None) -> bool:
-        """Return whether all of it runs as one compiled pass."""
-        layers = (self.slot_score, self.automaton_score, self.length_score)
-        own = [layer for layer in layers if layer is not None]
-        if is_autocast(h.device.type) or not (is_bare(self) and all(map(is_plain, own))):
-            return False
-        weights = [weight for layer in own for weight in layer.parameters()]
-        return runs_native(self.backend, h, *weights, None if read is None else read.log_strength)
-
-    def _list_found(
-        self, read: SelectiveRead | None, match: tuple[Tensor, Tensor] | None
-    ) -> tuple[FoundInSlots | None, FoundMatch | None]:
-        """Return what was found beside the weights that score it."""
-        slots, matched = None, None
-        if self.slot_score is not None and read is not None:
-            found = (read.token_ids, read.log_strength, read.elsewhere)
-            slots = FoundInSlots(self.slot_score.weight, self.slot_score.bias, *found)
-        if self.automaton_score is not None and self.length_score is not None:
-            assert match is not None
-            score, by_length = self.automaton_score, self.length_score.weight.flatten()
-            matched = FoundMatch(score.weight, score.bias, by_length, *match)
-        return slots, matched
+        return torch.cat(ids, dim=-1), log_weights + torch.cat(elsewhere, dim=-1)
 
 
 class MixedLogits(NamedTuple):

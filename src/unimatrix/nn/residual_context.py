@@ -1,17 +1,35 @@
 """What followed last time: one context vector per position, from the token ids alone."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.nn.embed_tokens import embed_tokens
+from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.previous_token import shift_to_previous
 from unimatrix.ops import opaque
 from unimatrix.ops.suffix_automaton import AutomatonState, predict_from_suffix
 
 
-class ResidualContext(nn.Module):
+class ResidualRead(NamedTuple):
+    """What the residual path says of every position.
+
+    Attributes:
+        context: [B, T, D], zero where nothing matched.
+        predicted_ids: [B, T] int64, -1 where nothing matched; ``None`` with previous_token.
+        match_lengths: [B, T] int64, 0 where nothing matched; ``None`` with previous_token.
+    """
+
+    context: Tensor
+    predicted_ids: Tensor | None = None
+    match_lengths: Tensor | None = None
+
+
+class ResidualContext(Mixer):
     """Embed the previous token, or the token that followed the longest earlier match.
+
+    Its gate is the block's ``context_gate``.
 
     Equation: E10.
     Source: RWKV-8 ROSA (suffix automaton); the published code's ROSA (previous token);
@@ -21,63 +39,67 @@ class ResidualContext(nn.Module):
         config: uses V, D, ``residual_path``, ``automaton_window`` and ``pad_token_id``.
     """
 
+    name, operator, part = "residual_context", "suffix_automaton", "automaton"
+    State, state_prefix, state_device = AutomatonState, "automaton.", "cpu"
+
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
+        self.reads_at = 0
         self.uses_automaton = config.residual_path == "suffix_automaton"
         self.window = config.automaton_window
         self.pad_token_id = config.pad_token_id
-        self.backend = "auto"
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        last_token_ids: Tensor | None,
-        automaton: AutomatonState | None,
-        lengths: Tensor | None,
-        *,
-        in_place: bool = False,
-        keeps_state: bool = True,
-        passes: str = "auto",
-    ) -> tuple[Tensor, AutomatonState | None, tuple[Tensor, Tensor] | None]:
-        """Return the context of every position and the automaton after the last real token.
+    @property
+    def runs_operator(self) -> bool:
+        """Whether the automaton runs."""
+        return self.uses_automaton
 
-        Args:
-            input_ids: [B, T] int64.
-            last_token_ids: [B] int64, the previous real token, -1 where there is none; ``None`` is
-                none anywhere.
-            automaton: the automaton so far; ``None`` is empty.
-            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
-            in_place: change the tensors of ``automaton``, which the caller then gives up.
-            keeps_state: return the automaton.
-            passes: back end of the fused passes.
+    @property
+    def grows(self) -> bool:
+        """An automaton without a window keeps the whole text."""
+        return self.uses_automaton and self.window is None
+
+    def forward(
+        self, source: Tensor, tokens: Tokens, state: AutomatonState | None
+    ) -> tuple[ResidualRead, AutomatonState | None]:
+        """Embed what each position is told; see ``Mixer.forward``."""
+        predicted, lengths, state = self.predict(tokens, state)
+        context = self.embed(predicted.clamp(min=0)) * (predicted >= 0).unsqueeze(-1)
+        return self.describe(context, predicted, lengths), state
+
+    def predict(
+        self, tokens: Tokens, state: AutomatonState | None
+    ) -> tuple[Tensor, Tensor | None, AutomatonState | None]:
+        """Return the id that each position is told and its match length, and the state afterwards.
 
         Returns:
-            [B, T, D], zero where nothing matched; the automaton, if it is kept; its predicted ids
-            and match lengths, [B, T] int64 each (both ``None`` with previous_token).
+            [B, T] int64, -1 for none; [B, T] int64, ``None`` with previous_token; the automaton.
         """
         if not self.uses_automaton:
-            if last_token_ids is None:
-                last_token_ids = torch.full_like(input_ids[:, 0], -1)
-            first = last_token_ids.masked_fill(last_token_ids < 0, self.pad_token_id)
-            return self.embed(shift_to_previous(input_ids, first)), None, None
-        if torch.compiler.is_compiling() and not keeps_state and automaton is None:
+            first = tokens.last_ids.masked_fill(tokens.last_ids < 0, self.pad_token_id)
+            return shift_to_previous(tokens.ids, first), None, None
+        if tokens.suffix_match is not None:
+            return *tokens.suffix_match.unbind(dim=-1), None
+        if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
             # Padding comes last, and nothing is read from it.
-            match = opaque.match_suffixes(input_ids, self.window).unbind(dim=-1)
-            return self.embed_predicted(match[0], passes), None, match
-        prediction, automaton = predict_from_suffix(
-            input_ids.cpu(),
-            lengths=None if lengths is None else lengths.cpu(),
-            initial=automaton,
+            return *opaque.match_suffixes(tokens.ids, self.window).unbind(dim=-1), None
+        prediction, state = predict_from_suffix(
+            tokens.ids.cpu(),
+            lengths=None if tokens.lengths is None else tokens.lengths.cpu(),
+            initial=state,
             window=self.window,
-            in_place=in_place,
-            keeps_state=keeps_state,
-            backend=self.backend,
+            in_place=tokens.gives_up_state,
+            keeps_state=tokens.keeps_state,
+            **self.operator_options,
         )
-        device = input_ids.device
-        match = prediction.predicted_ids.to(device), prediction.match_lengths.to(device)
-        return self.embed_predicted(match[0], passes), automaton, match
+        device = tokens.ids.device
+        return prediction.predicted_ids.to(device), prediction.match_lengths.to(device), state
 
-    def embed_predicted(self, predicted_ids: Tensor, passes: str = "auto") -> Tensor:
-        """Return the context [B, T, D] of the automaton's predicted ids [B, T], -1 for none."""
-        return embed_tokens(self.embed, predicted_ids, allows_none=True, backend=passes)
+    def describe(
+        self, context: Tensor, predicted_ids: Tensor, match_lengths: Tensor | None
+    ) -> ResidualRead:
+        """Return the read of what ``predict`` said and its embedding."""
+        if match_lengths is None:
+            return ResidualRead(context)
+        return ResidualRead(context, predicted_ids, match_lengths)

@@ -4,13 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, embedding_bag, gelu, linear, logsigmoid, pad
+from torch.nn.functional import gelu, logsigmoid, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.kernels.passes import normalize_rows
-from unimatrix.kernels.passes.weights import NUM_LANES
-from unimatrix.nn.packed_linear import is_plain
-from unimatrix.ops.checks import find_real_tokens, is_autocast
+from unimatrix.nn.mixer import Mixer, Tokens
+from unimatrix.ops.checks import find_real_tokens
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
     CODES_PER_NAT,
@@ -26,7 +24,6 @@ from unimatrix.ops.selective_slots import (
 )
 
 _FIRST_READ_SCORE = 4.0
-_COMPILED = ("auto", "native")  # back ends with which gate and read are compiled, too
 
 
 class SelectiveState(NamedTuple):
@@ -62,49 +59,33 @@ class SelectiveRead(NamedTuple):
     scale: HindsightScale | None
 
 
-class _Values(NamedTuple):
-    """Normalised and projected embeddings of what was found.
+class Found(NamedTuple):
+    """What looking contexts up has found, before it is weighed.
 
     Attributes:
-        embed: the token embedding.
-        proj: of the normalised embeddings.
-        table: all of them normalised and projected, [V, D], or ``None``.
+        lookup: entries, codes and values found, [B, T, Q] each.
+        held_logits: [B, M], the gate's logits behind the slots at the start.
+        logits: [B, T, N], the gate's logits of these tokens' writes.
+        offered: [B, T, N] bool, the writes that exist.
     """
 
-    embed: nn.Embedding
-    proj: nn.Linear
-    table: Tensor | None
+    lookup: SlotLookup
+    held_logits: Tensor
+    logits: Tensor
+    offered: Tensor
 
-    def mix(self, token_ids: Tensor, weights: Tensor) -> Tensor:
-        """Return the weighted sums [B, T, D] of the values of ids [B, T, Q]."""
-        if self.table is None:
-            values = self.embed(token_ids)  # [B, T, Q, D]
-            mixed = (weights.unsqueeze(-1) * _normalize(values)).sum(dim=2)
-            projected: Tensor = self.proj(mixed.to(values.dtype))
-            return projected
-        # Elsewhere than here, earlier releases of torch have no such kernel.
-        if self.table.device.type not in ("cpu", "cuda"):
-            return (weights.unsqueeze(-1) * embedding(token_ids, self.table)).sum(dim=2)
-        mixed = embedding_bag(
-            token_ids.flatten(0, 1),
-            self.table,
-            per_sample_weights=weights.flatten(0, 1).to(self.table.dtype),
-            mode="sum",
-        )
-        return mixed.view(*token_ids.shape[:2], -1)
+    @property
+    def entries(self) -> Tensor:
+        """The logits of slots and writes by the lookup's entry, [B, M + T N]."""
+        return torch.cat([self.held_logits, self.logits.flatten(1)], dim=1)
 
 
-def _normalize(vectors: Tensor) -> Tensor:
+def normalize_features(vectors: Tensor) -> Tensor:
     """Return vectors [..., D] over their root mean square."""
-    return normalize_rows(vectors, None, torch.finfo(vectors.dtype).eps)
+    return rms_norm(vectors, vectors.shape[-1:], None, torch.finfo(vectors.dtype).eps)
 
 
-def _join_entries(held_logits: Tensor, logits: Tensor) -> Tensor:
-    """Return the logits of slots [B, M] and writes [B, T, N] by entry, [B, M + T N]."""
-    return torch.cat([held_logits, logits.flatten(1)], dim=1)
-
-
-class SelectiveMixer(nn.Module):
+class SelectiveMixer(Mixer):
     """Look the recent contexts up, and offer the one before to the slots.
 
     Equation: E13 to E16, E21.
@@ -114,9 +95,13 @@ class SelectiveMixer(nn.Module):
         config: uses D, V, M, the ``slot_*`` fields and the ``hindsight*`` fields.
     """
 
+    name, operator, part = "selective_mixer", "selective_slots", "slots"
+    State, state_prefix = SelectiveState, "associations.selective."
+
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
-        self.backend = "auto"
+        # A gate that sees the stream looks after the first depth step.
+        self.reads_at = int(config.slot_source == "hidden")
         self.patterns = [list(pattern) for pattern in config.slot_key_patterns]
         self.read_offsets = list(config.slot_read_offsets)
         self.num_slots = config.num_slots
@@ -125,7 +110,6 @@ class SelectiveMixer(nn.Module):
         self.margin = round(config.slot_margin * CODES_PER_NAT)
         self.keep_first = config.repeated_key == "first"
         self.fade_tokens = config.slot_fade_tokens
-        self.reads_hidden = config.slot_source == "hidden"
         self.rules = None
         if config.hindsight != "none":
             self.rules = HindsightRules(
@@ -140,8 +124,7 @@ class SelectiveMixer(nn.Module):
         width, num_patterns = config.hidden_size, len(self.patterns)
         self.num_hops = config.slot_hops
         self.num_reads = num_patterns * len(self.read_offsets) * self.num_hops
-        gate_inputs = (3 if self.reads_hidden else 2) * width
-        self.gate_up = nn.Linear(gate_inputs, width // 2)
+        self.gate_up = nn.Linear((2 + self.reads_at) * width, width // 2)
         self.gate_down = nn.Linear(width // 2, num_patterns)
         self.read_score = nn.Parameter(torch.empty(self.num_reads))
         self.value_proj = nn.Linear(width, width, bias=False)
@@ -151,60 +134,84 @@ class SelectiveMixer(nn.Module):
         """Return the parameters that start elsewhere: a read is clearly above reading nothing."""
         return [(self.read_score, torch.full((self.num_reads,), _FIRST_READ_SCORE))]
 
-    def retrieve(
-        self,
-        embed: nn.Embedding,
-        token_ids: Tensor,
-        hidden: Tensor | None,
-        *,
-        state: SelectiveState | None,
-        num_before: Tensor,
-        lengths: Tensor | None,
-        keeps_state: bool,
+    @property
+    def gate(self) -> nn.Module:
+        """The read gate."""
+        return self.read_gate
+
+    def forward(
+        self, source: Tensor, tokens: Tokens, state: SelectiveState | None
     ) -> tuple[SelectiveRead, SelectiveState | None]:
-        """Run the slots over a sequence.
+        """Look up, write and read at every position; see ``Mixer.forward``.
+
+        Training looks up in slots without a bound, unless ``bounded_training``.
+        """
+        stream = self.join_stream(tokens.ids, state)
+        logits = self.weigh_writes(source, tokens, stream)
+        found, state = self.look_up(tokens, stream, logits, state)
+        log_strength, weights, elsewhere, scale = self.weigh_reads(found)
+        values = normalize_features(tokens.embed(found.lookup.value_ids))  # [B, T, Q, D]
+        mixed = (weights.unsqueeze(-1) * values).sum(dim=2).to(values.dtype)
+        context = self.value_proj(mixed)
+        read = SelectiveRead(context, found.lookup.value_ids, log_strength, elsewhere, scale)
+        return read, state
+
+    def join_stream(self, ids: Tensor, state: SelectiveState | None) -> Tensor:
+        """Return the tokens with those before that contexts reach, [B, n + T], -1 for none."""
+        if state is None:
+            recent = ids.new_full((ids.shape[0], self.num_recent), -1)
+        else:
+            recent = state.recent_token_ids.long()
+        return torch.cat([recent, ids], dim=1)
+
+    def weigh_writes(self, source: Tensor, tokens: Tokens, stream: Tensor) -> Tensor:
+        """Return the logit of each write's strength, [B, T, N]; arguments as in ``look_up``."""
+        pair = stream[:, self.num_recent - 1 :]  # [B, 1 + T], -1 before the first token
+        features = tokens.embed(pair.clamp_min(0)) * (pair >= 0).unsqueeze(-1)
+        features = normalize_features(features)
+        inputs = [features[:, :-1], features[:, 1:]]
+        if self.reads_at:
+            inputs.append(normalize_features(source))
+        logits: Tensor = self.gate_down(gelu(self.gate_up(torch.cat(inputs, dim=-1))))
+        # Strengths are carried and compared: no fewer digits than the state has.
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def look_up(
+        self, tokens: Tokens, stream: Tensor, logits: Tensor, state: SelectiveState | None
+    ) -> tuple[Found, SelectiveState | None]:
+        """Run the slots over the tokens.
 
         Args:
-            embed: the token embedding.
-            token_ids: [B, T] int64.
-            hidden: [B, T, D], the stream that the gate sees, with the hidden source.
+            tokens: these tokens.
+            stream: [B, n + T], from ``join_stream``.
+            logits: [B, T, N], from ``weigh_writes``.
             state: slots and recent tokens before; ``None`` is an empty stream.
-            num_before: [B] int64, tokens of the stream before these.
-            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
-            keeps_state: return the state after the last real token. Training looks up in slots
-                without a bound, whatever is kept.
 
         Returns:
-            what each position found, and the state.
+            what each position found, and the state after the last real token, if it is kept.
         """
-        batch = token_ids.shape[0]
-        if state is None:
-            slots = empty_selective_slots(
-                batch, self.num_slots, self.vocab_size, device=token_ids.device
-            )
-            recent = token_ids.new_full((batch, self.num_recent), -1)
-        else:
-            slots, recent = state.slots, state.recent_token_ids.long()
-        stream = torch.cat([recent, token_ids], dim=1)  # [B, n + T]
+        batch, ids = stream.shape[0], tokens.ids
+        slots = None if state is None else state.slots
+        if slots is None:
+            slots = empty_selective_slots(batch, self.num_slots, self.vocab_size, device=ids.device)
+        codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
         keys = hash_contexts(stream, self.patterns)  # [B, n + T, N]
-        table = self._normalize_table(embed, token_ids.numel())
-        logits, codes = self._weigh_writes(embed, table, stream, hidden)  # [B, T, N]
         write_keys = self._ending(keys, 1)
 
         def scan(read_keys: Tensor, bounded: bool) -> SlotScan:
             return scan_selective_slots(
                 read_keys,
                 write_keys,
-                token_ids,
+                ids,
                 codes,
                 initial=slots,
                 bounded=bounded,
                 margin=self.margin,
                 keep_first=self.keep_first,
                 fade_tokens=self.fade_tokens,
-                first_position=num_before,
-                lengths=lengths,
-                backend=self.backend,
+                first_position=tokens.num_before,
+                lengths=tokens.lengths,
+                **self.operator_options,
             )
 
         read_keys = torch.cat([self._ending(keys, offset) for offset in self.read_offsets], dim=-1)
@@ -219,72 +226,40 @@ class SelectiveMixer(nn.Module):
         held_logits = logits.new_zeros(batch, self.num_slots)
         if state is not None and state.logits is not None:
             held_logits = state.logits
-        kept = None
-        if keeps_state:
-            final = scan(read_keys, bounded=True) if scanned.slots is None else scanned
-            assert final.slots is not None
-            assert final.writers is not None
-            entries = _join_entries(held_logits, logits)
-            behind = entries.gather(1, final.writers) if entries.requires_grad else None
-            kept = SelectiveState(final.slots, self._take_recent(stream, lengths), behind)
-        offered = (write_keys >= 0) & find_real_tokens(lengths, token_ids).unsqueeze(-1)
-        projected = None if table is None else linear(table, self.value_proj.weight)
-        values = _Values(embed, self.value_proj, projected)
-        return self._read(values, lookup, held_logits, logits, offered), kept
+        offered = (write_keys >= 0) & find_real_tokens(tokens.lengths, ids).unsqueeze(-1)
+        found = Found(lookup, held_logits, logits, offered)
+        if not tokens.keeps_state:
+            return found, None
+        final = scan(read_keys, bounded=True) if scanned.slots is None else scanned
+        assert final.slots is not None
+        assert final.writers is not None
+        entries = found.entries
+        behind = entries.gather(1, final.writers) if entries.requires_grad else None
+        return found, SelectiveState(final.slots, self._take_recent(stream, tokens.lengths), behind)
 
-    def _normalize_table(self, embed: nn.Embedding, num_tokens: int) -> Tensor | None:
-        """Return every token's embedding over its root mean square, [V, D].
+    def weigh_reads(
+        self, found: Found
+    ) -> tuple[Tensor, Tensor, Tensor | None, HindsightScale | None]:
+        """Return ln of the strength and the weight of each value found, both [B, T, Q].
 
-        What layers make of embeddings alone is made of V rows then, not of every position. ``None``
-        where there are fewer positions, where a layer is more than its weights, and in less than 32
-        bits, of which a sum of two products would keep fewer than one product of both.
+        The last two are those of ``SelectiveRead``.
         """
-        if not all(map(is_plain, (embed, self.gate_up, self.gate_down, self.value_proj))):
-            return None
-        weight = embed.weight
-        is_narrow = weight.dtype not in (torch.float32, torch.float64)
-        if embed.num_embeddings > num_tokens or is_narrow or is_autocast(weight.device.type):
-            return None
-        return _normalize(weight)
-
-    def _is_compiled(self, table: Tensor | None) -> bool:
-        """Return whether gate and read, which need every token's features, are compiled passes."""
-        is_here = table is not None and table.device.type == "cpu"
-        return is_here and self.backend in _COMPILED and not torch.compiler.is_compiling()
-
-    def _weigh_writes(
-        self, embed: nn.Embedding, table: Tensor | None, stream: Tensor, hidden: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the logit of each write's strength and its code, int64, [B, T, N] each."""
-        pair = stream[:, self.num_recent - 1 :]  # [B, 1 + T], -1 before the first token
-        if table is None:
-            features = _normalize(embed(pair.clamp_min(0)) * (pair >= 0).unsqueeze(-1))
-            inputs = [features[:, :-1], features[:, 1:]]
-            if hidden is not None:
-                inputs.append(_normalize(hidden))
-            up = self.gate_up(torch.cat(inputs, dim=-1))
-        else:
-            of_last, of_this, *of_hidden = torch.split(self.gate_up.weight, table.shape[1], dim=1)
-            after, here = linear(table, of_last), linear(table, of_this, self.gate_up.bias)
-            if hidden is None and after.shape[1] % NUM_LANES == 0 and self._is_compiled(table):
-                # Imported here: it loads the compiler.
-                from unimatrix.ops.selective_slots.gate_native import weigh_writes_native
-
-                down = self.gate_down
-                return weigh_writes_native(
-                    stream, self.num_recent, after, here, down.weight, down.bias
-                )
-            # [1 + V, D / 2], zeros for none
-            up = embedding(pair[:, :-1] + 1, pad(after, (0, 0, 1, 0))) + embedding(
-                pair[:, 1:], here
+        lookup = found.lookup
+        exists = lookup.entries >= 0  # [B, T, Q]
+        held = lookup.codes.to(found.logits.dtype) / CODES_PER_NAT
+        # The value is that of the code, as the slots keep it; the gradient is the gate's.
+        behind = found.entries.gather(1, lookup.entries.clamp_min(0).flatten(1)).view_as(held)
+        held = held + behind - behind.detach()
+        log_strength = logsigmoid(held).masked_fill(~exists, -torch.inf)
+        scores = self.read_score + log_strength
+        nothing = torch.zeros_like(scores[..., :1])
+        log_weights = torch.cat([nothing, scores], dim=-1).log_softmax(dim=-1)[..., 1:]
+        elsewhere = scale = None
+        if self.rules is not None and self.training:
+            log_weights, elsewhere, scale = watch_reads(
+                log_weights, found.logits, lookup.entries, found.offered, self.num_slots, self.rules
             )
-            if hidden is not None:
-                up = up + linear(_normalize(hidden), of_hidden[0])
-        logits: Tensor = self.gate_down(gelu(up))
-        # Strengths are carried and compared: no fewer digits than the state has.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
-        return logits, codes
+        return log_strength, log_weights.exp(), elsewhere, scale
 
     def _ending(self, keys: Tensor, offset: int) -> Tensor:
         """Return the contexts that end ``offset`` tokens before each position, [B, T, N]."""
@@ -293,45 +268,7 @@ class SelectiveMixer(nn.Module):
 
     def _take_recent(self, stream: Tensor, lengths: Tensor | None) -> Tensor:
         """Return the last n real tokens of each row, [B, n] int32."""
-        last = self.num_recent + torch.arange(-self.num_recent, 0, device=stream.device)  # [n]
         if lengths is None:
-            taken = stream[:, stream.shape[1] - self.num_recent :]
-        else:
-            taken = stream.gather(1, lengths.unsqueeze(1) + last)
-        return taken.int()
-
-    def _read(
-        self,
-        values: _Values,
-        lookup: SlotLookup,
-        held_logits: Tensor,
-        logits: Tensor,
-        offered: Tensor,
-    ) -> SelectiveRead:
-        """Weigh what was found and mix its values."""
-        rules = self.rules if self.training else None
-        if values.table is not None and self._is_compiled(values.table):
-            # Imported here: it loads the compiler.
-            from unimatrix.ops.selective_slots.read_native import read_found_native
-
-            given = (logits, held_logits, self.read_score, values.table, offered, rules)
-            context, log_strength, elsewhere, scale = read_found_native(lookup, *given)
-            return SelectiveRead(context, lookup.value_ids, log_strength, elsewhere, scale)
-        entries = _join_entries(held_logits, logits)
-        found = lookup.entries >= 0  # [B, T, Q]
-        held = lookup.codes.to(logits.dtype) / CODES_PER_NAT
-        # The value is that of the code, as the slots keep it; the gradient is the gate's.
-        behind = entries.gather(1, lookup.entries.clamp_min(0).flatten(1)).view_as(held)
-        held = held + behind - behind.detach()
-        log_strength = logsigmoid(held).masked_fill(~found, -torch.inf)
-        scores = self.read_score + log_strength
-        nothing = torch.zeros_like(scores[..., :1])
-        log_weights = torch.cat([nothing, scores], dim=-1).log_softmax(dim=-1)[..., 1:]
-        elsewhere = scale = None
-        if rules is not None:
-            log_weights, elsewhere, scale = watch_reads(
-                log_weights, logits, lookup.entries, offered, self.num_slots, rules
-            )
-        weights = log_weights.exp()  # [B, T, Q]
-        context = values.mix(lookup.value_ids, weights)
-        return SelectiveRead(context, lookup.value_ids, log_strength, elsewhere, scale)
+            return stream[:, stream.shape[1] - self.num_recent :].int()
+        last = self.num_recent + torch.arange(-self.num_recent, 0, device=stream.device)  # [n]
+        return stream.gather(1, lengths.unsqueeze(1) + last).int()

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from unimatrix.kernels.passes import convolve_recent
-
 _FIRST_STD = 0.3
 
 
@@ -17,12 +15,11 @@ class ShortConvolution(nn.Module):
 
     Args:
         width: D, channels.
-        kernel: tokens that a filter sees, at least 2.
+        kernel: K, tokens that a filter sees, at least 2.
     """
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
-        self.backend = "auto"
         self.kernel = kernel
         self.weight = nn.Parameter(torch.empty(kernel, width))
 
@@ -39,13 +36,16 @@ class ShortConvolution(nn.Module):
 
         Args:
             h: [B, T, D], real tokens first in each row.
-            recent: [B, kernel - 1, D], features of the tokens before; ``None`` is zeros.
+            recent: [B, K - 1, D], features of the tokens before; ``None`` is zeros.
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
 
         Returns:
-            [B, T, D]; [B, kernel - 1, D], the features of the last real tokens.
+            [B, T, D]; [B, K - 1, D], the features of the last real tokens.
         """
-        mixed = convolve_recent(h, self.weight, recent, backend=self.backend)
+        stream = self._join(h, recent)
+        mixed = h * self.weight[-1]
+        for tap in range(self.kernel - 1):
+            mixed = torch.addcmul(mixed, stream[:, tap : tap + h.shape[1]], self.weight[tap])
         return mixed, self.take_recent(h, recent, lengths)
 
     def take_recent(self, h: Tensor, recent: Tensor | None, lengths: Tensor | None) -> Tensor:
@@ -57,14 +57,14 @@ class ShortConvolution(nn.Module):
         if lengths is None and h.shape[1] >= num_recent:
             # Copied: a view would keep the whole stream in memory.
             return h[:, h.shape[1] - num_recent :].clone()
-        before = h.new_zeros(h.shape[0], num_recent, h.shape[2]) if recent is None else recent
-        stream = torch.cat([before.to(h.dtype), h], dim=1)  # [B, kernel - 1 + T, D]
-        return _take_last(stream, num_recent, lengths)
+        stream = self._join(h, recent)
+        if lengths is None:
+            return stream[:, stream.shape[1] - num_recent :]
+        last = lengths.unsqueeze(1) + torch.arange(num_recent, device=h.device)  # [B, K - 1]
+        return stream.gather(1, last.unsqueeze(-1).expand(-1, -1, h.shape[2]))
 
-
-def _take_last(stream: Tensor, num_recent: int, lengths: Tensor | None) -> Tensor:
-    """Return the last real positions of a stream with ``num_recent`` earlier ones in front."""
-    if lengths is None:
-        return stream[:, stream.shape[1] - num_recent :]
-    last = lengths.unsqueeze(1) + torch.arange(num_recent, device=stream.device)  # [B, kernel - 1]
-    return stream.gather(1, last.unsqueeze(-1).expand(-1, -1, stream.shape[2]))
+    def _join(self, h: Tensor, recent: Tensor | None) -> Tensor:
+        """Return the stream [B, K - 1 + T, D] with the tokens before in front."""
+        if recent is None:
+            recent = h.new_zeros(h.shape[0], self.kernel - 1, h.shape[2])
+        return torch.cat([recent.to(h.dtype), h], dim=1)

@@ -1,13 +1,28 @@
 """Projections and gates around the sparse slots."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.associative_projections import AssociativeProjections
-from unimatrix.nn.previous_token import shift_to_previous
+from unimatrix.nn.mixer import Tokens, Votes
+from unimatrix.nn.previous_token import shift_to_previous, take_last
 from unimatrix.nn.product_keys import ProductKeys
 from unimatrix.ops.slots import SlotRead, SlotState, empty_slots, scan_slots
+
+
+class SlotMixerState(NamedTuple):
+    """What the slots carry from call to call.
+
+    Attributes:
+        previous: [B, D], source feature of the last real token.
+        slots: the M slots.
+    """
+
+    previous: Tensor
+    slots: SlotState
 
 
 class SlotMixer(AssociativeProjections):
@@ -20,6 +35,9 @@ class SlotMixer(AssociativeProjections):
         config: uses D, C, M, K, thresholds, ``write_gate``, ``pointer``, ``product_key_codes`` and
             ``slot_hops``.
     """
+
+    name, operator, part = "slot_mixer", "slots", "slots"
+    State, state_prefix = SlotMixerState, "associations."
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__(config)
@@ -37,29 +55,12 @@ class SlotMixer(AssociativeProjections):
             for _ in range(config.slot_hops - 1)
         )
 
-    def retrieve(
-        self,
-        source: Tensor,
-        token_ids: Tensor,
-        writable: Tensor,
-        *,
-        previous: Tensor | None,
-        slots: SlotState | None,
-        lengths: Tensor | None,
-    ) -> tuple[SlotRead, SlotState]:
-        """Run the slots over a sequence of source features.
-
-        Args:
-            source: [B, T, D], token embeddings or the normalised stream.
-            token_ids: [B, T] int64.
-            writable: [B, T] bool, whether the position has a predecessor.
-            previous: [B, D], source feature of the token before the first; ``None`` is none.
-            slots: slots before the first token; ``None`` is empty.
-            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
-
-        Returns:
-            what each position read, and the slots after the last real token.
-        """
+    def forward(
+        self, source: Tensor, tokens: Tokens, state: SlotMixerState | None
+    ) -> tuple[SlotRead, SlotMixerState]:
+        """Read, then write, at every position; see ``Mixer.forward``."""
+        source = source if self.reads_at is None else tokens.embeddings
+        previous, slots = (None, None) if state is None else state
         before = shift_to_previous(source, previous)  # [B, T, D]
         if self.write_gate is None:
             strengths = torch.ones_like(source[..., 0])  # [B, T]
@@ -86,14 +87,14 @@ class SlotMixer(AssociativeProjections):
                 keys,
                 values,
                 strengths,
-                token_ids,
-                writable=writable,
+                tokens.ids,
+                writable=tokens.writable,
                 slots_per_read=self.slots_per_read,
                 initial=slots,
                 match_threshold=self.match_threshold,
                 strength_floor=self.strength_floor,
-                lengths=lengths,
-                backend=self.backend,
+                lengths=tokens.lengths,
+                **self.operator_options,
             )
 
         queries = self.query_proj(source)
@@ -101,15 +102,10 @@ class SlotMixer(AssociativeProjections):
         for hop_proj in self.hop_projs:  # what is written does not depend on what is asked
             queries = queries + hop_proj(read.context)
             read, _ = scan(queries)
-        return read, final
+        return read, SlotMixerState(take_last(source, tokens.lengths, previous), final)
 
-    def weigh_pointer(self, h: Tensor, read: SlotRead) -> tuple[Tensor, Tensor] | None:
-        """Return the ids that vote on the logits and their gated weights, both [B, T, K].
-
-        Args:
-            h: [B, T, D], normalised stream of the last depth step.
-            read: what each position read.
-        """
+    def vote(self, h: Tensor, read: SlotRead) -> Votes | None:
+        """Return the ids of the slots read and their gated weights (E9); see ``Mixer.vote``."""
         if self.pointer_gate is None:
             return None
         weights = torch.sigmoid(self.pointer_gate(h)) * read.pointer_weights  # [B, T, K]

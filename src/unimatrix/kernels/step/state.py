@@ -10,12 +10,15 @@ from torch import Tensor
 from unimatrix.cache import UniMatrixCache, digest_config
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.hub.weights_origin import WeightsOrigin
-from unimatrix.nn.block import Associations, DepthCarry
-from unimatrix.nn.selective_mixer import SelectiveState
+from unimatrix.nn.block import States
+from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
+from unimatrix.nn.residual_context import ResidualContext
+from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveState
+from unimatrix.nn.slot_mixer import SlotMixer, SlotMixerState
 from unimatrix.ops.selective_slots import SelectiveSlots, empty_selective_slots
 from unimatrix.ops.slots import SlotState, empty_slots
 from unimatrix.ops.slots.native_step import prepare_slots
-from unimatrix.ops.suffix_automaton import AutomatonState, empty_automaton
+from unimatrix.ops.suffix_automaton import empty_automaton
 from unimatrix.ops.suffix_automaton.native_step import AutomatonStream, copy_automaton
 
 Array = np.ndarray[Any, Any]
@@ -116,9 +119,9 @@ def _read_matrix_states(
     heads, size = config.num_attention_heads, config.head_dim
     if config.update_rules == "none":
         return _copy(torch.empty(0, cache.batch_size, heads, size, size), dtype)
-    empty = torch.zeros(cache.batch_size, heads, size, size)
-    states = [empty if c.matrix_state is None else c.matrix_state for c in cache.depth]
-    return _copy(torch.stack(states).mT, dtype)
+    empty = MatrixState(torch.zeros(cache.batch_size, heads, size, size))
+    states: list[Any] = [states.get(MatrixMixer.name, empty) for states in cache.depth]
+    return _copy(torch.stack([state.matrix_state for state in states]).mT, dtype)
 
 
 def _read_recents(
@@ -127,7 +130,8 @@ def _read_recents(
     if not config.conv_kernel or config.update_rules == "none":
         return None
     empty = torch.zeros(cache.batch_size, config.conv_kernel - 1, config.hidden_size)
-    return _copy(torch.stack([empty if c.recent is None else c.recent for c in cache.depth]), dtype)
+    states: list[Any] = [states.get(MatrixMixer.name) for states in cache.depth]
+    return _copy(torch.stack([empty if s is None else s.recent for s in states]), dtype)
 
 
 def _read_slots(
@@ -139,9 +143,10 @@ def _read_slots(
     batch, width = cache.batch_size, config.hidden_size
     empty = empty_slots(batch, config.num_slots, config.slot_key_size, width, dtype=dtype)
     hidden = config.slot_source == "hidden"
-    groups = [c.associations for c in cache.depth] if hidden else [cache.associations]
-    held = [group.slots or empty for group in groups]
-    previous = [empty.slot_values[:, 0] if g.previous is None else g.previous for g in groups]
+    groups = list(cache.depth) if hidden else [cache.shared]
+    start = SlotMixerState(empty.slot_values[:, 0], empty)
+    states: list[Any] = [group.get(SlotMixer.name, start) for group in groups]
+    previous, held = zip(*states, strict=True)
     keys, values, strengths, ages, ids = (
         torch.stack(list(fields)) for fields in zip(*held, strict=True)
     )
@@ -150,7 +155,7 @@ def _read_slots(
     flat = floats[0].reshape(-1, keys.shape[-1])
     prepare_slots(flat, floats[2].reshape(-1), units.reshape(flat.shape), offsets.reshape(-1))
     integers = [_copy(tensor, torch.int64) for tensor in (ages, ids)]
-    return (*floats, _copy(torch.stack(previous), dtype), units, offsets, *integers)
+    return (*floats, _copy(torch.stack(list(previous)), dtype), units, offsets, *integers)
 
 
 def _read_selective(
@@ -158,7 +163,7 @@ def _read_selective(
 ) -> tuple[Array, ...] | None:
     if config.associative_memory != "selective":
         return None
-    selective = cache.associations.selective
+    selective: Any = cache.shared.get(SelectiveMixer.name)
     if selective is None:
         slots = empty_selective_slots(cache.batch_size, config.num_slots, config.vocab_size)
         selective = SelectiveState(slots, torch.full((cache.batch_size, num_recent), -1))
@@ -178,44 +183,43 @@ def write_cache(
         origin: the weights that the streams went through.
     """
     num_tokens, last_token_ids, text_hash = torch.from_numpy(state.counters.copy()).unbind(dim=1)
-    matrix_states: list[Tensor | None] = [None] * config.num_hidden_layers
+    depth: list[States] = [{} for _ in range(config.num_hidden_layers)]
+    shared: States = {}
     if config.update_rules != "none":
         copied = torch.from_numpy(state.matrix_states.copy()).mT.contiguous()
-        matrix_states = list(copied.unbind())
-    recents: list[Tensor | None] = [None] * config.num_hidden_layers
-    if state.recents is not None:
-        recents = list(torch.from_numpy(state.recents.copy()).unbind())
-    shared, own = Associations(), [Associations()] * config.num_hidden_layers
-    if state.slots is not None and config.slot_source == "hidden":
-        own = _write_slots(state.slots)
-    elif state.slots is not None:
-        (shared,) = _write_slots(state.slots)
-    elif state.selective is not None:
-        shared = Associations(selective=_write_selective(state.selective, config))
-    automaton: AutomatonState | None = None
+        recents: Any = [None] * config.num_hidden_layers
+        if state.recents is not None:
+            recents = torch.from_numpy(state.recents.copy())
+        for states, matrix_state, recent in zip(depth, copied, recents, strict=True):
+            states[MatrixMixer.name] = MatrixState(matrix_state, recent)
+    if state.slots is not None:
+        groups = depth if config.slot_source == "hidden" else [shared]
+        for states, slots in zip(groups, _write_slots(state.slots), strict=True):
+            states[SlotMixer.name] = slots
+    if state.selective is not None:
+        shared[SelectiveMixer.name] = _write_selective(state.selective, config)
     if state.automaton is not None:
-        automaton = copy_automaton(state.automaton.automaton)
+        shared[ResidualContext.name] = copy_automaton(state.automaton.automaton)
     return UniMatrixCache(
         config_digest=digest_config(config),
         num_columns=state.num_columns,
         num_tokens=num_tokens.contiguous(),
         last_token_ids=last_token_ids.contiguous(),
-        depth=tuple(DepthCarry(*carry) for carry in zip(matrix_states, recents, own, strict=True)),
-        associations=shared,
-        automaton=automaton,
+        depth=tuple(depth),
+        shared=shared,
         text_hash=text_hash.contiguous() if state.knows_text else None,
         origin=origin,
         is_sound=True,
     )
 
 
-def _write_slots(slots: tuple[Array, ...]) -> list[Associations]:
-    """Return the bindings of each group."""
+def _write_slots(slots: tuple[Array, ...]) -> list[SlotMixerState]:
+    """Return the slots of each group."""
     keys, values, strengths, previous, _, _, ages, ids = (
         torch.from_numpy(array.copy()) for array in slots
     )
     return [
-        Associations(previous[g], SlotState(keys[g], values[g], strengths[g], ages[g], ids[g]))
+        SlotMixerState(previous[g], SlotState(keys[g], values[g], strengths[g], ages[g], ids[g]))
         for g in range(keys.shape[0])
     ]
 

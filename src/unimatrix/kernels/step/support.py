@@ -7,11 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from unimatrix.configuration import UniMatrixConfig, get_config_defaults
+from unimatrix.kernels.explain import explain_module
 from unimatrix.nn.associative_projections import AssociativeProjections
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
-from unimatrix.nn.norm import RowNorm
+from unimatrix.nn.mixer import Mixer
 from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
@@ -82,7 +83,7 @@ _MODULES = (
     nn.Linear,
     nn.Embedding,
     nn.LayerNorm,
-    RowNorm,
+    nn.RMSNorm,
     nn.Dropout,
     nn.Identity,
     nn.ModuleList,
@@ -139,10 +140,13 @@ def explain_unusable(model: PreTrainedModel) -> str | None:
         own = type(module).__module__ == "unimatrix.modeling"
         if type(module) not in _MODULES and not own:
             return f"{name} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{name or 'the model'} has a hook"
-        if vars(module).get("backend", "auto") != "auto":
-            return f"the back end of {name} is {module.backend!r}"
+        reason = explain_module(name or "the model", module)
+        if reason is not None:
+            return reason
+        if isinstance(module, Mixer) and module.operator_options:
+            return f"the back end of {name} is {module.operator_options['backend']!r}"
+    if model.passes_backend != "auto":
+        return f"the back end of fused_passes is {model.passes_backend!r}"
     reason = _explain_tables(model)
     if reason is not None:
         return reason

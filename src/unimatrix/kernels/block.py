@@ -1,0 +1,407 @@
+"""A depth step of compiled passes: all of it as one operator, or as many of its parts as can be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from unimatrix.kernels.explain import explain_layers, explain_module, explain_sizes, explain_weights
+from unimatrix.kernels.passes import add_feed_forward, add_mixed, project
+from unimatrix.kernels.passes.weights import PassWeights
+from unimatrix.nn.block import States, UniMatrixBlock
+from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
+from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
+from unimatrix.nn.mixer import Tokens, Votes
+from unimatrix.nn.short_convolution import ShortConvolution
+from unimatrix.ops.matrix_state.fused_scan import fuses_scan
+
+if TYPE_CHECKING:
+    from unimatrix.kernels.passes.depth_step_native import DepthStep
+
+Layer = Callable[[Tensor], Tensor]
+_MOST_CONTEXTS = 3
+
+
+def build_norm_run(norm: nn.Module, name: str, like: Tensor, reasons: dict[str, str]) -> Layer:
+    """Return a norm as one compiled pass, or the module and the reason.
+
+    Args:
+        norm: of ``build_norm``.
+        name: of the part, for the reason.
+        like: a weight of the device and type that kernels read.
+        reasons: by part; one is added where the module is returned.
+    """
+    reason = explain_module(name, norm, nn.RMSNorm)
+    reason = reason or explain_weights(name, norm.parameters(recurse=False), like)
+    if reason is None and torch.compiler.is_compiling():
+        reason = "torch.compile joins its operations"
+    if reason is not None:
+        reasons[name] = reason
+        return norm
+    # Imported here: it loads the compiler.
+    from unimatrix.kernels.passes.row_norm_native import normalize_rows_native
+
+    assert isinstance(norm, nn.RMSNorm)
+    assert norm.eps is not None
+    weight, eps = norm.weight, norm.eps
+    return lambda x: normalize_rows_native(x, weight, eps)
+
+
+@dataclass(eq=False)
+class BlockRun:
+    """``UniMatrixBlock.forward`` by compiled passes.
+
+    Attributes:
+        block: whose weights they are.
+        norm: of the stream, where it is no part of a pass.
+        projections: of norm, convolution and the matrix mixer's projections.
+        mixing: of the readout's projection, the gates and their sum.
+        feed_forward: of norm and feed-forward network.
+        step: all three and the scan as one operator.
+        joins_layers: whether layers of one input are applied as one product.
+    """
+
+    block: UniMatrixBlock
+    norm: Layer
+    ffn_norm: Layer
+    projections: PassWeights | None
+    mixing: PassWeights | None
+    feed_forward: PassWeights | None
+    step: "DepthStep | None"
+    has_passes: bool
+
+    def __post_init__(self) -> None:
+        self._joined: dict[str, Layer] = {}
+        # The contexts of mixers that read once, and the same as the last depth step returned them:
+        # handed on from step to step, they have their gradients summed inside the passes.
+        self._read_contexts: list[Tensor] = []
+        self._passed_contexts: list[Tensor] = []
+
+    def __call__(
+        self, x: Tensor, tokens: Tokens, carry: States
+    ) -> tuple[Tensor, States, Votes | None]:
+        """Apply one depth step; as ``UniMatrixBlock.forward``."""
+        block, reads = self.block, dict(tokens.reads)
+        matrix = block.matrix_mixer
+        others = [mixer for mixer in block.mixers if mixer is not matrix]
+        is_known = all(mixer.name in reads for mixer in others)
+        if self.step is not None and is_known and len(reads) < _MOST_CONTEXTS:
+            x, h, states = self._apply_step(self.step, x, tokens, carry)
+        else:
+            x, h, states = self._apply_parts(x, tokens, carry, reads)
+        votes = None
+        for mixer in others:
+            if mixer.name in reads:
+                votes = mixer.vote(h, reads[mixer.name]) or votes
+        x = x if tokens.modulation is None else x * tokens.modulation
+        return x, states, votes
+
+    def _apply_step(
+        self, step: "DepthStep", x: Tensor, tokens: Tokens, carry: States
+    ) -> tuple[Tensor, Tensor, States]:
+        """Apply all parts as one operator; return the stream, its norm before and the states."""
+        # Imported here: it loads the compiler.
+        from unimatrix.kernels.passes.depth_step_native import apply_depth_step_native
+
+        mixer = self.block.matrix_mixer
+        assert mixer is not None
+        names = [name for name in self.block.gates if name in tokens.reads]
+        contexts = [tokens.reads[name].context for name in names]
+        is_same = len(contexts) == len(self._read_contexts) and all(
+            ours is theirs for ours, theirs in zip(contexts, self._read_contexts, strict=True)
+        )
+        if not is_same:
+            self._read_contexts = self._passed_contexts = contexts
+        matrix_state, recent = carry.get(mixer.name) or (None, None)
+        x, h, matrix_state, self._passed_contexts = apply_depth_step_native(
+            step, x, recent, matrix_state, self._passed_contexts, tokens.lengths
+        )
+        if mixer.short_conv is not None:
+            recent = mixer.short_conv.take_recent(h, recent, tokens.lengths)
+        return x, h, {mixer.name: MatrixState(matrix_state, recent)}
+
+    def _apply_parts(
+        self, x: Tensor, tokens: Tokens, carry: States, reads: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, States]:
+        """Apply part after part, each a pass or its modules; what mixers read is added to reads."""
+        block, states = self.block, {}
+        matrix = block.matrix_mixer
+        h, readout = None, None
+        if matrix is not None and self.has_passes:
+            h, readout, states[matrix.name] = self._read_matrix(x, tokens, carry.get(matrix.name))
+        h = self.norm(x) if h is None else h
+        for mixer in block.mixers:
+            if mixer.reads_at is None and mixer.name not in states:
+                reads[mixer.name], states[mixer.name] = mixer(h, tokens, carry.get(mixer.name))
+        contexts = {n: reads[n].context for n in block.gates if n in reads}
+        is_whole = len(contexts) + (readout is not None) == len(block.gates)
+        if self.mixing is not None and is_whole:
+            x = add_mixed(x, h, [readout, *contexts.values()], self.mixing)
+        else:
+            if readout is not None:
+                contexts = {matrix.name: matrix.out_proj(readout), **contexts}
+            x = x + block.dropout(self._sum_gated(h, contexts)) if contexts else x
+        if self.feed_forward is not None:
+            x = add_feed_forward(x, self.feed_forward)
+        else:
+            x = x + block.dropout(self._apply_network(self.ffn_norm(x)))
+        return x, h, states
+
+    def _read_matrix(
+        self, x: Tensor, tokens: Tokens, state: MatrixState | None
+    ) -> tuple[Tensor, Tensor, MatrixState]:
+        """Return the norm of the stream, the readout before its projection, and the state."""
+        mixer = self.block.matrix_mixer
+        assert mixer is not None
+        matrix_state, recent = (None, None) if state is None else state
+        if self.projections is not None:
+            h, vectors, controls = project(x, recent, self.projections, squashes=mixer.squashes)
+            if mixer.short_conv is not None:
+                recent = mixer.short_conv.take_recent(h, recent, tokens.lengths)
+        else:
+            h = mixed = self.norm(x)
+            if mixer.short_conv is not None:
+                mixed, recent = self._convolve(mixer.short_conv, h, recent, tokens.lengths)
+            vectors = self._join("vectors", mixer.vector_layers)(mixed)
+            controls = self._join("controls", mixer.control_layers)(h)
+        is_bound = self.projections is not None and mixer.squashes
+        readout, matrix_state = mixer.scan(
+            vectors, controls, matrix_state, tokens.lengths, bound=is_bound
+        )
+        return h, readout, MatrixState(matrix_state, recent)
+
+    def _convolve(
+        self, convolution: ShortConvolution, h: Tensor, recent: Tensor | None, lengths: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve in one pass, or as the module does."""
+        reason = explain_module("short_conv", convolution, ShortConvolution)
+        if reason is not None or torch.compiler.is_compiling():
+            mixed: tuple[Tensor, Tensor] = convolution(h, recent, lengths)
+            return mixed
+        # Imported here: it loads the compiler.
+        from unimatrix.kernels.passes.convolution_native import convolve_recent_native
+
+        before = recent
+        if before is None:
+            before = h.new_zeros(h.shape[0], convolution.kernel - 1, h.shape[2])
+        convolved = convolve_recent_native(h, convolution.weight, before)
+        return convolved, convolution.take_recent(h, recent, lengths)
+
+    def _sum_gated(self, h: Tensor, contexts: dict[str, Tensor]) -> Tensor:
+        """Return the gated sum of the contexts (E11)."""
+        gates = [self.block.gates[name] for name in contexts]
+        logits = self._join(",".join(contexts), gates)(h)
+        listed = list(contexts.values())
+        if len(listed) > _MOST_CONTEXTS or torch.compiler.is_compiling():
+            shares = torch.sigmoid(logits).chunk(len(listed), dim=-1)
+            return sum(share * context for share, context in zip(shares, listed, strict=True))
+        # Imported here: it loads the compiler.
+        from unimatrix.kernels.passes.gated_sum_native import sum_gated_native
+
+        return sum_gated_native(logits, listed)
+
+    def _apply_network(self, h: Tensor) -> Tensor:
+        """Return the feed-forward network's output."""
+        network = self.block.feed_forward
+        reason = explain_module("feed_forward", network, GatedFeedForward)
+        if reason is not None or torch.compiler.is_compiling():
+            output: Tensor = network(h)
+            return output
+        # Imported here: it loads the compiler.
+        from unimatrix.kernels.passes.gated_unit_native import apply_gated_unit_native
+
+        inner = apply_gated_unit_native(self._join("up", network.up_projs)(h))
+        return network.down_proj(network.dropout(inner))
+
+    def _join(self, name: str, layers: list[nn.Module]) -> Layer:
+        """Return layers of one input as one product, joined once for all depth steps."""
+        if name not in self._joined:
+            self._joined[name] = _join_layers(layers)
+        return self._joined[name]
+
+
+def _join_layers(layers: list[nn.Module]) -> Layer:
+    """Return a function to the layers' outputs side by side; layers that are more are called."""
+    if len(layers) == 1:
+        return layers[0]
+    first: Any = layers[0]
+    weights = getattr(first, "weight", None)
+    named = {str(i): layer for i, layer in enumerate(layers)}
+    if weights is None or explain_layers(named, weights) is not None:
+        return lambda h: torch.cat([layer(h) for layer in layers], dim=-1)
+    weight = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
+    bias = None if first.bias is None else torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
+    return lambda h: linear(h, weight, bias)
+
+
+def build_block_run(
+    block: UniMatrixBlock,
+    like: Tensor,
+    num_tokens: int,
+    most_weights: float,
+    reasons: dict[str, str],
+) -> BlockRun:
+    """Return a block's depth step with as many of its parts in compiled passes as can be.
+
+    Args:
+        block: for which ``explain_block`` has nothing.
+        like: a weight of the device and type that kernels read.
+        num_tokens: T.
+        most_weights: of one pass.
+        reasons: by part; one is added for each part whose modules are called.
+    """
+    drops = block.training and block.dropout.p > 0
+    dropped = "dropout is on" if drops else None
+    matrix = block.matrix_mixer
+    not_bare = "there is no matrix state"
+    if matrix is not None:
+        not_bare = explain_module("block.matrix_mixer", matrix, MatrixMixer)
+    why = {
+        "projections": not_bare or _explain_projections(block, like, most_weights),
+        "mixing": not_bare or dropped or _explain_mixing(block, like, most_weights),
+        "feed_forward": dropped or _explain_feed_forward(block, like, most_weights),
+    }
+    projections = None if why["projections"] else _prepare_projections(block)
+    mixing = None if why["mixing"] else _prepare_mixing(block)
+    feed_forward = None if why["feed_forward"] else _prepare_feed_forward(block)
+    why["step"] = _explain_step(block, why, num_tokens, like)
+    step = None
+    if why["step"] is None:
+        # Imported here: it loads the compiler.
+        from unimatrix.kernels.passes.depth_step_native import DepthStep
+
+        sizes = (matrix.num_heads, matrix.head_dim, matrix.squashes, matrix.normalized_keys)
+        step = DepthStep(projections, mixing, feed_forward, *sizes)
+    reasons |= {f"block.{part}": reason for part, reason in why.items() if reason is not None}
+    norm: Layer = block.norm
+    if projections is None:
+        norm = build_norm_run(block.norm, "block.norm", like, reasons)
+    ffn_norm: Layer = block.ffn_norm
+    if feed_forward is None:
+        ffn_norm = build_norm_run(block.ffn_norm, "block.ffn_norm", like, reasons)
+    return BlockRun(block, norm, ffn_norm, projections, mixing, feed_forward, step, not not_bare)
+
+
+def _explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
+    reason = explain_module(name, norm, nn.RMSNorm, nn.LayerNorm)
+    return reason or explain_weights(name, norm.parameters(recurse=False), like)
+
+
+def _explain_projections(block: UniMatrixBlock, like: Tensor, most_weights: float) -> str | None:
+    """Return why norm, convolution and projections cannot be one pass, ``None`` if they can."""
+    mixer: Any = block.matrix_mixer
+    convolution = mixer.short_conv
+    reason = _explain_norm("block.norm", block.norm, like)
+    if convolution is not None:
+        name = "block.matrix_mixer.short_conv"
+        reason = reason or explain_module(name, convolution, ShortConvolution)
+        reason = reason or explain_weights(name, [convolution.weight], like)
+    vectors = _name_layers("block.matrix_mixer", mixer, mixer.vector_layers)
+    controls = _name_layers("block.matrix_mixer", mixer, mixer.control_layers)
+    reason = reason or explain_layers(vectors | controls, like)
+    if reason is not None:
+        return reason
+    weights = [block.norm.weight, *(layer.weight for layer in (vectors | controls).values())]
+    num_vectors = sum(layer.out_features for layer in vectors.values())
+    return explain_sizes("the pass", weights, most_weights, (like.shape[-1], num_vectors))
+
+
+def _explain_mixing(block: UniMatrixBlock, like: Tensor, most_weights: float) -> str | None:
+    """Return why projection of the readout and gates cannot be one pass, ``None`` if they can."""
+    mixer: Any = block.matrix_mixer
+    layers = {"block.matrix_mixer.out_proj": mixer.out_proj}
+    layers |= {f"the gate of block.{name}": gate for name, gate in block.gates.items()}
+    if len(block.gates) > _MOST_CONTEXTS:
+        return f"{len(block.gates)} mixers are more than {_MOST_CONTEXTS}"
+    reason = explain_layers(layers, like)
+    if reason is not None:
+        return reason
+    weights = [layer.weight for layer in layers.values()]
+    return explain_sizes(
+        "the pass", weights, most_weights, (like.shape[-1], mixer.out_proj.in_features)
+    )
+
+
+def _explain_feed_forward(block: UniMatrixBlock, like: Tensor, most_weights: float) -> str | None:
+    """Return why norm and feed-forward network cannot be one pass, ``None`` if they can."""
+    network = block.feed_forward
+    if network.training and network.dropout.p:
+        return "dropout is on"
+    reason = _explain_norm("block.ffn_norm", block.ffn_norm, like)
+    reason = reason or explain_module("block.feed_forward", network, FeedForward, GatedFeedForward)
+    reason = reason or explain_module("block.feed_forward.dropout", network.dropout, nn.Dropout)
+    layers = [*network.up_projs, network.down_proj]
+    reason = reason or explain_layers(_name_layers("block.feed_forward", network, layers), like)
+    if reason is not None:
+        return reason
+    weights = [block.ffn_norm.weight, *(layer.weight for layer in layers)]
+    return explain_sizes("the pass", weights, most_weights, (like.shape[-1],))
+
+
+def _explain_step(
+    block: UniMatrixBlock, why: dict[str, str | None], num_tokens: int, like: Tensor
+) -> str | None:
+    """Return why a depth step cannot be one operator, ``None`` if it can."""
+    for part, reason in why.items():
+        if reason is not None:
+            return f"{part} is no pass"
+    mixer: Any = block.matrix_mixer
+    if mixer.uses_delta:
+        return "the delta rule is a scan of its own"
+    if mixer.norm_guard:
+        return "the norm guard is in a scan of its own"
+    if torch.compiler.is_compiling():
+        return "torch.compile takes each pass by itself"
+    backend = mixer.operator_options.get("backend", "auto")
+    if not fuses_scan(backend, like.device, num_tokens):
+        return f"the back end of matrix_state is {backend!r}"
+    return None
+
+
+def _name_layers(prefix: str, owner: nn.Module, layers: list[Any]) -> dict[str, Any]:
+    """Return layers by their full names."""
+    names = {id(layer): name for name, layer in owner.named_children()}
+    return {f"{prefix}.{names[id(layer)]}": layer for layer in layers}
+
+
+def _prepare_projections(block: UniMatrixBlock) -> PassWeights:
+    # Imported here, and in the next two: it loads the compiler.
+    from unimatrix.kernels.passes.projection_native import prepare_projections
+
+    mixer, norm = block.matrix_mixer, block.norm
+    assert mixer is not None
+    assert norm.eps is not None
+    return prepare_projections(
+        norm.weight,
+        norm.bias if isinstance(norm, nn.LayerNorm) else None,
+        norm.eps,
+        None if mixer.short_conv is None else mixer.short_conv.weight,
+        [layer.weight for layer in mixer.vector_layers],
+        [layer.weight for layer in mixer.control_layers],
+        [layer.bias for layer in mixer.control_layers],
+    )
+
+
+def _prepare_mixing(block: UniMatrixBlock) -> PassWeights:
+    from unimatrix.kernels.passes.mixing_native import prepare_mixing
+
+    gates: list[Any] = list(block.gates.values())
+    assert block.matrix_mixer is not None
+    weights, biases = [gate.weight for gate in gates], [gate.bias for gate in gates]
+    return prepare_mixing(block.matrix_mixer.out_proj.weight, weights, biases)
+
+
+def _prepare_feed_forward(block: UniMatrixBlock) -> PassWeights:
+    from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
+
+    norm, network = block.ffn_norm, block.feed_forward
+    assert norm.eps is not None
+    up = [layer.weight for layer in network.up_projs]
+    shift = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    down = network.down_proj
+    return prepare_feed_forward(
+        norm.weight, shift, norm.eps, up, network.up_projs[0].bias, down.weight, down.bias
+    )

@@ -1,0 +1,284 @@
+"""Which parts of a model run compiled, and why the others do not.
+
+A plan holds, for every part, the module itself or a callable with the module's signature. It is
+made anew in each forward pass, so a hook, an adapter or another device counts from then on.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unimatrix.kernels.block import BlockRun, build_block_run, build_norm_run
+from unimatrix.kernels.explain import (
+    MOST_WEIGHTS,
+    explain_call,
+    explain_layers,
+    explain_module,
+    explain_sizes,
+)
+from unimatrix.kernels.selective import SelectiveRun
+from unimatrix.loss import IGNORED_LABEL, compute_loss, predict
+from unimatrix.modeling_outputs import Pointer
+from unimatrix.nn.block import UniMatrixBlock
+from unimatrix.nn.mixer import Tokens
+from unimatrix.nn.pointer_mixture import PointerMixture
+from unimatrix.nn.residual_context import ResidualContext, ResidualRead
+from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
+
+_JOINED = "torch.compile joins its operations"
+
+
+class Run(NamedTuple):
+    """What a forward pass calls.
+
+    Attributes:
+        embed: from ids [...] to embeddings [..., D].
+        block: as ``UniMatrixBlock.forward``.
+        norm: the last norm.
+        pointer: as ``PointerMixture.forward``; ``None`` without one.
+        mixers: as ``Mixer.forward``, by the name of each mixer that reads once.
+        reasons: by part, why its module is called; a part that runs compiled has none.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    block: UniMatrixBlock | BlockRun
+    norm: Callable[[Tensor], Tensor]
+    pointer: Callable[..., tuple[Tensor, Tensor]] | None
+    mixers: dict[str, Callable[..., tuple[Any, Any]]]
+    reasons: dict[str, str]
+
+
+def plan(model: Any, *, like: Tensor) -> Run:
+    """Return what runs each part of a model in a forward pass.
+
+    Args:
+        model: a ``UniMatrixModel``.
+        like: [B, T], the token ids.
+
+    Raises:
+        InputError: if compiled passes are asked for by name and cannot run.
+    """
+    embed, block, norm, mixture = (
+        model.embed_tokens,
+        model.block,
+        model.norm,
+        model.pointer_mixture,
+    )
+    mixers: dict[str, Any] = {m.name: m for m in model.mixers if m.reads_at is not None}
+    weight = getattr(embed, "weight", None)
+    reason = "embed_tokens has no weight"
+    if weight is not None:
+        reason = explain_call(model.passes_backend, weight, like.numel())
+    if reason is not None:
+        return Run(embed, block, norm, mixture, mixers, {"all parts": reason})
+    reasons: dict[str, str] = {}
+    is_forced = model.passes_backend == "native"
+    most_weights = float("inf") if is_forced else MOST_WEIGHTS
+    run_block = _plan_block(block, weight, like.shape[1], most_weights, reasons)
+    _plan_mixers(mixers, embed, weight, like.numel(), reasons)
+    return Run(
+        embed=_plan_embedding("embed_tokens", embed, weight, like.numel(), reasons) or embed,
+        block=run_block,
+        norm=build_norm_run(norm, "norm", weight, reasons),
+        pointer=None if mixture is None else _plan_pointer(mixture, weight, reasons),
+        mixers=mixers,
+        reasons=reasons,
+    )
+
+
+def _plan_block(
+    block: nn.Module, like: Tensor, num_tokens: int, most_weights: float, reasons: dict[str, str]
+) -> Any:
+    """Return what runs the block, and add the reasons."""
+    reason = explain_module("block", block)
+    if type(block) is not UniMatrixBlock:
+        reason = f"block is a {type(block).__name__}"
+    elif block.gradient_checkpointing and block.training:
+        reason = "block is computed again in the backward pass"
+    if reason is None:
+        return build_block_run(block, like, num_tokens, most_weights, reasons)  # type: ignore[arg-type]
+    reasons["block"] = reason
+    return block
+
+
+def _plan_embedding(
+    name: str,
+    embed: nn.Module,
+    like: Tensor,
+    num_ids: int,
+    reasons: dict[str, str],
+    *,
+    allows_none: bool = False,
+) -> Callable[..., Tensor] | None:
+    """Return an embedding as one pass, ``None`` with the reason.
+
+    With ``allows_none``, -1 stands for no token, whose embedding is zero.
+    """
+    reason = explain_layers({name: embed}, like)
+    if reason is None and isinstance(embed, nn.Embedding):
+        if embed.padding_idx is not None or embed.max_norm is not None:
+            reason = f"{name} has a padding_idx or max_norm"
+        elif embed.sparse or embed.scale_grad_by_freq:
+            reason = f"{name} has sparse or scaled gradients"
+        elif embed.num_embeddings > num_ids:
+            reason = f"{name} has more rows than the call has tokens"
+    if reason is None and torch.compiler.is_compiling():
+        reason = _JOINED
+    if reason is not None:
+        reasons[name] = reason
+        return None
+    # Imported here: it loads the compiler.
+    from unimatrix.kernels.passes.embedding_native import embed_tokens_native
+
+    table: Any = embed.weight
+    return lambda ids: embed_tokens_native(ids, table, allows_none=allows_none)
+
+
+def _plan_mixers(
+    mixers: dict[str, Any], embed: nn.Module, like: Tensor, num_ids: int, reasons: dict[str, str]
+) -> None:
+    """Put compiled ones in the place of mixers that read once, and add the reasons."""
+    residual = mixers.get(ResidualContext.name)
+    if residual is not None:
+        name = ResidualContext.name
+        reason = explain_module(name, residual, ResidualContext)
+        table = None
+        if reason is None:
+            part = f"{name}.embed"
+            table = _plan_embedding(part, residual.embed, like, num_ids, reasons, allows_none=True)
+        else:
+            reasons[name] = reason
+        if table is not None:
+            mixers[name] = partial(_read_residual, residual, table)
+    selective = mixers.get(SelectiveMixer.name)
+    if selective is not None:
+        reason = explain_selective(selective, embed, like, num_ids)
+        if reason is None:
+            backend = selective.operator_options.get("backend", "auto")
+            compiles = backend in ("auto", "native") and not torch.compiler.is_compiling()
+            mixers[SelectiveMixer.name] = SelectiveRun(selective, like, compiles)
+        else:
+            reasons[SelectiveMixer.name] = reason
+
+
+def _read_residual(
+    mixer: ResidualContext, embed: Callable[[Tensor], Tensor], _: Tensor, tokens: Tokens, state: Any
+) -> tuple[ResidualRead, Any]:
+    """Read the residual context with its embeddings in one pass; as ``ResidualContext.forward``."""
+    predicted, lengths, state = mixer.predict(tokens, state)
+    return mixer.describe(embed(predicted), predicted, lengths), state
+
+
+def explain_selective(
+    mixer: SelectiveMixer, embed: nn.Module, like: Tensor, num_ids: int
+) -> str | None:
+    """Return why selective slots cannot read from a table of the vocabulary.
+
+    In less than 32 bits a sum of two products would keep fewer digits than one product of both.
+    """
+    used = ("gate_up", "gate_down", "value_proj")
+    named = {f"selective_mixer.{name}": getattr(mixer, name) for name in used}
+    reason = explain_module("selective_mixer", mixer, SelectiveMixer)
+    reason = reason or explain_layers({"embed_tokens": embed, **named}, like)
+    if reason is None and like.shape[0] > num_ids:
+        reason = "the vocabulary has more tokens than the call"
+    return reason
+
+
+def _plan_pointer(mixture: nn.Module, like: Tensor, reasons: dict[str, str]) -> Any:
+    """Return what runs the pointer mixture, and add the reason."""
+    reason = explain_module("pointer_mixture", mixture, PointerMixture)
+    layers = {f"pointer_mixture.{name}": layer for name, layer in mixture.named_children()}
+    reason = reason or explain_layers(layers, like)
+    if reason is None and torch.compiler.is_compiling():
+        reason = _JOINED
+    if reason is not None:
+        reasons["pointer_mixture"] = reason
+        return mixture
+    return partial(_weigh_retrieved, mixture)
+
+
+def _weigh_retrieved(
+    mixture: PointerMixture, h: Tensor, found: SelectiveRead | None, match: ResidualRead | None
+) -> tuple[Tensor, Tensor]:
+    """Weigh retrieved tokens in one pass; as ``PointerMixture.forward``."""
+    # Imported here: it loads the compiler.
+    from unimatrix.kernels.passes import FoundInSlots, FoundMatch
+    from unimatrix.kernels.passes.pointer_native import weigh_retrieved_native
+
+    slots, matched = None, None
+    score = mixture.slot_score
+    if score is not None and found is not None:
+        read = (found.token_ids, found.log_strength, found.elsewhere)
+        slots = FoundInSlots(score.weight, score.bias, *read)
+    score, by_length = mixture.automaton_score, mixture.length_score
+    if score is not None and by_length is not None:
+        assert match is not None
+        assert match.predicted_ids is not None
+        assert match.match_lengths is not None
+        lengths = by_length.weight.flatten()
+        predicted = (match.predicted_ids, match.match_lengths)
+        matched = FoundMatch(score.weight, score.bias, lengths, *predicted)
+    _, token_ids, log_weights = weigh_retrieved_native(h, slots, matched)
+    return token_ids, log_weights
+
+
+class LossRun(NamedTuple):
+    """Head and loss, composed or as one pass.
+
+    Attributes:
+        head: the output head.
+        weights: of the pass, from ``prepare_head``; ``None`` composes.
+        reason: why it composes.
+    """
+
+    head: nn.Module
+    weights: Any
+    reason: str | None
+
+    def __call__(
+        self,
+        h: Tensor,
+        pointer: Pointer,
+        targets: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Return the mean cross entropy in nats of hidden states [..., D] and targets [...].
+
+        The arguments are those of ``predict`` and ``compute_loss``.
+        """
+        if self.weights is None:
+            return compute_loss(predict(self.head, h, pointer), targets, num_items_in_batch)
+        # Imported here: it loads the compiler.
+        from unimatrix.kernels.passes import sum_cross_entropy
+
+        shares = pointer.votes if pointer.log_weights is None else pointer.log_weights
+        shares = None if shares is None else shares.to(h.dtype)
+        others = (targets, pointer.token_ids, shares)
+        total = sum_cross_entropy(h, self.weights, *others, ignored=IGNORED_LABEL)
+        divisor = num_items_in_batch
+        return total / ((targets != IGNORED_LABEL).sum() if divisor is None else divisor)
+
+
+def plan_loss(model: Any, *, like: Tensor) -> LossRun:
+    """Return what computes the loss of a ``UniMatrixForCausalLM``.
+
+    Args:
+        model: whose head it is.
+        like: [..., D], what the head reads.
+    """
+    head, backend = model.lm_head, model.passes_backend
+    reason = explain_call(backend, like, like.shape[:-1].numel())
+    reason = reason or explain_layers({"lm_head": head}, like)
+    if reason is None:
+        most_weights = float("inf") if backend == "native" else MOST_WEIGHTS
+        reason = explain_sizes("the pass", [head.weight], most_weights, (like.shape[-1],))
+    if reason is not None:
+        return LossRun(head, None, reason)
+    # Imported here: it loads the compiler.
+    from unimatrix.kernels.passes.head_native import prepare_head
+
+    return LossRun(head, prepare_head(head.weight), None)

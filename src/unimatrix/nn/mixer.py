@@ -1,0 +1,132 @@
+"""What every way of mixing tokens offers to the block, the cache and the rest of the library."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Votes = tuple[Tensor, Tensor]
+
+
+class Tokens(NamedTuple):
+    """What mixers see of the tokens, real tokens first in each row.
+
+    Attributes:
+        ids: [B, T] int64.
+        embeddings: [B, T, D], before positions are added.
+        embed: returns the embeddings [..., D] of ids [...].
+        lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+        num_before: [B] int64, tokens of the stream before these.
+        last_ids: [B] int64, the token before these, -1 where there is none.
+        modulation: [B, T, D], the factors of E12, or ``None``.
+        keeps_state: whether what mixers carry is returned.
+        gives_up_state: whether a mixer may change in place what was carried here.
+        suffix_match: [B, T, 2] int64, what the suffix automaton says of these tokens, where a
+            caller knows it; ``None`` runs it.
+        reads: by name, what mixers that read once have read.
+    """
+
+    ids: Tensor
+    embeddings: Tensor
+    embed: Callable[[Tensor], Tensor]
+    lengths: Tensor | None
+    num_before: Tensor
+    last_ids: Tensor
+    modulation: Tensor | None = None
+    keeps_state: bool = False
+    gives_up_state: bool = False
+    suffix_match: Tensor | None = None
+    reads: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+
+    @property
+    def writable(self) -> Tensor:
+        """Whether each position has a predecessor, [B, T] bool."""
+        writable = torch.ones_like(self.ids, dtype=torch.bool)
+        writable[:, 0] = self.num_before > 0
+        return writable
+
+
+class Read(NamedTuple):
+    """What a mixer returns where it hands nothing upwards.
+
+    Attributes:
+        context: [B, T, D], gated into the stream by the block.
+    """
+
+    context: Tensor
+
+
+class Mixer(nn.Module):
+    """One way of mixing tokens.
+
+    A subclass is all that block, cache, ``info`` and the compiled paths know of it: what it reads
+    and when, what it carries from call to call, and what it hands upwards.
+
+    Attributes:
+        name: of the attribute that holds it, and of its entry among reads and carried states.
+        operator: its operator, a key of ``unimatrix.ops.backends.BACKENDS``.
+        operator_options: keyword arguments for its operator.
+        State: named tuple of tensors, batch first, that it carries from call to call.
+        state_prefix: of the tensors' names in a cache file.
+        part: what ``unimatrix info`` calls its state.
+        state_device: where the state lies; ``None`` is where the model is.
+        reads_at: the depth step before which it reads, once for all of them; ``None`` reads at
+            every depth step, from the normalised stream.
+    """
+
+    name: ClassVar[str]
+    operator: ClassVar[str]
+    State: ClassVar[type[Any]]
+    state_prefix: ClassVar[str]
+    part: ClassVar[str]
+    state_device: ClassVar[str | None] = None
+    kinds: ClassVar[dict[str, type["Mixer"]]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads_at: int | None = None
+        self.operator_options: dict[str, Any] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in vars(cls):
+            Mixer.kinds[cls.name] = cls
+
+    @property
+    def runs_operator(self) -> bool:
+        """Whether what it reads comes from its operator."""
+        return True
+
+    @property
+    def grows(self) -> bool:
+        """Whether its state grows with the stream."""
+        return False
+
+    @property
+    def gate(self) -> nn.Module:
+        """The layer from [B, T, D] to the logits of what is let into the stream (E11)."""
+        raise NotImplementedError(f"{type(self).__name__} has no gate")
+
+    def forward(self, source: Tensor, tokens: Tokens, state: Any) -> tuple[Any, Any]:
+        """Read at every position, and write.
+
+        Args:
+            source: [B, T, D], the normalised stream of the depth step; the stream itself for a
+                mixer that reads once.
+            tokens: these tokens.
+            state: a ``State``; ``None`` is that of an empty stream.
+
+        Returns:
+            a named tuple with ``context`` [B, T, D]; the state after the last real token.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not read")
+
+    def vote(self, h: Tensor, read: Any) -> Votes | None:
+        """Return what is added to the logits: ids and weights, [B, T, K] each.
+
+        Args:
+            h: [B, T, D], the normalised stream of the last depth step.
+            read: what ``forward`` returned.
+        """
+        return None
