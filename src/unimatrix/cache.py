@@ -22,9 +22,10 @@ from unimatrix.hub.cache_checks import read_anew, require_sound
 from unimatrix.hub.weights_origin import WeightsOrigin
 from unimatrix.nn.block import States
 from unimatrix.nn.mixer import Mixer
+from unimatrix.nn.previous_token import take_last
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.ops.suffix_automaton import AutomatonState
-from unimatrix.ops.text_hash import START
+from unimatrix.ops.text_hash import START, hash_text
 
 _logger = logging.get_logger(__name__)
 FORMAT = "unimatrix-cache"
@@ -112,7 +113,7 @@ class UniMatrixCache:
     @property
     def automaton(self) -> AutomatonState | None:
         """The suffix automaton, which lives on the CPU; ``None`` without one."""
-        automaton: Any = self.shared.get(ResidualContext.name)
+        automaton: AutomatonState | None = self.shared.get(ResidualContext.name)
         return automaton
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,6 +150,40 @@ class UniMatrixCache:
         moved = self._map(lambda tensor: tensor.to(device))
         stay = {n: s for n, s in self.shared.items() if Mixer.kinds[n].state_device is not None}
         return replace(moved, shared={**moved.shared, **stay})
+
+    def advance(
+        self,
+        ids: Tensor,
+        lengths: Tensor | None,
+        depth: list[States],
+        shared: States,
+        origin: WeightsOrigin,
+        is_text: bool,
+    ) -> "UniMatrixCache":
+        """Return the cache after more tokens; this one stays as it is.
+
+        Args:
+            ids: [B, T] int64, real tokens first in each row.
+            lengths: [B] int64, real tokens of each row; ``None`` is T for all.
+            depth: what each depth step carries on.
+            shared: what mixers carry on that read once.
+            origin: the weights that read them.
+            is_text: whether the ids were read, and not embeddings in their place.
+        """
+        text_hash = self.text_hash if is_text else None
+        if text_hash is not None:
+            text_hash = hash_text(ids, lengths, text_hash)
+        return UniMatrixCache(
+            config_digest=self.config_digest,
+            num_columns=self.num_columns + ids.shape[1],
+            num_tokens=self.num_tokens + (ids.shape[1] if lengths is None else lengths),
+            last_token_ids=take_last(ids, lengths, self.last_token_ids),
+            depth=tuple(depth),
+            shared={name: state for name, state in shared.items() if state is not None},
+            text_hash=text_hash,
+            origin=origin,
+            is_sound=True,
+        )
 
     def forget_weights(self) -> "UniMatrixCache":
         """Return a cache that any model of the same configuration takes."""

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from unimatrix.errors import InputError
+from unimatrix.modeling_inputs import take_targets
 from unimatrix.modeling_outputs import Pointer
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 
@@ -110,6 +111,49 @@ def ignore_padding(targets: Tensor, attention_mask: Tensor) -> Tensor:
         attention_mask: [B, T] or [B, past + T], 0 at padding.
     """
     return targets.masked_fill(attention_mask[:, -targets.shape[1] :] == 0, IGNORED_LABEL)
+
+
+def choose_targets(
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    attention_mask: Tensor | None,
+    shape: list[int],
+    logits_to_keep: int | Tensor,
+) -> Tensor | None:
+    """Return the target of each position, [B, T] int64, -100 ignored; ``None`` without labels.
+
+    Args:
+        labels: [B, T], shifted here.
+        shift_labels: [B, T], targets already; rules over ``labels``.
+        attention_mask: [B, T] or [B, past + T], 0 at padding, which has no target.
+        shape: [B, T].
+        logits_to_keep: of a few positions, the targets of those are enough.
+
+    Raises:
+        InputError: for labels of another shape, or no whole numbers.
+    """
+    keeps_some = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
+    labels = take_targets("labels", labels, shape)
+    targets = take_targets("shift_labels", shift_labels, None if keeps_some else shape)
+    if targets is None and labels is not None:
+        targets = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    if targets is not None and attention_mask is not None:
+        targets = ignore_padding(targets, attention_mask)
+    return targets
+
+
+def choose_positions(logits_to_keep: int | Tensor, logits_at: Tensor | None) -> tuple[Any, ...]:
+    """Return the index of the positions whose logits a caller wants.
+
+    Args:
+        logits_to_keep: so many last positions, 0 for all, or [n] positions.
+        logits_at: [B, T] bool, which rules over it.
+    """
+    if logits_at is not None:
+        return (logits_at,)
+    if isinstance(logits_to_keep, Tensor):
+        return (slice(None), logits_to_keep)
+    return (slice(None), slice(-logits_to_keep, None) if logits_to_keep else slice(None))
 
 
 def choose_rows(labels: Tensor) -> tuple[Any, ...]:

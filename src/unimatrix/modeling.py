@@ -6,9 +6,7 @@ compiled; every part of the plan has the signature of the module that it stands 
 
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from unimatrix.cache import UniMatrixCache
 from unimatrix.configuration import UniMatrixConfig
@@ -16,30 +14,22 @@ from unimatrix.errors import InputError
 from unimatrix.hub.split_head import PointedHidden, keep_pointer, splits_truly
 from unimatrix.kernels.plan import plan, plan_loss
 from unimatrix.loss import (
-    IGNORED_LABEL,
     add_scale,
+    choose_positions,
     choose_rows,
+    choose_targets,
     compute_loss,
-    ignore_padding,
     predict,
 )
-from unimatrix.modeling_inputs import (
-    Inputs,
-    LossOptions,
-    read_inputs,
-    require_shape,
-    take_shift_labels,
-    take_targets,
-)
+from unimatrix.modeling_inputs import LossOptions, read_inputs, require_shape, take_shift_labels
 from unimatrix.modeling_outputs import Pointer, UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import States, UniMatrixBlock
 from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
-from unimatrix.nn.previous_token import take_last
+from unimatrix.nn.positions import add_positions
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.token_modulation import TokenModulation
-from unimatrix.ops.text_hash import hash_text
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
 
 
@@ -105,25 +95,20 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             return_dict: return a tuple if ``False``; ``None`` is as the configuration says.
             gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton,
                 whose copy may take longer than the tokens, is changed in place.
-            suffix_match: [B, T, 2] int64, what the suffix automaton says of these rows, each a
-                stream of its own: predicted ids and match lengths. A data loader can find them
-                while a GPU trains; without, the GPU waits for the CPU here. ``None`` runs it.
+            suffix_match: [B, T, 2] int64, predicted ids and match lengths of the suffix automaton
+                in these rows, each a stream of its own, where a data loader has found them while a
+                GPU trains; ``None`` runs it.
             inputs_embeds: [B, T, D], embeddings instead of ``input_ids``, for a model that reads no
                 ids beside them.
-            position_ids: [B, T], accepted where they count each row's real tokens on, as the model
-                does by itself.
+            position_ids: [B, T], accepted where they count on, as the model does by itself.
             token_type_ids: [B, T], accepted where they are all 0.
             output_attentions: accepted unless true: there are no attention weights.
             handles_pointer: the caller predicts with the pointer as well. Otherwise, where there
                 is one, the hidden states refuse to be multiplied with a head (``PointedHidden``).
-            logits_to_keep: without effect; callers that split a causal model pass it here as well.
+            logits_to_keep: without effect; callers that split a causal model pass it.
 
         Raises:
-            InputError: for ids that are no [B, T] of tokens of the vocabulary, ids and embeddings
-                both or neither, embeddings for a model that reads ids, positions that start anew, a
-                mask that does not fit, a cache of another model or of other weights, more tokens
-                than the position table has rows, or ``suffix_match`` beside a cache or a mask, or
-                for a model without a suffix automaton.
+            InputError: for arguments that do not fit the model, its cache or each other.
         """
         inputs = read_inputs(
             self,
@@ -144,14 +129,17 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
 
         # 2. Token features, and the position of each real token.
         features = run.embed(ids) if embeddings is None else embeddings
-        x = self.dropout(self._add_positions(features, inputs))
+        x, table, lengths = features, self.embed_positions, inputs.lengths
+        if table is not None:
+            x = add_positions(table, x, past.num_tokens, lengths, past.num_columns == 0)
+        x = self.dropout(x)
 
         # 3. What every depth step sees of the tokens.
         tokens = Tokens(
             ids=ids,
             embeddings=features,
             embed=run.embed,
-            lengths=inputs.lengths,
+            lengths=lengths,
             num_before=past.num_tokens,
             last_ids=past.last_token_ids,
             modulation=None if self.token_modulation is None else self.token_modulation(ids),
@@ -180,8 +168,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             x, states, votes = run.block(x, tokens, carry)
             carries.append(states)
         last: Tensor = run.norm(x)
-        pointer = Pointer(*votes) if votes is not None else Pointer()
-        reads = tokens.reads
+        pointer, reads = Pointer(*(votes or ())), tokens.reads
         if self.pointer_mixture is not None:
             found = reads.get("selective_mixer") if self.config.pointer else None
             ids_found, log_weights = run.pointer(last, found, reads.get("residual_context"))
@@ -191,9 +178,13 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         if not handles_pointer and not splits_truly(self.config):
             last = PointedHidden.mark(last, self.config.vocab_size)
         scales = [getattr(read, "scale", None) for read in reads.values()]
+        cache = None
+        if keeps_cache:  # 7. Exactly what is needed to resume.
+            is_text = embeddings is None
+            cache = past.advance(ids, lengths, carries, shared, self.origin, is_text)
         output = UniMatrixModelOutput(
             last_hidden_state=last,
-            past_key_values=self._write_cache(inputs, carries, shared) if keeps_cache else None,
+            past_key_values=cache,
             hidden_states=(*hidden_states, last) if output_hidden_states else None,
             pointer_token_ids=pointer.token_ids,
             pointer_weights=pointer.votes,
@@ -202,43 +193,6 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         )
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return output if returns_dict else output.to_tuple()
-
-    def _add_positions(self, x: Tensor, inputs: Inputs) -> Tensor:
-        """Add the embedding of each real token's position, if the model has a table."""
-        if self.embed_positions is None:
-            return x
-        num_tokens, past = x.shape[1], inputs.past
-        positions = past.num_tokens.unsqueeze(1) + torch.arange(num_tokens, device=x.device)
-        needed = num_tokens
-        if past.num_columns or inputs.lengths is not None:
-            num_new = num_tokens if inputs.lengths is None else inputs.lengths
-            needed = int((past.num_tokens + num_new).max())
-        num_rows = self.embed_positions.num_embeddings
-        if needed > num_rows:
-            raise InputError(
-                f"the input reaches {needed} tokens and the position table has {num_rows}; pass "
-                "fewer, or train a model with max_position_embeddings=None, which has no table"
-            )
-        located: Tensor = x + self.embed_positions(positions.clamp(max=num_rows - 1))  # [B, T, D]
-        return located
-
-    def _write_cache(self, inputs: Inputs, depth: list[States], shared: States) -> UniMatrixCache:
-        """Return exactly what is needed to resume (step 7)."""
-        ids, lengths, past = inputs.ids, inputs.lengths, inputs.past
-        text_hash = None if inputs.embeddings is not None else past.text_hash
-        if text_hash is not None:
-            text_hash = hash_text(ids, lengths, text_hash)
-        return UniMatrixCache(
-            config_digest=past.config_digest,
-            num_columns=past.num_columns + ids.shape[1],
-            num_tokens=past.num_tokens + (ids.shape[1] if lengths is None else lengths),
-            last_token_ids=take_last(ids, lengths, past.last_token_ids),
-            depth=tuple(depth),
-            shared={name: state for name, state in shared.items() if state is not None},
-            text_hash=text_hash,
-            origin=self.origin,
-            is_sound=True,
-        )
 
 
 class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
@@ -292,9 +246,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
                 Padding predicts nothing: the first token of a row padded on the left counts not.
             logits_to_keep: compute the logits of the last so many positions only; 0 is all. [n]
                 int64 are the positions themselves.
-            num_items_in_batch: divide the summed loss by this instead of by the targets here. It
-                stays as given: ``Trainer`` counts labels, the first token of a row that is padded
-                on the left among them.
+            num_items_in_batch: divide the summed loss by this instead of by the targets here.
             loss_only: return no logits, and compute only what the loss needs: a task with few
                 targets does not pay for a vocabulary's logits at every position.
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
@@ -302,8 +254,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             options: ``shift_labels``; see ``LossOptions``.
 
         Raises:
-            InputError: also for labels or ``logits_at`` that do not fit the tokens, and for
-                ``logits_at`` beside labels.
+            InputError: also for labels or ``logits_at`` that do not fit the tokens or each other.
             TypeError: for an unknown keyword.
         """
         shift_labels = take_shift_labels(options)
@@ -325,39 +276,27 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             handles_pointer=True,
         )
         h = output.last_hidden_state
+        assert h is not None
         shape = list(h.shape[:2])
         require_shape("logits_at", logits_at, shape)
-        keeps_some = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
-        labels = take_targets("labels", labels, shape)
-        # Of a few positions, the targets of those are enough.
-        targets = take_targets("shift_labels", shift_labels, None if keeps_some else shape)
         # 5. The one shift.
-        if targets is None and labels is not None:
-            targets = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        if targets is not None and attention_mask is not None:
-            targets = ignore_padding(targets, attention_mask)
-
+        targets = choose_targets(labels, shift_labels, attention_mask, shape, logits_to_keep)
         # 6. The tied head, and the votes of the pointer or the mixture with it.
-        rows: Any = (slice(None), slice(-logits_to_keep, None) if keeps_some else slice(None))
-        if isinstance(logits_to_keep, Tensor):
-            rows = (slice(None), logits_to_keep)
-        if logits_at is not None:
-            rows = (logits_at,)
-        if loss_only and targets is not None:
-            rows = choose_rows(targets)
+        rows = choose_rows(targets) if loss_only and targets is not None else None
+        if rows is None:
+            rows = choose_positions(logits_to_keep, logits_at)
         h, pointer = h[rows], output.pointer.select(rows)
+        targets = None if targets is None else targets[rows]
         loss = logits = None
-        if loss_only and targets is not None:
-            score = plan_loss(self, like=h)
-            loss = score(h, pointer, targets[rows], num_items_in_batch)
+        if targets is not None and loss_only:
+            loss = plan_loss(self, like=h)(h, pointer, targets, num_items_in_batch)
         else:
             predicted = predict(self.lm_head, h, pointer)
             if targets is not None:
-                loss = compute_loss(predicted, targets[rows], num_items_in_batch)
+                loss = compute_loss(predicted, targets, num_items_in_batch)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
-        if loss is not None and output.hindsight_scale is not None:
-            scale = output.hindsight_scale
-            loss = add_scale(loss, scale, targets[rows], num_items_in_batch)
+        if loss is not None and targets is not None and output.hindsight_scale is not None:
+            loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
         result = UniMatrixCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -63,7 +63,7 @@ def test_of_a_long_text_the_automaton_reads_the_start_alone(monkeypatch) -> None
     with torch.no_grad():
         cache = model(torch.tensor([[BOS_ID, *DATA[50:89]]]), use_cache=True).past_key_values
         ids = torch.tensor([[*DATA[89:120], *DATA[:-1]]])
-        start = replace(start_cache(model.config, ids), automaton=cache.automaton)
+        start = replace(start_cache(model.config, ids), shared=cache.shared)
         for name in ("num_columns", "num_tokens", "last_token_ids"):
             setattr(start, name, getattr(cache, name))
         logits = model(ids, past_key_values=start).logits[0, 30:]

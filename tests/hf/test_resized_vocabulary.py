@@ -9,7 +9,7 @@ from tests.byte_models import save_model
 from tests.models import SMALL, VARIANTS, build_model, draw_ids
 from unimatrix import Decoder, UniMatrixForCausalLM
 from unimatrix.errors import InputError
-from unimatrix.kernels.step.support import explain_unsupported
+from unimatrix.kernels.step.explain import explain_config
 from unimatrix.ops.selective_slots import empty_selective_slots
 
 VOCAB = SMALL["vocab_size"]
@@ -52,7 +52,7 @@ def test_every_way_of_running_takes_the_new_ids(variant: str, num_tokens: int) -
     following = model(written).logits[:, 23:26].argmax(dim=-1)
     alive = written[0, 24:] != model.config.eos_token_id
     assert torch.equal(written[0, 24:][alive], following[0][alive])
-    if explain_unsupported(model.config) is None:
+    if explain_config(model.config) is None:
         decoder = Decoder(model, batch_size=2)
         decoded = torch.stack([decoder.step(column.contiguous()) for column in ids.T], dim=1)
         torch.testing.assert_close(decoded, logits)

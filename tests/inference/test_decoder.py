@@ -10,9 +10,9 @@ from tests.tolerances import error, limit
 from unimatrix import Decoder
 from unimatrix.cache import UniMatrixCache
 from unimatrix.errors import InputError
-from unimatrix.kernels.step.support import explain_unsupported
+from unimatrix.kernels.step.explain import explain_config
 
-SUPPORTED = [name for name in VARIANTS if explain_unsupported(build_model(name).config) is None]
+SUPPORTED = [name for name in VARIANTS if explain_config(build_model(name).config) is None]
 TYPES = [torch.float64, torch.float32]
 
 variants = pytest.mark.parametrize("variant", SUPPORTED)

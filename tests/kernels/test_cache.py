@@ -26,7 +26,7 @@ print(embed_tokens_native(torch.tensor([1]), torch.ones(2, 8), allows_none=False
 _TRAIN = """
 import hashlib, os, sys, torch
 from unimatrix import Decoder, UniMatrixConfig, UniMatrixForCausalLM
-from unimatrix.kernels.step.support import explain_unsupported
+from unimatrix.kernels.step.explain import explain_config
 torch.set_num_threads(1)
 folder, first, last, kernels, *presets = sys.argv[1:]
 sizes = dict(hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=None)
@@ -49,7 +49,7 @@ for preset in presets:
         for parameter in model.parameters():
             digest.update(parameter.detach().numpy().tobytes())
         if kernels == "all":
-            cache, is_compiled = None, explain_unsupported(config) is None
+            cache, is_compiled = None, explain_config(config) is None
             decoder = Decoder(model.eval(), batch_size=2) if is_compiled else None
             for column in ids[:2, :32].T:
                 if decoder is not None:

@@ -1,21 +1,25 @@
 """A depth step as one operator: against its modules, in value and gradient."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.models import build_model
 from tests.ops.oracle import Outputs, compare_with_reference
-from unimatrix.nn.block import DepthCarry, Retrieval, Sequence
+from unimatrix.kernels.block import build_block_run
+from unimatrix.nn.block import States, UniMatrixBlock
+from unimatrix.nn.matrix_mixer import MatrixState
+from unimatrix.nn.mixer import Read, Tokens
 from unimatrix.ops.numba.tiles import TILE
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "slot_key_size": 16}
 # Without associations and with, squashed vectors and unit vectors, one rule and all, a convolution.
 VARIANTS = ("core", "core+mixed", "core+conv", "core+suffix_automaton", "unimatrix")
-PARTS = ("y", "state", "recent", "residual", "retrieved")
+PARTS = ("y", "matrix_state", "recent")
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +28,27 @@ def _poison_empty_tensors():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class TwoSteps(nn.Module):
+    """A block applied twice, so that gradients of what both read are summed."""
+
+    def __init__(self, block: UniMatrixBlock, *, is_compiled: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.is_compiled = is_compiled
+
+    def forward(self, x: Tensor, tokens: Tokens, carry: States) -> tuple[Tensor, States]:
+        """Return the stream and what the second step carries on."""
+        apply: Any = self.block
+        if self.is_compiled:
+            reasons: dict[str, str] = {}
+            weight = self.block.ffn_norm.weight
+            apply = build_block_run(self.block, weight, x.shape[1], float("inf"), reasons)
+            assert not reasons
+        x, carry, _ = apply(x, tokens, carry)
+        x, carry, _ = apply(x, tokens, carry)
+        return x, carry
 
 
 def run_block(
@@ -38,27 +63,22 @@ def run_block(
     retrieved: Tensor | None,
     **weights: Tensor,
 ) -> Outputs:
-    """Return some of what a block leaves, given all that it takes."""
+    """Return some of what a block leaves after two steps, given all that it takes."""
     model = build_model(variant, dtype=x.dtype, dropout=0.0, **SIZES)
-    model.set_backend({"fused_passes": backend, "matrix_state": backend})
-    block = model.model.block
-    assert (block.pack(x).step is None) == (backend == "reference")
+    model.set_backend({"matrix_state": backend})
+    steps = TwoSteps(model.model.block, is_compiled=backend == "native")
     ids = torch.zeros(x.shape[:2], dtype=torch.int64)
-    sequence = Sequence(ids, ids > 0, lengths, residual, None)
-    retrieval = None if retrieved is None else Retrieval(retrieved, None)
-    given = (x, sequence, DepthCarry(state, recent), retrieval, False)
-    named = {name.replace("__", "."): weight for name, weight in weights.items()}
-    y, carry, _, sequence, retrieval = functional_call(block, named, given)
+    contexts = {"selective_mixer": retrieved, "residual_context": residual}
+    reads = {name: Read(context) for name, context in contexts.items() if context is not None}
+    counts = torch.zeros(2, dtype=torch.int64)
+    tokens = Tokens(ids, x, steps, lengths, counts, counts, reads=reads)
+    carry = {} if state is None else {"matrix_mixer": MatrixState(state, recent)}
+    named = {f"block.{name.replace('__', '.')}": weight for name, weight in weights.items()}
+    y, carry = functional_call(steps, named, (x, tokens, carry))
     if lengths is not None:  # what stands at padding means nothing
         y = y * (torch.arange(x.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)
-    found = (
-        y,
-        carry.matrix_state,
-        carry.recent,
-        sequence.residual_context,
-        None if retrieval is None else retrieval.context,
-    )
-    return {part: value for part, value in zip(PARTS, found, strict=True) if part in kept}
+    found = {"y": y, **carry["matrix_mixer"]._asdict()}
+    return {part: found[part] for part in kept}
 
 
 def draw_leaves(
@@ -107,7 +127,7 @@ def test_rows_of_their_own_lengths(variant: str) -> None:
     compare_with_reference("fused_passes", "native", run, leaves)
 
 
-@pytest.mark.parametrize("kept", [("y",), ("state",), ("recent",), ("y", "residual")])
+@pytest.mark.parametrize("kept", [("y",), ("matrix_state",), ("recent",)])
 def test_what_is_not_used_afterwards_sends_no_gradient(kept: tuple[str, ...]) -> None:
     leaves = draw_leaves("unimatrix", torch.float64, 40, carries=True)
     run = functools.partial(run_block, "unimatrix", None, kept)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from unimatrix.nn.embed_tokens import _is_pass, embed_tokens
 
 from tests.ops.oracle import Outputs, candidates, compare_with_reference
 from unimatrix.errors import InputError
@@ -11,7 +12,6 @@ from unimatrix.kernels.passes import (
     normalize_rows,
     sum_gated,
 )
-from unimatrix.nn.embed_tokens import _is_pass, embed_tokens
 
 # Rows shorter than the lanes of a kernel, as long, longer with and without a rest.
 WIDTHS = (3, 16, 37, 64)

@@ -1,7 +1,6 @@
 """Passes that hold whole layers (projections, mixing, feed-forward, head): native against torch."""
 
 import functools
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from unimatrix.kernels.passes import (
     add_feed_forward,
     add_mixed,
     convolve_recent,
-    fuses_products,
     project,
     sum_cross_entropy,
 )
@@ -24,7 +22,6 @@ from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
 from unimatrix.kernels.passes.head_native import prepare_head
 from unimatrix.kernels.passes.mixing_native import prepare_mixing
 from unimatrix.kernels.passes.projection_native import prepare_projections
-from unimatrix.nn.fusion import fuse_head
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 from unimatrix.ops.numba.tiles import TILE
 
@@ -295,74 +292,3 @@ def test_every_preset_is_the_same_with_them(variant: str) -> None:
     for name, tensor in expected.items():
         quantity = "value" if name in ("logits", "loss") else "grad"
         assert error(actual[name], tensor) < limit("fused_passes", torch.float64, quantity), name
-
-
-def pack(variant: str = "unimatrix", **changes) -> list[bool]:
-    """Return which passes a block takes: projections, mixing, feed-forward; and all with a scan."""
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8} | changes
-    sizes["slot_key_size"] = sizes["hidden_size"]
-    model = build_model(variant, dtype=torch.float32, **sizes)
-    packed = model.model.block.pack(torch.zeros(2, 40, model.config.hidden_size))
-    passes = (packed.projections, packed.mixing, packed.feed_forward, packed.step)
-    return [one is not None for one in passes]
-
-
-def test_a_block_takes_them_where_they_fit() -> None:
-    assert pack() == pack("core") == pack("sparsepointer") == [True, True, True, True]
-    assert pack(hidden_size=12, num_attention_heads=3, head_dim=4) == 4 * [False]
-    assert pack(head_dim=6) == [True, False, True, False]  # its readout is no multiple of 16
-    assert pack(intermediate_size=20_000) == [True, True, False, False]
-    assert pack("core+no-matrix") == [False, False, True, False]
-    # These two have scans of their own.
-    assert pack("core", update_rules="delta", normalized_keys=True) == [True, True, True, False]
-    assert pack("core", norm_guard=True) == [True, True, True, False]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert pack() == 4 * [False]
-
-
-def test_a_block_that_drops_or_is_hooked_does_not() -> None:
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "slot_key_size": 16}
-    model = build_model("unimatrix", dtype=torch.float32, dropout=0.1, **sizes)
-    x, block = torch.zeros(2, 40, 16), model.model.block
-    assert block.pack(x).step is not None
-    block.train()
-    packed = block.pack(x)
-    assert (packed.mixing, packed.feed_forward, packed.step) == (None, None, None)
-    assert packed.projections is not None
-    block.eval()
-    modules: Sequence[torch.nn.Module] = (
-        block.ffn_norm,
-        block.feed_forward,
-        block.feed_forward.down_proj,
-    )
-    for module in modules:
-        hook = module.register_forward_hook(lambda *_: None)
-        assert block.pack(x).feed_forward is None
-        hook.remove()
-    for module in (block.norm, block.matrix_mixer, block.matrix_mixer.q_proj):
-        hook = module.register_forward_hook(lambda *_: None)
-        assert block.pack(x).projections is None
-        assert block.pack(x).step is None
-        hook.remove()
-
-
-def test_a_head_that_is_hooked_is_called() -> None:
-    head, x = torch.nn.Linear(16, 40, bias=False), torch.zeros(2, 40, 16)
-    assert fuse_head(head, x, "auto") is not None
-    assert fuse_head(head, x, "reference") is None
-    assert fuse_head(head, x[0, :5], "auto") is None
-    head.register_forward_hook(lambda *_: None)
-    assert fuse_head(head, x, "auto") is None
-
-
-def test_what_fits() -> None:
-    x = torch.zeros(2, 40, 16)
-    assert fuses_products(x, [x])
-    assert not fuses_products(x, [x], "reference")
-    assert not fuses_products(x[:, :8], [x])
-    assert fuses_products(x[:, :8], [x], "native")
-    assert not fuses_products(x.bfloat16(), [x.bfloat16()])
-    assert not fuses_products(x, [x.double()])
-    assert fuses_products(x, [x], inner_width=32)
-    assert not fuses_products(x, [x], inner_width=20)
-    assert not fuses_products(x, [torch.empty(1, device="meta")])

@@ -15,7 +15,7 @@ from unimatrix.bench.clock import Workload
 from unimatrix.bench.models import BenchModel
 from unimatrix.data.corpora import load_corpus
 from unimatrix.inference.generation import read_prompt
-from unimatrix.kernels.step.support import explain_unusable
+from unimatrix.kernels.step.explain import explain_step
 from unimatrix.modeling import UniMatrixForCausalLM
 
 Collate = Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]
@@ -257,7 +257,7 @@ def _build_step(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Worklo
     model.eval()
     carried = prefill(spec, model, ids)
     with spec.cast_products(ids.device):
-        is_compiled = isinstance(model, UniMatrixForCausalLM) and explain_unusable(model) is None
+        is_compiled = isinstance(model, UniMatrixForCausalLM) and explain_step(model) is None
     if is_compiled:
         from unimatrix.inference.decoder import Decoder  # loads the compiler
 

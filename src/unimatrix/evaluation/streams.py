@@ -15,6 +15,7 @@ from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
 from unimatrix.evaluation.suffix_matches import read_with_automaton
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.tokenization import BOS_ID
 
 CHUNK_TOKENS = 2048
@@ -142,6 +143,6 @@ def _remember(model: PreTrainedModel, text: ByteStream, num_tokens: int) -> UniM
         num_columns=num_tokens,
         num_tokens=torch.tensor([num_tokens], device=model.device),
         last_token_ids=last_ids[0].to(model.device),
-        automaton=automaton,
+        shared={ResidualContext.name: automaton},
         text_hash=None,
     )

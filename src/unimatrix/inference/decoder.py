@@ -9,10 +9,10 @@ from torch import Tensor
 
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.errors import InputError
+from unimatrix.kernels.step.explain import explain_step
 from unimatrix.kernels.step.native import advance
 from unimatrix.kernels.step.state import read_cache, write_cache
-from unimatrix.kernels.step.support import explain_unusable
-from unimatrix.kernels.step.weights import build_plan
+from unimatrix.kernels.step.weights import pack_step
 
 
 class Decoder:
@@ -35,7 +35,7 @@ class Decoder:
     def __init__(
         self, model: Any, cache: UniMatrixCache | None = None, *, batch_size: int = 1
     ) -> None:
-        reason = explain_unusable(model)
+        reason = explain_step(model)
         if reason is not None:
             raise InputError(f"there is no compiled step: {reason}; call the model instead")
         if batch_size < 1:
@@ -44,10 +44,10 @@ class Decoder:
             cache = start_cache(model.config, torch.empty(batch_size, 0, dtype=torch.int64))
         cache.check(model.model, cache.batch_size)
         self._origin = model.model.origin
-        self._plan = build_plan(model)
+        self._weights = pack_step(model)
         mixer = model.model.block.selective_mixer
         num_recent = 0 if mixer is None else mixer.num_recent
-        self._state = read_cache(cache, model.config, num_recent, self._plan.dtype)
+        self._state = read_cache(cache, model.config, num_recent, self._weights.dtype)
         self._most_tokens = int(cache.num_tokens.max())
         self._carried, self._match = self._state.carried, self._state.match
 
@@ -69,7 +69,7 @@ class Decoder:
             InputError: if there is not one token a row, one is not of the vocabulary, or the
                 position table has no row left.
         """
-        config = self._plan.config
+        config = self._weights.config
         try:
             ids = np.ascontiguousarray(token_ids.detach().numpy())
         except TypeError as error:  # of torch, which names neither the argument nor its device
@@ -116,7 +116,7 @@ class Decoder:
             InputError: as ``step``, or for a ``num_tokens``, ``pad_id`` or ``ended`` that is not as
                 above.
         """
-        vocab_size = self._plan.config.vocab_size
+        vocab_size = self._weights.config.vocab_size
         if num_tokens < 1 or not 0 <= pad_id < vocab_size:
             raise InputError(
                 f"num_tokens is {num_tokens} and pad_id {pad_id}; pass at least 1, and an id in "
@@ -140,20 +140,20 @@ class Decoder:
         return torch.from_numpy(written)
 
     def _allocate_logits(self) -> np.ndarray[Any, Any]:
-        dtype = self._plan.arrays[0].dtype
-        return np.empty((self.batch_size, self._plan.config.vocab_size), dtype=dtype)
+        dtype = self._weights.arrays[0].dtype
+        return np.empty((self.batch_size, self._weights.config.vocab_size), dtype=dtype)
 
     def _read(self, ids: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> None:
         """Read valid ids [B] and write the logits [B, V] of the next."""
         if self._state.automaton is not None:
             self._state.automaton.push(ids)
-        advance(ids, self._plan.arrays, *self._carried, self._match, logits)
+        advance(ids, self._weights.arrays, *self._carried, self._match, logits)
         self._most_tokens += 1
         self._state.num_columns += 1
 
     def _require_room(self) -> None:
         """Raise ``InputError`` if the position table has no row left."""
-        limit = self._plan.config.max_position_embeddings
+        limit = self._weights.config.max_position_embeddings
         if limit is not None and self._most_tokens >= limit:
             raise InputError(
                 f"the input reaches {self._most_tokens + 1} tokens and the position table has "
@@ -163,7 +163,7 @@ class Decoder:
 
     def cache(self) -> UniMatrixCache:
         """Return where the streams stand, to save it or go on with the model; shares nothing."""
-        return write_cache(self._state, self._plan.config, self._origin)
+        return write_cache(self._state, self._weights.config, self._origin)
 
     def num_bytes(self) -> int:
         """Return the bytes that the streams carry, as allocated."""

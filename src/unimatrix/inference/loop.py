@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from unimatrix.cache import UniMatrixCache
 from unimatrix.inference.prompt import prepare_prompt, read_prompt
-from unimatrix.kernels.step.support import explain_unusable
+from unimatrix.kernels.step.explain import explain_step
 
 _logger = logging.get_logger(__name__)
 _MIN_ROOM = 1024
@@ -31,7 +31,7 @@ Processor = Callable[[Tensor, Tensor], Tensor]
 def choose_loop(model: Any, generation_config: Any, synced_gpus: bool) -> bool:
     """Return whether ``sample_tokens`` takes over from transformers' loop, and log it once.
 
-    It does not where there is no compiled step (``explain_unusable``), without a cache, on several
+    It does not where there is no compiled step (``explain_step``), without a cache, on several
     synchronised devices, or where hidden states are to be returned. Beams and assisted generation
     never ask.
 
@@ -40,7 +40,7 @@ def choose_loop(model: Any, generation_config: Any, synced_gpus: bool) -> bool:
         generation_config: as ``generate`` has prepared it.
         synced_gpus: whether all devices must take the same number of steps.
     """
-    reason = explain_unusable(model) or _explain_arguments(generation_config, synced_gpus)
+    reason = explain_step(model) or _explain_arguments(generation_config, synced_gpus)
     if reason is None:
         _logger.info_once("generate decodes with the compiled step")
     else:

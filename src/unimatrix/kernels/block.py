@@ -1,6 +1,6 @@
 """A depth step of compiled passes: all of it as one operator, or as many of its parts as can be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +127,9 @@ class BlockRun:
         self, x: Tensor, tokens: Tokens, carry: States, reads: dict[str, Any]
     ) -> tuple[Tensor, Tensor, States]:
         """Apply part after part, each a pass or its modules; what mixers read is added to reads."""
-        block, states = self.block, {}
-        matrix = block.matrix_mixer
+        block = self.block
+        states: States = {}
+        matrix: Any = block.matrix_mixer
         h, readout = None, None
         if matrix is not None and self.has_passes:
             h, readout, states[matrix.name] = self._read_matrix(x, tokens, carry.get(matrix.name))
@@ -138,7 +139,7 @@ class BlockRun:
                 reads[mixer.name], states[mixer.name] = mixer(h, tokens, carry.get(mixer.name))
         contexts = {n: reads[n].context for n in block.gates if n in reads}
         is_whole = len(contexts) + (readout is not None) == len(block.gates)
-        if self.mixing is not None and is_whole:
+        if self.mixing is not None and readout is not None and is_whole:
             x = add_mixed(x, h, [readout, *contexts.values()], self.mixing)
         else:
             if readout is not None:
@@ -197,7 +198,8 @@ class BlockRun:
         listed = list(contexts.values())
         if len(listed) > _MOST_CONTEXTS or torch.compiler.is_compiling():
             shares = torch.sigmoid(logits).chunk(len(listed), dim=-1)
-            return sum(share * context for share, context in zip(shares, listed, strict=True))
+            pairs = zip(shares, listed, strict=True)
+            return torch.stack([share * context for share, context in pairs]).sum(dim=0)
         # Imported here: it loads the compiler.
         from unimatrix.kernels.passes.gated_sum_native import sum_gated_native
 
@@ -214,16 +216,17 @@ class BlockRun:
         from unimatrix.kernels.passes.gated_unit_native import apply_gated_unit_native
 
         inner = apply_gated_unit_native(self._join("up", network.up_projs)(h))
-        return network.down_proj(network.dropout(inner))
+        down: Layer = network.down_proj
+        return down(network.dropout(inner))
 
-    def _join(self, name: str, layers: list[nn.Module]) -> Layer:
+    def _join(self, name: str, layers: Sequence[nn.Module]) -> Layer:
         """Return layers of one input as one product, joined once for all depth steps."""
         if name not in self._joined:
             self._joined[name] = _join_layers(layers)
         return self._joined[name]
 
 
-def _join_layers(layers: list[nn.Module]) -> Layer:
+def _join_layers(layers: Sequence[nn.Module]) -> Layer:
     """Return a function to the layers' outputs side by side; layers that are more are called."""
     if len(layers) == 1:
         return layers[0]
@@ -255,8 +258,8 @@ def build_block_run(
     """
     drops = block.training and block.dropout.p > 0
     dropped = "dropout is on" if drops else None
-    matrix = block.matrix_mixer
-    not_bare = "there is no matrix state"
+    matrix: Any = block.matrix_mixer
+    not_bare: str | None = "there is no matrix state"
     if matrix is not None:
         not_bare = explain_module("block.matrix_mixer", matrix, MatrixMixer)
     why = {
@@ -269,7 +272,7 @@ def build_block_run(
     feed_forward = None if why["feed_forward"] else _prepare_feed_forward(block)
     why["step"] = _explain_step(block, why, num_tokens, like)
     step = None
-    if why["step"] is None:
+    if why["step"] is None and projections and mixing and feed_forward:
         # Imported here: it loads the compiler.
         from unimatrix.kernels.passes.depth_step_native import DepthStep
 

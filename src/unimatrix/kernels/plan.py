@@ -46,7 +46,7 @@ class Run(NamedTuple):
     embed: Callable[[Tensor], Tensor]
     block: UniMatrixBlock | BlockRun
     norm: Callable[[Tensor], Tensor]
-    pointer: Callable[..., tuple[Tensor, Tensor]] | None
+    pointer: Any
     mixers: dict[str, Callable[..., tuple[Any, Any]]]
     reasons: dict[str, str]
 
@@ -68,8 +68,8 @@ def plan(model: Any, *, like: Tensor) -> Run:
         model.pointer_mixture,
     )
     mixers: dict[str, Any] = {m.name: m for m in model.mixers if m.reads_at is not None}
-    weight = getattr(embed, "weight", None)
-    reason = "embed_tokens has no weight"
+    weight: Any = getattr(embed, "weight", None)
+    reason: str | None = "embed_tokens has no weight"
     if weight is not None:
         reason = explain_call(model.passes_backend, weight, like.numel())
     if reason is not None:
@@ -188,7 +188,7 @@ def explain_selective(
     return reason
 
 
-def _plan_pointer(mixture: nn.Module, like: Tensor, reasons: dict[str, str]) -> Any:
+def _plan_pointer(mixture: Any, like: Tensor, reasons: dict[str, str]) -> Any:
     """Return what runs the pointer mixture, and add the reason."""
     reason = explain_module("pointer_mixture", mixture, PointerMixture)
     layers = {f"pointer_mixture.{name}": layer for name, layer in mixture.named_children()}

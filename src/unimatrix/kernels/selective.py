@@ -46,8 +46,8 @@ class SelectiveRun(NamedTuple):
 
             rules = mixer.rules if mixer.training else None
             entries = (found.logits, found.held_logits, mixer.read_score, values)
-            context, *others = read_found_native(found.lookup, *entries, found.offered, rules)
-            log_strength, elsewhere, scale = others
+            read = read_found_native(found.lookup, *entries, found.offered, rules)
+            context, log_strength, elsewhere, scale = read
         else:
             log_strength, weights, elsewhere, scale = mixer.weigh_reads(found)
             context = _mix_values(values, value_ids, weights)
@@ -70,7 +70,8 @@ class SelectiveRun(NamedTuple):
         up = embedding(pair[:, :-1] + 1, pad(after, (0, 0, 1, 0))) + embedding(pair[:, 1:], here)
         if of_source:
             up = up + linear(normalize_features(source), of_source[0])
-        return down(gelu(up))
+        logits: Tensor = down(gelu(up))
+        return logits
 
 
 def _mix_values(values: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The one block of weights that every depth step applies."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -14,8 +16,8 @@ from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.slot_mixer import SlotMixer
 
-States = dict[str, tuple[Tensor | None, ...]]
-"""What mixers carry from call to call, by the mixer's name."""
+States = dict[str, Any]
+"""What mixers carry from call to call: a ``Mixer.State`` by the mixer's name."""
 
 
 class UniMatrixBlock(GradientCheckpointingLayer):

@@ -80,10 +80,11 @@ class ResidualContext(Mixer):
             first = tokens.last_ids.masked_fill(tokens.last_ids < 0, self.pad_token_id)
             return shift_to_previous(tokens.ids, first), None, None
         if tokens.suffix_match is not None:
-            return *tokens.suffix_match.unbind(dim=-1), None
+            return tokens.suffix_match[..., 0], tokens.suffix_match[..., 1], None
         if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
             # Padding comes last, and nothing is read from it.
-            return *opaque.match_suffixes(tokens.ids, self.window).unbind(dim=-1), None
+            match = opaque.match_suffixes(tokens.ids, self.window)
+            return match[..., 0], match[..., 1], None
         prediction, state = predict_from_suffix(
             tokens.ids.cpu(),
             lengths=None if tokens.lengths is None else tokens.lengths.cpu(),

@@ -1,4 +1,4 @@
-"""Where the compiled step finds what: numbers of columns, shared by ``plan.py`` and ``native.py``.
+"""Where the compiled step finds what: numbers of columns, for ``weights.py`` and ``native.py``.
 
 Weights lie one after the other in a single array; a matrix is stored [inputs, outputs], so that a
 product is a sum of rows.

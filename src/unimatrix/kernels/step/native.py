@@ -306,7 +306,7 @@ def _embed(token_ids, weights, offsets, counters, source, x):
 
 @kernel(**OPTIONS)
 def advance(
-    token_ids, plan, matrix_states, recents, slots, selective, counters, match, logits
+    token_ids, packed, matrix_states, recents, slots, selective, counters, match, logits
 ):  # fmt: skip
     """Read one token of every row.
 
@@ -314,7 +314,7 @@ def advance(
 
     Args:
         token_ids: [B] int64, in 0..V-1.
-        plan: weights, and where they lie (``plan.py``).
+        packed: weights, and where they lie (``weights.py``).
         matrix_states: as in ``state.StepState`` and changed in place, like the next four.
         recents: or ``None``.
         slots: or ``None``.
@@ -324,7 +324,7 @@ def advance(
             ``None``.
         logits: [B, V], written here.
     """
-    weights, offsets, sizes, parts, numbers, patterns = plan
+    weights, offsets, sizes, parts, numbers, patterns = packed
     batch, width = token_ids.shape[0], sizes[at.HIDDEN_SIZE]
     source, x, h, mixed, readout, followed, read_context = (
         np.empty((batch, width), weights.dtype),

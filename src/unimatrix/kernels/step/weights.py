@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class StepWeights:
     """What the compiled step knows of a model.
 
     Attributes:
@@ -90,14 +90,14 @@ class _Packer:
         return flat.numpy(), starts
 
 
-def build_plan(model: Any) -> Plan:
+def pack_step(model: Any) -> StepWeights:
     """Copy a model's weights for the compiled step.
 
     Args:
-        model: a ``UniMatrixForCausalLM`` that ``explain_unusable`` finds nothing against.
+        model: a ``UniMatrixForCausalLM`` that ``explain_step`` finds nothing against.
 
     Returns:
-        the plan; later changes of the model do not reach it.
+        the weights; later changes of the model do not reach it.
     """
     config, inner, block = copy.deepcopy(model.config), model.model, model.model.block
     packer = _Packer(model)
@@ -129,7 +129,9 @@ def build_plan(model: Any) -> Plan:
     )
     patterns = _list_patterns(config.slot_key_patterns)
     offsets = np.array(config.slot_read_offsets, dtype=np.int64)
-    return Plan(config, (weights, starts, sizes, parts, numbers, (patterns, patterns, offsets)))
+    return StepWeights(
+        config, (weights, starts, sizes, parts, numbers, (patterns, patterns, offsets))
+    )
 
 
 def _add_block(packer: _Packer, block: UniMatrixBlock) -> None:

@@ -5,49 +5,47 @@ import torch
 
 from tests.models import build_model, draw_ids
 from unimatrix.configuration import UniMatrixConfig, list_config_fields
-from unimatrix.kernels.step import support
-from unimatrix.kernels.step.support import explain_unsupported, explain_unusable
+from unimatrix.kernels.step import explain
+from unimatrix.kernels.step.explain import explain_config, explain_step
 
 
 def test_every_known_field_exists() -> None:
-    assert set(support._KNOWN) <= set(list_config_fields())
+    assert set(explain._KNOWN) <= set(list_config_fields())
 
 
 def test_a_field_that_nobody_listed_must_have_its_default(monkeypatch) -> None:
-    monkeypatch.delitem(support._KNOWN, "norm_guard")
-    assert explain_unsupported(UniMatrixConfig.preset("core")) is None
-    assert explain_unsupported(UniMatrixConfig.preset("core", norm_guard=True)) == (
-        "norm_guard is True"
-    )
+    monkeypatch.delitem(explain._KNOWN, "norm_guard")
+    assert explain_config(UniMatrixConfig.preset("core")) is None
+    assert explain_config(UniMatrixConfig.preset("core", norm_guard=True)) == ("norm_guard is True")
 
 
 def test_a_value_that_nobody_listed(monkeypatch) -> None:
-    monkeypatch.setitem(support._KNOWN, "update_rules", ("outer", "none"))
-    assert explain_unsupported(UniMatrixConfig.preset("discovery")) == "update_rules is 'mixed'"
-    assert explain_unsupported(UniMatrixConfig.preset("assoc")) == "associative_memory is 'dense'"
+    monkeypatch.setitem(explain._KNOWN, "update_rules", ("outer", "none"))
+    assert explain_config(UniMatrixConfig.preset("discovery")) == "update_rules is 'mixed'"
+    assert explain_config(UniMatrixConfig.preset("assoc")) == "associative_memory is 'dense'"
 
 
 def test_usable_models() -> None:
     for dtype in (torch.float32, torch.float64):
-        assert explain_unusable(build_model("unimatrix", dtype=dtype)) is None
+        assert explain_step(build_model("unimatrix", dtype=dtype)) is None
 
 
 def test_models_that_are_not_as_they_were_built() -> None:
     model = build_model("sparsepointer")
-    assert explain_unusable(model.train()) == "the model is in training mode"
+    assert explain_step(model.train()) == "the model is in training mode"
     model.eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert explain_unusable(model) == "autocast is on"
+        assert explain_step(model) == "autocast is on"
     handle = model.model.block.register_forward_hook(lambda *_: None)
-    assert explain_unusable(model) == "model.block has a hook"
+    assert explain_step(model) == "model.block has a hook"
     handle.remove()
     model.set_backend({"slots": "reference"})
-    assert explain_unusable(model) == "the back end of model.block.slot_mixer is 'reference'"
+    assert explain_step(model) == "the back end of model.block.slot_mixer is 'reference'"
     model.set_backend("auto")
-    assert explain_unusable(model) is None
+    assert explain_step(model) is None
     model.model.block.norm.double().weight.data = model.model.block.norm.weight.data.float()
-    assert explain_unusable(model) == "its parameters differ in device or type"
-    assert explain_unusable(build_model("core").bfloat16()) == "its parameters are bfloat16 on cpu"
+    assert explain_step(model) == "its parameters differ in device or type"
+    assert explain_step(build_model("core").bfloat16()) == "its parameters are bfloat16 on cpu"
 
 
 def test_an_adapter_decodes_without_the_compiled_step() -> None:
@@ -58,7 +56,7 @@ def test_an_adapter_decodes_without_the_compiled_step() -> None:
         for name, parameter in model.named_parameters():
             if "lora" in name:
                 parameter.normal_()
-    reason = explain_unusable(base)
+    reason = explain_step(base)
     assert reason is not None
     assert "q_proj is a Linear" in reason
     ids = draw_ids(1, 6)

@@ -1,4 +1,4 @@
-"""What the compiled step can run: everything named here, and nothing that is not."""
+"""Why the compiled decode step cannot stand for a model: it runs what is named here alone."""
 
 from typing import Any
 
@@ -20,57 +20,21 @@ from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.nn.slot_mixer import SlotMixer
 from unimatrix.nn.token_modulation import TokenModulation
 
-_ANY = None
-# Field -> the values that the step knows; any value where it is a size or a number, or where it
-# matters in training alone.
-_KNOWN: dict[str, tuple[Any, ...] | None] = {
-    **dict.fromkeys(
-        (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "head_dim",
-            "conv_kernel",
-            "intermediate_size",
-            "dropout",
-            "max_position_embeddings",
-            "norm_guard",
-            "normalized_keys",
-            "longest_retention",
-            "depth_step_embedding",
-            "modulation_size",
-            "slot_key_size",
-            "num_slots",
-            "slots_per_read",
-            "identity_lookup",
-            "identity_values",
-            "match_threshold",
-            "strength_floor",
-            "write_gate",
-            "pointer",
-            "slot_key_patterns",
-            "slot_read_offsets",
-            "bounded_training",
-            "slot_margin",
-            "slot_fade_tokens",
-            "hindsight",
-            "hindsight_share",
-            "hindsight_floor",
-            "hindsight_weight",
-            "automaton_window",
-            "automaton_pointer",
-            "initializer_range",
-            "layer_norm_eps",
-            "use_cache",
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-            "tie_word_embeddings",
-            "format_version",
-        ),
-        _ANY,
-    ),
+# Fields that the step knows with any value: sizes, numbers, and what matters in training alone.
+_ANY_VALUE = frozenset(
+    """
+    vocab_size hidden_size num_hidden_layers num_attention_heads head_dim conv_kernel
+    intermediate_size dropout max_position_embeddings norm_guard normalized_keys
+    longest_retention depth_step_embedding modulation_size slot_key_size num_slots
+    slots_per_read identity_lookup identity_values match_threshold strength_floor write_gate
+    pointer slot_key_patterns slot_read_offsets bounded_training slot_margin slot_fade_tokens
+    hindsight hindsight_share hindsight_floor hindsight_weight automaton_window
+    automaton_pointer initializer_range layer_norm_eps use_cache pad_token_id bos_token_id
+    eos_token_id tie_word_embeddings format_version
+    """.split()  # noqa: SIM905
+)
+# Field -> the values that the step knows; a field in neither list must have its default.
+_KNOWN: dict[str, tuple[Any, ...]] = {
     "norm_type": ("layer_norm", "rms_norm"),
     "feed_forward_type": ("gelu", "swiglu"),
     "residual_path": ("none", "previous_token", "suffix_automaton"),
@@ -102,7 +66,7 @@ _MODULES = (
 )
 
 
-def explain_unsupported(config: UniMatrixConfig) -> str | None:
+def explain_config(config: UniMatrixConfig) -> str | None:
     """Return why no compiled step exists for a configuration, ``None`` if one does.
 
     The list is one of what is allowed: a field that is not on it must have its default. Not on it
@@ -113,13 +77,12 @@ def explain_unsupported(config: UniMatrixConfig) -> str | None:
     """
     for name, default in get_config_defaults().items():
         value = getattr(config, name)
-        allowed = _KNOWN.get(name, (default,))
-        if allowed is not _ANY and value not in allowed:
+        if name not in _ANY_VALUE and value not in _KNOWN.get(name, (default,)):
             return f"{name} is {value!r}"
     return None
 
 
-def explain_unusable(model: PreTrainedModel) -> str | None:
+def explain_step(model: PreTrainedModel) -> str | None:
     """Return why the compiled step cannot stand for a model as it is, ``None`` if it can.
 
     Beside the configuration: it runs on the CPU in float32 and float64, in evaluation mode, with
@@ -129,7 +92,7 @@ def explain_unusable(model: PreTrainedModel) -> str | None:
     Args:
         model: a ``UniMatrixForCausalLM``.
     """
-    reason = explain_unsupported(model.config)
+    reason = explain_config(model.config)
     if reason is not None:
         return reason
     if model.training:
