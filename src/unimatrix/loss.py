@@ -119,8 +119,8 @@ def choose_targets(
     attention_mask: Tensor | None,
     shape: list[int],
     logits_to_keep: int | Tensor,
-) -> Tensor | None:
-    """Return the target of each position, [B, T] int64, -100 ignored; ``None`` without labels.
+) -> Tensor:
+    """Return the target of each position, [B, T] int64, -100 ignored.
 
     Args:
         labels: [B, T], shifted here.
@@ -135,25 +135,17 @@ def choose_targets(
     keeps_some = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
     labels = take_targets("labels", labels, shape)
     targets = take_targets("shift_labels", shift_labels, None if keeps_some else shape)
-    if targets is None and labels is not None:
+    if targets is None:
+        assert labels is not None
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    if targets is not None and attention_mask is not None:
-        targets = ignore_padding(targets, attention_mask)
-    return targets
+    return targets if attention_mask is None else ignore_padding(targets, attention_mask)
 
 
-def choose_positions(logits_to_keep: int | Tensor, logits_at: Tensor | None) -> tuple[Any, ...]:
-    """Return the index of the positions whose logits a caller wants.
-
-    Args:
-        logits_to_keep: so many last positions, 0 for all, or [n] positions.
-        logits_at: [B, T] bool, which rules over it.
-    """
-    if logits_at is not None:
-        return (logits_at,)
+def choose_last(logits_to_keep: int | Tensor) -> tuple[Any, ...]:
+    """Return the index of so many last positions, or of the positions [n] themselves."""
     if isinstance(logits_to_keep, Tensor):
         return (slice(None), logits_to_keep)
-    return (slice(None), slice(-logits_to_keep, None) if logits_to_keep else slice(None))
+    return (slice(None), slice(-logits_to_keep, None))
 
 
 def choose_rows(labels: Tensor) -> tuple[Any, ...]:

@@ -15,19 +15,23 @@ from unimatrix.hub.split_head import PointedHidden, keep_pointer, splits_truly
 from unimatrix.kernels.plan import plan, plan_loss
 from unimatrix.loss import (
     add_scale,
-    choose_positions,
+    choose_last,
     choose_rows,
     choose_targets,
     compute_loss,
     predict,
 )
 from unimatrix.modeling_inputs import LossOptions, read_inputs, require_shape, take_shift_labels
-from unimatrix.modeling_outputs import Pointer, UniMatrixCausalLMOutput, UniMatrixModelOutput
+from unimatrix.modeling_outputs import (
+    POINTER_FIELDS,
+    Pointer,
+    UniMatrixCausalLMOutput,
+    UniMatrixModelOutput,
+)
 from unimatrix.nn.block import States, UniMatrixBlock
 from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.norm import build_norm
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
-from unimatrix.nn.positions import add_positions
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
@@ -110,28 +114,20 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         Raises:
             InputError: for arguments that do not fit the model, its cache or each other.
         """
+        texts = (input_ids, inputs_embeds, attention_mask, suffix_match, position_ids)
         inputs = read_inputs(
-            self,
-            input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            suffix_match=suffix_match,
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            output_attentions=output_attentions,
+            self, *texts, past_key_values, use_cache, token_type_ids, output_attentions
         )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        ids, embeddings, past, padding, keeps_cache = inputs
+        ids, embeddings, positions, past, padding, keeps_cache = inputs
         run = plan(self, like=ids)
 
         # 2. Token features, and the position of each real token.
         features = run.embed(ids) if embeddings is None else embeddings
-        x, table, lengths = features, self.embed_positions, inputs.lengths
-        if table is not None:
-            x = add_positions(table, x, past.num_tokens, lengths, past.num_columns == 0)
+        x, lengths = features, inputs.lengths
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
         x = self.dropout(x)
 
         # 3. What every depth step sees of the tokens.
@@ -278,15 +274,23 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         h = output.last_hidden_state
         assert h is not None
         shape = list(h.shape[:2])
-        require_shape("logits_at", logits_at, shape)
+        if logits_at is not None:
+            require_shape("logits_at", logits_at, shape)
         # 5. The one shift.
-        targets = choose_targets(labels, shift_labels, attention_mask, shape, logits_to_keep)
+        targets, rows = None, None
+        if labels is not None or shift_labels is not None:
+            targets = choose_targets(labels, shift_labels, attention_mask, shape, logits_to_keep)
+            rows = choose_rows(targets) if loss_only else None
+        elif logits_at is not None:
+            rows = (logits_at,)
+        if rows is None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            rows = choose_last(logits_to_keep)
+
         # 6. The tied head, and the votes of the pointer or the mixture with it.
-        rows = choose_rows(targets) if loss_only and targets is not None else None
-        if rows is None:
-            rows = choose_positions(logits_to_keep, logits_at)
-        h, pointer = h[rows], output.pointer.select(rows)
-        targets = None if targets is None else targets[rows]
+        pointer = output.pointer
+        if rows is not None:
+            h, pointer = h[rows], pointer.select(rows)
+            targets = None if targets is None else targets[rows]
         loss = logits = None
         if targets is not None and loss_only:
             loss = plan_loss(self, like=h)(h, pointer, targets, num_items_in_batch)
@@ -297,14 +301,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         if loss is not None and targets is not None and output.hindsight_scale is not None:
             loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
-        result = UniMatrixCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            pointer_token_ids=output.pointer_token_ids,
-            pointer_weights=output.pointer_weights,
-            pointer_log_weights=output.pointer_log_weights,
-        )
+        passed = ("past_key_values", "hidden_states", *POINTER_FIELDS)
+        kept = {name: value for name, value in output.items() if name in passed}
+        result = UniMatrixCausalLMOutput(loss=loss, logits=logits, **kept)
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return result if returns_dict else result.to_tuple()

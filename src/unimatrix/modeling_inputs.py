@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
     Attributes:
         ids: [B, T] int64, real tokens first in each row; -1 where only embeddings are given.
         embeddings: [B, T, D] likewise, in place of those of the ids, or ``None``.
+        positions: [B, T] int64, of each real token; ``None`` without a table of positions.
         past: the cache to continue from.
         padding: where it was; ``None`` is none.
         keeps_cache: whether a cache is returned.
@@ -39,6 +40,7 @@ class Inputs(NamedTuple):
 
     ids: Tensor
     embeddings: Tensor | None
+    positions: Tensor | None
     past: UniMatrixCache
     padding: Padding | None
     keeps_cache: bool
@@ -52,13 +54,12 @@ class Inputs(NamedTuple):
 def read_inputs(
     model: Any,
     input_ids: Tensor | None,
-    *,
+    inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
+    suffix_match: Tensor | None,
+    position_ids: Tensor | None,
     past_key_values: UniMatrixCache | None,
     use_cache: bool | None,
-    suffix_match: Tensor | None,
-    inputs_embeds: Tensor | None,
-    position_ids: Tensor | None,
     token_type_ids: Tensor | None,
     output_attentions: bool | None,
 ) -> Inputs:
@@ -75,13 +76,10 @@ def read_inputs(
     ids = require_tokens(config, input_ids, inputs_embeds)
     if input_ids is not None:
         require_known("token id", ids, model.embed_tokens.weight.shape[0])
-    require_match(
-        suffix_match,
-        ids,
-        has_automaton=config.residual_path == "suffix_automaton",
-        is_continued=bool(use_cache) or attention_mask is not None or past_key_values is not None,
-        num_tokens=config.vocab_size,
-    )
+    if suffix_match is not None:
+        others = (attention_mask, past_key_values)
+        is_continued = bool(use_cache) or any(other is not None for other in others)
+        require_match(config, suffix_match, ids, is_continued=is_continued)
     if use_cache is None:
         use_cache = config.use_cache and not model.training
     keeps_cache = use_cache and suffix_match is None
@@ -90,13 +88,36 @@ def read_inputs(
         past = start_cache(config, ids, is_kept=keeps_cache)
     else:
         past.check(model, ids.shape[0])
-    padding = find_padding(attention_mask, ids, past.num_columns)
-    has_table = model.embed_positions is not None
-    require_positions(position_ids, ids, past.num_tokens, padding, has_table=has_table)
+    padding, positions, table = None, None, model.embed_positions
+    if attention_mask is not None:
+        padding = find_padding(attention_mask, ids, past.num_columns)
+    if position_ids is not None:
+        has_table = table is not None
+        require_positions(position_ids, ids, past.num_tokens, padding, has_table=has_table)
     if padding is not None:
         ids = padding.pack(ids)
         inputs_embeds = None if inputs_embeds is None else padding.pack(inputs_embeds)
-    return Inputs(ids, inputs_embeds, past, padding, keeps_cache)
+    if table is not None:
+        positions = _count_positions(ids, past, padding, table.num_embeddings)
+    return Inputs(ids, inputs_embeds, positions, past, padding, keeps_cache)
+
+
+def _count_positions(
+    ids: Tensor, past: UniMatrixCache, padding: Padding | None, num_rows: int
+) -> Tensor:
+    """Return the position of each real token, [B, T]; raise if a table does not reach so far."""
+    num_tokens = ids.shape[1]
+    positions = past.num_tokens.unsqueeze(1) + torch.arange(num_tokens, device=ids.device)
+    needed = num_tokens
+    if past.num_columns or padding is not None:
+        num_new = num_tokens if padding is None else padding.lengths
+        needed = int((past.num_tokens + num_new).max())
+    if needed > num_rows:
+        raise InputError(
+            f"the input reaches {needed} tokens and the position table has {num_rows}; pass "
+            "fewer, or train a model with max_position_embeddings=None, which has no table"
+        )
+    return positions.clamp(max=num_rows - 1)
 
 
 def require_known(name: str, ids: Tensor, num_tokens: int, lowest: int = 0) -> None:
@@ -217,7 +238,7 @@ def refuse_unused(
 
 
 def require_positions(
-    position_ids: Tensor | None,
+    position_ids: Tensor,
     ids: Tensor,
     num_before: Tensor,
     padding: Padding | None,
@@ -233,8 +254,6 @@ def require_positions(
         padding: where it is; ``None`` is none.
         has_table: whether the model embeds positions, so that it matters where they start.
     """
-    if position_ids is None:
-        return
     batch, num_tokens = ids.shape
     if tuple(position_ids.shape) not in {(batch, num_tokens), (1, num_tokens), (num_tokens,)}:
         raise InputError(
@@ -259,25 +278,17 @@ def require_positions(
 
 
 def require_match(
-    match: Tensor | None,
-    ids: Tensor,
-    *,
-    has_automaton: bool,
-    is_continued: bool,
-    num_tokens: int,
+    config: UniMatrixConfig, match: Tensor, ids: Tensor, *, is_continued: bool
 ) -> None:
     """Raise ``InputError`` unless what the automaton said may stand for running it.
 
     Args:
+        config: of the model.
         match: ``suffix_match`` of ``UniMatrixModel.forward``.
         ids: [B, T].
-        has_automaton: whether the model has one.
         is_continued: whether there is a cache, before or after, or a mask.
-        num_tokens: V, of the vocabulary.
     """
-    if match is None:
-        return
-    if not has_automaton:
+    if config.residual_path != "suffix_automaton":
         raise InputError("suffix_match is for models with residual_path 'suffix_automaton'")
     if is_continued:
         raise InputError("suffix_match is for whole rows; leave out cache and attention_mask")
@@ -286,4 +297,4 @@ def require_match(
         raise InputError(
             f"suffix_match is {list(match.shape)} {match.dtype}; pass {list(shape)} torch.int64"
         )
-    require_known("suffix_match predicts", match[..., 0], num_tokens, lowest=-1)
+    require_known("suffix_match predicts", match[..., 0], config.vocab_size, lowest=-1)

@@ -10,6 +10,9 @@ from transformers.modeling_outputs import ModelOutput
 from unimatrix.cache import UniMatrixCache
 from unimatrix.nn.padding import Padding
 
+POINTER_FIELDS = ("pointer_token_ids", "pointer_weights", "pointer_log_weights")
+"""What models return of a ``Pointer``."""
+
 
 class Pointer(NamedTuple):
     """What retrieved tokens say about the output; all ``None`` without a pointer.
@@ -67,8 +70,7 @@ class UniMatrixModelOutput(ModelOutput):
     @property
     def pointer(self) -> Pointer:
         """What retrieved tokens say about the output."""
-        fields = (self.pointer_token_ids, self.pointer_weights, self.pointer_log_weights)
-        return Pointer(*fields)
+        return Pointer(*(getattr(self, name) for name in POINTER_FIELDS))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
 from unimatrix.nn.mixer import Tokens, Votes
 from unimatrix.nn.short_convolution import ShortConvolution
-from unimatrix.ops.matrix_state.fused_scan import fuses_scan
+from unimatrix.ops.matrix_state.fused_scan import fuses_scan, scan_projected
 
 if TYPE_CHECKING:
     from unimatrix.kernels.passes.depth_step_native import DepthStep
@@ -94,8 +94,8 @@ class BlockRun:
             x, h, states = self._apply_parts(x, tokens, carry, reads)
         votes = None
         for mixer in others:
-            if mixer.name in reads:
-                votes = mixer.vote(h, reads[mixer.name]) or votes
+            if mixer.votes and mixer.name in reads:
+                votes = mixer.vote(h, reads[mixer.name])
         x = x if tokens.modulation is None else x * tokens.modulation
         return x, states, votes
 
@@ -169,9 +169,22 @@ class BlockRun:
             vectors = self._join("vectors", mixer.vector_layers)(mixed)
             controls = self._join("controls", mixer.control_layers)(h)
         is_bound = self.projections is not None and mixer.squashes
-        readout, matrix_state = mixer.scan(
-            vectors, controls, matrix_state, tokens.lengths, bound=is_bound
-        )
+        can_fuse = not (mixer.uses_delta or mixer.norm_guard)
+        backend = mixer.operator_options.get("backend", "auto")
+        if can_fuse and fuses_scan(backend, h.device, h.shape[1]):
+            readout, matrix_state = scan_projected(
+                vectors.view(*h.shape[:2], -1, mixer.num_heads, mixer.head_dim),
+                controls,
+                unit=mixer.normalized_keys,
+                bound=is_bound,
+                initial_state=matrix_state,
+                lengths=tokens.lengths,
+            )
+            readout = readout.flatten(2)
+        else:
+            readout, matrix_state = mixer.scan(
+                vectors, controls, matrix_state, tokens.lengths, is_bound=is_bound
+            )
         return h, readout, MatrixState(matrix_state, recent)
 
     def _convolve(

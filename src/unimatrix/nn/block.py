@@ -78,8 +78,8 @@ class UniMatrixBlock(GradientCheckpointingLayer):
             if mixer.reads_at is None:
                 read, state = mixer(h, tokens, carry.get(mixer.name))
                 reads[mixer.name], states[mixer.name] = read, state
-            if mixer.name in reads:
-                votes = mixer.vote(h, reads[mixer.name]) or votes  # E9
+            if mixer.votes and mixer.name in reads:
+                votes = mixer.vote(h, reads[mixer.name])  # E9
         gates = {name: gate for name, gate in self.gates.items() if name in reads}
         mixed = [torch.sigmoid(gate(h)) * reads[name].context for name, gate in gates.items()]
         x = x + self.dropout(sum(mixed[1:], mixed[0])) if mixed else x  # E11

@@ -1,15 +1,18 @@
 """Projections around the matrix state."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, normalize, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.mixer import Mixer, Read, Tokens
 from unimatrix.nn.short_convolution import ShortConvolution
-from unimatrix.ops.matrix_state import scan_projected
+from unimatrix.ops.matrix_state import READOUT_EPS, scan_matrix_state
 
 NUM_RULES = 3
 
@@ -131,11 +134,9 @@ class MatrixMixer(Mixer):
         mixed = source
         if self.short_conv is not None:
             mixed, recent = self.short_conv(source, recent, tokens.lengths)
-        vectors = [layer(mixed) for layer in self.vector_layers]  # [B, T, H N] each
-        controls = [layer(source) for layer in self.control_layers]
-        readout, matrix_state = self.scan(
-            torch.cat(vectors, dim=-1), torch.cat(controls, dim=-1), matrix_state, tokens.lengths
-        )
+        vectors = torch.cat([layer(mixed) for layer in self.vector_layers], dim=-1)
+        controls = torch.cat([layer(source) for layer in self.control_layers], dim=-1)
+        readout, matrix_state = self.scan(vectors, controls, matrix_state, tokens.lengths)
         return Read(self.out_proj(readout)), MatrixState(matrix_state, recent)
 
     def scan(
@@ -145,7 +146,7 @@ class MatrixMixer(Mixer):
         matrix_state: Tensor | None,
         lengths: Tensor | None,
         *,
-        bound: bool = False,
+        is_bound: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the readout before ``out_proj`` and the state after the last real token.
 
@@ -154,20 +155,31 @@ class MatrixMixer(Mixer):
             controls: [B, T, C], of ``control_layers`` side by side.
             matrix_state: [B, H, N, N] before the first token; ``None`` is zero.
             lengths: [B] int64, real tokens of each row; ``None`` is T for all.
-            bound: whether the vectors have passed through tanh, where ``squashes``.
+            is_bound: whether the vectors have passed through tanh, where ``squashes``.
 
         Returns:
             [B, T, H N] in the dtype of the vectors; [B, H, N, N], float32 at least.
         """
-        readout, matrix_state = scan_projected(
-            vectors.view(*vectors.shape[:2], -1, self.num_heads, self.head_dim),
-            controls,
-            unit=self.normalized_keys,
-            delta=self.uses_delta,
-            bound=bound,
-            norm_guard=self.norm_guard,
+        # q asks, k is the payload, v the address, d what the diagonal rule writes.
+        H = self.num_heads
+        q, k, v, *d = vectors.view(*vectors.shape[:2], -1, H, self.head_dim).unbind(dim=2)
+        retention, others = controls[..., :H], controls[..., H:].contiguous()
+        bind: Callable[[Tensor], Tensor] = nn.Identity()
+        if not is_bound:  # E24
+            bind = partial(normalize, dim=-1) if self.normalized_keys else torch.tanh
+        readout, matrix_state = scan_matrix_state(  # E1 to E4, E18
+            bind(q),
+            k if self.uses_delta else bind(k),
+            bind(v),
+            bind(d[0]) if self.mixes_rules else None,
+            logsigmoid(retention),  # [B, T, H]
+            others.view(*others.shape[:2], H, -1).softmax(dim=-1) if self.mixes_rules else None,
+            write_strength=torch.sigmoid(others) if self.uses_delta else None,  # [B, T, H]
             initial_state=matrix_state,
             lengths=lengths,
+            norm_guard=self.norm_guard,
             **self.operator_options,
         )
+        if self.normalized_keys:
+            readout = rms_norm(readout, readout.shape[-1:], eps=READOUT_EPS)
         return readout.flatten(2), matrix_state

@@ -71,6 +71,7 @@ class Mixer(nn.Module):
         state_prefix: of the tensors' names in a cache file.
         part: what ``unimatrix info`` calls its state.
         state_device: where the state lies; ``None`` is where the model is.
+        votes: whether ``vote`` returns something.
         reads_at: the depth step before which it reads, once for all of them; ``None`` reads at
             every depth step, from the normalised stream.
     """
@@ -85,6 +86,7 @@ class Mixer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.votes = False
         self.reads_at: int | None = None
         self.operator_options: dict[str, Any] = {}
 
@@ -122,11 +124,11 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not read")
 
-    def vote(self, h: Tensor, read: Any) -> Votes | None:
+    def vote(self, h: Tensor, read: Any) -> Votes:
         """Return what is added to the logits: ids and weights, [B, T, K] each.
 
         Args:
             h: [B, T, D], the normalised stream of the last depth step.
             read: what ``forward`` returned.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} does not vote")

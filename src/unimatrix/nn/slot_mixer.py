@@ -41,6 +41,7 @@ class SlotMixer(AssociativeProjections):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__(config)
+        self.votes = config.pointer
         self.num_slots = config.num_slots
         self.slots_per_read = config.slots_per_read
         self.match_threshold = config.match_threshold
@@ -104,9 +105,8 @@ class SlotMixer(AssociativeProjections):
             read, _ = scan(queries)
         return read, SlotMixerState(take_last(source, tokens.lengths, previous), final)
 
-    def vote(self, h: Tensor, read: SlotRead) -> Votes | None:
+    def vote(self, h: Tensor, read: SlotRead) -> Votes:
         """Return the ids of the slots read and their gated weights (E9); see ``Mixer.vote``."""
-        if self.pointer_gate is None:
-            return None
+        assert self.pointer_gate is not None
         weights = torch.sigmoid(self.pointer_gate(h)) * read.pointer_weights  # [B, T, K]
         return read.pointer_token_ids, weights
