@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from unimatrix.ops.numba import threads
+from unimatrix.ops.numba import threads, torch_threads
 
 
 @pytest.fixture(params=["libgomp", "pool"])
 def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run with four threads of one kind."""
     if request.param == "pool":
-        monkeypatch.setattr(threads, "_find_libgomp", lambda: None)
-    elif threads._find_libgomp() is None:
+        for module in (threads, torch_threads):
+            monkeypatch.setattr(module, "find_libgomp", lambda: None)
+    elif torch_threads.find_libgomp() is None:
         pytest.skip("torch has no libgomp on this platform")
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -110,7 +111,7 @@ def _halve_denormals() -> torch.Tensor:
 
 def test_denormals_are_zero_in_every_thread_while_the_context_lasts(team: str) -> None:
     assert _halve_denormals().all()
-    with threads.flush_denormals():
+    with torch_threads.flush_denormals():
         inside = _halve_denormals()
     after = _halve_denormals()
     # Without libgomp only this thread can be told, and it has the first part.
@@ -120,7 +121,7 @@ def test_denormals_are_zero_in_every_thread_while_the_context_lasts(team: str) -
 
 
 def test_denormals_come_back_after_an_error(team: str) -> None:
-    with pytest.raises(RuntimeError, match="midway"), threads.flush_denormals():
+    with pytest.raises(RuntimeError, match="midway"), torch_threads.flush_denormals():
         raise RuntimeError("midway")
     assert _halve_denormals().all()
 
@@ -129,7 +130,7 @@ def test_denormals_on_one_thread() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threads.flush_denormals():
+        with torch_threads.flush_denormals():
             assert not _halve_denormals().any()
         assert _halve_denormals().all()
     finally:

@@ -28,7 +28,7 @@ from unimatrix.bench.peers import LLAMA
 from unimatrix.bench.probe import Cell, Probe, Setting, count_positions, probe
 from unimatrix.bench.starts import time_starts
 from unimatrix.bench.workloads import MODES, NEW_TOKENS, choose_batch_size, cut_rows, load_text
-from unimatrix.ops.numba.threads import flush_denormals
+from unimatrix.ops.numba.torch_threads import flush_denormals
 from unimatrix.train.allocator import keep_freed_memory
 
 Row = dict[str, Any]

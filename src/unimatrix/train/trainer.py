@@ -28,7 +28,7 @@ from transformers import (
 from unimatrix.errors import InputError
 from unimatrix.hub.load import hide_progress, is_byte_level
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.ops.numba.threads import flush_denormals
+from unimatrix.ops.numba.torch_threads import flush_denormals
 from unimatrix.ops.suffix_automaton import predict_from_suffix
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.train.allocator import keep_freed_memory

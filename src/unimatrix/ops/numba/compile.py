@@ -48,6 +48,8 @@ def part(**options: Any) -> Any:
 def callback(signature: str) -> Any:
     """Return the decorator of a function that C calls by its address; kept on disk like a kernel.
 
+    It has an address once its ``compile()`` was called.
+
     Args:
         signature: its types, as for ``numba.cfunc``.
     """
@@ -55,7 +57,6 @@ def callback(signature: str) -> Any:
     def decorate(function: Any) -> Any:
         compiled: Any = CFunc(function, normalize_signature(signature), locals={}, options={})
         compiled._cache = KernelCache(function)
-        compiled.compile()
         return compiled
 
     return decorate
