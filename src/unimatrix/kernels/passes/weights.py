@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NUM_LANES = 16  # columns that products inside kernels handle together
+from unimatrix.ops.numba import NUM_LANES as NUM_LANES
 
 
 class PassWeights(NamedTuple):

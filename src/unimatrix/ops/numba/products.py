@@ -7,7 +7,7 @@ product runs on one core.
 """
 # mypy: allow-untyped-defs
 
-from unimatrix.kernels.passes.weights import NUM_LANES
+from unimatrix.ops.numba import NUM_LANES
 from unimatrix.ops.numba.compile import part
 from unimatrix.ops.numba.lanes import OPTIONS, at, load, plus, store, times, zeros
 
