@@ -63,6 +63,32 @@ for preset in presets:
 """
 
 
+# Loads, trains and decodes models, and prints which functions Numba compiled for it.
+_FIRST_RUN = """
+import sys, torch
+from numba.core import event
+recorder = event.RecordingListener()
+event.register("numba:compile", recorder)
+from unimatrix import UniMatrixConfig, UniMatrixForCausalLM
+from unimatrix.ops.numba.cache import compiled_kernels
+folder, *presets = sys.argv[1:]
+ids = torch.arange(2 * 40).view(2, 40) % 256
+for preset in presets:
+    UniMatrixForCausalLM(UniMatrixConfig.preset(preset)).save_pretrained(folder)
+    model = UniMatrixForCausalLM.from_pretrained(folder)
+    model.train()(ids, labels=ids).loss.backward()
+    model(ids, labels=ids, loss_only=True).loss.backward()
+    model.eval()
+    with torch.no_grad():
+        model(ids)
+    for count, sample in ((1, False), (2, False), (1, True)):
+        mask = torch.ones_like(ids[:count])
+        model.generate(ids[:count], attention_mask=mask, do_sample=sample, max_new_tokens=4)
+by_numba = {event.data["dispatcher"].__name__ for _, event in recorder.buffer if event.is_start}
+print("compiled:", sorted({name.split(".")[-1] for name in compiled_kernels} | by_numba))
+"""
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """Return a folder that holds a copy of the package, nothing compiled."""
@@ -87,6 +113,19 @@ def run_python(site: Path, code: str, *arguments: object, **variables: str) -> s
     return done.stdout
 
 
+def tell_compiling(place: str | Path) -> str:
+    """Return the one line that a process prints before it compiles."""
+    return (
+        "unimatrix compiles its kernels, which takes up to a minute and happens once on this "
+        f"machine; they are kept in {place}\n"
+    )
+
+
+def tell_compiling_beside_sources(site: Path) -> str:
+    """Return that line where a copy of the package can be written."""
+    return tell_compiling(f"__pycache__ folders of {site / 'unimatrix'}")
+
+
 def list_kept(site: Path) -> list[Path]:
     """Return the files of machine code in a copy of the package."""
     return sorted(site.rglob("*.nbc"))
@@ -109,8 +148,9 @@ from pathlib import Path
 part = Path({str(site / "unimatrix/ops/numba/tiles.py")!r})
 part.write_text(part.read_text().replace({head!r}, {head!r} + "    factor = 2 * factor\\n"))
 """
-    assert run_python(site, update + _EMBED) == "1.0\n"
-    assert run_python(site, _EMBED) == "2.0\n"
+    compiling = tell_compiling_beside_sources(site)
+    assert run_python(site, update + _EMBED) == compiling + "1.0\n"
+    assert run_python(site, _EMBED) == compiling + "2.0\n"
 
     # A file that no kernel here imports is of no account.
     before = [path.stat().st_mtime_ns for path in list_kept(site)]
@@ -128,11 +168,14 @@ def test_without_a_place_to_keep_kernels_they_run_and_a_warning_says_once_how(si
         "torch.ones(2, 9)", "torch.ones(2, 9).double()"
     )
     said = run_python(site, twice, **nowhere)
+    assert said.startswith("unimatrix compiles its kernels, which takes up to a minute\n")
+    assert said.count("unimatrix compiles") == 1
     assert said.count("1.0\n") == 2
     assert said.count("set NUMBA_CACHE_DIR to a folder that can be written") == 1
     assert "Traceback" not in said
     folder = site / "elsewhere"
-    assert run_python(site, _EMBED, **nowhere, NUMBA_CACHE_DIR=str(folder)) == "1.0\n"
+    said = run_python(site, _EMBED, **nowhere, NUMBA_CACHE_DIR=str(folder))
+    assert said == tell_compiling(folder) + "1.0\n"
     assert list_kept(folder)
 
 
@@ -144,7 +187,7 @@ def test_a_full_disk_leaves_kernels_that_run_and_nothing_half_written(site: Path
     assert "1.0\n" in said
     assert said.count("set NUMBA_CACHE_DIR to a folder that can be written") == 1
     assert not list_kept(site)
-    assert run_python(site, _EMBED) == "1.0\n"
+    assert run_python(site, _EMBED) == tell_compiling_beside_sources(site) + "1.0\n"
     # What a system that went down leaves: files of no bytes.
     assert list_kept(site)
     for path in site.rglob("*.nb?"):
@@ -156,7 +199,10 @@ def test_a_full_disk_leaves_kernels_that_run_and_nothing_half_written(site: Path
 
 def assert_resumed_is_unbroken(site: Path, folder: Path, kernels: str, *presets: str) -> None:
     """Assert that the process that compiles, and those that load, compute the same bits."""
-    begun = run_python(site, _TRAIN, folder, 0, 2, kernels, *presets).splitlines()
+    said = run_python(site, _TRAIN, folder, 0, 2, kernels, *presets)
+    compiling = tell_compiling_beside_sources(site)
+    assert said.count(compiling) == 1
+    begun = said.replace(compiling, "").splitlines()
     resumed = run_python(site, _TRAIN, folder, 2, 3, kernels, *presets).splitlines()
     unbroken = run_python(site, _TRAIN, folder, 0, 3, kernels, *presets).splitlines()
     assert sorted(begun + resumed) == sorted(unbroken)
@@ -180,6 +226,25 @@ def test_no_kernel_lets_another_call_its_parts() -> None:
         exported = [f.name for f in module.functions if f.linkage == Linkage.linkonce_odr]
         assert exported, one
         assert all(f"{one.__name__}B" in name for name in exported), (one, exported)
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """Beside this package, so that what other tests compile is compiled once."""
+    source = Path(unimatrix.__file__).parents[1]
+    run_python(source, _FIRST_RUN, tmp_path, "core", "unimatrix", "sparsepointer")
+    said = run_python(source, _FIRST_RUN, tmp_path, "core", "unimatrix", "sparsepointer")
+    assert said.splitlines()[-1] == "compiled: []"
+    assert "unimatrix compiles" not in said
+
+
+@pytest.mark.slow
+def test_the_first_run_of_all_is_the_only_one_that_compiles(site: Path, tmp_path: Path) -> None:
+    first = run_python(site, _FIRST_RUN, tmp_path, *PRESETS)
+    assert first.count(tell_compiling_beside_sources(site)) == 1
+    assert "'advance'" in first.splitlines()[-1]
+    second = run_python(site, _FIRST_RUN, tmp_path, *PRESETS)
+    assert second.splitlines()[-1] == "compiled: []"
+    assert "unimatrix compiles" not in second
 
 
 @pytest.mark.slow

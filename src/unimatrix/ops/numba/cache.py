@@ -6,8 +6,10 @@ imports, at the top, directly or not.
 """
 # mypy: allow-untyped-defs
 
+import contextlib
 import functools
 import hashlib
+import logging
 import os
 import pickle
 import re
@@ -21,6 +23,7 @@ import numpy as np
 from numba.core import config
 from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 
+_logger = logging.getLogger("unimatrix")
 _PACKAGE = Path(__file__).parents[2]
 _IMPORT = re.compile(r"\n(?:from|import) (unimatrix[\w.]*)(?: import (?:\(([^)]*)\)|(.*)))?")
 # Settings of Numba that change the machine code and are not in its own key.
@@ -75,55 +78,86 @@ def _find_file(module: str) -> str | None:
 
 
 class KernelCache(NullCache):
-    """Numba's cache of one function, keyed by all sources; without a place to write, none.
+    """Numba's cache of one function, keyed by all sources; without a folder to write to, none.
+
+    Each signature has files of its own. Numba numbers the signatures of a function in one index,
+    which several processes that compile at the same time would write over.
 
     Args:
         function: the Python function of a kernel.
+
+    Raises:
+        ImportError: if Numba does not keep its index where this class replaces it.
     """
 
     def __init__(self, function: Any) -> None:
-        self._kept: FunctionCache | None = None
+        self._name = f"{function.__module__}.{function.__name__}"
+        self._on_disk: FunctionCache | None = None
         try:
-            self._kept = FunctionCache(function)
+            self._on_disk = FunctionCache(function)
         except RuntimeError:  # no folder can be written
             return
+        if not isinstance(self._on_disk._cache_file, IndexDataCacheFile):
+            raise ImportError("Numba's cache of compiled functions has no index that is known here")
         versions = [llvmlite.__version__, np.__version__]
         versions += [str(getattr(config, name)) for name in _SETTINGS]
         # In place of the hash of the function's own file.
-        self._kept._cache_file = IndexDataCacheFile(
-            cache_path=self._kept.cache_path,
-            filename_base=self._kept._impl.filename_base,
-            source_stamp=(digest_sources(function.__module__), *versions),
-        )
+        self._stamp = (digest_sources(function.__module__), *versions)
 
     @property
     def cache_path(self):
         """The folder, ``None`` if there is none."""
-        return None if self._kept is None else self._kept.cache_path
+        return None if self._on_disk is None else self._on_disk.cache_path
 
     def load_overload(self, sig, target_context):
         """Return what was compiled for a signature, ``None`` if nothing was, or not whole."""
-        if self._kept is None:
-            return None
-        try:
-            return self._kept.load_overload(sig, target_context)
-        except (OSError, EOFError, pickle.UnpicklingError):  # a full disk leaves empty files
-            return None
+        compiled = None
+        if self._on_disk is not None:
+            self._open(sig)
+            # A full disk leaves empty files.
+            with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
+                compiled = self._on_disk.load_overload(sig, target_context)
+        if compiled is None:
+            if not compiled_kernels:
+                _say_compiling(self.cache_path)
+            compiled_kernels.append(self._name)
+        return compiled
 
     def save_overload(self, sig, data):
         """Keep what was compiled for a signature, where it can be kept."""
-        if self._kept is None:
+        if self._on_disk is None:
             _warn_uncached("no folder for them can be written")
             return
+        self._open(sig)
         try:
-            self._kept.save_overload(sig, data)
+            self._on_disk.save_overload(sig, data)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             _warn_uncached(str(error))
 
-    def flush(self):
-        """Forget what was compiled."""
-        if self._kept is not None:
-            self._kept.flush()
+    def _open(self, sig: Any) -> None:
+        """Let Numba read and write the files of one signature."""
+        assert self._on_disk is not None
+        number = hashlib.sha256(repr(sig).encode()).hexdigest()[:16]
+        self._on_disk._cache_file = IndexDataCacheFile(
+            cache_path=self._on_disk.cache_path,
+            filename_base=f"{self._on_disk._impl.filename_base}-{number}",
+            source_stamp=self._stamp,
+        )
+
+
+compiled_kernels: list[str] = []
+"""Names of the kernels that this process compiled, since none that fits was kept."""
+
+
+def _say_compiling(folder: str | None) -> None:
+    """Say why nothing seems to happen, and where the kernels will be."""
+    message = "unimatrix compiles its kernels, which takes up to a minute"
+    if folder is not None:
+        path = Path(folder)
+        beside_sources = path.is_relative_to(_PACKAGE)
+        place = f"__pycache__ folders of {_PACKAGE}" if beside_sources else str(path.parent)
+        message += f" and happens once on this machine; they are kept in {place}"
+    _logger.warning(message)
 
 
 @functools.cache
