@@ -13,6 +13,7 @@ from llvmlite.binding import Linkage
 import unimatrix
 from unimatrix.configuration import PRESETS, UniMatrixConfig
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.ops.numba import cache
 from unimatrix.ops.numba.cache import KernelCache
 
 # Takes a row of ones through a kernel, one of whose parts lies in another file.
@@ -207,6 +208,13 @@ def assert_resumed_is_unbroken(site: Path, folder: Path, kernels: str, *presets:
     unbroken = run_python(site, _TRAIN, folder, 0, 3, kernels, *presets).splitlines()
     assert sorted(begun + resumed) == sorted(unbroken)
     assert len(unbroken) == 3 * len(presets)
+
+
+def test_a_numba_with_another_index_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba's own key would be taken, and a kernel outlive the sources of its parts."""
+    monkeypatch.setattr(cache, "IndexDataCacheFile", int)
+    with pytest.raises(ImportError, match="has no index that is known here"):
+        KernelCache(list_kept)
 
 
 def test_no_kernel_lets_another_call_its_parts() -> None:

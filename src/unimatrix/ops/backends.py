@@ -9,6 +9,7 @@ import importlib.util
 import torch
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.ops.numba.health import explain_unusable
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "matrix_state": ("reference", "parallel", "native", "triton"),
@@ -54,6 +55,15 @@ def compiles_triton(device: torch.device) -> bool:
         return False
     is_installed = importlib.util.find_spec("triton") is not None
     return is_installed and torch.cuda.get_device_capability(device) >= _LOWEST_CAPABILITY
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def compiles_native() -> bool:
+    """Return whether ``auto`` may choose compiled kernels: their check in this process passed.
+
+    Imports Numba, so ask only where a kernel would run next.
+    """
+    return explain_unusable() is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid, normalize, rms_norm
 
 from unimatrix.errors import InputError
 from unimatrix.ops import opaque
+from unimatrix.ops.backends import compiles_native
 from unimatrix.ops.checks import require_dtype, require_lengths, require_shape
 from unimatrix.ops.matrix_state.scan import choose_backend, scan_matrix_state
 
@@ -21,8 +22,9 @@ READOUT_EPS = 1e-6
 
 def fuses_scan(backend: str, device: torch.device, num_tokens: int) -> bool:
     """Return whether the scan binds its inputs itself, without delta rule and norm guard."""
-    is_wanted = backend == "native" or (backend == "auto" and num_tokens > 1)
-    return is_wanted and device.type == "cpu"
+    if backend != "auto" or device.type != "cpu":
+        return backend == "native" and device.type == "cpu"
+    return num_tokens > 1 and compiles_native()
 
 
 def scan_projected(

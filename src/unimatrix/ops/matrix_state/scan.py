@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
+from unimatrix.ops.backends import (
+    compiles_native,
+    compiles_triton,
+    require_backend,
+    require_triton,
+)
 from unimatrix.ops.checks import (
     find_real_tokens,
     is_autocast,
@@ -35,11 +40,11 @@ def choose_backend(
 
     One token: the reference, since a few tensor operations cost about as much as calling a kernel
     and decoding then needs no compiler. More, on the CPU: the kernels, which in training were
-    several times faster than the chunked form at N = 16 and 32 and about as fast at N = 128.
-    More, elsewhere: with the norm guard, the reference; else Triton's kernels where they compile
-    and have the form, the chunked form where not. On a GPU none of them has been timed. In a graph
-    that ``torch.compile`` captures on the CPU: the chunked form; what needs the norm guard breaks
-    it in two.
+    several times faster than the chunked form at N = 16 and 32 and about as fast at N = 128. More,
+    elsewhere or where kernels do not run here: with the norm guard, the reference; else Triton's
+    kernels where they compile and have the form, the chunked form where not. On a GPU none of them
+    has been timed. In a graph that ``torch.compile`` captures on the CPU: the chunked form; what
+    needs the norm guard breaks it in two.
 
     Args:
         num_tokens: T.
@@ -51,7 +56,8 @@ def choose_backend(
     """
     if num_tokens == 1:
         return "reference"
-    if device.type == "cpu" and (norm_guard or not torch.compiler.is_compiling()):
+    is_wanted = device.type == "cpu" and (norm_guard or not torch.compiler.is_compiling())
+    if is_wanted and compiles_native():
         return "native"
     if norm_guard:
         return "reference"

@@ -192,14 +192,14 @@ def _find_entry(kernel: Any, args: tuple[Any, ...], kinds: list[Any], num_number
 
 def _require_layout(kernel: Any, compiled: Any, num_numbers: int) -> None:
     """Raise ``RuntimeError`` unless the entry point takes two slots, two bounds and the numbers."""
+    for kind in compiled.argtypes:
+        if isinstance(kind, types.Array) and default_manager.lookup(kind)._fields != _ARRAY:
+            raise RuntimeError("Numba lays an array out in another way than is known here")
     entry = kernel.targetctx.call_conv.get_function_type(compiled.restype, compiled.argtypes)
-    whole = (ir.PointerType, ir.IntType)
-    are_whole = all(isinstance(kind, whole) for kind in entry.args)
-    array_types = [kind for kind in compiled.argtypes if isinstance(kind, types.Array)]
-    are_known = all(default_manager.lookup(kind)._fields == _ARRAY for kind in array_types)
-    found = len(entry.args) - 4
-    if not (are_whole and are_known and found == num_numbers <= _MOST_NUMBERS):
+    are_whole = all(isinstance(kind, ir.PointerType | ir.IntType) for kind in entry.args)
+    num_compiled = len(entry.args) - 4
+    if not are_whole or num_compiled != num_numbers or num_numbers > _MOST_NUMBERS:
         raise RuntimeError(
-            f"Numba compiled {kernel.__name__} for {found} arguments, of which {num_numbers} of at "
-            f"most {_MOST_NUMBERS} are passed, or hands over arrays in another way than before"
+            f"Numba compiled {kernel.__name__} for {num_compiled} numbers, and {num_numbers} of at "
+            f"most {_MOST_NUMBERS} whole ones are passed"
         )

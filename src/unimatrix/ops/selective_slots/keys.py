@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unimatrix.ops.backends import compiles_native
 from unimatrix.ops.selective_slots.state import NO_KEY
 
 # Constants of SplitMix64 (Steele, Lea, Flood 2014), as signed numbers: sums wrap around.
@@ -31,7 +32,7 @@ def hash_contexts(ids: Tensor, patterns: Sequence[Sequence[int]]) -> Tensor:
         Two contexts share a hash with probability 2^-31. The pattern's number is hashed with it.
     """
     is_worth_it = ids.device.type == "cpu" and ids.numel() > _FEWEST_IDS
-    if is_worth_it and not torch.compiler.is_compiling():
+    if is_worth_it and not torch.compiler.is_compiling() and compiles_native():
         # Imported here: it loads the compiler.
         from unimatrix.ops.selective_slots.native_step import hash_contexts_native
 

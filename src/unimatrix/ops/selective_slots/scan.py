@@ -5,7 +5,12 @@ from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops import opaque
-from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
+from unimatrix.ops.backends import (
+    compiles_native,
+    compiles_triton,
+    require_backend,
+    require_triton,
+)
 from unimatrix.ops.checks import require_dtype, require_lengths, require_shape
 from unimatrix.ops.selective_slots.reference import scan_reference
 from unimatrix.ops.selective_slots.state import (
@@ -44,13 +49,16 @@ def choose_backend(device: torch.device, num_slots: int, *, bounded: bool = True
         bounded: M slots; otherwise every offer finds a place, as in training.
 
     Returns:
-        ``native``, on the CPU whatever the device; on a GPU ``triton`` for M slots, where it
+        ``native``, on the CPU whatever the device, or ``reference`` where kernels do not run
+        here; on a GPU ``triton`` for M slots, where it
         compiles and can hold them: nothing then waits for the CPU. Without a bound it compares
         with every write where ``native`` has a hash table, so it must be asked for by name.
         Neither choice has been timed on a GPU.
     """
     fits = bounded and num_slots <= _MOST_TRITON_PLACES and compiles_triton(device)
-    return "triton" if fits else "native"
+    if fits:
+        return "triton"
+    return "native" if compiles_native() else "reference"
 
 
 def scan_selective_slots(

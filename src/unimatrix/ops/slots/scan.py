@@ -8,7 +8,12 @@ from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops import opaque
-from unimatrix.ops.backends import compiles_triton, require_backend, require_triton
+from unimatrix.ops.backends import (
+    compiles_native,
+    compiles_triton,
+    require_backend,
+    require_triton,
+)
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
 from unimatrix.ops.slots.decisions import Allocation
@@ -59,13 +64,16 @@ def choose_backend(
         key_size: C.
 
     Returns:
-        ``native``; on a GPU ``parallel`` for a single token, which then need not wait for the CPU,
-        and for more ``triton``, where it compiles and can hold the slots.
+        ``native``, or ``parallel`` where kernels do not run here; on a GPU ``parallel`` for a
+        single token, which then need not wait for the CPU, and for more ``triton``, where it
+        compiles and can hold the slots.
     """
     if device.type == "cuda" and num_tokens == 1:
         return "parallel"
     fits = _fits_triton(num_slots, key_size) and compiles_triton(device)
-    return "triton" if fits else "native"
+    if fits:
+        return "triton"
+    return "native" if compiles_native() else "parallel"
 
 
 def _fits_triton(num_slots: int, key_size: int) -> bool:

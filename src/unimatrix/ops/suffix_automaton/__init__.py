@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import require_backend
+from unimatrix.ops.backends import compiles_native, require_backend
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.suffix_automaton.reference import predict_rows
 from unimatrix.ops.suffix_automaton.storage import (
@@ -67,7 +67,7 @@ def predict_from_suffix(
         in_place: change the tensors of ``initial``, which the caller then gives up.
         keeps_state: return the automaton; without it, rows no longer than the window are answered
             by an automaton of their own size instead of the window's.
-        backend: ``auto`` is ``native``.
+        backend: ``auto`` is ``native``, or ``reference`` where kernels do not run here.
 
     Returns:
         The prediction, ``[B, T]`` int64 on the device of ``input_ids``, -1 and 0 at padding, and
@@ -89,7 +89,9 @@ def predict_from_suffix(
         ``reference`` is quadratic. Rows run in parallel on the CPU. Deterministic and causal; any
         split of a stream gives the same predictions. Not differentiable.
     """
-    backend = require_backend("suffix_automaton", "native" if backend == "auto" else backend)
+    if backend == "auto":
+        backend = "native" if compiles_native() else "reference"
+    require_backend("suffix_automaton", backend)
     real_ids, lengths = _check_ids(input_ids, lengths)
     if initial is None:
         # Nothing is dropped from the first two generations.
