@@ -19,7 +19,7 @@ from unimatrix.ops.suffix_automaton import predict_from_suffix
 
 CPU = torch.device("cpu")
 
-PRESETS = ("core", "sparsepointer")
+PRESETS = ("core", "sparsepointer", "unimatrix")
 
 
 @pytest.fixture(autouse=True)
