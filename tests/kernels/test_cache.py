@@ -140,7 +140,7 @@ def close_cache_folders(site: Path) -> None:
 
 def test_a_kernel_is_compiled_anew_if_a_part_in_another_file_changes(site: Path) -> None:
     passes = site / "unimatrix" / "kernels" / "passes"
-    head = '    """Add a multiple of a row to ``target``; of any width."""\n'
+    head = '    """Add a multiple of a row of any width to ``target``."""\n'
     assert (site / "unimatrix/ops/numba/tiles.py").read_text(encoding="utf-8").count(head) == 1
     # The update comes while a process runs that has yet to compile: it runs, and keeps, the old.
     update = f"""

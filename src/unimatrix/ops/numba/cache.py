@@ -1,8 +1,8 @@
-"""Where compiled kernels are kept, and what has to be the same for one to be taken.
+"""Keeps compiled kernels on disk, under a key that covers all sources they are made of.
 
-Numba looks at the file of a kernel. What goes into it comes from other files as well: parts,
-constants, numbers of columns. So a kernel here is keyed by every file of the package that its own
-imports, at the top, directly or not.
+Numba's own key covers the file of a kernel alone. Parts, constants and numbers of columns come from
+other files too. So the key here covers the kernel's file and every file of the package that it
+imports at its top, directly or through others.
 """
 # mypy: allow-untyped-defs
 
@@ -26,7 +26,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
 _logger = logging.getLogger("unimatrix")
 _PACKAGE = Path(__file__).parents[2]
 _IMPORT = re.compile(r"\n(?:from|import) (unimatrix[\w.]*)(?: import (?:\(([^)]*)\)|(.*)))?")
-# Settings of Numba that change the machine code and are not in its own key.
+# Settings of Numba that change the machine code and that Numba's own key leaves out.
 _SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK")
 
 
@@ -34,20 +34,19 @@ _SETTINGS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK")
 def digest_sources(module: str) -> str:
     """Return a hash of a module's file and of every file of the package that it imports.
 
-    Files are read once in a process: it runs what they were when it began, so what it compiles
-    must not pass for compiled from what they are later.
+    Each file is read once: a process runs its sources as they were when it started, so what it
+    compiles must not be keyed by a later edit.
 
     Args:
         module: full name, such as ``unimatrix.ops.slots.native``.
     """
-    waiting, found = [module], set()
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += _read_module(name)[1]
-    digests = sorted((name, _read_module(name)[0]) for name in found)
-    return hashlib.sha256(repr(digests).encode()).hexdigest()
+    unread, digests = [module], {}
+    while unread:
+        name = unread.pop()
+        if name not in digests:
+            digests[name], imported = _read_module(name)
+            unread += imported
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
 @functools.cache
@@ -57,10 +56,10 @@ def _read_module(name: str) -> tuple[str, tuple[str, ...]]:
     try:
         source = b"" if path is None else Path(path).read_bytes()
     except OSError:
-        source = b""  # an application without sources, which nobody edits
+        source = b""  # an application that is shipped without sources, which nobody edits
     imported = []
-    for package, several, one in _IMPORT.findall(source.decode()):
-        names = re.findall(r"(\w+)(?: as \w+)?", several or one)
+    for package, in_brackets, in_line in _IMPORT.findall(source.decode()):
+        names = re.findall(r"(\w+)(?: as \w+)?", in_brackets or in_line)
         modules = [f"{package}.{name}" for name in names]
         are_files = [_find_file(module) is not None for module in modules]
         imported += [module for module, is_file in zip(modules, are_files, strict=True) if is_file]
@@ -101,7 +100,7 @@ class KernelCache(NullCache):
             raise ImportError("Numba's cache of compiled functions has no index that is known here")
         versions = [llvmlite.__version__, np.__version__]
         versions += [str(getattr(config, name)) for name in _SETTINGS]
-        # In place of the hash of the function's own file.
+        # Takes the place of Numba's stamp of the function's own file.
         self._stamp = (digest_sources(function.__module__), *versions)
 
     @property

@@ -1,8 +1,8 @@
 """How loops are compiled: kernels that Python calls, and parts that only kernels call.
 
-A kernel is compiled once for its types and kept on disk (``cache_native``). What lets Python call a
-function costs as much to compile as a small function, so a part has none of it (and must not be
-called from Python), and no file: it is compiled into its kernels.
+A kernel is compiled once for its types and kept on disk (``cache``). The wrappers that let Python
+call a function cost as much to compile as a small function. So a part has none of them, must not
+be called from Python, and has no file: it is compiled into the kernels that call it.
 """
 # mypy: allow-untyped-defs
 
@@ -63,11 +63,11 @@ def callback(signature: str) -> Any:
 
 
 class _KernelLibrary(JITCodeLibrary):
-    """The machine code of one kernel, whose parts nobody else can call.
+    """The machine code of one kernel, whose parts no other kernel can call.
 
-    Numba exports them as weak symbols: of the copies in several kernels, and of the one that a
-    compiling process makes of the part alone, all callers get whichever was loaded first. Each is
-    optimised for its kernel, so the last bits of a result would depend on what ran before.
+    Numba exports parts as weak symbols: of the copies in several kernels, and of the copy that a
+    compiling process makes of the part alone, all callers get whichever was loaded first. Each copy
+    is optimised for its kernel, so the last bits of a result would depend on what ran before.
     """
 
     def _finalize_final_module(self):
@@ -79,7 +79,7 @@ class _KernelLibrary(JITCodeLibrary):
 
 @register_pass(mutates_CFG=False, analysis_only=False)
 class _StartLibrary(LoweringPass):
-    """Has the kernel lowered into a library of its own kind."""
+    """Gives a kernel a ``_KernelLibrary`` before Numba's lowering looks for a library."""
 
     _name = "start_kernel_library"
 
@@ -93,11 +93,11 @@ class _StartLibrary(LoweringPass):
 
 
 class _KernelCompiler(Compiler):
-    """Numba's own passes, with the library above."""
+    """Numba's own passes, and ``_StartLibrary`` before its lowering."""
 
     def define_pipelines(self):
         (passes,) = super().define_pipelines()
-        before = [one for one, _ in passes.passes]
-        passes.add_pass_after(_StartLibrary, before[before.index(NativeLowering) - 1])
+        kinds = [kind for kind, _ in passes.passes]
+        passes.add_pass_after(_StartLibrary, kinds[kinds.index(NativeLowering) - 1])
         passes.finalize()
         return [passes]

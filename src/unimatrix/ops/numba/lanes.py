@@ -46,8 +46,8 @@ def _spread(builder: Any, value: Any, vector: Any) -> Any:
 def pointer(_: Any, array: Any, offset: Any) -> Any:
     """Return the address of ``array[offset]``; passing it on counts no reference.
 
-    An array that the function itself made is freed behind the last mention of its name, pointers
-    or not: where that is before their last use, ``keep`` it.
+    Numba frees an array that the function itself made behind the last mention of its name, even if
+    pointers into it are used later: ``keep`` the array behind their last use.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -58,7 +58,7 @@ def pointer(_: Any, array: Any, offset: Any) -> Any:
 
 @intrinsic
 def keep(_: Any, array: Any) -> Any:
-    """Do nothing; until here the array lives, and pointers into it hold."""
+    """Do nothing but mention the array: until here it lives, and pointers into it are valid."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return context.get_dummy_value()
@@ -68,7 +68,7 @@ def keep(_: Any, array: Any) -> Any:
 
 @intrinsic
 def at(_: Any, pointer: Any, offset: Any) -> Any:
-    """Return the address so many numbers on."""
+    """Return the address of ``pointer[offset]``."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.gep(args[0], [args[1]])
@@ -104,16 +104,16 @@ def store(_: Any, pointer: Any, offset: Any, lanes: Any) -> Any:
 
 @intrinsic
 def prefetch(_: Any, pointer: Any, offset: Any) -> Any:
-    """Bring ``pointer[offset]`` near; it may lie behind the end of the array."""
+    """Bring ``pointer[offset]`` into the caches; it may lie behind the end of the array."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         name = "llvm.prefetch.p0i8"
         fetch = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        # To be read, kept in all caches, data.
-        builder.call(fetch, [place, number(0), number(3), number(1)])
+        address = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        # Read, not written; wanted in all caches; data, not instructions.
+        builder.call(fetch, [address, number(0), number(3), number(1)])
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp), generate
@@ -131,7 +131,7 @@ def zeros(_: Any, pointer: Any, width: Any) -> Any:
 
 
 def _define_arithmetic(instruction: str) -> Any:
-    """Return ``f(lanes, other) -> lanes`` for an LLVM instruction; ``other``: a number or lanes."""
+    """Return ``f(lanes, other) -> lanes`` of an LLVM instruction; ``other``: lanes, or a number."""
 
     @intrinsic
     def combine(_: Any, lanes: Any, other: Any) -> Any:
@@ -148,11 +148,17 @@ plus, times = _define_arithmetic("fadd"), _define_arithmetic("fmul")
 minus, over = _define_arithmetic("fsub"), _define_arithmetic("fdiv")
 
 
-# Of the exponential: terms of its series on |r| <= ln(2) / 2, bits of the mantissa, the exponent's
-# bias, and the largest argument with a finite result.
+# For each width of a number in bits: terms of the series of e^r on |r| <= ln(2) / 2, bits of the
+# mantissa, bias of the exponent, and the largest argument whose exponential is finite.
 _EXPONENTIAL = {32: (8, 23, 127, 87.0), 64: (14, 52, 1023, 708.0)}
 # ln 2 in two parts, the first of few bits, so that its multiples are exact.
 _LN_2 = (0.693359375, -2.12194440054690583e-4)
+
+
+def _declare_elementwise(builder: Any, name: str, lanes: Lanes, vector: Any) -> Any:
+    """Return LLVM's function of each lane of a vector."""
+    full_name = f"llvm.{name}.v{lanes.width}f{lanes.dtype.bitwidth}"
+    return builder.module.declare_intrinsic(full_name, fnty=ir.FunctionType(vector, [vector]))
 
 
 @intrinsic
@@ -168,28 +174,23 @@ def exponential(_: Any, lanes: Any) -> Any:
         vector = args[0].type
         integers = ir.VectorType(ir.IntType(lanes.dtype.bitwidth), lanes.width)
 
-        def every(value: float) -> Any:
-            return ir.Constant(vector, [value] * lanes.width)
-
-        def whole(value: int) -> Any:
-            return ir.Constant(integers, [value] * lanes.width)
+        def repeat(value: float, kind: Any = vector) -> Any:
+            return ir.Constant(kind, [value] * lanes.width)
 
         x = args[0]
-        x = builder.select(builder.fcmp_ordered(">", x, every(largest)), every(largest), x)
-        x = builder.select(builder.fcmp_ordered("<", x, every(-largest)), every(-largest), x)
-        shifted = builder.fadd(builder.fmul(x, every(1 / math.log(2))), every(0.5))
-        name = f"llvm.floor.v{lanes.width}f{lanes.dtype.bitwidth}"
-        floor = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(vector, [vector]))
-        n = builder.call(floor, [shifted])
-        r = builder.fsub(x, builder.fmul(n, every(_LN_2[0])))
-        r = builder.fsub(r, builder.fmul(n, every(_LN_2[1])))
-        result = every(1 / math.factorial(terms))
+        x = builder.select(builder.fcmp_ordered(">", x, repeat(largest)), repeat(largest), x)
+        x = builder.select(builder.fcmp_ordered("<", x, repeat(-largest)), repeat(-largest), x)
+        plus_half = builder.fadd(builder.fmul(x, repeat(1 / math.log(2))), repeat(0.5))
+        n = builder.call(_declare_elementwise(builder, "floor", lanes, vector), [plus_half])
+        r = builder.fsub(x, builder.fmul(n, repeat(_LN_2[0])))
+        r = builder.fsub(r, builder.fmul(n, repeat(_LN_2[1])))
+        series = repeat(1 / math.factorial(terms))
         for k in range(terms - 1, -1, -1):
-            result = builder.fmul(result, r, flags=("contract",))
-            result = builder.fadd(result, every(1 / math.factorial(k)), flags=("contract",))
-        exponent = builder.add(builder.fptosi(n, integers), whole(bias))
-        power = builder.bitcast(builder.shl(exponent, whole(mantissa)), vector)
-        return builder.fmul(result, power)
+            series = builder.fmul(series, r, flags=("contract",))
+            series = builder.fadd(series, repeat(1 / math.factorial(k)), flags=("contract",))
+        exponent = builder.add(builder.fptosi(n, integers), repeat(bias, integers))
+        power_of_2 = builder.bitcast(builder.shl(exponent, repeat(mantissa, integers)), vector)
+        return builder.fmul(series, power_of_2)
 
     return lanes(lanes), generate
 
@@ -199,24 +200,21 @@ def root(_: Any, lanes: Any) -> Any:
     """Return the square root of each lane."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = args[0].type
-        name = f"llvm.sqrt.v{lanes.width}f{lanes.dtype.bitwidth}"
-        function = builder.module.declare_intrinsic(name, fnty=ir.FunctionType(vector, [vector]))
-        return builder.call(function, args)
+        return builder.call(_declare_elementwise(builder, "sqrt", lanes, args[0].type), args)
 
     return lanes(lanes), generate
 
 
 @intrinsic
 def plus_at(_: Any, lanes: Any, index: Any, other: Any) -> Any:
-    """Return ``lanes`` with ``other``, or its lane, added in lane ``index`` alone."""
+    """Return ``lanes`` with ``other``, a number or lanes, added in lane ``index`` alone."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        indices = ir.VectorType(ir.IntType(64), lanes.width)
-        every = ir.Constant(indices, list(range(lanes.width)))
-        here = builder.icmp_signed("==", every, _spread(builder, args[1], indices))
+        integers = ir.VectorType(ir.IntType(64), lanes.width)
+        numbers = ir.Constant(integers, list(range(lanes.width)))
+        is_chosen = builder.icmp_signed("==", numbers, _spread(builder, args[1], integers))
         second = _spread(builder, args[2], args[0].type)
-        return builder.select(here, builder.fadd(args[0], second), args[0])
+        return builder.select(is_chosen, builder.fadd(args[0], second), args[0])
 
     return lanes(lanes, types.int64, other), generate
 
@@ -238,7 +236,7 @@ def total(_: Any, lanes: Any) -> Any:
 
 @intrinsic
 def largest(_: Any, lanes: Any) -> Any:
-    """Return the largest of the lanes; one that is no number is passed over."""
+    """Return the largest of the lanes; a NaN is passed over."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = args[0].type
@@ -253,20 +251,20 @@ def largest(_: Any, lanes: Any) -> Any:
 
 @intrinsic
 def find_first(_: Any, lanes: Any, number: Any) -> Any:
-    """Return the first lane that holds ``number``; as many as there are lanes if none does."""
+    """Return the index of the first lane that holds ``number``, ``len(lanes)`` if none does."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits, word = ir.IntType(lanes.width), ir.IntType(64)
-        same = builder.fcmp_ordered("==", args[0], _spread(builder, args[1], args[0].type))
-        place = builder.cttz(builder.bitcast(same, bits), ir.Constant(ir.IntType(1), 0))
-        return place if lanes.width == 64 else builder.zext(place, word)
+        is_equal = builder.fcmp_ordered("==", args[0], _spread(builder, args[1], args[0].type))
+        first = builder.cttz(builder.bitcast(is_equal, bits), ir.Constant(ir.IntType(1), 0))
+        return first if lanes.width == 64 else builder.zext(first, word)
 
     return types.int64(lanes, lanes.dtype), generate
 
 
 @intrinsic
 def larger(_: Any, lanes: Any, other: Any) -> Any:
-    """Return the larger of two lanes each."""
+    """Return lane by lane the larger of two numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", *args), *args)
@@ -275,8 +273,8 @@ def larger(_: Any, lanes: Any, other: Any) -> Any:
 
 
 @intrinsic
-def where_negative(_: Any, lanes: Any, this: Any, that: Any) -> Any:
-    """Return ``this`` in the lanes that are below zero, ``that`` in the others."""
+def where_negative(_: Any, lanes: Any, if_negative: Any, otherwise: Any) -> Any:
+    """Return ``if_negative`` in the lanes that are below zero, ``otherwise`` in the others."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         is_below = builder.fcmp_ordered("<", args[0], ir.Constant(args[0].type, None))
