@@ -7,8 +7,8 @@ from unimatrix.baselines.gelu_transformer import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ByteStream, ConsecutiveWindows
 from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
-from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.inference.suspend_training import suspend_training
 
 __all__ = ["one_thread"]
 

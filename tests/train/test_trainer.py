@@ -26,7 +26,7 @@ from unimatrix.baselines.llama import build_llama
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import WindowDataset
 from unimatrix.errors import InputError
-from unimatrix.evaluation.suspend_training import suspend_training
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.train import trainer as training
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import find_last_checkpoint

@@ -88,9 +88,9 @@ def run(
     data = read_prompt(prompt, prompt_file)
     place = pick_device(device)
 
-    from unimatrix.evaluation.streams import require_state
     from unimatrix.hub.load import load_model, require_byte_level
     from unimatrix.inference.generation import generate_bytes
+    from unimatrix.inference.streams import require_state
 
     loaded = load_model(model, device=place).model
     require_byte_level(loaded, model)

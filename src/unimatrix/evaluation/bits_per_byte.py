@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation.streams import (
+from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.inference.streams import (
     carry_state,
     name_context,
     read_first,
     require_state,
 )
-from unimatrix.evaluation.suspend_training import suspend_training
-from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 Progress = Callable[[int], None]

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation.streams import (
+from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.inference.streams import (
     CHUNK_TOKENS,
     name_context,
     name_state,
@@ -27,8 +28,7 @@ from unimatrix.evaluation.streams import (
     read_on,
     require_state,
 )
-from unimatrix.evaluation.suspend_training import suspend_training
-from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 Score = Callable[[Tensor, NDArray[np.int64]], NDArray[np.float32]]

@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 from unimatrix.baselines.universal_transformer import RepeatedLayer
 from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
-from unimatrix.evaluation.streams import (
+from unimatrix.inference.streams import (
     CHUNK_TOKENS,
     carry_state,
     name_state,
     read_first,
     require_state,
 )
-from unimatrix.evaluation.suspend_training import suspend_training
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 _FEW_TOKENS = 4

@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from unimatrix.data import ConsecutiveWindows
 from unimatrix.evaluation.bits_per_byte import BitsPerByte
-from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.evaluation.units import to_bits_per_byte
+from unimatrix.inference.suspend_training import suspend_training
 
 
 def measure_consecutive_windows(

@@ -2,7 +2,7 @@
 
 import torch
 
-from unimatrix.evaluation.suspend_training import suspend_training
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
 
 # Beginning of a parameter's name -> the part it belongs to; the first that fits counts.

@@ -32,12 +32,12 @@ from unimatrix.baselines.linear_attention.modeling import (
 from unimatrix.configuration import PRESETS
 from unimatrix.errors import InputError
 from unimatrix.evaluation.byte_costs import Score, score_tokens
-from unimatrix.evaluation.streams import CHUNK_TOKENS, carry_state, name_state
-from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.hub.auto import register
 from unimatrix.hub.load import CONFIG_FILE, hide_progress, load_model, require_byte_level
 from unimatrix.inference.generation import generate_bytes
 from unimatrix.inference.sampling import Sampling
+from unimatrix.inference.streams import CHUNK_TOKENS, carry_state, name_state
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import (
     BOS_ID,

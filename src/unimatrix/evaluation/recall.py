@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unimatrix.errors import InputError
-from unimatrix.evaluation.suspend_training import suspend_training
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tasks import SeededTask
 

@@ -1,1 +1,1 @@
-"""Running a trained model: token by token, in ``generate``, and over bytes."""
+"""Running a trained model: token by token, in ``generate``, over bytes and over whole streams."""

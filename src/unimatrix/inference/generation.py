@@ -16,9 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 from unimatrix.cache import UniMatrixCache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation.streams import read_first, require_state
-from unimatrix.evaluation.suspend_training import suspend_training
 from unimatrix.inference.sampling import DEFAULT_NEW_BYTES, DEFAULT_SAMPLING, Sampling
+from unimatrix.inference.streams import read_first, require_state
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, decode_bytes, encode_bytes
 

@@ -25,10 +25,10 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
 from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
 from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
-from unimatrix.evaluation.suffix_matches import match_stream
 from unimatrix.hub.load import load_config, load_model, require_byte_level, save_model
 from unimatrix.inference.generation import generate_bytes
 from unimatrix.inference.sampling import Sampling
+from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.train.callbacks import NonFiniteError

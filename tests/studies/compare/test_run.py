@@ -16,7 +16,7 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.byte_costs import measure_byte_costs
 from unimatrix.evaluation.compressors import xz_bits_per_byte
-from unimatrix.evaluation.suffix_matches import match_stream
+from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.studies.compare import cells, run
 from unimatrix.studies.compare.cells import StoppedError, run_cell

@@ -18,7 +18,7 @@ from unimatrix.evaluation.carried_bytes import measure_carried_bytes
 from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
 from unimatrix.evaluation.long_context import bin_by_position
 from unimatrix.evaluation.recall import measure_recall
-from unimatrix.evaluation.suffix_matches import match_stream
+from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.studies.compare.cells import (
     Cell,
     Record,

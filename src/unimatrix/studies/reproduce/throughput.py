@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from unimatrix.baselines.gelu_transformer import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.evaluation.suspend_training import suspend_training
+from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
 
 LENGTHS = (64, 128, 256, 512)

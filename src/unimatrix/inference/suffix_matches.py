@@ -27,7 +27,7 @@ def match_stream(stream: ByteStream, window: int | None) -> StreamMatches:
     """
     predicted = np.empty(stream.num_tokens, np.int16)
     lengths = np.empty(stream.num_tokens, np.int32)
-    for place, found, _ in _read_on(stream, stream.num_tokens, window):
+    for place, found, _ in _scan_chunks(stream, stream.num_tokens, window):
         predicted[place] = found.predicted_ids[0].numpy()
         lengths[place] = found.match_lengths[0].numpy()
     return StreamMatches(predicted, lengths)
@@ -44,12 +44,12 @@ def read_with_automaton(
         window: as in ``match_stream``.
     """
     last: AutomatonState | None = None
-    for _, _, automaton in _read_on(stream, num_tokens, window):
+    for _, _, automaton in _scan_chunks(stream, num_tokens, window):
         last = automaton
     return last
 
 
-def _read_on(
+def _scan_chunks(
     stream: ByteStream, num_tokens: int, window: int | None
 ) -> Iterator[tuple[slice, SuffixPrediction, AutomatonState]]:
     """Yield the tokens read, what was predicted there, and the automaton after them."""

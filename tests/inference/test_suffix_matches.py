@@ -4,8 +4,8 @@ import torch
 
 from tests.data.test_windows import BOTH_FORMS, make_stream
 from unimatrix.data import WindowDataset
-from unimatrix.evaluation import suffix_matches as stream_matches
-from unimatrix.evaluation.suffix_matches import match_stream
+from unimatrix.inference import suffix_matches
+from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.ops.suffix_automaton import predict_from_suffix
 
 
@@ -33,7 +33,7 @@ def test_matches_are_those_of_the_stream_before(leading_bos, window):
 
 def test_a_long_stream_is_matched_in_pieces(monkeypatch):
     whole = match_stream(make_stream(), None)
-    monkeypatch.setattr(stream_matches, "_CHUNK_TOKENS", 100)
+    monkeypatch.setattr(suffix_matches, "_CHUNK_TOKENS", 100)
     pieces = match_stream(make_stream(), None)
     assert (whole.match_lengths > 250).any()
     for one, other in zip(whole, pieces, strict=True):

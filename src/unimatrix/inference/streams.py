@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation.suffix_matches import read_with_automaton
+from unimatrix.inference.suffix_matches import read_with_automaton
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.tokenization import BOS_ID
