@@ -68,22 +68,32 @@ def test_every_verb_has_its_options_listed() -> None:
     assert set(COMMANDS) == set(OPTIONS)
 
 
-@pytest.mark.parametrize("number", range(1, 22))
-def test_every_equation_is_in_the_document_in_code_and_in_a_reference(number: int) -> None:
-    mark = re.compile(rf"\bE{number}\b|\bE(\d+) to E(\d+)\b")
+def list_equations(text: str) -> set[int]:
+    """Return the numbers of the equations that a text names, those inside "E1 to E4" too."""
+    ranges = re.findall(r"\bE(\d+)\b(?: to E(\d+)\b)?", text)
+    return {n for first, last in ranges for n in range(int(first), int(last or first) + 1)}
 
-    def mentions(text: str) -> bool:
-        return any(
-            match[0] == f"E{number}" or (match[1] and int(match[1]) <= number <= int(match[2]))
-            for match in mark.finditer(text)
-        )
 
-    assert f"**E{number}" in (ROOT / "docs/equations.md").read_text(encoding="utf-8")
-    code = [p for p in (ROOT / "src").rglob("*.py") if mentions(p.read_text(encoding="utf-8"))]
-    assert code, f"no docstring mentions E{number}"
-    if number <= 10:
-        references = ("reference.py", "read.py", "decisions.py", "slot_mixer.py")
-        assert any(path.name in references for path in code), f"E{number} has no reference"
+def test_document_and_code_name_the_same_equations() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")}
+    in_code = set().union(*map(list_equations, texts.values()))
+    document = (ROOT / "docs/equations.md").read_text(encoding="utf-8")
+    defined = {int(number) for number in re.findall(r"\*\*E(\d+)\b", document)}
+    assert defined == set(range(1, len(defined) + 1))
+    assert in_code == defined
+    references = ("reference.py", "read.py", "decisions.py", "slot_mixer.py")
+    spelt = [list_equations(text) for path, text in texts.items() if path.name in references]
+    assert set(range(1, 11)) <= set().union(*spelt)
+
+
+@pytest.mark.parametrize("name", ["equations", "forward", "hindsight", "deviations", "clients"])
+def test_documents_name_files_that_exist(name: str) -> None:
+    text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`([\w<>/-]+(?:/|\.py))(?:::\w+)?`", text):
+        pattern = path.replace("<operator>", "*").rstrip("/")
+        places = (ROOT, ROOT / "src/unimatrix") if "/" in path else (ROOT / "src", ROOT / "tests")
+        search = pattern if "/" in path else f"**/{pattern}"
+        assert any(next(place.glob(search), None) for place in places), path
 
 
 def test_every_deviation_names_a_test_that_exists() -> None:
