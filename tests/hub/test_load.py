@@ -9,7 +9,7 @@ from tests.byte_models import build_byte_model, quiet_transformers, save_model
 from tests.models import build_model
 from unimatrix.configuration import UniMatrixConfig, list_config_fields
 from unimatrix.errors import InputError
-from unimatrix.hub.load import find_recipe, load_config, load_model, require_byte_level
+from unimatrix.hub.load import find_run_recipe, load_config, load_model, require_byte_level
 from unimatrix.tokenization import build_tokenizer
 
 IDS = torch.arange(12).view(2, 6)
@@ -140,7 +140,7 @@ def test_ids_that_are_no_bytes(tmp_path) -> None:
 
 
 def test_the_recipe_of_a_run(folder) -> None:
-    assert find_recipe(folder) is None
+    assert find_run_recipe(folder) is None
     (folder / "recipe.json").write_text("{}")
-    assert find_recipe(folder) == folder / "recipe.json"
-    assert find_recipe(folder / "checkpoints" / "checkpoint-7") == folder / "recipe.json"
+    assert find_run_recipe(folder) == folder / "recipe.json"
+    assert find_run_recipe(folder / "checkpoints" / "checkpoint-7") == folder / "recipe.json"

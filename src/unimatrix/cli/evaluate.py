@@ -194,11 +194,11 @@ class _TrainingText:
     @classmethod
     def find(cls, model: str) -> "_TrainingText":
         """Return what the run folder, or that of the checkpoint, says."""
-        from unimatrix.hub.load import find_recipe
+        from unimatrix.hub.load import find_run_recipe
         from unimatrix.train.recipe import load_recipe
         from unimatrix.train.run_folder import RECORD_FILE, read_run
 
-        path = find_recipe(model)
+        path = find_run_recipe(model)
         if path is None:
             return cls()
         section = load_recipe(path).data

@@ -108,7 +108,7 @@ def require_byte_level(model: UniMatrixForCausalLM, name_or_path: Name) -> None:
         )
 
 
-def find_recipe(name_or_path: Name) -> Path | None:
+def find_run_recipe(name_or_path: Name) -> Path | None:
     """Return the recipe that a run folder, or the run of a checkpoint, was trained with, if any."""
     folder = Path(name_or_path).expanduser().absolute()
     run = folder.parents[1] if folder.parent.name == "checkpoints" else folder

@@ -347,7 +347,7 @@ def split_batch(settings: TrainSection) -> int:
     return settings.batch_size // parts
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """What a budget in minutes buys.
 
     Attributes:
@@ -367,7 +367,7 @@ def plan_steps(
     settings: TrainSection,
     *,
     device: str = "cpu",
-) -> Plan:
+) -> StepPlan:
     """Find out how many steps fit ``settings.minutes`` by training copies for a few seconds.
 
     The first steps, which compile and allocate, are not timed; the timed ones count towards the
@@ -393,7 +393,7 @@ def plan_steps(
     torch.set_num_threads(num_threads)
     seconds_per_step = timers[num_threads].seconds_per_step
     left_s = budget_s - sum(timer.timed_s for timer in timers.values())
-    return Plan(
+    return StepPlan(
         max(1, int(BUDGET_SHARE * left_s / seconds_per_step)), seconds_per_step, num_threads
     )
 
