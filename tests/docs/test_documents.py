@@ -10,7 +10,10 @@ import typer.main
 from unimatrix.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "results/README.md"]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 COMMANDS = typer.main.get_command(app).commands
 
 # The options of every verb. A new one is a decision: change this list with it.
@@ -86,12 +89,13 @@ def test_document_and_code_name_the_same_equations() -> None:
     assert set(range(1, 11)) <= set().union(*spelt)
 
 
-@pytest.mark.parametrize("name", ["equations", "forward", "hindsight", "deviations", "clients"])
-def test_documents_name_files_that_exist(name: str) -> None:
-    text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_documents_name_files_that_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
     for path in re.findall(r"`([\w<>/-]+(?:/|\.py))(?:::\w+)?`", text):
-        pattern = path.replace("<operator>", "*").rstrip("/")
-        places = (ROOT, ROOT / "src/unimatrix") if "/" in path else (ROOT / "src", ROOT / "tests")
+        pattern = re.sub(r"<operator>|OPERATOR|NAME", "*", path).rstrip("/")
+        places = (ROOT, ROOT / "src/unimatrix", document.parent)
+        places = places if "/" in path else (ROOT / "src", ROOT / "tests")
         search = pattern if "/" in path else f"**/{pattern}"
         assert any(next(place.glob(search), None) for place in places), path
 
