@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from unimatrix.configuration import PRESETS, RESIDUAL_PATHS, UniMatrixConfig
+from unimatrix.configuration import PRESETS, UniMatrixConfig
+from unimatrix.configuration_checks import CHOICES
 from unimatrix.modeling import UniMatrixForCausalLM
 
 SMALL: dict[str, Any] = {
@@ -23,7 +24,7 @@ SMALL: dict[str, Any] = {
 # Every preset as published, and core on every residual path; then what only options reach.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in PRESETS},
-    **{f"core+{path}": {"residual_path": path} for path in RESIDUAL_PATHS[1:]},
+    **{f"core+{path}": {"residual_path": path} for path in CHOICES["residual_path"][1:]},
     "discovery+automaton": {"residual_path": "suffix_automaton"},
     "core+automaton-window": {"residual_path": "suffix_automaton", "automaton_window": 4},
     "core+no-matrix": {"update_rules": "none", "residual_path": "previous_token"},

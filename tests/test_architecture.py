@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unimatrix"
 LAYERS = (
     ("errors.py", "hub/saved_loader.py", "hub/weights_origin.py"),
     ("ops/",),
-    ("configuration.py",),
+    ("configuration", "presets.py"),
     ("nn/",),
     ("hub/cache_checks.py", "cache.py"),
     ("kernels/",),

@@ -12,7 +12,6 @@ from tests.models import build_model, draw_ids
 from tests.tolerances import error
 from tests.train.small_training import build_dataset, build_settings
 from tests.train.small_training import build_model as build_small_model
-from unimatrix.configuration import PRESETS
 from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
 from unimatrix.kernels.passes.head_native import prepare_head
 from unimatrix.kernels.passes.mixing_native import prepare_mixing
@@ -21,6 +20,7 @@ from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.ops import opaque
 from unimatrix.ops.matrix_state import scan_matrix_state
 from unimatrix.ops.selective_slots import empty_selective_slots
+from unimatrix.presets import PRESETS
 from unimatrix.train import trainer as training
 from unimatrix.train.trainer import train_model
 

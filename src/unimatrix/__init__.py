@@ -11,11 +11,12 @@ from unimatrix.hub.auto import REGISTERED, register, register_when_loaded
 
 if TYPE_CHECKING:
     from unimatrix.cache import UniMatrixCache
-    from unimatrix.configuration import PRESETS, UniMatrixConfig
+    from unimatrix.configuration import UniMatrixConfig
     from unimatrix.errors import InputError
     from unimatrix.hub.published import from_published
     from unimatrix.inference.decoder import Decoder
     from unimatrix.modeling import UniMatrixForCausalLM, UniMatrixModel
+    from unimatrix.presets import PRESETS
     from unimatrix.tokenization import (
         UniMatrixTokenizer,
         build_tokenizer,
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Decoder": "inference.decoder",
     "InputError": "errors",
-    "PRESETS": "configuration",
+    "PRESETS": "presets",
     "UniMatrixCache": "cache",
     "UniMatrixConfig": "configuration",
     "UniMatrixForCausalLM": "modeling",

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
-from unimatrix.configuration import FORMAT_VERSION, UniMatrixConfig
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.configuration_checks import FORMAT_VERSION
 from unimatrix.errors import InputError
 from unimatrix.hub.cache_checks import read_anew, require_sound
 from unimatrix.hub.weights_origin import WeightsOrigin

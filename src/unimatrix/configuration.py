@@ -1,4 +1,4 @@
-"""The configuration of every UniMatrix model, and the presets as differences from it.
+"""The configuration of every UniMatrix model.
 
 Letters, everywhere in this project: B batch, T tokens, D model width, H heads, N rows = columns of
 a head's matrix, L depth steps, M slots, C slot-key width, K pairs read per token, R update rules
@@ -8,86 +8,20 @@ a head's matrix, L depth steps, M slots, C slot-key width, K pairs read per toke
 import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from unimatrix.errors import InputError, suggest
+from unimatrix.configuration_checks import FORMAT_VERSION, check_configuration
+from unimatrix.errors import InputError, require_choice, suggest
 from unimatrix.hub.saved_loader import AUTO_MAP, save_loader
-from unimatrix.ops.hindsight import LABELS
+from unimatrix.presets import PRESETS
 
 _logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1
-
-RESIDUAL_PATHS = ("none", "previous_token", "suffix_automaton")
-UPDATE_RULES = ("outer", "mixed", "delta", "none")
-ASSOCIATIVE_MEMORIES = ("none", "dense", "slots", "selective")
-SLOT_SOURCES = ("token", "hidden")
-NORM_TYPES = ("layer_norm", "rms_norm")
-FEED_FORWARD_TYPES = ("gelu", "swiglu")
-REPEATED_KEYS = ("last", "first")
-HINDSIGHT_LABELS = ("none", *LABELS)
-
-_ROSA: dict[str, Any] = {"residual_path": "previous_token"}
-_DISCOVERY: dict[str, Any] = {
-    "residual_path": "previous_token",
-    "modulation_size": 32,
-    "update_rules": "mixed",
-    "norm_guard": True,
-    "depth_step_embedding": True,
-}
-_ASSOC: dict[str, Any] = {
-    "associative_memory": "dense",
-    "slot_source": "hidden",
-    "slot_key_size": 64,
-    "slots_per_read": 8,
-}
-_HARD: dict[str, Any] = {"slots_per_read": 1}
-PRESETS: dict[str, dict[str, Any]] = {
-    "core": {},
-    "rosa": _ROSA,
-    "discovery": _DISCOVERY,
-    "assoc": _ASSOC,
-    "assoc-hard": _ASSOC | _HARD,
-    "rosa-assoc": _ROSA | _ASSOC,
-    "rosa-assoc-hard": _ROSA | _ASSOC | _HARD,
-    "discovery-assoc": _DISCOVERY | _ASSOC,
-    "sparsepointer": {
-        "associative_memory": "slots",
-        "slot_source": "token",
-        "identity_lookup": True,
-        "identity_values": True,
-        "pointer": True,
-    },
-    "unimatrix": {
-        "max_position_embeddings": None,
-        "norm_type": "rms_norm",
-        "feed_forward_type": "swiglu",
-        "intermediate_size": 171,
-        "update_rules": "mixed",
-        "conv_kernel": 4,
-        "normalized_keys": True,
-        "longest_retention": 512,
-        "residual_path": "suffix_automaton",
-        # 2 MB for ever; of the sources of a library, half of it would hold too little.
-        "automaton_window": 16_384,
-        "automaton_pointer": True,
-        "associative_memory": "selective",
-        "slot_source": "token",
-        "num_slots": 64,
-        # What text needs: long contexts, and slots that do not freeze.
-        "slot_key_patterns": [[0, 1, 2, 3, 4, 5, 6, 7]],
-        "slot_read_offsets": [0],
-        "slot_fade_tokens": 32,
-        "bounded_training": True,
-        "pointer": True,
-    },
-}
-
-# Accepted beside our own fields although a fresh PreTrainedConfig does not list them.
+# Hugging Face's fields that a fresh PreTrainedConfig does not list.
 _HUGGING_FACE_KEYS = frozenset(
     {
         "attn_implementation",
@@ -99,8 +33,8 @@ _HUGGING_FACE_KEYS = frozenset(
         "torch_dtype",
     }
 )
-# Said of how files are found and weights placed, not of the model: clients such as `transformers
-# serve` load configuration and model with the same keywords.
+# Keywords of loading a model, not fields of it: clients such as `transformers serve` pass the same
+# keywords to the configuration.
 _LOADING_KEYS = frozenset(
     {
         "code_revision",
@@ -150,8 +84,8 @@ class UniMatrixConfig(PreTrainedConfig):
         norm_guard: divide a matrix state by its Frobenius norm where that exceeds 1.
         normalized_keys: queries, keys and values of the matrix state are unit vectors per head and
             what is read is normalised per head; otherwise they pass through tanh.
-        longest_retention: the heads' retention starts spread from 2 tokens to so many, evenly in
-            the logarithm; ``None`` starts all heads at one half.
+        longest_retention: the initial retention of the heads is spread from 2 tokens to this many,
+            evenly in the logarithm; ``None`` starts all heads at one half.
         depth_step_embedding: add a learned vector per depth step to the residual stream.
         modulation_size: E, width of the per-token table that scales the stream; 0 is off.
         associative_memory: ``none``, ``dense`` (append-only), ``slots`` (M of them, of the paper)
@@ -166,30 +100,31 @@ class UniMatrixConfig(PreTrainedConfig):
         identity_values: values are the source itself, without a projection.
         product_key_codes: entries of each of two codebooks; the halves of a slot's learned key are
             replaced by their nearest entries. 0 leaves keys as they are.
-        slot_hops: reads in a row of the slots. In ``slots`` the second asks with what the first
-            returned added to the query; in ``selective``, whose keys must then be single tokens, it
-            asks for the token that the first found.
+        slot_hops: successive reads of the slots. In ``slots`` the second read adds what the first
+            returned to its query; in ``selective``, whose keys must then be single tokens, the
+            second read looks up the token that the first found.
         match_threshold: cosine above which a write overwrites the slot it matches.
         strength_floor: a slot counts as filled while its strength exceeds this.
         write_gate: learn the strength of a write; otherwise it is 1.
         pointer: let the ids of the slots read vote on the logits.
         slot_key_patterns: contexts of selective slots, each a list of distances back; ``[[0]]`` is
             the token itself, ``[[0, 1]]`` the last two; ``None`` is ``[[0]]``.
-        slot_read_offsets: how many tokens back the contexts end that a position looks up;
-            ``None`` is ``[0, 1]``.
+        slot_read_offsets: a position looks up the contexts that end this many tokens back; ``None``
+            is ``[0, 1]``.
         bounded_training: train with M selective slots as well; otherwise training has no bound, so
             that every write can prove useful. A model of text leans on all that it sees in
             training, so it needs the bound.
         slot_margin: nats (of the gate's logit) by which a write must exceed the slot it displaces,
             and may fall short of the same context's.
-        slot_fade_tokens: the logit of every selective slot falls by 1/8 every so many tokens, so
-            that an endless stream does not freeze them; ``None`` is never.
+        slot_fade_tokens: tokens after which the logit of every selective slot falls by 1/8, so that
+            an endless stream does not freeze the slots; ``None`` is never.
         repeated_key: which value of a repeated context a selective slot keeps, ``last`` or
             ``first``.
         hindsight: how writes to selective slots are labelled in training: ``attribution``,
             ``read_hit``, ``read_weight`` or ``none`` (the gate learns from the loss alone).
-        hindsight_share: an attribution is useful above this share of the sequence's largest.
-        hindsight_floor: and above so many nats.
+        hindsight_share: a write is useful if its attribution exceeds this share of the sequence's
+            largest,
+        hindsight_floor: and exceeds this many nats.
         hindsight_weight: weight of the gate's loss.
         automaton_window: W, bound on the suffix automaton's text (at most 2 W tokens are kept);
             ``None`` keeps the whole stream.
@@ -203,8 +138,8 @@ class UniMatrixConfig(PreTrainedConfig):
         eos_token_id: last token of a document.
         tie_word_embeddings: the head shares the embedding's weights.
         format_version: version of the checkpoint's layout.
-        kwargs: fields of ``PreTrainedConfig``; anything else raises. A *file* may hold more: other
-            programs write their notes there, and they are kept.
+        kwargs: fields of ``PreTrainedConfig``; anything else raises. A *file* may hold more: notes
+            that other programs write there are kept.
 
     Raises:
         InputError: for an unknown key (with the nearest valid name) or an unusable value.
@@ -328,12 +263,12 @@ class UniMatrixConfig(PreTrainedConfig):
             "eos_token_id": eos_token_id,
         }
         super().__init__(tie_word_embeddings=tie_word_embeddings, **special_tokens, **kwargs)
-        # Set again: some releases of transformers assign class defaults after the keywords.
+        # Some releases of transformers assign class defaults over the keywords.
         for name, value in special_tokens.items():
             setattr(self, name, value)
         self.tie_word_embeddings = tie_word_embeddings
         self.auto_map = dict(AUTO_MAP)
-        self._validate()
+        check_configuration(self)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -346,41 +281,37 @@ class UniMatrixConfig(PreTrainedConfig):
         Raises:
             InputError: for an unknown preset or field.
         """
-        if name not in PRESETS:
-            raise InputError(
-                f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}."
-                f"{suggest(name, PRESETS)}"
-            )
+        require_choice("unknown preset", name, PRESETS)
         return cls(**(PRESETS[name] | overrides))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration that a file holds, and keep what of it nobody here knows.
+        """Return the configuration that a file holds; keys that are no fields are kept as notes.
 
         Args:
             config_dict: contents of a ``config.json``.
-            kwargs: fields that rule over the file's; also ``return_unused_kwargs``, to return those
-                that are no fields beside the configuration.
+            kwargs: fields that override the file's; with ``return_unused_kwargs``, keywords that
+                are no fields are returned beside the configuration.
 
         Raises:
             InputError: for an unknown keyword (with the nearest valid name), an unusable value, or
                 a key of the file that would hide a part of this class.
         """
         returns_unused = kwargs.pop("return_unused_kwargs", False)
-        held = {name: value for name, value in config_dict.items() if _is_known(name)}
-        kept = {name: value for name, value in config_dict.items() if name not in held}
-        unused = {n: v for n, v in kwargs.items() if not _is_known(n) and n not in kept}
+        known = {name: value for name, value in config_dict.items() if _is_known(name)}
+        notes = {name: value for name, value in config_dict.items() if name not in known}
+        unused = {n: v for n, v in kwargs.items() if not _is_known(n) and n not in notes}
         fields = {name: value for name, value in kwargs.items() if name not in unused}
-        config = super().from_dict(held, **fields)
-        # transformers reads these from the same file into a configuration of their own.
+        config = super().from_dict(known, **fields)
+        # transformers reads the parameters of generation from the same file by itself.
         of_generation = GenerationConfig().to_dict()
-        config._keep({name: value for name, value in kept.items() if name not in of_generation})
-        for name in fields.keys() & kept.keys():
+        config._keep_notes({n: value for n, value in notes.items() if n not in of_generation})
+        for name in fields.keys() & notes.keys():
             setattr(config, name, fields[name])
-        config._validate()
+        check_configuration(config)
         if returns_unused:
             return config, unused
-        _require_known_keys({n: v for n, v in unused.items() if n not in _LOADING_KEYS})
+        _require_known_keys(unused.keys() - _LOADING_KEYS)
         return config
 
     @classmethod
@@ -389,22 +320,22 @@ class UniMatrixConfig(PreTrainedConfig):
         config: Self = cls.from_dict(cls._dict_from_json_file(json_file))
         return config
 
-    def _keep(self, kept: dict[str, Any]) -> None:
-        """Set keys of a file that nobody here knows, so that saving writes them again."""
-        for name, value in kept.items():
+    def _keep_notes(self, notes: dict[str, Any]) -> None:
+        """Set keys of a file that are no fields, so that saving writes them again."""
+        for name, value in notes.items():
             part = getattr(type(self), name, None)
             if callable(part) or isinstance(part, property):
                 raise InputError(
                     f"the configuration file holds {name!r}, which is no field but a part of "
                     f"{type(self).__name__}; remove it from the file"
                 )
-            # Only what looks like a misspelt field: a file may hold notes of any name.
+            # A file may hold notes of any name; only one close to a field is worth a warning.
             if guess := suggest(name, list_config_fields(), likeness=0.8):
                 _logger.warning(f"unknown configuration key {name!r} is kept, but unused.{guess}")
             setattr(self, name, value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the configuration, and the file that its ``auto_map`` names.
+        """Save the configuration beside the file that its ``auto_map`` names.
 
         Args:
             save_directory: made if it is not there.
@@ -415,148 +346,18 @@ class UniMatrixConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Do nothing: every saved folder has an ``auto_map``, and not this file's source."""
+        """Do nothing: ``auto_map`` in every saved folder names a loader, not this file's source."""
 
     @property
     def uses_pointer(self) -> bool:
-        """Whether retrieved token ids vote on the logits."""
+        """Whether the ids of the slots read vote on the logits."""
         return bool(self.pointer and self.associative_memory == "slots")
 
     @property
     def uses_mixture(self) -> bool:
-        """Whether retrieved token ids share the probability with the vocabulary."""
+        """Whether ids of selective slots or the automaton share the vocabulary's probability."""
         reads = self.pointer and self.associative_memory == "selective"
         return bool(reads or self.automaton_pointer)
-
-    def _validate(self) -> None:
-        """Raise ``InputError`` for values that no model can have."""
-        positive = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "head_dim",
-            "intermediate_size",
-            "slot_key_size",
-            "num_slots",
-            "slots_per_read",
-            "slot_hops",
-        )
-        for name in positive:
-            _require_integer(name, getattr(self, name), minimum=1)
-        _require_integer("modulation_size", self.modulation_size, minimum=0)
-        self._validate_matrix_state()
-        for name in (
-            "max_position_embeddings",
-            "automaton_window",
-            "longest_retention",
-            "slot_fade_tokens",
-        ):
-            if getattr(self, name) is not None:
-                _require_integer(name, getattr(self, name), minimum=1)
-        _require_choice("residual_path", self.residual_path, RESIDUAL_PATHS)
-        _require_choice("associative_memory", self.associative_memory, ASSOCIATIVE_MEMORIES)
-        _require_choice("slot_source", self.slot_source, SLOT_SOURCES)
-        _require_choice("norm_type", self.norm_type, NORM_TYPES)
-        _require_choice("feed_forward_type", self.feed_forward_type, FEED_FORWARD_TYPES)
-        _require_choice("repeated_key", self.repeated_key, REPEATED_KEYS)
-        _require_choice("hindsight", self.hindsight, HINDSIGHT_LABELS)
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.identity_lookup and self.slot_key_size != self.hidden_size:
-            raise InputError(
-                f"identity_lookup needs slot_key_size equal to hidden_size ({self.hidden_size}), "
-                f"not {self.slot_key_size}; leave slot_key_size out"
-            )
-        self._validate_slot_options()
-        if self.pointer and self.associative_memory not in ("slots", "selective"):
-            raise InputError(
-                "pointer=True needs associative_memory='slots' or 'selective', not "
-                f"{self.associative_memory!r}"
-            )
-        if self.automaton_pointer and self.residual_path != "suffix_automaton":
-            raise InputError(
-                "automaton_pointer=True needs residual_path='suffix_automaton', not "
-                f"{self.residual_path!r}"
-            )
-        self._validate_selective()
-        if self.pad_token_id is None or not 0 <= self.pad_token_id < self.vocab_size:
-            raise InputError(
-                f"pad_token_id is {self.pad_token_id}; it must lie in 0..{self.vocab_size - 1} "
-                "(vocab_size - 1)"
-            )
-        if self.format_version > FORMAT_VERSION:
-            raise InputError(
-                f"this model has format version {self.format_version} and this release reads up to "
-                f"{FORMAT_VERSION}; upgrade unimatrix-lm"
-            )
-
-    def _validate_matrix_state(self) -> None:
-        """Raise ``InputError`` for parts of the matrix state that do not go together."""
-        _require_choice("update_rules", self.update_rules, UPDATE_RULES)
-        _require_integer("conv_kernel", self.conv_kernel, minimum=0)
-        if self.conv_kernel == 1:
-            raise InputError("conv_kernel is 1, which mixes nothing; pass 0 for none, or 2 or more")
-        if self.update_rules != "delta":
-            return
-        if not self.normalized_keys:
-            raise InputError(
-                "update_rules='delta' needs normalized_keys=True: with longer keys the state may "
-                "grow without bound"
-            )
-        if self.norm_guard:
-            raise InputError("update_rules='delta' keeps its state bounded; leave norm_guard out")
-
-    def _validate_slot_options(self) -> None:
-        """Raise ``InputError`` for product keys or hops on a memory that cannot have them."""
-        _require_integer("product_key_codes", self.product_key_codes, minimum=0)
-        if self.product_key_codes:
-            if self.associative_memory != "slots" or self.identity_lookup:
-                raise InputError(
-                    f"product_key_codes is {self.product_key_codes}, and needs "
-                    "associative_memory='slots' with identity_lookup=False; pass 0"
-                )
-            if self.slot_key_size % 2:
-                raise InputError(
-                    f"product_key_codes halves the keys, and slot_key_size is {self.slot_key_size};"
-                    " make it even"
-                )
-        if self.slot_hops == 1:
-            return
-        by_token = self.associative_memory == "selective" and self.slot_key_patterns == [[0]]
-        if not (self.associative_memory == "slots" or by_token):
-            raise InputError(
-                f"slot_hops is {self.slot_hops}, and needs associative_memory='slots', or "
-                "'selective' with slot_key_patterns [[0]]; pass 1"
-            )
-
-    def _validate_selective(self) -> None:
-        """Raise ``InputError`` for contexts that selective slots cannot have."""
-        named = [("slot_read_offsets", self.slot_read_offsets)]
-        named += [("slot_key_patterns", pattern) for pattern in self.slot_key_patterns]
-        for name, distances in named:
-            if not isinstance(distances, list | tuple):
-                raise InputError(f"{name} holds {distances!r}; it needs lists of distances back")
-            if not distances or len(set(distances)) < len(distances):
-                raise InputError(
-                    f"{name} holds {distances}; it needs at least one distance, none twice"
-                )
-            for distance in distances:
-                _require_integer(name, distance, minimum=0)
-        if not self.slot_key_patterns:
-            raise InputError("slot_key_patterns is empty; [[0]] is the token itself")
-        for name in ("slot_margin", "hindsight_share", "hindsight_floor", "hindsight_weight"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if (
-            self.associative_memory == "selective"
-            and self.slot_source == "hidden"
-            and self.num_hidden_layers < 2
-        ):
-            raise InputError(
-                "slot_source='hidden' lets the gate see the first depth step, so num_hidden_layers "
-                f"must be at least 2, not {self.num_hidden_layers}"
-            )
 
 
 @functools.cache
@@ -577,7 +378,7 @@ def list_config_fields() -> list[str]:
 
 @functools.cache
 def _list_known_keys() -> frozenset[str]:
-    """Return what a configuration may be called with: our own fields and Hugging Face's."""
+    """Return the keywords that a configuration takes: our own fields and Hugging Face's."""
     inherited = set(PreTrainedConfig().to_dict())
     return frozenset(inherited | _HUGGING_FACE_KEYS | set(list_config_fields()))
 
@@ -586,23 +387,10 @@ def _is_known(name: str) -> bool:
     return name.startswith("_") or name in _list_known_keys()
 
 
-def _require_known_keys(extra: dict[str, Any]) -> None:
-    """Raise for a key that neither we nor Hugging Face know."""
-    for name in extra:
+def _require_known_keys(names: Iterable[str]) -> None:
+    """Raise ``InputError`` for a key that is neither our field nor Hugging Face's."""
+    for name in names:
         if not _is_known(name):
             raise InputError(
                 f"unknown configuration key {name!r}.{suggest(name, list_config_fields())}"
             )
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(
-            f"{name} is {value!r}; choose one of {', '.join(choices)}."
-            f"{suggest(str(value), choices)}"
-        )
-
-
-def _require_integer(name: str, value: object, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")

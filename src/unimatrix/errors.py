@@ -38,3 +38,18 @@ def suggest(name: str, known: Iterable[str], *, likeness: float = 0.5) -> str:
     """
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def require_choice(subject: str, value: object, known: Iterable[str]) -> None:
+    """Raise ``InputError`` unless ``value`` is among those known.
+
+    Args:
+        subject: how the message begins, such as ``unknown preset`` or ``schedule is``.
+        value: what was received.
+        known: what there is to choose from, in the order to show.
+    """
+    known = tuple(known)
+    if value not in known:
+        raise InputError(
+            f"{subject} {value!r}; choose one of {', '.join(known)}.{suggest(str(value), known)}"
+        )

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unimatrix.bench.arithmetic import FLOPS_PER_MULTIPLY_ADD, TokenCost, count_model
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.peers import TIMED_PEERS
-from unimatrix.configuration import PRESETS
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.presets import PRESETS
 
 B, T = 2, 12
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}

@@ -2,7 +2,7 @@ import pytest
 
 from tests.byte_models import build_byte_model, save_model
 from tests.cli.command import assert_refused, run_command
-from unimatrix.configuration import PRESETS
+from unimatrix.presets import PRESETS
 
 # architecture.md, section 7: 259 ids, 128 positions.
 PARAMETERS = {

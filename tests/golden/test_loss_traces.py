@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.models import build_model, draw_ids
-from unimatrix.configuration import PRESETS
+from unimatrix.presets import PRESETS
 
 FILE = Path(__file__).parent / "traces.json"
 NUM_STEPS = 20

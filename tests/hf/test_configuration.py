@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.models import SMALL, build_model
 from unimatrix import UniMatrixConfig  # registers the Auto classes
-from unimatrix.configuration import PRESETS
 from unimatrix.errors import InputError
+from unimatrix.presets import PRESETS
 
 NOTES = {"note": "v1", "quantization_notes": {"bits": 4}, "sources": ["a", "b"]}
 

@@ -208,7 +208,7 @@ def _choose(
 
 def _choose_presets(given: list[str] | None) -> list[str]:
     """Return the presets to time."""
-    from unimatrix.configuration import PRESETS
+    from unimatrix.presets import PRESETS
 
     return _choose("preset", given, PRESETS, _PRESETS)
 

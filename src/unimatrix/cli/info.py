@@ -30,7 +30,7 @@ def run(
     """
     place = pick_device(device)
 
-    from unimatrix.configuration import PRESETS
+    from unimatrix.presets import PRESETS
 
     if model is None:
         result = {"presets": [describe_model(name, place) for name in PRESETS]}

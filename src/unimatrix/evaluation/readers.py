@@ -29,7 +29,6 @@ from unimatrix.baselines.linear_attention.modeling import (
     LinearAttentionConfig,
     LinearAttentionForCausalLM,
 )
-from unimatrix.configuration import PRESETS
 from unimatrix.errors import InputError
 from unimatrix.evaluation.byte_costs import Score, score_tokens
 from unimatrix.hub.auto import register
@@ -39,6 +38,7 @@ from unimatrix.inference.sampling import Sampling
 from unimatrix.inference.streams import CHUNK_TOKENS, carry_state, name_state
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.presets import PRESETS
 from unimatrix.tokenization import (
     BOS_ID,
     EOS_ID,

@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from unimatrix.configuration import PRESETS, UniMatrixConfig
+from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError, suggest
 from unimatrix.hub.auto import register
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.presets import PRESETS
 from unimatrix.tokenization import (
     BOS_ID,
     EOS_ID,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unimatrix.configuration import PRESETS
+from unimatrix.presets import PRESETS
 from unimatrix.train.recipe import load_recipe
 
 HEADER = ["question", "ours", "beside it", "state bytes", "parts of the preset that are off"]

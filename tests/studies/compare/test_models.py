@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.studies.compare.small import MODELS
-from unimatrix.configuration import PRESETS
 from unimatrix.errors import InputError
+from unimatrix.presets import PRESETS
 from unimatrix.studies.compare.models import PARAMETER_TOLERANCE, count_first, plan_models
 from unimatrix.studies.compare.recipe import PEER_NAMES, build_comparison, choose_models
 from unimatrix.tasks import AssociativeRecall

@@ -1,0 +1,158 @@
+"""What the fields of a configuration may be, each alone and beside the others."""
+
+from typing import TYPE_CHECKING
+
+from unimatrix.errors import InputError, require_choice
+from unimatrix.ops.hindsight import LABELS
+
+if TYPE_CHECKING:
+    from unimatrix.configuration import UniMatrixConfig
+
+FORMAT_VERSION = 1
+CHOICES: dict[str, tuple[str, ...]] = {
+    "residual_path": ("none", "previous_token", "suffix_automaton"),
+    "update_rules": ("outer", "mixed", "delta", "none"),
+    "associative_memory": ("none", "dense", "slots", "selective"),
+    "slot_source": ("token", "hidden"),
+    "norm_type": ("layer_norm", "rms_norm"),
+    "feed_forward_type": ("gelu", "swiglu"),
+    "repeated_key": ("last", "first"),
+    "hindsight": ("none", *LABELS),
+}
+"""The values of every field that is a choice."""
+
+_LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "head_dim": 1,
+    "intermediate_size": 1,
+    "slot_key_size": 1,
+    "num_slots": 1,
+    "slots_per_read": 1,
+    "slot_hops": 1,
+    "modulation_size": 0,
+    "conv_kernel": 0,
+    "product_key_codes": 0,
+}
+_POSITIVE_OR_NONE = (
+    "max_position_embeddings",
+    "automaton_window",
+    "longest_retention",
+    "slot_fade_tokens",
+)
+_NOT_NEGATIVE = ("slot_margin", "hindsight_share", "hindsight_floor", "hindsight_weight")
+
+
+def check_configuration(config: "UniMatrixConfig") -> None:
+    """Raise ``InputError`` for values that no model can have."""
+    for name, least in _LEAST.items():
+        _require_integer(name, getattr(config, name), least)
+    for name in _POSITIVE_OR_NONE:
+        if getattr(config, name) is not None:
+            _require_integer(name, getattr(config, name), 1)
+    for name, choices in CHOICES.items():
+        require_choice(f"{name} is", getattr(config, name), choices)
+    for name in _NOT_NEGATIVE:
+        if not getattr(config, name) >= 0:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 0")
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"dropout is {config.dropout}; it must lie in [0, 1)")
+    _check_matrix_state(config)
+    _check_slots(config)
+    _check_contexts(config)
+    _check_pointers(config)
+    if config.pad_token_id is None or not 0 <= config.pad_token_id < config.vocab_size:
+        raise InputError(
+            f"pad_token_id is {config.pad_token_id}; it must lie in 0..{config.vocab_size - 1} "
+            "(vocab_size - 1)"
+        )
+    if config.format_version > FORMAT_VERSION:
+        raise InputError(
+            f"this model has format version {config.format_version} and this release reads up to "
+            f"{FORMAT_VERSION}; upgrade unimatrix-lm"
+        )
+
+
+def _check_matrix_state(config: "UniMatrixConfig") -> None:
+    """Raise ``InputError`` for parts of the matrix state that do not go together."""
+    if config.conv_kernel == 1:
+        raise InputError("conv_kernel is 1, which mixes nothing; pass 0 for none, or 2 or more")
+    if config.update_rules != "delta":
+        return
+    if not config.normalized_keys:
+        raise InputError(
+            "update_rules='delta' needs normalized_keys=True: with longer keys the state may "
+            "grow without bound"
+        )
+    if config.norm_guard:
+        raise InputError("update_rules='delta' keeps its state bounded; leave norm_guard out")
+
+
+def _check_slots(config: "UniMatrixConfig") -> None:
+    """Raise ``InputError`` for options of slots on a memory that cannot have them."""
+    if config.identity_lookup and config.slot_key_size != config.hidden_size:
+        raise InputError(
+            f"identity_lookup needs slot_key_size equal to hidden_size ({config.hidden_size}), "
+            f"not {config.slot_key_size}; leave slot_key_size out"
+        )
+    has_slots = config.associative_memory == "slots"
+    if config.product_key_codes and (not has_slots or config.identity_lookup):
+        raise InputError(
+            f"product_key_codes is {config.product_key_codes}, and needs "
+            "associative_memory='slots' with identity_lookup=False; pass 0"
+        )
+    if config.product_key_codes and config.slot_key_size % 2:
+        raise InputError(
+            f"product_key_codes halves the keys, and slot_key_size is {config.slot_key_size};"
+            " make it even"
+        )
+    by_token = config.associative_memory == "selective" and config.slot_key_patterns == [[0]]
+    if config.slot_hops > 1 and not (has_slots or by_token):
+        raise InputError(
+            f"slot_hops is {config.slot_hops}, and needs associative_memory='slots', or "
+            "'selective' with slot_key_patterns [[0]]; pass 1"
+        )
+
+
+def _check_contexts(config: "UniMatrixConfig") -> None:
+    """Raise ``InputError`` for contexts that selective slots cannot have."""
+    named = [("slot_read_offsets", config.slot_read_offsets)]
+    named += [("slot_key_patterns", pattern) for pattern in config.slot_key_patterns]
+    for name, distances in named:
+        if not isinstance(distances, list | tuple):
+            raise InputError(f"{name} holds {distances!r}; it needs lists of distances back")
+        if not distances or len(set(distances)) < len(distances):
+            raise InputError(
+                f"{name} holds {distances}; it needs at least one distance, none twice"
+            )
+        for distance in distances:
+            _require_integer(name, distance, 0)
+    if not config.slot_key_patterns:
+        raise InputError("slot_key_patterns is empty; [[0]] is the token itself")
+    sees_stream = config.associative_memory == "selective" and config.slot_source == "hidden"
+    if sees_stream and config.num_hidden_layers < 2:
+        raise InputError(
+            "slot_source='hidden' lets the gate see the first depth step, so num_hidden_layers "
+            f"must be at least 2, not {config.num_hidden_layers}"
+        )
+
+
+def _check_pointers(config: "UniMatrixConfig") -> None:
+    """Raise ``InputError`` for a pointer at something that the model does not have."""
+    if config.pointer and config.associative_memory not in ("slots", "selective"):
+        raise InputError(
+            "pointer=True needs associative_memory='slots' or 'selective', not "
+            f"{config.associative_memory!r}"
+        )
+    if config.automaton_pointer and config.residual_path != "suffix_automaton":
+        raise InputError(
+            "automaton_pointer=True needs residual_path='suffix_automaton', not "
+            f"{config.residual_path!r}"
+        )
+
+
+def _require_integer(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
