@@ -5,7 +5,7 @@ import pytest
 from tests.cli.command import assert_refused, run_command
 from tests.studies.compare.small import write_corpus
 from unimatrix.studies.compare import cells
-from unimatrix.train.trainer import Plan
+from unimatrix.train.plan import StepPlan
 
 RECIPE = """
 num_layers = 1
@@ -37,7 +37,7 @@ log_every_steps = 1
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cells, "plan_steps", lambda *_, **__: Plan(2, 0.01, 1))
+    monkeypatch.setattr(cells, "plan_steps", lambda *_, **__: StepPlan(2, 0.01, 1))
     path = tmp_path / "mine.toml"
     path.write_text(RECIPE, encoding="utf-8")
     return path

@@ -23,12 +23,11 @@ from unimatrix.evaluation.compressors import xz_bits_per_byte
 from unimatrix.hub.load import load_model
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import find_fault, find_last_checkpoint
+from unimatrix.train.judge import judge_model, judge_run
 from unimatrix.train.recipe import EvalSection, ModelSection, Recipe, load_recipe
 from unimatrix.train.run import (
     TrainingRun,
     build_model,
-    judge_model,
-    judge_run,
     prepare_resumed_run,
     prepare_run,
     start_run,

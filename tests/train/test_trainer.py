@@ -31,9 +31,10 @@ from unimatrix.train import trainer as training
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import find_last_checkpoint
 from unimatrix.train.muon import MuonWithAdamW, list_matrices
+from unimatrix.train.plan import plan_steps
 from unimatrix.train.recipe import OPTIMIZERS
 from unimatrix.train.run import prepare_run
-from unimatrix.train.trainer import list_decayed, plan_steps, train_model
+from unimatrix.train.trainer import list_decayed, train_model
 
 __all__ = ["one_thread"]
 

@@ -167,8 +167,8 @@ def _train(recipe: Recipe, out: Path | None, *, resume: bool, device: str, as_js
 
 def _train_and_judge(run: "TrainingRun", log: Console, *, as_json: bool) -> None:
     """Train, then validate and print the result in the main process."""
+    from unimatrix.train.judge import judge_run
     from unimatrix.train.processes import is_main_process
-    from unimatrix.train.run import judge_run
 
     main = is_main_process()
     log.quiet = not main

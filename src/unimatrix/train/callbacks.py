@@ -1,10 +1,11 @@
-"""What happens along a training: the log, the tripwire, the timer, and a stop on Ctrl-C."""
+"""What happens along a training: the check for NaN, the log, TensorBoard, a stop on Ctrl-C."""
 
+import contextlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,22 +16,19 @@ from transformers import TrainingArguments as Arguments
 
 from unimatrix.errors import RunError
 from unimatrix.train.processes import any_process, count_processes, is_main_process
-from unimatrix.train.run_folder import METRICS_FILE, writing
+from unimatrix.train.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, writing
 
-_UNTIMED_STEPS = 3
-_LEAST_TIMED_STEPS = 3
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class NonFiniteError(RunError):
-    """The loss or a gradient is infinite or not a number; the message names the step."""
+    """The loss or a gradient is infinite or NaN; the message names the step."""
 
 
 class FiniteGuard(TrainerCallback):
     """Stop before a gradient that is not finite reaches the weights.
 
-    A loss that is not finite has such a gradient, and gradients are shared, so all processes of a
-    run stop at the same step.
+    Gradients are summed over the processes of a run, so all of them stop at the same step.
     """
 
     def on_pre_optimizer_step(
@@ -53,7 +51,7 @@ class FiniteGuard(TrainerCallback):
 
 
 class MetricsLog(TrainerCallback):
-    """Append every logged entry to ``metrics.jsonl`` and tell who listens.
+    """Append every logged entry to ``metrics.jsonl``, and pass it to ``on_metrics``.
 
     Args:
         out: the run folder; ``None`` writes nothing.
@@ -120,35 +118,43 @@ class MetricsLog(TrainerCallback):
             self.on_metrics(entry)
 
 
-class StepTimer(TrainerCallback):
-    """Time steps after the first few, then stop the training.
+@contextlib.contextmanager
+def open_tensorboard(out: Path | None) -> Iterator[list[TrainerCallback]]:
+    """Yield TensorBoard's callback, in the main process of a run with a folder only."""
+    if out is None or not is_main_process():
+        yield []
+        return
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
 
-    Args:
-        seconds: how long to time.
-    """
+    folder = out / TENSORBOARD_FOLDER
+    with _quiet_writer_thread():
+        with writing(folder, out):
+            writer = SummaryWriter(str(folder))
+        try:
+            yield [TensorBoardCallback(writer)]
+        except BaseException:
+            with contextlib.suppress(OSError):  # A second error would hide the first.
+                writer.close()
+            raise
+        with writing(folder, out):
+            writer.close()
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._ends: list[float] = []
 
-    @property
-    def timed_s(self) -> float:
-        """Return the seconds that the timed steps took together."""
-        return self._ends[-1] - self._ends[_UNTIMED_STEPS - 1]
+@contextlib.contextmanager
+def _quiet_writer_thread() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing errors that the main thread raises again."""
+    former = threading.excepthook
 
-    @property
-    def seconds_per_step(self) -> float:
-        """Return the mean of the timed steps."""
-        return self.timed_s / (len(self._ends) - _UNTIMED_STEPS)
+    def show(raised: threading.ExceptHookArgs) -> None:
+        if type(raised.thread).__name__ != "_AsyncWriterThread":
+            former(raised)
 
-    def on_step_end(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **_unused: Any
-    ) -> None:
-        """Note the time; stop when enough was seen."""
-        self._ends.append(time.perf_counter())
-        enough = len(self._ends) >= _UNTIMED_STEPS + _LEAST_TIMED_STEPS
-        if any_process(enough and self.timed_s >= self.seconds, args.device):
-            control.should_training_stop = True
+    threading.excepthook = show
+    try:
+        yield
+    finally:
+        threading.excepthook = former
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,7 +1,6 @@
-"""A training run from recipe to record: check everything, write the folder, train, judge."""
+"""A training run from its recipe to a trained model: check, plan, write the folder, train."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +12,6 @@ from transformers import TrainerCallback
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import (
-    ByteStream,
     ConsecutiveWindows,
     Corpus,
     StreamMatches,
@@ -22,12 +20,7 @@ from unimatrix.data import (
 )
 from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
 from unimatrix.errors import InputError
-from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
-from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
-from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
 from unimatrix.hub.load import load_config, load_model, require_byte_level, save_model
-from unimatrix.inference.generation import generate_bytes
-from unimatrix.inference.sampling import Sampling
 from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import build_tokenizer
@@ -39,6 +32,7 @@ from unimatrix.train.checkpoints import (
     list_random_states,
 )
 from unimatrix.train.muon import require_muon
+from unimatrix.train.plan import plan_steps
 from unimatrix.train.processes import (
     count_processes,
     is_main_process,
@@ -47,7 +41,7 @@ from unimatrix.train.processes import (
     run_in_main,
     share,
 )
-from unimatrix.train.recipe import EvalSection, ModelSection, Recipe, make_paths_absolute
+from unimatrix.train.recipe import ModelSection, Recipe, make_paths_absolute
 from unimatrix.train.run_folder import (
     CHECKPOINT_FOLDER,
     RECIPE_FILE,
@@ -63,10 +57,9 @@ from unimatrix.train.run_folder import (
     write_record,
     writing,
 )
-from unimatrix.train.trainer import TrainResult, plan_steps, split_batch, train_model
+from unimatrix.train.trainer import TrainResult, split_batch, train_model
 
 _WARMUP_ITEMS = 10**7
-_SAMPLE_PROMPT_BYTES = 48
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,8 +73,9 @@ class TrainingRun:
         device: cpu, cuda or mps.
         num_steps: optimiser steps in all; 0 until ``start_run`` has planned a budget in minutes.
         path: the run folder; ``None`` until ``start_run`` has made it.
-        record: what ``record.json`` says.
-        matches: what the automaton says of the training text, once ``cut_windows`` has asked.
+        record: the content of ``record.json``.
+        matches: predictions of the suffix automaton for the training text, which the first call of
+            ``cut_windows`` computes for a recipe with ``data.carried_automaton``.
     """
 
     recipe: Recipe
@@ -94,7 +88,7 @@ class TrainingRun:
     matches: StreamMatches | None = None
 
     def cut_windows(self, num_windows: int) -> WindowDataset:
-        """Return so many windows of the training text, drawn from the recipe's seed."""
+        """Return ``num_windows`` windows of the training text, drawn from the recipe's seed."""
         if self.recipe.data.carried_automaton and self.matches is None:
             self.matches = match_stream(self.corpus.train, self.model.config.automaton_window)
         return _cut_windows(self.recipe, self.corpus, num_windows, self.matches)
@@ -109,8 +103,7 @@ def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
         device: cpu, cuda or mps.
 
     Raises:
-        InputError: for anything that would stop the run later: a budget, corpus, model, batch or
-            folder that cannot be used.
+        InputError: for a budget, corpus, model, batch or folder that would stop the run later.
     """
     join_processes(device)
     if (recipe.train.steps is None) == (recipe.train.minutes is None):
@@ -134,10 +127,10 @@ def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
 
 
 def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
-    """Check an interrupted run and take its number of threads; nothing is written.
+    """Check an interrupted run and set its number of threads; nothing is written.
 
     Args:
-        run: its folder; who will go on with it holds it meanwhile (``hold_run``).
+        run: its folder, which the caller holds until the run ends (``hold_run``).
         device: cpu, cuda or mps.
 
     Raises:
@@ -150,7 +143,7 @@ def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
             f"{run} is finished after {record['num_optim_steps']} steps; train it further with "
             f"--init {run}"
         )
-    # Sums depend on how they are split over threads.
+    # The rounding of sums depends on how they are split over threads.
     torch.set_num_threads(record["hardware"]["num_threads"])
     model = _rebuild_model(run, recipe)
     corpus = _reopen_corpus(recipe, model, record["corpus"])
@@ -171,10 +164,10 @@ def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
 
 
 def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
-    """Plan a budget in minutes as steps, then create the run folder and write what is known.
+    """Turn a budget in minutes into steps, then create the run folder with recipe and record.
 
     Args:
-        run: from ``prepare_run``; gets its number of steps, path and record.
+        run: from ``prepare_run``; its number of steps, path and record are set.
         say: called with a sentence on the plan.
     """
     train, seconds_per_step = run.recipe.train, None
@@ -204,12 +197,12 @@ def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
             "valid_bytes": len(run.corpus.valid),
         },
     }
-    share(None)  # Every process has checked the folder before one makes it.
+    share(None)  # A barrier: every process checks the folder before one makes it.
     run.path = run_in_main(lambda: _write_folder(run))
 
 
 def _write_folder(run: TrainingRun) -> Path:
-    """Create the run folder and write what is known before the first step; return its path."""
+    """Create the run folder with all that is known before the first step; return its path."""
     title = f"{run.recipe.model.preset or 'tuned'}-{run.corpus.name}"
     path = run.path or create_numbered_folder(title)
     with create_folder(path), writing(path, path.parent):
@@ -222,10 +215,10 @@ def _write_folder(run: TrainingRun) -> Path:
 
 @contextlib.contextmanager
 def hold_run(path: Path) -> Iterator[None]:
-    """Keep other runs from writing to a run's folder; the main process holds it for all.
+    """Keep other runs from writing to a run's folder; the main process holds it for the others.
 
     Raises:
-        InputError: in every process, if something else is writing there.
+        InputError: in every process, if another run is writing there.
     """
     with contextlib.ExitStack() as held:
         run_in_main(lambda: held.enter_context(hold_folder(path)))
@@ -248,9 +241,9 @@ def train_run(
         say: called with a sentence on where it begins.
 
     Raises:
-        InputError: if its folder is in use, or has checkpoints and none is whole.
+        InputError: if its folder is in use, or has checkpoints and none is whole; or if the text
+            can no longer be read, which the record then says.
         NonFiniteError: as in ``train_model``; the record says so.
-        InputError: the text can no longer be read; the record says so.
         WriteError: as in ``train_model``.
     """
     assert run.path is not None
@@ -286,7 +279,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
     on_metrics: Callable[[dict[str, float]], None] | None,
 ) -> TrainResult:
-    """Train; where the loss diverges, say what is kept, in the record too."""
+    """Train; an error names the checkpoint that is left, and is written into the record."""
     settings = replace(run.recipe.train, minutes=None, steps=run.num_steps)
     try:
         return train_model(
@@ -300,106 +293,10 @@ def _train(
             on_metrics=on_metrics,
         )
     except (NonFiniteError, InputError) as error:
-        whole = type(error)(f"{error}; {describe_kept(path / CHECKPOINT_FOLDER)}")
+        explained = type(error)(f"{error}; {describe_kept(path / CHECKPOINT_FOLDER)}")
         if is_main_process():
-            write_record(path, run.record | {"status": "failed", "error": str(whole)})
-        raise whole from error
-
-
-def judge_run(run: TrainingRun) -> dict[str, Any]:
-    """Validate the trained model beside xz, let it write, and complete the record.
-
-    Returns:
-        the result, of JSON types.
-    """
-    assert run.path is not None
-    with hold_folder(run.path):
-        start = time.perf_counter()
-        settings = run.recipe.eval
-        run.model.eval()
-        score = judge_model(run.model, run.corpus, settings, run.recipe.data.window_tokens)
-        sample = draw_sample(run.model, run.corpus, settings, run.recipe.train.seed)
-        results = {
-            "bits_per_byte": score.bits_per_byte,
-            "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
-            "valid_bytes": score.bytes,
-            "context": score.context,
-            "prime_bytes": min(settings.prime_bytes, len(run.corpus.train)),
-            "state_bytes": score.state_bytes,
-            "eval_s": round(time.perf_counter() - start, 3),
-            "parameters": sum(p.numel() for p in run.model.parameters()),
-        }
-        run.record |= {"status": "done", "results": results}
-        write_record(run.path, run.record)
-    tokens = run.num_steps * run.recipe.train.batch_size * run.recipe.data.window_tokens
-    return {
-        **results,
-        "run": str(run.path),
-        "data": list(run.recipe.data.data),
-        "prime": _name_prime(run),
-        "optim_steps": run.num_steps,
-        "tokens": tokens,
-        "train_s": run.record["train_s"],
-        "sample": sample,
-    }
-
-
-def judge_model(
-    model: UniMatrixForCausalLM, corpus: Corpus, settings: EvalSection, window_tokens: int
-) -> BitsPerByte:
-    """Measure bits per byte on a prefix of the validation split, by the recipe's protocol."""
-    num_bytes = min(settings.prefix_bytes, len(corpus.valid))
-    if settings.protocol == "carried":
-        prime = _cut_prime(corpus, settings)
-        return measure_bits_per_byte(model, corpus.valid, limit_bytes=num_bytes, prime=prime)
-    windows = ConsecutiveWindows(corpus.valid, window_tokens, max(1, num_bytes // window_tokens))
-    return measure_consecutive_windows(model, windows, batch_size=settings.batch_size)
-
-
-def draw_sample(
-    model: UniMatrixForCausalLM, corpus: Corpus, settings: EvalSection, seed: int
-) -> dict[str, str] | None:
-    """Let the model continue the first bytes of the validation split.
-
-    Returns:
-        the prompt and its continuation; ``None`` if the recipe wants no sample.
-    """
-    num_bytes = settings.sample_bytes
-    if num_bytes == 0:
-        return None
-    prompt = corpus.valid.read(0, min(_SAMPLE_PROMPT_BYTES, len(corpus.valid))).tobytes()
-    rows = model.config.max_position_embeddings
-    if rows is not None:
-        num_bytes = min(num_bytes, max(1, rows // 2))
-        prompt = prompt[: max(0, rows - num_bytes - 1)]
-    written = generate_bytes(
-        model,
-        prompt,
-        max_new_bytes=num_bytes,
-        prime=_cut_prime(corpus, settings),
-        sampling=Sampling(seed=seed),
-    )
-    return {
-        "prompt": prompt.decode("utf-8", "replace"),
-        "continuation": written.data.decode("utf-8", "replace"),
-    }
-
-
-def _name_prime(run: TrainingRun) -> list[str]:
-    """Return what ``--prime`` takes to read the same first; nothing where no argument says it.
-
-    Only text with validation text of its own: files that it was cut from would be read with it.
-    """
-    whole = 0 < len(run.corpus.train) <= run.recipe.eval.prime_bytes
-    return list(run.recipe.data.data) if whole and run.recipe.data.valid_data else []
-
-
-def _cut_prime(corpus: Corpus, settings: EvalSection) -> ByteStream | None:
-    """Return what the model reads before it is judged, if anything."""
-    start = max(0, len(corpus.train) - settings.prime_bytes)
-    if start == len(corpus.train):
-        return None
-    return corpus.train.slice(start, len(corpus.train), name="the end of the training text")
+            write_record(path, run.record | {"status": "failed", "error": str(explained)})
+        raise explained from error
 
 
 def build_model(section: ModelSection, seed: int) -> UniMatrixForCausalLM:
@@ -407,7 +304,7 @@ def build_model(section: ModelSection, seed: int) -> UniMatrixForCausalLM:
 
     Args:
         section: what to build.
-        seed: decides fresh weights; the global generator is left as it was.
+        seed: of fresh weights; the global generator is left as it was.
 
     Raises:
         InputError: for an unusable preset, override or saved model, or one that is not byte-level.
@@ -439,15 +336,15 @@ def _draw_model(config: UniMatrixConfig, seed: int) -> UniMatrixForCausalLM:
 
 
 def _rebuild_model(run: Path, recipe: Recipe) -> UniMatrixForCausalLM:
-    """Build an interrupted run's model; the weights come from its checkpoint, if it has one."""
+    """Build the model of an interrupted run, whose checkpoint, if any, will set the weights."""
     if recipe.model.init is not None and not list_checkpoints(run / CHECKPOINT_FOLDER):
         return build_model(recipe.model, recipe.train.seed)
     return _draw_model(load_config(run), recipe.train.seed)
 
 
 def _reopen_corpus(recipe: Recipe, model: UniMatrixForCausalLM, recorded: dict[str, Any]) -> Corpus:
-    """Open the corpus of a run that has begun, by the rules that it began with."""
-    if "file_rules" not in recorded:
+    """Open the corpus of a run that has begun, by the rules for finding files of its release."""
+    if "file_rules" not in recorded:  # A release before the rules were counted.
         corpus = _open_corpus(recipe, model, load=partial(load_stored_corpus, as_before=True))
         if corpus.sha256 == recorded["sha256"]:
             return corpus

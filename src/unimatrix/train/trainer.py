@@ -1,17 +1,15 @@
 """A ``transformers.Trainer`` built from a recipe, exact to resume and to split over processes."""
 
 import contextlib
-import copy
 import functools
 import math
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,21 +30,16 @@ from unimatrix.ops.numba.torch_threads import flush_denormals
 from unimatrix.ops.suffix_automaton import predict_from_suffix
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.train.allocator import keep_freed_memory
-from unimatrix.train.callbacks import FiniteGuard, MetricsLog, StepTimer
+from unimatrix.train.callbacks import FiniteGuard, MetricsLog, open_tensorboard
 from unimatrix.train.checkpoints import SCRATCH_FOLDER, publish_checkpoint, write_checkpoint
 from unimatrix.train.muon import MuonWithAdamW
 from unimatrix.train.processes import count_processes, get_rank, is_main_process, join_processes
 from unimatrix.train.recipe import TrainSection
-from unimatrix.train.run_folder import CHECKPOINT_FOLDER, TENSORBOARD_FOLDER, writing
+from unimatrix.train.run_folder import CHECKPOINT_FOLDER
 
-CHECKPOINTS_PER_RUN = 10
-"""How many checkpoints a run writes where ``save_every_steps`` leaves it open."""
-BUDGET_SHARE = 0.97
-"""The share of a budget in minutes that is planned; the rest is for checkpoints and stalls."""
+_CHECKPOINTS_PER_RUN = 10  # where ``save_every_steps`` is not set
 _COMPILE_BACKEND = "inductor"
 _NUM_GPU_LOADERS = 2
-_WARMUP_SHARE = 0.03
-_LONGEST_WARMUP_S = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +76,7 @@ class SequentialTrainer(Trainer):
         super().__init__(**kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the loss; a model that can is spared the logits."""
+        """Return the loss; our own models skip the logits, which nobody reads here."""
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if isinstance(bare, UniMatrixForCausalLM):
             inputs = {**inputs, "loss_only": True}
@@ -93,7 +86,11 @@ class SequentialTrainer(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the optimiser of ``settings``, made once; later releases pass the model."""
+        """Return the optimiser of ``settings``, made once.
+
+        Args:
+            model: passed by later releases of transformers only.
+        """
         if self.settings.optimizer == "muon" and self.optimizer is None:
             trained = self.model if model is None else model
             self.optimizer = MuonWithAdamW(
@@ -112,7 +109,7 @@ class SequentialTrainer(Trainer):
         return made if self._scratch is None else str(self._scratch)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place, and move it there when all processes are done."""
+        """Write a checkpoint into a scratch folder; rename it when all processes are done."""
         folder, optim_step = Path(self.args.output_dir), self.state.global_step
         with write_checkpoint(folder, optim_step) as self._scratch:
             super()._save_checkpoint(model, trial)
@@ -122,7 +119,7 @@ class SequentialTrainer(Trainer):
             publish_checkpoint(folder, optim_step, self.args.save_total_limit)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint of another model, which the Trainer would take in part."""
+        """Refuse a checkpoint of another model; the Trainer would load the names that fit."""
         tied = set(self.model.all_tied_weights_keys)
         unfit = sorted({*load_result.missing_keys, *load_result.unexpected_keys} - tied)
         if unfit:
@@ -140,8 +137,8 @@ class SequentialTrainer(Trainer):
 def list_decayed(model: nn.Module, settings: TrainSection) -> list[str]:
     """Return the names of the parameters that weight decay applies to.
 
-    Matrices decay; vectors (biases, norms) do not; embeddings, and a head tied to one, do as
-    ``settings`` says.
+    Matrices decay, vectors (biases, norms) do not; ``settings.decay_embeddings`` decides about
+    embeddings, and about a head tied to one.
     """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -167,9 +164,9 @@ def train_model(
 ) -> TrainResult:
     """Train a model in place.
 
-    Step s sees items ``s * batch_size`` up to the next step's first: the order is the dataset's
-    own, and the same for any number of processes. The loss is the exact mean over the labels of
-    the whole batch.
+    Step s reads items ``s * batch_size`` to ``(s + 1) * batch_size - 1`` in the order of the
+    dataset, for any number of processes. The loss is the exact mean over the labels of the whole
+    batch.
 
     Args:
         model: takes ``input_ids`` and ``shift_labels`` and returns a ``loss``.
@@ -198,44 +195,34 @@ def train_model(
     """
     assert settings.steps is not None, "the number of steps is decided before training"
     join_processes(device)
-    if len(dataset) < settings.steps * settings.batch_size:  # type: ignore[arg-type]
+    num_items = settings.steps * settings.batch_size
+    if len(dataset) < num_items:  # type: ignore[arg-type]
         raise InputError(
             f"the dataset has {len(dataset)} items; {settings.steps} steps of "  # type: ignore[arg-type]
-            f"{settings.batch_size} need {settings.steps * settings.batch_size}"
+            f"{settings.batch_size} need {num_items}"
         )
-    uses_cache = model.config.use_cache if hasattr(model.config, "use_cache") else None
     tokens_per_step = dataset[0]["input_ids"].numel() * settings.batch_size
     log = MetricsLog(out, on_metrics, num_tokens=tokens_per_step)
-    with hide_progress(), _open_output(out) as folder, _open_tensorboard(out) as board:
-        trainer = SequentialTrainer(
+    with (
+        hide_progress(),
+        _restore_use_cache(model),
+        _open_output(out) as folder,
+        open_tensorboard(out) as board,
+    ):
+        trainer = _build_trainer(
+            model,
             settings,
-            model=model,
             args=build_arguments(settings, folder, device, saves=out is not None),
             train_dataset=dataset,
             data_collator=choose_collator(model, device),
-            # It is saved in every checkpoint.
-            processing_class=build_tokenizer()
-            if isinstance(model, UniMatrixForCausalLM) and is_byte_level(model.config)
-            else None,
             callbacks=[FiniteGuard(), log, *board, *callbacks],
         )
-        trainer.remove_callback(PrinterCallback)
-        if isinstance(model, UniMatrixForCausalLM):
-            # The Trainer has switched it off; ours makes no cache in training, and checkpoints
-            # would keep it off.
-            model.config.use_cache = uses_cache
         torch.manual_seed(settings.seed + get_rank())
         start = time.perf_counter()
         if device == "cpu":
             keep_freed_memory()
-        try:
-            with flush_denormals():
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                )
-        finally:
-            if uses_cache is not None:
-                model.config.use_cache = uses_cache
+        with flush_denormals():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return TrainResult(
         num_optim_steps=trainer.state.global_step,
         num_tokens=log.count_tokens(trainer.state.global_step),
@@ -245,6 +232,36 @@ def train_model(
     )
 
 
+def _build_trainer(
+    model: PreTrainedModel, settings: TrainSection, **options: Any
+) -> SequentialTrainer:
+    """Return the Trainer of a model; every checkpoint of a byte-level model has its tokenizer."""
+    if not isinstance(model, UniMatrixForCausalLM):
+        trainer = SequentialTrainer(settings, model=model, **options)
+    else:
+        uses_cache = model.config.use_cache
+        tokenizer = build_tokenizer() if is_byte_level(model.config) else None
+        trainer = SequentialTrainer(settings, model=model, processing_class=tokenizer, **options)
+        # The Trainer switches the cache off in the configuration, which checkpoints save. Our
+        # models make no cache in training, whatever it says.
+        model.config.use_cache = uses_cache
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextlib.contextmanager
+def _restore_use_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Restore ``use_cache`` of a configuration that has it: the Trainer switches it off."""
+    if not hasattr(model.config, "use_cache"):
+        yield
+        return
+    uses_cache = model.config.use_cache
+    try:
+        yield
+    finally:
+        model.config.use_cache = uses_cache
+
+
 def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack items; the labels go under both names, because the Trainer counts ``labels``."""
     batch: dict[str, Tensor] = default_collate(list(items))
@@ -252,7 +269,7 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def collate_with_match(items: Sequence[dict[str, Tensor]], window: int | None) -> dict[str, Tensor]:
-    """Stack items, and run the suffix automaton, with a window or without, over those without."""
+    """Stack items, and add the predictions of a suffix automaton unless the items have them."""
     batch = collate(items)
     if "suffix_match" in batch:
         return batch
@@ -263,10 +280,11 @@ def collate_with_match(items: Sequence[dict[str, Tensor]], window: int | None) -
 def choose_collator(
     model: nn.Module, device: str
 ) -> Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]:
-    """Return what makes a batch of items.
+    """Return the function that makes a batch of items.
 
-    On a GPU the suffix automaton runs here, in the data loader's processes: in the forward pass it
-    would wait for the ids, which come after everything queued before, and the GPU for it.
+    For a GPU the suffix automaton runs in the data loader's processes. In the forward pass the
+    automaton would have to wait for all work queued on the GPU before it sees the ids, and the GPU
+    would then wait for the automaton.
     """
     context = model.model.residual_context if isinstance(model, UniMatrixForCausalLM) else None
     if device != "cuda" or context is None or not context.uses_automaton:
@@ -299,7 +317,7 @@ def build_arguments(
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=schedule_options,
         warmup_steps=_count_steps(settings.warmup_fraction, settings.steps),
-        # Muon is not among the Trainer's own: `SequentialTrainer` makes it.
+        # The Trainer knows no Muon; `SequentialTrainer` makes it.
         optim="adamw_torch_fused" if settings.optimizer == "muon" else settings.optimizer,
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,
@@ -313,7 +331,7 @@ def build_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps" if saves else "no",
-        save_steps=settings.save_every_steps or math.ceil(settings.steps / CHECKPOINTS_PER_RUN),
+        save_steps=settings.save_every_steps or math.ceil(settings.steps / _CHECKPOINTS_PER_RUN),
         save_total_limit=settings.keep_checkpoints,
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and count_processes() > 1 else None,
@@ -326,7 +344,7 @@ def build_arguments(
         log_level="error",
         log_level_replica="error",
     )
-    # One process, one device: several GPUs are used through torchrun, never nn.DataParallel.
+    # Several GPUs are used through torchrun; nn.DataParallel would take those that are visible.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
@@ -347,67 +365,6 @@ def split_batch(settings: TrainSection) -> int:
     return settings.batch_size // parts
 
 
-class StepPlan(NamedTuple):
-    """What a budget in minutes buys.
-
-    Attributes:
-        num_steps: at least 1.
-        seconds_per_step: as timed.
-        num_threads: CPU threads it was timed with, which are those in use from now on.
-    """
-
-    num_steps: int
-    seconds_per_step: float
-    num_threads: int
-
-
-def plan_steps(
-    model: PreTrainedModel,
-    dataset: Dataset[dict[str, Tensor]],
-    settings: TrainSection,
-    *,
-    device: str = "cpu",
-) -> StepPlan:
-    """Find out how many steps fit ``settings.minutes`` by training copies for a few seconds.
-
-    The first steps, which compile and allocate, are not timed; the timed ones count towards the
-    budget. On the CPU one thread is timed beside all of them: waking a second thread can cost more
-    than its share of a small step, and far more on a machine that has other work.
-
-    Args:
-        model: left as it is.
-        dataset: items to train the copy on, more than will be needed.
-        settings: ``minutes`` must be given.
-        device: cpu, cuda or mps.
-    """
-    assert settings.minutes is not None
-    budget_s = settings.minutes * 60
-    num_trial_steps = len(dataset) // settings.batch_size  # type: ignore[arg-type]
-    trial = replace(settings, minutes=None, steps=num_trial_steps)
-    timers = {}
-    for num_threads in _list_thread_counts(settings, device):
-        torch.set_num_threads(num_threads)
-        timer = timers[num_threads] = StepTimer(min(_LONGEST_WARMUP_S, _WARMUP_SHARE * budget_s))
-        train_model(copy.deepcopy(model), dataset, trial, None, callbacks=[timer], device=device)
-    num_threads = min(timers, key=lambda number: timers[number].seconds_per_step)
-    torch.set_num_threads(num_threads)
-    seconds_per_step = timers[num_threads].seconds_per_step
-    left_s = budget_s - sum(timer.timed_s for timer in timers.values())
-    return StepPlan(
-        max(1, int(BUDGET_SHARE * left_s / seconds_per_step)), seconds_per_step, num_threads
-    )
-
-
-def _list_thread_counts(settings: TrainSection, device: str) -> list[int]:
-    """Return the numbers of CPU threads worth timing."""
-    if settings.num_threads is not None:
-        return [settings.num_threads]
-    present = torch.get_num_threads()
-    if device != "cpu" or count_processes() > 1:
-        return [present]
-    return sorted({1, present})
-
-
 def _choose_schedule(settings: TrainSection, num_steps: int) -> tuple[str, dict[str, Any]]:
     """Return a schedule's name and options in the Trainer's terms."""
     if settings.schedule == "constant" and settings.warmup_fraction > 0:
@@ -424,51 +381,12 @@ def _count_steps(fraction: float, num_steps: int) -> int:
 
 @contextlib.contextmanager
 def _open_output(out: Path | None) -> Iterator[Path]:
-    """Yield the folder for checkpoints: a passing one where nothing is to be kept."""
+    """Yield the folder for checkpoints; a temporary one without ``out``."""
     if out is not None:
         folder = out / CHECKPOINT_FOLDER
         if is_main_process():
             shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)
         yield folder
         return
-    with TemporaryDirectory(prefix="unimatrix-") as passing:
-        yield Path(passing)
-
-
-@contextlib.contextmanager
-def _open_tensorboard(out: Path | None) -> Iterator[list[TrainerCallback]]:
-    """Yield TensorBoard's callback in the main process of a run that is kept."""
-    if out is None or not is_main_process():
-        yield []
-        return
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    folder = out / TENSORBOARD_FOLDER
-    with _quiet_writer_thread():
-        with writing(folder, out):
-            writer = SummaryWriter(str(folder))
-        try:
-            yield [TensorBoardCallback(writer)]
-        except BaseException:
-            with contextlib.suppress(OSError):  # It would hide what ended the training.
-                writer.close()
-            raise
-        with writing(folder, out):
-            writer.close()
-
-
-@contextlib.contextmanager
-def _quiet_writer_thread() -> Iterator[None]:
-    """Keep TensorBoard's thread from printing what it raises: this thread raises it too."""
-    former = threading.excepthook
-
-    def show(raised: threading.ExceptHookArgs) -> None:
-        if type(raised.thread).__name__ != "_AsyncWriterThread":
-            former(raised)
-
-    threading.excepthook = show
-    try:
-        yield
-    finally:
-        threading.excepthook = former
+    with TemporaryDirectory(prefix="unimatrix-") as temporary:
+        yield Path(temporary)

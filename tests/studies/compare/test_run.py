@@ -30,8 +30,8 @@ from unimatrix.studies.compare.run import (
     open_text,
     run_comparison,
 )
+from unimatrix.train.plan import StepPlan
 from unimatrix.train.run_folder import CHECKPOINT_FOLDER
-from unimatrix.train.trainer import Plan
 
 LATER = ("started", "train_s", "tokens_per_s", "eval_s")
 
@@ -50,7 +50,7 @@ class StopAfter(TrainerCallback):
 @pytest.fixture
 def planned(monkeypatch):
     """Plan four steps at once, whatever the machine."""
-    plan = Plan(num_steps=4, seconds_per_step=0.01, num_threads=1)
+    plan = StepPlan(num_steps=4, seconds_per_step=0.01, num_threads=1)
     monkeypatch.setattr(cells, "plan_steps", lambda *_, **__: plan)
 
 

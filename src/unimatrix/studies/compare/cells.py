@@ -21,6 +21,7 @@ from unimatrix.errors import InputError
 from unimatrix.hub.load import save_model
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import find_last_checkpoint
+from unimatrix.train.plan import plan_steps
 from unimatrix.train.recipe import TrainSection
 from unimatrix.train.run_folder import (
     CHECKPOINT_FOLDER,
@@ -32,7 +33,7 @@ from unimatrix.train.run_folder import (
     trim_metrics,
     write_record,
 )
-from unimatrix.train.trainer import plan_steps, train_model
+from unimatrix.train.trainer import train_model
 
 Record = dict[str, Any]
 MakeDataset = Callable[[int], Dataset[dict[str, Tensor]]]

@@ -24,8 +24,9 @@ from unimatrix.studies.reproduce.claims import ClaimCell, list_cells, name_run
 from unimatrix.studies.reproduce.throughput import measure_throughput
 from unimatrix.tasks import AssociativeRecall, RotatingDataset, TripleInteraction
 from unimatrix.train.callbacks import StopOnSignal
+from unimatrix.train.judge import judge_run
 from unimatrix.train.recipe import Recipe, load_recipe, replace_fields
-from unimatrix.train.run import judge_run, prepare_run, start_run, train_run
+from unimatrix.train.run import prepare_run, start_run, train_run
 from unimatrix.train.run_folder import (
     RECORD_FILE,
     describe_run,
