@@ -1,4 +1,4 @@
-"""What glibc does with freed memory: kept between training steps, or given back."""
+"""Tell glibc to keep freed memory between training steps, or to give it back."""
 
 import ctypes
 import functools
@@ -13,9 +13,9 @@ _FIRST_THRESHOLD = 1 << 17  # that of a new process
 def keep_freed_memory() -> bool:
     """Tell glibc to keep what is freed, for the rest of the process.
 
-    A training step frees and asks for the same megabytes again. By default they go back to the
-    system every time and come back as pages to be cleared (measured: a third of a step of 32 x 128
-    tokens on the CPU).
+    A training step frees megabytes and asks for the same amount again. By default glibc returns
+    them to the system every time, which then clears the pages (measured: a third of a step of 32 x
+    128 tokens on the CPU).
 
     Returns:
         whether there is a glibc to tell; elsewhere nothing is done.
@@ -24,10 +24,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_freed_memory_back() -> bool:
-    """Tell glibc to give back what is freed in blocks of 128 KiB and more, from now on.
+    """Tell glibc to give back freed blocks of 128 KiB and more, from now on.
 
-    So it starts, but by itself it keeps blocks as large as the largest that was freed, and the peak
-    bytes of a process then depend on all that it has done before.
+    That is the rule of a new process. glibc then raises its threshold to the largest block freed so
+    far, which makes the peak bytes of a process depend on all that it did before.
 
     Returns:
         whether there is a glibc to tell.
@@ -46,7 +46,7 @@ def _find_mallopt() -> Callable[[int, int], int] | None:
 
 
 def _set_thresholds(num_bytes: int) -> bool:
-    """Set from where on blocks are mapped alone, and free memory at the end is given back."""
+    """Set the size from which blocks are mapped by themselves, and free memory is given back."""
     mallopt = _find_mallopt()
     if mallopt is None:
         return False

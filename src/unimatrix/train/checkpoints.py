@@ -12,7 +12,7 @@ from unimatrix.errors import InputError, WriteError, explain
 from unimatrix.train.run_folder import CHECKPOINT_FOLDER, writing
 
 SCRATCH_FOLDER = ".partial"
-"""Where a checkpoint is written before it gets its name; what a dead process left means nothing."""
+"""Where a checkpoint is written before it is renamed; leftovers of a dead process are deleted."""
 _PREFIX = "checkpoint-"
 _NEEDED_FILES = (
     "trainer_state.json",
@@ -24,7 +24,7 @@ _NEEDED_FILES = (
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return the checkpoints in a run's folder of checkpoints with their steps, latest last."""
+    """Return step and path of each checkpoint in a run's folder of checkpoints, latest last."""
     numbers = {path: path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")}
     return sorted((int(number), path) for path, number in numbers.items() if number.isdecimal())
 
@@ -63,7 +63,7 @@ def find_fault(checkpoint: Path, optim_step: int) -> str | None:
         optim_step: the step that it must be of.
 
     Returns:
-        ``None`` if it is whole: every file that resuming reads is there and can be read to its end.
+        ``None`` if every file that resuming reads is there and can be read to its end.
     """
     for name in (*_NEEDED_FILES, *list_random_states(checkpoint)):
         path = checkpoint / name
@@ -80,23 +80,23 @@ def find_fault(checkpoint: Path, optim_step: int) -> str | None:
 
 
 def list_random_states(checkpoint: Path) -> list[str]:
-    """Return the names of the random states that a checkpoint has or lacks, one a process."""
+    """Return the names of the files of random states that a checkpoint needs, one a process."""
     ranks = [path.stem.rpartition("_")[2] for path in checkpoint.glob("rng_state_*.pth")]
-    # The number of processes is told by the last of them.
+    # The highest rank that was written tells how many processes there were.
     last = max((int(rank) for rank in ranks if rank.isdecimal()), default=None)
     return ["rng_state.pth"] if last is None else [f"rng_state_{i}.pth" for i in range(last + 1)]
 
 
 @contextlib.contextmanager
 def write_checkpoint(folder: Path, optim_step: int) -> Iterator[Path]:
-    """Yield a folder to write a checkpoint below; nothing stays of it if that fails.
+    """Yield a scratch folder to write a checkpoint in; it is deleted if that fails.
 
     Args:
         folder: of the run's checkpoints.
         optim_step: the step.
 
     Raises:
-        WriteError: if it cannot be written; the message names what is left to go on from.
+        WriteError: if it cannot be written; the message names the checkpoint that is left.
     """
     scratch = folder / SCRATCH_FOLDER
     try:
@@ -108,26 +108,27 @@ def write_checkpoint(folder: Path, optim_step: int) -> Iterator[Path]:
 
 
 def describe_kept(folder: Path) -> str:
-    """Return which checkpoint is left of a training that failed."""
+    """Return a sentence on which checkpoint is left of a training that failed."""
     found = list_checkpoints(folder)
     return f"{found[-1][1]} is kept" if found else "there is no checkpoint before it"
 
 
 def publish_checkpoint(folder: Path, optim_step: int, keep: int | None) -> None:
-    """Give a written checkpoint its name, and delete those that are too many.
+    """Give a written checkpoint its name, and delete the oldest beyond ``keep``.
 
     Args:
         folder: of the run's checkpoints.
         optim_step: the step it is of.
-        keep: how many to keep up to this one; ``None`` is all. Later ones are from before a resume.
+        keep: how many to keep, this one included; ``None`` is all. Checkpoints of later steps, from
+            before a resume, do not count.
     """
     name = f"{_PREFIX}{optim_step}"
     scratch = folder / SCRATCH_FOLDER / name
-    # After a power cut a name may stand for a file without its content, which a checksum finds in
-    # the others; the weights have none. All of them would be seconds in a short run.
+    # After a power cut a file may have its name and not its content. Checksums find that in every
+    # file but the weights; waiting for all files would add seconds to a short run.
     with (scratch / "model.safetensors").open("rb") as weights:
         os.fsync(weights.fileno())
-    # One that was not whole, or the run would not have come here again.
+    # An older checkpoint of this step is not whole: the run would have resumed after it.
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(scratch, folder / name)
     scratch.parent.rmdir()

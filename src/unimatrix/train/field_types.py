@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 from unimatrix.errors import InputError
 
 NOTHING = ("none", "null")
-"""How text says that a field has no value; TOML has no word of its own for it."""
+"""What stands for "no value" in text, since TOML has no word for it."""
 
 
 def parse_value(text: str) -> Any:
@@ -52,8 +52,8 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
 def convert_value(name: str, value: Any, annotation: Any) -> Any:
     """Return ``value`` as a field's type, or raise ``InputError`` naming the field.
 
-    A whole number is accepted for a float, one string for a list of strings, and the strings of
-    ``NOTHING`` for ``None`` where the field may be ``None``.
+    A whole number is accepted for a float, one string for a list of strings, and a string of
+    ``NOTHING`` for ``None`` in a field that may be ``None``.
     """
     if isinstance(annotation, types.UnionType):
         kinds = [kind for kind in get_args(annotation) if kind is not type(None)]

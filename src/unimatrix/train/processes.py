@@ -16,7 +16,7 @@ def join_processes(device: str) -> None:
     """Meet the other processes that torchrun started, if it did; the first alone warns.
 
     Args:
-        device: ``cpu`` talks through gloo, others through what suits them.
+        device: processes on a ``cpu`` talk through gloo, on others through their own back end.
     """
     PartialState(cpu=device == "cpu")
     if not is_main_process():
@@ -24,7 +24,7 @@ def join_processes(device: str) -> None:
 
 
 def leave_processes() -> None:
-    """Wait for the others and part from them."""
+    """Wait for the other processes and leave their group."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
@@ -46,7 +46,7 @@ def count_processes() -> int:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is true in any process; every process must ask."""
+    """Whether ``flag`` is true in any process; every process must call this."""
     if not _are_several():
         return flag
     votes = torch.tensor(int(flag), device=device)
@@ -55,7 +55,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def share(value: T) -> T:
-    """Return the main process's ``value``; every process must ask."""
+    """Return the main process's ``value``; every process must call this."""
     values = [value]
     if _are_several():
         broadcast_object_list(values)
@@ -63,13 +63,13 @@ def share(value: T) -> T:
 
 
 def run_in_main(act: Callable[[], T]) -> T:
-    """Run something in the main process alone; every process must ask.
+    """Run ``act`` in the main process alone; every process must call this.
 
     Returns:
-        what it returned, in every process.
+        in every process, what ``act`` returned.
 
     Raises:
-        what it raised, in every process, so that none waits for another that is gone.
+        in every process, what ``act`` raised, so that none waits for a process that is gone.
     """
     value: T | None = None
     error: Exception | None = None

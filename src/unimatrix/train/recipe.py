@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import InputError, require_choice, suggest
 from unimatrix.train.field_types import (
     NOTHING,
     convert_value,
@@ -142,12 +142,10 @@ class TrainSection:
                 f"train.minutes is {self.minutes} and train.compile is true; give --steps, since a "
                 "few timed steps would time the compiler"
             )
-        for name in ("steps", "save_every_steps", "num_threads"):
-            if getattr(self, name) is not None:
-                _require(self, "train", **{name: (1, None)})
         _require(
             self,
             "train",
+            steps=(1, None),
             batch_size=(1, None),
             accumulation_steps=(1, None),
             learning_rate=(0, None),
@@ -157,13 +155,15 @@ class TrainSection:
             beta2=(0, 1),
             weight_decay=(0, None),
             max_grad_norm=(0, None),
+            num_threads=(1, None),
             seed=(0, 2**32 - 1),
             log_every_steps=(1, None),
+            save_every_steps=(1, None),
             keep_checkpoints=(1, None),
         )
-        _require_choice("train.schedule", self.schedule, SCHEDULES)
-        _require_choice("train.optimizer", self.optimizer, OPTIMIZERS)
-        _require_choice("train.precision", self.precision, PRECISIONS)
+        require_choice("train.schedule is", self.schedule, SCHEDULES)
+        require_choice("train.optimizer is", self.optimizer, OPTIMIZERS)
+        require_choice("train.precision is", self.precision, PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +184,7 @@ class EvalSection:
     """Length of the text that the trained model writes at the end; 0 is none."""
 
     def __post_init__(self) -> None:
-        _require_choice("eval.protocol", self.protocol, PROTOCOLS)
+        require_choice("eval.protocol is", self.protocol, PROTOCOLS)
         _require(
             self,
             "eval",
@@ -226,19 +226,18 @@ class Recipe:
             InputError: for an unknown section or field (with the nearest valid name), or a value of
                 the wrong type or range.
         """
-        sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
-        built = {}
         for name, content in values.items():
-            if name not in sections:
+            if name not in _SECTIONS:
                 raise InputError(
                     f"unknown section {name!r} in the recipe; the sections are "
-                    f"{', '.join(sections)}.{suggest(name, sections)}"
+                    f"{', '.join(_SECTIONS)}.{suggest(name, _SECTIONS)}"
                 )
             if not isinstance(content, Mapping):
                 raise InputError(f"{name} is {content!r}; it must be a section, [{name}]")
-            section: Any = sections[name]
-            built[name] = _build_section(section, name, content)
-        return cls(**built)
+        return cls(**{name: _build_section(name, content) for name, content in values.items()})
+
+
+_SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
 
 
 def list_recipes() -> list[str]:
@@ -278,9 +277,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """Return a recipe with single fields changed.
 
-    ``train.minutes`` and ``train.steps`` replace each other, ``model.preset`` and ``model.init``
-    too. A new preset starts from its published fields; of the old overrides only
-    ``max_position_embeddings`` stays. New ``data.data`` drops the old ``data.valid_data``.
+    ``train.minutes`` and ``train.steps`` replace each other, and so do ``model.preset`` and
+    ``model.init``. A new preset drops all overrides but ``max_position_embeddings``, and new
+    ``data.data`` drops ``data.valid_data``.
 
     Args:
         recipe: what to change.
@@ -304,7 +303,7 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 def replace_fields(recipe: Recipe, pairs: Mapping[str, Any]) -> Recipe:
     """Return a recipe with dotted fields replaced, by the rules of ``override``."""
     values = recipe.to_dict()
-    _give_way(values, pairs)
+    _clear_replaced(values, pairs)
     known = list_keys()
     for key, value in pairs.items():
         section, _, name = key.partition(".")
@@ -319,12 +318,11 @@ def replace_fields(recipe: Recipe, pairs: Mapping[str, Any]) -> Recipe:
 
 def list_keys() -> list[str]:
     """Return the dotted names of all recipe fields."""
-    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
-    return [f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)]
+    return [f"{name}.{f.name}" for name, cls in _SECTIONS.items() for f in dataclasses.fields(cls)]
 
 
 def find_difference(one: Recipe, other: Recipe) -> str | None:
-    """Return the dotted name of the first field in which two recipes differ, if there is one."""
+    """Return the dotted name of the first field that differs; ``None`` for equal recipes."""
     for section in dataclasses.fields(Recipe):
         left, right = getattr(one, section.name), getattr(other, section.name)
         for item in dataclasses.fields(left):
@@ -334,8 +332,8 @@ def find_difference(one: Recipe, other: Recipe) -> str | None:
 
 
 def make_paths_absolute(recipe: Recipe) -> Recipe:
-    """Return a recipe whose text and first weights are found from every working folder."""
-    from unimatrix.data.corpora import make_absolute  # Not for --help: it loads torch.
+    """Return a recipe whose paths hold in every working folder."""
+    from unimatrix.data.corpora import make_absolute  # Loads torch, which --help does not need.
 
     section, init = recipe.data, recipe.model.init
     data = dataclasses.replace(
@@ -353,33 +351,32 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
 def describe_key(key: str) -> str:
     """Return the help of a dotted field: the docstring under it."""
     section, _, name = key.partition(".")
-    sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
-    return read_field_docs(sections[section])[name]
+    return read_field_docs(_SECTIONS[section])[name]
 
 
-def _give_way(values: dict[str, Any], pairs: Mapping[str, Any]) -> None:
-    """Clear the fields of ``values`` that the new ``pairs`` replace without naming them."""
+def _clear_replaced(values: dict[str, Any], pairs: Mapping[str, Any]) -> None:
+    """Clear the fields of ``values`` that the new ``pairs`` exclude without naming them."""
     for one, other in (("train.minutes", "train.steps"), ("model.preset", "model.init")):
         for new, old in ((one, other), (other, one)):
-            if _is_given(pairs, new) and old not in pairs:
+            if _has_value(pairs, new) and old not in pairs:
                 section, _, name = old.partition(".")
                 values[section][name] = None
     overrides = values["model"]["overrides"]
-    if _is_given(pairs, "model.init"):
+    if _has_value(pairs, "model.init"):
         overrides.clear()
-    elif _is_given(pairs, "model.preset"):
-        kept = {n: v for n, v in overrides.items() if n == "max_position_embeddings"}
-        values["model"]["overrides"] = kept
+    elif _has_value(pairs, "model.preset"):
+        lasting = {n: v for n, v in overrides.items() if n == "max_position_embeddings"}
+        values["model"]["overrides"] = lasting
     if "data.data" in pairs:
         values["data"]["valid_data"] = []
 
 
-def _is_given(pairs: Mapping[str, Any], key: str) -> bool:
+def _has_value(pairs: Mapping[str, Any], key: str) -> bool:
     return key in pairs and pairs[key] is not None and pairs[key] not in NOTHING
 
 
-def _build_section(section: Any, name: str, content: Mapping[str, Any]) -> Any:
-    hints = {f.name: f.type for f in dataclasses.fields(section)}
+def _build_section(name: str, content: Mapping[str, Any]) -> Any:
+    hints = {f.name: f.type for f in dataclasses.fields(_SECTIONS[name])}
     for key in content:
         if key not in hints:
             raise InputError(
@@ -389,7 +386,7 @@ def _build_section(section: Any, name: str, content: Mapping[str, Any]) -> Any:
     fields = {key: convert_value(f"{name}.{key}", v, hints[key]) for key, v in content.items()}
     if fields.get("overrides"):
         fields["overrides"] = _convert_overrides(fields["overrides"])
-    return section(**fields)
+    return _SECTIONS[name](**fields)
 
 
 def _convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -407,7 +404,7 @@ def _convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suggest_key(key: str, known: list[str]) -> str:
-    """Name the valid key nearest to ``key``: by name, by initials (``lr``), by spelling."""
+    """Suggest the key nearest to ``key``: by its last name, by initials (``lr``), by spelling."""
     section, _, leaf = key.rpartition(".")
     siblings = [name for name in known if name.startswith(f"{section}.")] or known
     leaves = {name.rpartition(".")[2]: name for name in [*known, *siblings]}
@@ -419,16 +416,11 @@ def _suggest_key(key: str, known: list[str]) -> str:
 
 
 def _require(section: object, prefix: str, **ranges: tuple[float, float | None]) -> None:
-    """Raise unless each named field lies in [low, high]; ``None`` is no upper limit."""
+    """Raise ``InputError`` unless each field that is set lies in [low, high], or above low."""
     for name, (low, high) in ranges.items():
         value = getattr(section, name)
+        if value is None:
+            continue
         if not low <= value <= (math.inf if high is None else high) or value == math.inf:
             wanted = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InputError(f"{prefix}.{name} is {value}; it must be {wanted}")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(
-            f"{name} is {value!r}; choose one of {', '.join(choices)}.{suggest(value, choices)}"
-        )

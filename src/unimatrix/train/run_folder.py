@@ -1,9 +1,8 @@
-"""The folder of one training run: what lies where, and the record of how it came about.
+"""The folder of one training run: its files, and the record of how they came about.
 
 ``config.json``, ``model.safetensors``, the tokenizer's files and ``load_unimatrix.py``, by which
-``trust_remote_code=True`` finds this package, make the folder a saved model;
-``recipe.json``, ``record.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` tell how
-it was made.
+``trust_remote_code=True`` finds this package, make the folder a saved model; ``recipe.json``,
+``record.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` are its history.
 """
 
 import contextlib
@@ -38,9 +37,9 @@ _FULL_BYTES = 2**20
 
 
 def require_unicode_path(path: Path) -> None:
-    """Raise ``InputError`` for a path that is not UTF-8: weights and logs cannot be written there.
+    """Raise ``InputError`` for a path that is not UTF-8.
 
-    safetensors, tokenizers and TensorBoard open none. Data may lie at such paths.
+    safetensors, tokenizers and TensorBoard cannot open such a path; data may lie there.
     """
     try:
         str(path).encode()
@@ -63,7 +62,7 @@ def require_new_folder(path: Path, *, resumable: bool = False) -> None:
 
     Args:
         path: the folder wanted.
-        resumable: what is there may be a run that ``--resume`` continues.
+        resumable: suggest ``--resume`` if the folder holds an unfinished run.
     """
     if is_in_use(path):
         raise InputError(
@@ -93,7 +92,7 @@ def create_numbered_folder(title: str) -> Path:
     """Create and return ``runs/TITLE-N`` with the lowest free N.
 
     Args:
-        title: what tells runs apart, such as preset and corpus; made fit for a file name.
+        title: such as preset and corpus; made fit for a file name.
     """
     DEFAULT_PARENT.mkdir(exist_ok=True)
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", title).strip("-.")[:60] or "run"
@@ -112,13 +111,13 @@ def create_numbered_folder(title: str) -> Path:
 def hold_folder(path: Path) -> Iterator[None]:
     """Keep other processes, and other threads, from writing to a folder; nests.
 
-    The lock is the operating system's own, on the file ``.lock``: it ends with the process that
-    holds it, however that ends, and nobody has to clean up. Reading needs no lock.
+    The lock is the operating system's own, on the file ``.lock``: it ends with the process, however
+    the process ends. Reading needs no lock.
 
     Raises:
         InputError: if another process or thread holds it.
     """
-    # Most commands hold no folder.
+    # Imported here, because most commands hold no folder.
     from filelock import FileLock, Timeout
 
     lock = FileLock(path / LOCK_FILE, is_singleton=True)
@@ -136,7 +135,7 @@ def hold_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_results(path: Path | None) -> Iterator[None]:
-    """Hold a folder of results that are added to, and create it first; ``None`` holds nothing.
+    """Create a folder of results unless it exists, and hold it; ``None`` holds nothing.
 
     Raises:
         InputError: if another process or thread holds it.
@@ -158,13 +157,13 @@ def is_in_use(path: Path) -> bool:
             return False
     except InputError:
         return True
-    except PermissionError:  # Who may not write there cannot ask.
+    except PermissionError:  # Asking takes the right to write.
         return False
 
 
 @contextlib.contextmanager
 def writing(what: Path | str, folder: Path) -> Iterator[None]:
-    """Turn what writers raise, such as on a full disk, into a ``WriteError`` of one sentence.
+    """Turn errors of writers, such as on a full disk, into a ``WriteError`` of one sentence.
 
     Args:
         what: the file, or what is written where.
@@ -177,12 +176,12 @@ def writing(what: Path | str, folder: Path) -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:
-        # Of PyTorch's writer RuntimeError; of tokenizers, which is Rust's, Exception itself.
+        # PyTorch's writer raises RuntimeError, that of tokenizers (in Rust) a plain Exception.
         known = OSError | RuntimeError | SafetensorError
         if not isinstance(error, known) and type(error) is not Exception:
             raise
         reason = explain(error)
-        # On a full disk PyTorch's writer tells the line of its source and no more.
+        # PyTorch's writer does not say that the disk is full.
         if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _FULL_BYTES:
             reason = "no space left on device"
         raise WriteError(f"cannot write {what}: {reason}") from error
@@ -192,11 +191,11 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, whenever the process or the machine stops.
 
     Args:
-        path: what to write; a reader finds the former content or the new one.
+        path: the file; a reader finds either the old content or the new.
         content: text is written as UTF-8.
 
     Raises:
-        WriteError: if it cannot be written; the former content stays.
+        WriteError: if it cannot be written; the old content stays.
     """
     scratch = path.with_name(f"{path.name}.partial")
     with writing(path, path.parent):
@@ -265,10 +264,7 @@ def read_record(folder: Path, advice: str, *needed: str) -> dict[str, Any]:
 
 
 def trim_metrics(run: Path, optim_step: int) -> None:
-    """Drop what ``metrics.jsonl`` says about steps after ``optim_step``: they will be repeated.
-
-    Lines that a crash has cut short or overwritten go too.
-    """
+    """Drop the lines of ``metrics.jsonl`` about steps after ``optim_step``, and damaged lines."""
     path = run / METRICS_FILE
     if not path.is_file():
         return
@@ -313,7 +309,7 @@ def hash_config(config: dict[str, Any]) -> str:
 
 
 def describe_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that move numbers."""
+    """Return the versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {p: metadata.version(p) for p in _PACKAGES}
 
 
@@ -332,7 +328,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def describe_commit() -> dict[str, Any] | None:
-    """Return the commit of this code and whether it was changed since; ``None`` outside git."""
+    """Return the commit of this code, and whether files differ from it; ``None`` outside git."""
     here = Path(__file__).parent
     if _ask_git(here, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
@@ -351,7 +347,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _read_optim_step(line: str) -> float:
-    """Return the step of a line of ``metrics.jsonl``; infinity if the line is not whole."""
+    """Return the step of a line of ``metrics.jsonl``; infinity if the line is damaged."""
     try:
         entry = json.loads(line) if line.endswith("}\n") else {}
     except ValueError:
@@ -374,7 +370,7 @@ def _ask_git(folder: Path, *arguments: str) -> str | None:
 
 
 def _read_processor() -> str:
-    """Return the processor's name; Linux tells it in a file only."""
+    """Return the processor's name, which Linux has in a file only."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
