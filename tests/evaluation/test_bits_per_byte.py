@@ -10,8 +10,8 @@ from tests.byte_models import build_byte_model
 from unimatrix.cache import start_cache
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation import streams
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
+from unimatrix.inference import streams
 from unimatrix.tokenization import BOS_ID, VOCAB_SIZE
 
 DATA = bytes(np.random.default_rng(0).integers(0, 256, 150, dtype=np.uint8)) + b"abcabcabcabc" * 4

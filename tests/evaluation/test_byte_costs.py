@@ -9,10 +9,11 @@ from unimatrix.baselines.peers import PEERS
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ByteStream
 from unimatrix.errors import InputError
-from unimatrix.evaluation import carried_bytes, streams
+from unimatrix.evaluation import footprint
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.byte_costs import measure_byte_costs
-from unimatrix.evaluation.carried_bytes import measure_carried_bytes
+from unimatrix.evaluation.footprint import measure_carried_bytes
+from unimatrix.inference import streams
 from unimatrix.tokenization import BOS_ID
 
 DATA = bytes(np.random.default_rng(0).integers(97, 123, 150, dtype=np.uint8)) + b"abc" * 16
@@ -148,7 +149,7 @@ def test_states_are_constant_and_counted(name) -> None:
 
 
 def test_an_automaton_grows_with_the_text(monkeypatch) -> None:
-    monkeypatch.setattr(carried_bytes, "CHUNK_TOKENS", 64)
+    monkeypatch.setattr(footprint, "CHUNK_TOKENS", 64)
     model = build_byte_model("unimatrix", automaton_window=None)
     ids, cache = torch.tensor([[BOS_ID, *DATA[:149]]]), None
     with torch.no_grad():

@@ -6,7 +6,7 @@ from tests.train.small_training import build_model, build_text, one_thread
 from unimatrix.baselines.gelu_transformer import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ByteStream, ConsecutiveWindows
-from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
+from unimatrix.evaluation.bits_per_byte import measure_consecutive_windows
 from unimatrix.evaluation.units import to_bits_per_byte
 from unimatrix.inference.suspend_training import suspend_training
 

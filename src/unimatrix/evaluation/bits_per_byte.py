@@ -8,17 +8,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from unimatrix.cache import UniMatrixCache
-from unimatrix.data import ByteStream
+from unimatrix.data import ByteStream, ConsecutiveWindows
 from unimatrix.errors import InputError
 from unimatrix.evaluation.units import to_bits_per_byte
 from unimatrix.inference.streams import (
     carry_state,
+    count_bytes,
     name_context,
     read_first,
     require_state,
+    shift_right,
 )
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.tokenization import BOS_ID, encode_bytes
@@ -34,10 +37,10 @@ class BitsPerByte(NamedTuple):
     Attributes:
         bits_per_byte: mean over the bytes predicted; BOS and EOS cost nothing.
         bytes: how many bytes were predicted.
-        context: ``carried`` (each byte sees all before it), ``carried, after N bytes`` (and N
-            bytes before those), or ``windows of N`` (each byte sees BOS and what its own window of
-            N bytes holds before it).
-        state_bytes: all that is carried on after the last byte, 0 with windows.
+        context: what a byte is predicted from: ``carried`` (all bytes before it), ``carried, after
+            N bytes`` (those, and N bytes read first), ``windows of N`` (BOS and the bytes before it
+            in its window of N), or ``consecutive windows of N``.
+        state_bytes: the size of the state after the last byte, 0 with windows.
     """
 
     bits_per_byte: float
@@ -65,19 +68,21 @@ def measure_bits_per_byte(
         model: a byte-level causal language model; its mode (dropout) is restored afterwards.
         stream: what to predict, or as much of it as ``limit_bytes`` says.
         limit_bytes: bytes to predict, from the start; ``None`` is all.
-        prime: read first (``read_first``) and not counted: the stream goes on where it ends.
+        prime: a text that is read first (``read_first``), not counted, and continued by the stream.
         chunk_tokens: tokens in one forward pass over the stream; moves the result by rounding only.
         device: move the model there first; ``None`` leaves it where it is.
         on_progress: called with the bytes done, after every forward pass.
 
     Raises:
-        InputError: if the stream is empty, a limit is below 1, or something is to be read before
-            the stream by a model with a position table.
+        InputError: if the stream is empty, a number is below 1, or ``prime`` is given to a model
+            with a position table.
 
     Cost:
         Peak bytes are constant in the stream's length for models whose cache is.
     """
-    num_bytes = _count_bytes(stream, limit_bytes, chunk_tokens)
+    num_bytes = count_bytes(stream, limit_bytes)
+    if chunk_tokens < 1:
+        raise InputError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
     model.to(model.device if device is None else device)
     window = model.config.max_position_embeddings
     if prime is not None:
@@ -97,31 +102,41 @@ def measure_bits_per_byte(
     return BitsPerByte(
         to_bits_per_byte(nats, num_bytes),
         num_bytes,
-        _name_context(window, prime),
+        name_context(prime) if window is None else f"windows of {window}",
         0 if cache is None else cache.num_bytes(),
     )
 
 
-def _name_context(window: int | None, prime: ByteStream | None) -> str:
-    if window is not None:
-        return f"windows of {window}"
-    return name_context(prime)
+def measure_consecutive_windows(
+    model: PreTrainedModel, windows: ConsecutiveWindows, *, batch_size: int = 16
+) -> BitsPerByte:
+    """Predict the T labels of each window from its T tokens alone.
 
+    Source: paper, validation of the byte-level WikiText-2 recipe: the mean loss over consecutive
+    windows of the training length.
 
-def _count_bytes(stream: ByteStream, limit_bytes: int | None, chunk_tokens: int) -> int:
-    """Return how many bytes to predict, or raise ``InputError`` for what cannot be measured."""
-    for name, value in (("limit_bytes", limit_bytes), ("chunk_tokens", chunk_tokens)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    if len(stream) == 0:
-        raise InputError(f"{stream.name} has no bytes to predict; give text with --data")
-    return len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
+    Args:
+        model: a byte-level causal language model, on the device it is to run on.
+        windows: what to predict; the first window starts with BOS, the others with a byte.
+        batch_size: windows of one forward pass; moves the result by rounding only.
+    """
+    nats, num_labels = 0.0, 0
+    with suspend_training(model):
+        for batch in DataLoader(windows, batch_size=batch_size):
+            placed = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            # Models of transformers compute no loss without labels.
+            loss = model(**placed, labels=placed["shift_labels"], use_cache=False).loss
+            assert isinstance(loss, torch.Tensor)
+            nats += loss.item() * batch["shift_labels"].numel()
+            num_labels += batch["shift_labels"].numel()
+    context = f"consecutive windows of {windows.window_tokens}"
+    return BitsPerByte(to_bits_per_byte(nats, num_labels), num_labels, context)
 
 
 def _cut(
     stream: ByteStream, num_bytes: int, chunk_tokens: int, window: int | None
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the ids of what one forward pass predicts, [B, T]: one row, or whole windows."""
+    """Yield the ids that each forward pass predicts, [B, T]: one row, or whole windows."""
     row = chunk_tokens if window is None else window
     num_rows = max(1, chunk_tokens // row)
     for start in range(0, num_bytes, row * num_rows):
@@ -141,7 +156,7 @@ def _score_carried(
     """Yield nats, bytes and the cache of chunks [1, T] of one stream."""
     cache, last_id = (None, BOS_ID) if prime is None else read_first(model, prime)
     for targets in chunks:
-        logits, cache = carry_state(model, _shift(model, targets, last_id), cache)
+        logits, cache = carry_state(model, shift_right(model, targets, last_id), cache)
         last_id = int(targets[0, -1])
         yield _sum_nats(logits, targets), targets.size, cache
 
@@ -149,14 +164,8 @@ def _score_carried(
 def _score_windows(model: PreTrainedModel, chunks: Iterator[NDArray[np.int64]]) -> Iterator[_Score]:
     """Yield nats and bytes of batches of independent windows [B, T]."""
     for targets in chunks:
-        output = model(input_ids=_shift(model, targets, BOS_ID), use_cache=False)
+        output = model(input_ids=shift_right(model, targets, BOS_ID), use_cache=False)
         yield _sum_nats(output.logits, targets), targets.size, None
-
-
-def _shift(model: PreTrainedModel, targets: NDArray[np.int64], first_id: int) -> Tensor:
-    """Return the targets [B, T] moved one to the right on the model's device, an id in front."""
-    first = np.full((len(targets), 1), first_id, np.int64)
-    return torch.from_numpy(np.concatenate([first, targets[:, :-1]], axis=1)).to(model.device)
 
 
 def _sum_nats(logits: Tensor, targets: NDArray[np.int64]) -> float:

@@ -1,10 +1,10 @@
 """What each byte of a stream costs under any causal model, by one rule for all of them.
 
-A model with state reads the stream once, its state carried from the first byte to the last. A model
-without (a Transformer) reads windows of the length that it was trained on: each starts with BOS and
-overlaps the one before by half, and only bytes with at least half a window before them count (the
-first window counts in full). So a byte of a Transformer sees between W / 2 and W - 1 bytes, at
-twice the arithmetic; reading on past W would leave what it was trained for.
+A model with state reads the stream once and carries its state from the first byte to the last. A
+Transformer, which has none, reads windows of W tokens, the length that it was trained on. Each
+window starts with BOS and overlaps the window before by half; only bytes with at least half a
+window before them count (in the first window, all bytes). So a byte of a Transformer sees between
+W / 2 and W - 1 bytes, at twice the arithmetic.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,11 +22,13 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.units import to_bits_per_byte
 from unimatrix.inference.streams import (
     CHUNK_TOKENS,
+    count_bytes,
     name_context,
     name_state,
     read_first,
     read_on,
     require_state,
+    shift_right,
 )
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.tokenization import BOS_ID, encode_bytes
@@ -39,8 +41,7 @@ class ByteCosts(NamedTuple):
 
     Attributes:
         nats: [n] float32, in the order of the stream.
-        context: what each byte sees: ``carried`` (all before it), ``carried, after N bytes`` (and
-            N bytes before those) or ``windows of N, half overlapping``.
+        context: as in ``BitsPerByte``, or ``windows of N, half overlapping``.
     """
 
     nats: NDArray[np.float32]
@@ -81,19 +82,15 @@ def measure_byte_costs(
         stream: what to predict, or as much of it as ``limit_bytes`` says.
         window_tokens: W, the length trained on; even. Models with state ignore it.
         limit_bytes: bytes to predict, from the start; ``None`` is all.
-        prime: read first (``read_first``) and not counted: the stream goes on where it ends.
+        prime: a text that is read first (``read_first``), not counted, and continued by the stream.
 
     Raises:
-        InputError: if the stream is empty, a limit is below 1, W is odd, or something is to be read
-            first by a model of windows.
+        InputError: if the stream is empty, a limit is below 1, W is odd, or ``prime`` is given to a
+            model without state.
     """
-    if limit_bytes is not None and limit_bytes < 1:
-        raise InputError(f"limit_bytes is {limit_bytes}; it must be at least 1")
+    num_bytes = count_bytes(stream, limit_bytes)
     if window_tokens < 2 or window_tokens % 2:
         raise InputError(f"window_tokens is {window_tokens}; it must be even, for half overlaps")
-    num_bytes = len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
-    if num_bytes == 0:
-        raise InputError(f"{stream.name} has no bytes to predict; give text with --data")
     data = encode_bytes(stream.read(0, num_bytes).data)
     nats, context = score_tokens(
         model, data, first_id=BOS_ID, window_tokens=window_tokens, prime=prime
@@ -117,8 +114,8 @@ def score_tokens(
         ids: [n] int64, at least one, without BOS.
         first_id: what stands in front of the stream and of every window: BOS.
         window_tokens: W, even. Models with state ignore it.
-        score: turns logits [B, T, V] and targets [B, T] into a number each.
-        prime: read first, in the place of ``first_id``; as in ``measure_byte_costs``.
+        score: turns logits [B, T, V] and targets [B, T] into one number a target.
+        prime: as in ``measure_byte_costs``; its last byte then stands for ``first_id``.
 
     Returns:
         [n] float32, and the context as in ``ByteCosts``.
@@ -150,9 +147,8 @@ def _read_windows(
     half = window_tokens // 2
 
     def predict(targets: NDArray[np.int64]) -> NDArray[np.float32]:
-        starts = np.full((len(targets), 1), first_id, np.int64)
-        ids = torch.from_numpy(np.concatenate([starts, targets[:, :-1]], axis=1))
-        return score(model(input_ids=ids.to(model.device), use_cache=False).logits, targets)
+        ids = shift_right(model, targets, first_id)
+        return score(model(input_ids=ids, use_cache=False).logits, targets)
 
     yield predict(data[None, :window_tokens])[0]
     starts = np.arange(half, len(data) - half, half)

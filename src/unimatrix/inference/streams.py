@@ -112,11 +112,30 @@ def read_on(
         state: what stands before them; ``None`` at the start. It may be altered.
         first_id: the token before them, which the state has not read.
     """
-    inputs = np.concatenate([[first_id], ids[:-1]])
     for start in range(0, len(ids), CHUNK_TOKENS):
-        part = torch.from_numpy(inputs[None, start : start + CHUNK_TOKENS]).to(model.device)
-        logits, state = carry_state(model, part, state)
-        yield logits, ids[None, start : start + CHUNK_TOKENS]
+        targets = ids[None, start : start + CHUNK_TOKENS]
+        logits, state = carry_state(model, shift_right(model, targets, first_id), state)
+        first_id = int(targets[0, -1])
+        yield logits, targets
+
+
+def count_bytes(stream: ByteStream, limit_bytes: int | None) -> int:
+    """Return how many bytes of a stream to predict.
+
+    Raises:
+        InputError: if the stream is empty, or the limit below 1.
+    """
+    if limit_bytes is not None and limit_bytes < 1:
+        raise InputError(f"limit_bytes is {limit_bytes}; it must be at least 1")
+    if len(stream) == 0:
+        raise InputError(f"{stream.name} has no bytes to predict; give text with --data")
+    return len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
+
+
+def shift_right(model: PreTrainedModel, targets: NDArray[np.int64], first_id: int) -> Tensor:
+    """Return the inputs [B, T] that predict ``targets`` [B, T], ``first_id`` leading each row."""
+    first = np.full((len(targets), 1), first_id, np.int64)
+    return torch.from_numpy(np.concatenate([first, targets[:, :-1]], axis=1)).to(model.device)
 
 
 def name_context(prime: ByteStream | None) -> str:

@@ -4,9 +4,12 @@ import time
 from typing import Any
 
 from unimatrix.data import ByteStream, ConsecutiveWindows, Corpus
-from unimatrix.evaluation.bits_per_byte import BitsPerByte, measure_bits_per_byte
+from unimatrix.evaluation.bits_per_byte import (
+    BitsPerByte,
+    measure_bits_per_byte,
+    measure_consecutive_windows,
+)
 from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
-from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
 from unimatrix.inference.generation import generate_bytes
 from unimatrix.inference.sampling import Sampling
 from unimatrix.modeling import UniMatrixForCausalLM

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from unimatrix.data import ByteStream, Corpus, StreamMatches, WindowDataset, load_corpus
 from unimatrix.errors import InputError
 from unimatrix.evaluation.byte_costs import ByteCosts, measure_byte_costs
-from unimatrix.evaluation.carried_bytes import measure_carried_bytes
 from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
+from unimatrix.evaluation.footprint import measure_carried_bytes
 from unimatrix.evaluation.long_context import bin_by_position
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.inference.suffix_matches import match_stream

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from unimatrix.baselines.gelu_transformer import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, WindowDataset, load_corpus
-from unimatrix.evaluation.consecutive_windows import measure_consecutive_windows
+from unimatrix.evaluation.bits_per_byte import measure_consecutive_windows
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.studies.recall.recipe import RecallRecipe
