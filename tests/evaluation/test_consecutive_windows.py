@@ -3,7 +3,7 @@ import pytest
 from torch.nn.functional import cross_entropy
 
 from tests.train.small_training import build_model, build_text, one_thread
-from unimatrix.baselines.gelu_transformer import build_gelu_transformer
+from unimatrix.baselines.transformers_models import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ByteStream, ConsecutiveWindows
 from unimatrix.evaluation.bits_per_byte import measure_consecutive_windows

@@ -22,7 +22,7 @@ from tests.train.small_training import (
     one_thread,
 )
 from unimatrix.baselines.gated_linear_attention import build_gated_linear_attention
-from unimatrix.baselines.llama import build_llama
+from unimatrix.baselines.transformers_models import build_llama
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import WindowDataset
 from unimatrix.errors import InputError

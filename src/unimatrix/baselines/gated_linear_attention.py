@@ -1,4 +1,7 @@
-"""Gated linear attention, and Gated DeltaNet."""
+"""Gated linear attention and Gated DeltaNet; arguments as in ``peers.BuildPeer``.
+
+They have no positions, so ``max_tokens`` sets nothing. The usual F is 8 D / 3.
+"""
 
 from typing import Any
 
@@ -6,6 +9,7 @@ from unimatrix.baselines.linear_attention.modeling import (
     LinearAttentionConfig,
     LinearAttentionForCausalLM,
 )
+from unimatrix.baselines.sizes import copy_sizes
 from unimatrix.configuration import UniMatrixConfig
 
 
@@ -16,11 +20,6 @@ def build_gated_linear_attention(
 
     Source: arXiv:2312.06635; keys half as wide as the stream, values as wide, as in
     flash-linear-attention.
-
-    Args:
-        config: uses V, D, L, H and the special tokens.
-        max_tokens: unused: it has no positions.
-        inner_size: F; ``None`` is 8 D / 3.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     return _build(
@@ -35,11 +34,6 @@ def build_gated_deltanet(
 
     Source: arXiv:2412.06464; keys 3/4 and values 3/2 as wide as the stream, a convolution of 4
     tokens, as in flash-linear-attention.
-
-    Args:
-        config: uses V, D, L, H and the special tokens.
-        max_tokens: unused: it has no positions.
-        inner_size: F; ``None`` is 8 D / 3.
     """
     key_head_dim = max(1, 3 * config.hidden_size // (4 * config.num_attention_heads))
     return _build(
@@ -55,18 +49,12 @@ def build_gated_deltanet(
 def _build(
     config: UniMatrixConfig, inner_size: int | None, **fields: Any
 ) -> LinearAttentionForCausalLM:
+    usual_size = round(8 * config.hidden_size / 3)
     return LinearAttentionForCausalLM(
         LinearAttentionConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=round(8 * config.hidden_size / 3)
-            if inner_size is None
-            else inner_size,
-            num_hidden_layers=config.num_hidden_layers,
+            **copy_sizes(config),
+            intermediate_size=usual_size if inner_size is None else inner_size,
             num_attention_heads=config.num_attention_heads,
-            pad_token_id=config.pad_token_id,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
             **fields,
         )
     )

@@ -10,21 +10,29 @@ from unimatrix.baselines.gated_linear_attention import (
     build_gated_deltanet,
     build_gated_linear_attention,
 )
-from unimatrix.baselines.gelu_transformer import build_gelu_transformer
-from unimatrix.baselines.llama import build_llama
-from unimatrix.baselines.mamba2 import build_mamba2
-from unimatrix.baselines.rwkv import build_rwkv
-from unimatrix.baselines.universal_transformer import build_universal_transformer
+from unimatrix.baselines.transformers_models import (
+    build_gelu_transformer,
+    build_llama,
+    build_mamba2,
+    build_rwkv,
+    build_universal_transformer,
+)
 from unimatrix.configuration import UniMatrixConfig
 
 
 class BuildPeer(Protocol):
-    """Build a peer of some width, depth and heads."""
+    """Build a peer with the width, depth, heads and special tokens of a UniMatrix."""
 
     def __call__(
         self, config: UniMatrixConfig, *, max_tokens: int, inner_size: int | None = None
     ) -> PreTrainedModel:
-        """Return the model with fresh weights."""
+        """Return the model with fresh weights.
+
+        Args:
+            config: uses V, D, L, the special tokens, and H, N and dropout where the peer has them.
+            max_tokens: the longest sequence, for a peer with positions.
+            inner_size: F, the width of the feed-forward; ``None`` is the peer's usual one.
+        """
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""The size at which a model has as many parameters as another."""
+"""Sizes of peers: those of a UniMatrix, and those at which parameters are equally many."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from unimatrix.configuration import UniMatrixConfig
 
 NARROWEST_INNER = 4
 _WIDEST = 8192
@@ -9,9 +12,22 @@ _WIDEST = 8192
 Count = Callable[[int, int], int]
 
 
+def copy_special_ids(config: UniMatrixConfig) -> dict[str, Any]:
+    """Return the ids of PAD, BOS and EOS, under the names of transformers."""
+    return {
+        name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
+
+
+def copy_sizes(config: UniMatrixConfig) -> dict[str, Any]:
+    """Return V, D, L and the special ids, under the names of transformers."""
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers")
+    return {name: getattr(config, name) for name in sizes} | copy_special_ids(config)
+
+
 @dataclass(frozen=True)
 class Size:
-    """What is chosen so that a model has the number of parameters asked for.
+    """The widths at which a model has the number of parameters that is wanted.
 
     Attributes:
         hidden_size: D.
@@ -27,16 +43,16 @@ def find_size(
 ) -> Size:
     """Return the size at which a model's parameters are nearest to a number.
 
-    The inner width is what is solved for: parameters are affine in it. The width D is the one at
-    which the usual ratio of the two comes nearest, so that a model's shape stays near its usual one
-    as far as the multiples let it. A target may be out of reach: count what comes back.
+    D is chosen first: the multiple at which a model of the usual ratio F / D comes nearest to the
+    target, so that its shape stays near the usual one. F is then solved for, since parameters are
+    affine in F. A target may be out of reach; the caller counts what comes back.
 
     Args:
-        count: the parameters at D and F.
+        count: returns the parameters at D and F.
         target: parameters wanted.
-        ratio: the usual F as a multiple of D.
+        ratio: the usual F / D.
         multiple: D is a multiple of it.
-        inner_multiple: so is F of this.
+        inner_multiple: F is a multiple of it.
     """
     hidden_size = _find_width(count, target, ratio, multiple)
     one, two = count(hidden_size, NARROWEST_INNER), count(hidden_size, 2 * NARROWEST_INNER)

@@ -8,9 +8,7 @@ from typing import Any
 from torch import nn
 
 from unimatrix.baselines.flash_linear_attention import build_gated_deltanet, build_gla
-from unimatrix.baselines.llama import build_llama
-from unimatrix.baselines.mamba2 import build_mamba2
-from unimatrix.baselines.rwkv import build_rwkv
+from unimatrix.baselines.transformers_models import build_llama, build_mamba2, build_rwkv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -119,7 +119,7 @@ def measure_carried_bytes(
 
 def _count_keys_and_values(model: PreTrainedModel, num_tokens: int) -> int:
     """Return the bytes of the keys and values of ``num_tokens`` tokens, over all layers."""
-    from unimatrix.baselines.universal_transformer import RepeatedLayer  # Loads Llama.
+    from unimatrix.baselines.transformers_models import RepeatedLayer  # Loads Llama.
 
     config = model.config
     assert config.model_type in ("llama", "gpt2"), config.model_type

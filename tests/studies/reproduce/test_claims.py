@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unimatrix.baselines.gelu_transformer import build_gelu_transformer
+from unimatrix.baselines.transformers_models import build_gelu_transformer
 from unimatrix.configuration import PRESETS, UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.reports.claims_report import (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
-from unimatrix.baselines.gelu_transformer import build_gelu_transformer
+from unimatrix.baselines.transformers_models import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, WindowDataset, load_corpus
 from unimatrix.evaluation.bits_per_byte import measure_consecutive_windows

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from unimatrix.baselines.gelu_transformer import build_gelu_transformer
+from unimatrix.baselines.transformers_models import build_gelu_transformer
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
