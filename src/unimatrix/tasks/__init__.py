@@ -3,11 +3,10 @@
 from unimatrix.tasks.associative import AssociativeRecall
 from unimatrix.tasks.chained import ChainedRecall
 from unimatrix.tasks.compositional import CompositionalRecall
-from unimatrix.tasks.mixed import RotatingDataset
 from unimatrix.tasks.mqar import MultiQueryRecall
 from unimatrix.tasks.needle import Needle
 from unimatrix.tasks.noisy_keys import NoisyKeys
-from unimatrix.tasks.seeded import SeededTask
+from unimatrix.tasks.seeded import RotatingDataset, SeededTask
 from unimatrix.tasks.triple import TripleInteraction
 
 __all__ = [

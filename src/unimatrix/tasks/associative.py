@@ -4,13 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unimatrix.errors import InputError
 from unimatrix.tasks.draws import draw_columns, reduce_words, shuffle
-from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
+from unimatrix.tasks.seeded import SeededTask, label_positions, require_room
 
 _QUESTION_TOKENS = 3  # QUERY, key, ANSWER
 
@@ -45,14 +43,8 @@ class AssociativeRecall(SeededTask):
     """V; ids 31..63 never occur."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_pairs <= len(self.KEY_IDS):
-            raise InputError(f"num_pairs is {self.num_pairs}; choose 1 to {len(self.KEY_IDS)}.")
         shortest = 1 + 3 * self.num_pairs + _QUESTION_TOKENS
-        if self.window_tokens < shortest:
-            raise InputError(
-                f"window_tokens is {self.window_tokens}, too short for {self.num_pairs} pairs; "
-                f"choose at least {shortest}."
-            )
+        require_room(self.num_pairs, len(self.KEY_IDS), self.window_tokens, shortest)
 
     @property
     def chance_fraction(self) -> float:
@@ -80,6 +72,5 @@ class AssociativeRecall(SeededTask):
         input_ids[:, -3] = self.QUERY_ID
         input_ids[:, -2:-1] = np.take_along_axis(keys, asked, axis=1)
         input_ids[:, -1] = self.ANSWER_ID
-        labels = np.full_like(input_ids, IGNORED_LABEL)
-        labels[:, -1:] = np.take_along_axis(values, asked, axis=1)
-        return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(labels)}
+        answers = np.take_along_axis(values, asked, axis=1)
+        return label_positions(input_ids, np.array([[-1]]), answers)

@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unimatrix.errors import InputError
 from unimatrix.tasks.draws import (
     draw_columns,
     draw_distinct,
@@ -16,7 +14,7 @@ from unimatrix.tasks.draws import (
     reduce_words,
     shuffle,
 )
-from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
+from unimatrix.tasks.seeded import SeededTask, label_positions, require_room
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,10 @@ class ChainedRecall(SeededTask):
     vocab_size: ClassVar[int] = 8192
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_pairs <= len(self.FIRST_IDS):
-            raise InputError(f"num_pairs is {self.num_pairs}; choose 1 to {len(self.FIRST_IDS)}.")
-        if self.window_tokens < 6 * self.num_pairs:
-            raise InputError(
-                f"window_tokens is {self.window_tokens}, too short for {self.num_pairs} chains; "
-                f"choose at least {6 * self.num_pairs}."
-            )
+        shortest = 6 * self.num_pairs
+        require_room(
+            self.num_pairs, len(self.FIRST_IDS), self.window_tokens, shortest, what="chains"
+        )
 
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build chosen examples; see ``SeededTask.build_batch``."""
@@ -71,6 +66,4 @@ class ChainedRecall(SeededTask):
         input_ids[:, 1:end:2] = bound
         asked = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
         np.put_along_axis(input_ids, asked, first, axis=1)
-        labels = np.full_like(input_ids, IGNORED_LABEL)
-        np.put_along_axis(labels, asked, values, axis=1)
-        return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(labels)}
+        return label_positions(input_ids, asked, values)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from unimatrix.tasks.draws import (
     reduce_words,
     shuffle,
 )
-from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
+from unimatrix.tasks.seeded import SeededTask, label_positions, require_room
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,8 @@ class CompositionalRecall(SeededTask):
             raise InputError(
                 f"num_pairs is {self.num_pairs}; choose 4, or 6 to {len(self.VALUE_IDS)}."
             )
-        if self.window_tokens < 5 * self.num_pairs:
-            raise InputError(
-                f"window_tokens is {self.window_tokens}, too short for {self.num_pairs} pairs; "
-                f"choose at least {5 * self.num_pairs}."
-            )
+        shortest = 5 * self.num_pairs
+        require_room(self.num_pairs, len(self.VALUE_IDS), self.window_tokens, shortest)
 
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build chosen examples; see ``SeededTask.build_batch``."""
@@ -83,6 +79,4 @@ class CompositionalRecall(SeededTask):
         asked = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
         np.put_along_axis(input_ids, asked, first, axis=1)
         np.put_along_axis(input_ids, asked + 1, second, axis=1)
-        labels = np.full_like(input_ids, IGNORED_LABEL)
-        np.put_along_axis(labels, asked + 1, values, axis=1)
-        return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(labels)}
+        return label_positions(input_ids, asked + 1, values)

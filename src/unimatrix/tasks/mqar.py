@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.tasks.draws import draw_columns, draw_distinct, draw_power_law_gaps, reduce_words
-from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
+from unimatrix.tasks.seeded import SeededTask, label_positions, require_room
 
 
 @dataclass(frozen=True)
@@ -44,16 +43,11 @@ class MultiQueryRecall(SeededTask):
     vocab_size: ClassVar[int] = 8192
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_pairs <= len(self.KEY_IDS):
-            raise InputError(f"num_pairs is {self.num_pairs}; choose 1 to {len(self.KEY_IDS)}.")
         most = min(self.num_pairs, len(self.VALUE_IDS) - self.num_pairs)
         if not 0 <= self.num_rebound <= most:
             raise InputError(f"num_rebound is {self.num_rebound}; choose 0 to {most}.")
-        if self.window_tokens < 4 * self.num_pairs:
-            raise InputError(
-                f"window_tokens is {self.window_tokens}, too short for {self.num_pairs} pairs; "
-                f"choose at least {4 * self.num_pairs}."
-            )
+        shortest = 4 * self.num_pairs
+        require_room(self.num_pairs, len(self.KEY_IDS), self.window_tokens, shortest)
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +76,4 @@ class MultiQueryRecall(SeededTask):
         input_ids[:, 1:end:2] = values
         asked = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
         np.put_along_axis(input_ids, asked, keys, axis=1)
-        labels = np.full_like(input_ids, IGNORED_LABEL)
-        np.put_along_axis(labels, asked, answers, axis=1)
-        return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(labels)}
+        return label_positions(input_ids, asked, answers)

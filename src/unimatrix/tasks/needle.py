@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.tasks.byte_documents import BYTE_VOCAB_SIZE, split_answer
 from unimatrix.tasks.draws import draw_columns, reduce_words
-from unimatrix.tasks.seeded import SeededTask
+from unimatrix.tasks.seeded import SeededTask, split_answer
+from unimatrix.tokenization import VOCAB_SIZE
 
 _NUM_DIGITS = 7
 _NAME_LETTERS = range(5, 9)
@@ -45,7 +45,7 @@ class Needle(SeededTask):
     """Other numbers written over the text, none in the task as it is tested."""
 
     NUM_DEPTHS: ClassVar[int] = 10
-    vocab_size: ClassVar[int] = BYTE_VOCAB_SIZE
+    vocab_size: ClassVar[int] = VOCAB_SIZE
 
     def __post_init__(self) -> None:
         longest_name, longest_number = "N" * _NAME_LETTERS[-1], 10**_NUM_DIGITS - 1

@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unimatrix.errors import InputError
-from unimatrix.tasks.byte_documents import BYTE_VOCAB_SIZE, split_answer
 from unimatrix.tasks.draws import draw_columns, reduce_words
-from unimatrix.tasks.seeded import SeededTask
+from unimatrix.tasks.seeded import SeededTask, require_room, split_answer
+from unimatrix.tokenization import VOCAB_SIZE
 
 _WORD_LETTERS = 4  # of a key and of a value
 _KEY_DISTANCE = 3
@@ -40,22 +39,17 @@ class NoisyKeys(SeededTask):
     """T, input tokens in an example, BOS, question and three bytes of the value included."""
 
     MAX_PAIRS: ClassVar[int] = 32
-    vocab_size: ClassVar[int] = BYTE_VOCAB_SIZE
+    vocab_size: ClassVar[int] = VOCAB_SIZE
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_pairs <= self.MAX_PAIRS:
-            raise InputError(f"num_pairs is {self.num_pairs}; choose 1 to {self.MAX_PAIRS}.")
         shortest = self.num_pairs * _PAIR_BYTES + _QUESTION_BYTES
-        if self.window_tokens < shortest:
-            raise InputError(
-                f"window_tokens is {self.window_tokens}, too short for {self.num_pairs} pairs; "
-                f"choose at least {shortest}."
-            )
+        require_room(self.num_pairs, self.MAX_PAIRS, self.window_tokens, shortest)
 
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build chosen examples; see ``SeededTask.build_batch``."""
         num_rows, num_pairs = len(indices), self.num_pairs
-        # At most 28 % of candidates are too near; three in four would have to be.
+        # At most 28 % of candidates are too near one that was taken; too few would be left only if
+        # three in four were.
         num_candidates = 4 * num_pairs + 8
         word_sizes = [_WORD_LETTERS * num_candidates, _WORD_LETTERS * num_pairs]
         key_words, value_words, asked_words, place_words, shift_words, filler_words = draw_columns(

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from unimatrix.data.counter_random import draw_words
 from unimatrix.errors import InputError, suggest
 from unimatrix.tasks.draws import draw_columns, reduce_words, shuffle
-from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
+from unimatrix.tasks.seeded import SeededTask, label_positions
 
 _NUM_TAGS = 3
 _NUM_ROLES = 3
@@ -101,10 +100,8 @@ class TripleInteraction(SeededTask):
         )
         input_ids[:, -2] = self.QUERY_ID
         input_ids[:, -1] = self.TAG_IDS.start + asked
-        labels = np.full_like(input_ids, IGNORED_LABEL)
-        classes = self._classify(values[np.arange(num_rows), asked], rules)
-        labels[:, -1] = self.CLASS_IDS.start + classes
-        return {"input_ids": torch.from_numpy(input_ids), "shift_labels": torch.from_numpy(labels)}
+        classes = self.CLASS_IDS.start + self._classify(values[np.arange(num_rows), asked], rules)
+        return label_positions(input_ids, np.array([[-1]]), classes[:, None])
 
     def _write_records(
         self, values: NDArray[np.int64]
