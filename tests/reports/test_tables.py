@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from unimatrix.errors import InputError
-from unimatrix.reports.tables import DOCUMENTS, TABLES, read_records, render_document
+from unimatrix.reports.tables import DOCUMENTS, TABLES, render_document
+from unimatrix.studies.records import read_records
 
 ROOT = Path(__file__).parents[2]
 

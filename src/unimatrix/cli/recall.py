@@ -15,7 +15,7 @@ from unimatrix.cli.common import (
     parse_overrides,
     pick_device,
 )
-from unimatrix.studies.recall.recipe import TASKS, RecallRecipe, find_recipe
+from unimatrix.studies.recall.recipe import TASKS, RecallRecipe, find_recall_recipe
 from unimatrix.train.field_types import read_field_docs
 
 _DOCS = read_field_docs(RecallRecipe)
@@ -103,7 +103,7 @@ def run(
     Options left out are those of the task's recipe. A published preset is trained on associative
     recall with the paper's recipe. Accuracy is a fraction in --json.
     """
-    recipe = find_recipe(task, preset, quick=quick)
+    recipe = find_recall_recipe(task, preset, quick=quick)
     given: dict[str, Any] = {
         "dropout": dropout,
         "num_slots": slots,

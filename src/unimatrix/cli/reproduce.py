@@ -89,7 +89,7 @@ def run(
 
 
 def _read(out: Path) -> dict[str, dict[str, Any]]:
-    from unimatrix.reports.tables import read_records
+    from unimatrix.studies.records import read_records
 
     return read_records(out)
 

@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from unimatrix.reports.tables import find_stale_documents, read_records
+from unimatrix.reports.tables import find_stale_documents
+from unimatrix.studies.records import read_records
 from unimatrix.train.run_folder import write_file
 
 

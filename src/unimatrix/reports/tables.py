@@ -39,10 +39,8 @@ from unimatrix.reports.long_context_results import (
 )
 from unimatrix.reports.recall_results import find_copy_rules
 from unimatrix.studies.compare.recipe import DEFAULT_COMPARISON
+from unimatrix.studies.records import Record, select_records
 from unimatrix.studies.reproduce.claims import GROUPS, Claim, judge_claims, load_claims
-from unimatrix.train.run_folder import RECORD_FILE, read_record
-
-Record = dict[str, Any]
 
 DOCUMENTS = ("README.md", "docs/clients.md", "docs/hindsight.md", "docs/results.md")
 """Documents of the checkout that hold tables."""
@@ -53,24 +51,6 @@ _NO_COMPARISON = "No comparison is recorded yet."
 _NO_EVALUATION = "No evaluation is recorded yet."
 _SLOTS_OF_TEST = re.compile(r"(\d+) in (\d+) slots$")
 _MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def read_records(folder: Path) -> dict[str, Record]:
-    """Return every record below a folder by the path of its own folder.
-
-    Args:
-        folder: such as ``results/``.
-
-    Raises:
-        InputError: if there is none, or one is damaged.
-    """
-    records = {
-        path.parent.relative_to(folder).as_posix(): read_record(path.parent, "make it again")
-        for path in sorted(folder.rglob(RECORD_FILE))
-    }
-    if not records:
-        raise InputError(f"{folder} holds no record.json; run the commands in results/README.md")
-    return records
 
 
 def render_document(text: str, records: Mapping[str, Record]) -> str:
@@ -114,18 +94,10 @@ def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _select(records: Mapping[str, Record], prefix: str) -> dict[str, Record]:
-    return {
-        name.removeprefix(prefix): record
-        for name, record in records.items()
-        if name.startswith(prefix)
-    }
-
-
 def _tabulate_default(records: Mapping[str, Record]) -> str:
     """Return what ``unimatrix train`` without arguments reached."""
     rows = []
-    for name, record in _select(records, "train/").items():
+    for name, record in select_records(records, "train/").items():
         results = record["results"]
         verdict = (
             "beats xz" if results["bits_per_byte"] < results["xz_bits_per_byte"] else "does not"
@@ -148,7 +120,7 @@ def _tabulate_default(records: Mapping[str, Record]) -> str:
 def _group_seeds(records: Mapping[str, Record], prefix: str) -> dict[str, list[Record]]:
     """Return the records of ``PREFIX/GROUP/seed-N`` by group, seeds in order."""
     groups: dict[str, list[Record]] = {}
-    for name, record in sorted(_select(records, prefix).items()):
+    for name, record in sorted(select_records(records, prefix).items()):
         groups.setdefault(name.rpartition("/")[0], []).append(record)
     return groups
 
@@ -232,7 +204,10 @@ def _tabulate_recall(records: Mapping[str, Record]) -> str:
 
 def _read_bench_runs(records: Mapping[str, Record]) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of every recorded benchmark by the name of its folder."""
-    return {name: record["results"]["rows"] for name, record in _select(records, "bench/").items()}
+    return {
+        name: record["results"]["rows"]
+        for name, record in select_records(records, "bench/").items()
+    }
 
 
 def _tabulate_alone(
@@ -241,7 +216,9 @@ def _tabulate_alone(
     describe: Callable[[Sequence[dict[str, Any]]], tuple[list[str], list[list[str]]]],
 ) -> str:
     """Return what benchmarks timed without cells."""
-    found = [record["results"].get(part, []) for record in _select(records, "bench/").values()]
+    found = [
+        record["results"].get(part, []) for record in select_records(records, "bench/").values()
+    ]
     return _format_table(*describe([row for rows in found for row in rows]))
 
 
@@ -377,7 +354,7 @@ def _tabulate_books(records: Mapping[str, Record]) -> str:
     """Return what the model of the recipe `books` makes of whole books, beside compressors."""
     found = {
         name: record["results"]
-        for name, record in _select(records, "books/").items()
+        for name, record in select_records(records, "books/").items()
         if "bytes" in record.get("results", {})  # The training run has results of its own.
     }
     if not found:
@@ -414,7 +391,7 @@ def _tabulate_book_models(records: Mapping[str, Record]) -> str:
 def _split_comparisons(records: Mapping[str, Record]) -> dict[str, dict[str, Record]]:
     """Return the records below ``compare/`` by comparison."""
     found: dict[str, dict[str, Record]] = {}
-    for name, record in _select(records, "compare/").items():
+    for name, record in select_records(records, "compare/").items():
         comparison, _, cell = name.partition("/")
         found.setdefault(comparison, {})[cell] = record
     return found
@@ -458,7 +435,7 @@ def _tabulate_eval_long(
 ) -> str:
     """Return a table of every recorded long-context evaluation, one after the other."""
     parts = []
-    for name, record in _select(records, "eval-long/").items():
+    for name, record in select_records(records, "eval-long/").items():
         found = tabulate(record)
         if found.rows:
             plan = record["plan"]

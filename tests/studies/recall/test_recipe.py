@@ -9,7 +9,7 @@ from unimatrix.configuration import PRESETS, UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.studies.recall.recipe import RECIPES, TASKS, RecallRecipe, find_recipe
+from unimatrix.studies.recall.recipe import RECIPES, TASKS, RecallRecipe, find_recall_recipe
 from unimatrix.studies.recall.run import build_recall_config
 from unimatrix.studies.recall.slices import build_slices, count_pairs
 from unimatrix.tasks import Needle, NoisyKeys, TripleInteraction
@@ -21,7 +21,7 @@ SHORT_WINDOWS = (200, 5000)
 
 def find_short_recipe(task: str) -> RecallRecipe:
     """Return a recipe whose tests are short enough to be run here."""
-    return dataclasses.replace(find_recipe(task), test_windows=SHORT_WINDOWS)
+    return dataclasses.replace(find_recall_recipe(task), test_windows=SHORT_WINDOWS)
 
 
 @tasks
@@ -64,7 +64,7 @@ def test_slices_share_a_vocabulary_and_differ_in_name(task: str) -> None:
 @tasks
 def test_recipes_are_named_after_their_task_and_train_our_preset(task: str) -> None:
     recipe = RECIPES[task]
-    assert find_recipe(task) == find_recipe(task, "unimatrix") == recipe
+    assert find_recall_recipe(task) == find_recall_recipe(task, "unimatrix") == recipe
     assert (recipe.task, recipe.preset) == (task, "unimatrix")
     assert recipe.to_train_section().steps == recipe.steps
     config = UniMatrixConfig.preset(recipe.preset, **recipe.overrides)
@@ -75,7 +75,7 @@ def test_recipes_are_named_after_their_task_and_train_our_preset(task: str) -> N
 
 @tasks
 def test_quick_is_smaller(task: str) -> None:
-    whole, quick = find_recipe(task), find_recipe(task, quick=True)
+    whole, quick = find_recall_recipe(task), find_recall_recipe(task, quick=True)
     assert quick.steps < whole.steps
     assert quick.test_examples < whole.test_examples
     assert max(quick.test_windows) < max(whole.test_windows)
@@ -87,7 +87,7 @@ def test_quick_is_smaller(task: str) -> None:
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "unimatrix"])
 def test_a_published_preset_gets_the_papers_recipe(preset: str) -> None:
-    recipe = find_recipe("associative", preset)
+    recipe = find_recall_recipe("associative", preset)
     assert recipe == RecallRecipe(preset=preset)
     assert (recipe.steps, recipe.learning_rate, recipe.num_slots) == (200, 3e-4, None)
     config = build_recall_config(recipe, build_slices(recipe))
@@ -105,18 +105,18 @@ def test_a_published_preset_gets_the_papers_recipe(preset: str) -> None:
 )
 def test_what_has_no_recipe_is_refused_in_one_sentence(task, preset, named) -> None:
     with pytest.raises(InputError, match=named) as caught:
-        find_recipe(task, preset)
+        find_recall_recipe(task, preset)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_preset_is_refused_with_its_model() -> None:
-    recipe = find_recipe("associative", "sparspointer")
+    recipe = find_recall_recipe("associative", "sparspointer")
     with pytest.raises(InputError, match="Did you mean 'sparsepointer'"):
         build_recall_config(recipe, build_slices(recipe))
 
 
 def test_pairs_of_a_test() -> None:
-    slices = build_slices(find_recipe("mqar-b"))
+    slices = build_slices(find_recall_recipe("mqar-b"))
     assert {name: count_pairs(part) for name, part in slices.test.items()} == {
         "64x4": 4,
         "64x8": 8,
@@ -136,7 +136,10 @@ def test_the_needles_text(tmp_path) -> None:
     train.write_bytes(b"a" * 5000)
     test.write_bytes(b"b" * 400)
     recipe = dataclasses.replace(
-        find_recipe("needle"), data=(str(train),), test_data=(str(test),), test_windows=(200, 300)
+        find_recall_recipe("needle"),
+        data=(str(train),),
+        test_data=(str(test),),
+        test_windows=(200, 300),
     )
     slices = build_slices(recipe)
     assert list(slices.test) == ["200", "300"]

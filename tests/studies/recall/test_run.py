@@ -9,7 +9,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.hub.load import load_model
-from unimatrix.studies.recall.recipe import RecallRecipe, find_recipe
+from unimatrix.studies.recall.recipe import RecallRecipe, find_recall_recipe
 from unimatrix.studies.recall.run import build_recall_config, run_recall
 from unimatrix.studies.recall.slices import build_slices
 from unimatrix.tasks import AssociativeRecall
@@ -26,7 +26,7 @@ FIELDS = [
     "train_s",
     "recipe",
 ]
-SELECTIVE = replace(find_recipe("associative"), steps=2, batch_size=4, test_examples=40)
+SELECTIVE = replace(find_recall_recipe("associative"), steps=2, batch_size=4, test_examples=40)
 
 
 def build_config(**fields: Any) -> UniMatrixConfig:
@@ -36,7 +36,7 @@ def build_config(**fields: Any) -> UniMatrixConfig:
 
 
 def test_the_papers_recipe() -> None:
-    recipe = find_recipe("associative", "sparsepointer")
+    recipe = find_recall_recipe("associative", "sparsepointer")
     assert recipe == RecallRecipe()
     config = build_config()
     published = {
@@ -133,7 +133,7 @@ def test_our_own_recipe() -> None:
 def test_our_recipe_learns_in_seconds() -> None:
     """Four slots for four pairs: the gate must keep the bindings and let the filler go."""
     recipe = replace(
-        find_recipe("associative"),
+        find_recall_recipe("associative"),
         num_slots=4,
         test_pairs=(4,),
         batch_size=16,

@@ -15,9 +15,9 @@ from unimatrix.reports.claims_report import (
     tabulate_throughput,
     write_claims_report,
 )
-from unimatrix.reports.tables import read_records
 from unimatrix.studies.recall.run import build_recall_config
 from unimatrix.studies.recall.slices import build_slices
+from unimatrix.studies.records import read_records
 from unimatrix.studies.reproduce.claims import (
     BETTER,
     GROUPS,

@@ -183,7 +183,9 @@ _QUICK_STEPS = {"associative": 200, "noisy-keys": 120, "needle": 120, "triple": 
 _QUICK_EXAMPLES = {"needle": 20, "associative": 512, "triple": 512}
 
 
-def find_recipe(task: str, preset: str | None = None, *, quick: bool = False) -> RecallRecipe:
+def find_recall_recipe(
+    task: str, preset: str | None = None, *, quick: bool = False
+) -> RecallRecipe:
     """Return the recipe of a task.
 
     Args:

@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
 from transformers import TrainerCallback
 
 from unimatrix.configuration import UniMatrixConfig
@@ -16,20 +16,15 @@ from unimatrix.evaluation.footprint import measure_state_bytes
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.hub.load import save_model
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.studies.engine import Attempt, FolderStore, StudyCell, run_cell
 from unimatrix.studies.recall.recipe import RecallRecipe
 from unimatrix.studies.recall.slices import RecallSlices, build_slices, count_pairs
+from unimatrix.studies.records import Record
+from unimatrix.studies.seeds import TEST_SEED_OFFSET, draw_model
 from unimatrix.tasks import AssociativeRecall, RotatingDataset, SeededTask
 from unimatrix.train.recipe import ModelSection, Recipe
-from unimatrix.train.run_folder import (
-    create_folder,
-    require_unicode_path,
-    start_record,
-    write_record,
-)
-from unimatrix.train.trainer import train_model
+from unimatrix.train.run_folder import create_folder, require_unicode_path, start_record
 
-# Added to the seed, so that no test ever meets a training example.
-_TEST_SEED_OFFSET = 2**32
 _BYTE_VOCAB_SIZE = 259
 _COPY_RULE_EXAMPLES = 200
 # Copy rules read the whole example in Python.
@@ -92,32 +87,70 @@ def run_recall(
     Raises:
         InputError: for an unusable recipe or folder, before anything is written.
     """
-    slices = build_slices(recipe)
-    model = _draw_model(recipe, slices)
+    cell = RecallCell.prepare("", recipe, on_test)
     if out is not None:
         require_unicode_path(out)
     with contextlib.nullcontext() if out is None else create_folder(out):
-        num_examples = recipe.steps * recipe.batch_size
-        trained = train_model(
-            model,
-            RotatingDataset(
-                slices.train,
-                recipe.seed,
-                num_examples,
-                recipe.batch_size,
-                first=slices.first,
-                num_first=round(slices.first_fraction * recipe.steps),
-            ),
-            recipe.to_train_section(),
-            out,
-            callbacks=callbacks,
-            device=device,
-            on_metrics=on_metrics,
+        record = run_cell(
+            cell, FolderStore(out), device=device, callbacks=callbacks, on_metrics=on_metrics
         )
-        result = _test(model.to(device), recipe, slices, trained.train_s, on_test)
-        if out is not None:
-            _keep(model, result, recipe, out, device)
-    return result
+    results: dict[str, Any] = record["results"]
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallCell(StudyCell):
+    """A recall recipe that is checked, with the model that it trains.
+
+    Attributes:
+        recipe: what to do.
+        slices: of its task.
+        model: with fresh weights.
+        on_test: called with the name of each test before it is run.
+    """
+
+    recipe: RecallRecipe
+    slices: RecallSlices
+    model: UniMatrixForCausalLM
+    on_test: Callable[[str], None]
+
+    @classmethod
+    def prepare(
+        cls, name: str, recipe: RecallRecipe, on_test: Callable[[str], None] = lambda _: None
+    ) -> Self:
+        """Return the cell of a recipe, of which everything is checked; nothing is written.
+
+        Raises:
+            InputError: for an unusable recipe.
+        """
+        slices = build_slices(recipe)
+        config = build_recall_config(recipe, slices)
+        _check(recipe, slices, config)
+        model = draw_model(lambda: UniMatrixForCausalLM(config), recipe.seed)
+        return cls(name=name, recipe=recipe, slices=slices, model=model, on_test=on_test)
+
+    def measure(self, attempt: Attempt) -> Record:
+        """Train, test and save the model; return the record with what ``run_recall`` returns."""
+        recipe, slices, model = self.recipe, self.slices, self.model
+        train = recipe.to_train_section()
+        settings = Recipe(model=ModelSection(preset=recipe.preset), train=train)
+        record = start_record(settings, model.config.to_dict(), attempt.device)
+        examples = RotatingDataset(
+            slices.train,
+            recipe.seed,
+            recipe.steps * recipe.batch_size,
+            recipe.batch_size,
+            first=slices.first,
+            num_first=round(slices.first_fraction * recipe.steps),
+        )
+        train_s = attempt.train_to_end(model, examples, train, attempt.folder)
+        results = _test(model, recipe, slices, self.on_test) | {
+            "train_s": train_s,
+            "recipe": dataclasses.asdict(recipe),
+        }
+        if attempt.folder is not None:
+            save_model(model, attempt.folder)
+        return record | {"status": "done", "results": results}
 
 
 def _check(recipe: RecallRecipe, slices: RecallSlices, config: UniMatrixConfig) -> None:
@@ -148,15 +181,15 @@ def _test(
     model: UniMatrixForCausalLM,
     recipe: RecallRecipe,
     slices: RecallSlices,
-    train_s: float,
     on_test: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return what ``run_recall`` returns for a model trained in so many seconds."""
-    test_seed = recipe.seed + _TEST_SEED_OFFSET
+    """Return accuracies, what copying alone reaches, and sizes."""
+    test_seed = recipe.seed + TEST_SEED_OFFSET
     accuracy, copy_rules = {}, {}
     for name, task in slices.test.items():
         on_test(name)
         num_tokens = _count_tokens(task)
+        batch_size = max(_TOKENS_PER_BATCH // num_tokens, _FEWEST_PER_BATCH)
         for label, num_slots in _list_slots(recipe, task):
             _resize_slots(model, num_slots)
             accuracy[name + label] = measure_recall(
@@ -164,9 +197,7 @@ def _test(
                 task,
                 recipe.test_examples,
                 test_seed,
-                batch_size=min(
-                    max(_TOKENS_PER_BATCH // num_tokens, _FEWEST_PER_BATCH), _MOST_PER_BATCH
-                ),
+                batch_size=min(batch_size, _MOST_PER_BATCH),
                 whole_answer=slices.whole_answer,
             )
         if num_tokens <= _LONGEST_COPIED_TOKENS:
@@ -182,8 +213,6 @@ def _test(
         "parameters": model.num_parameters(),
         "state_bytes": sum(by_part.values()),
         "state_bytes_by_part": by_part,
-        "train_s": round(train_s, 3),
-        "recipe": dataclasses.asdict(recipe),
     }
 
 
@@ -207,26 +236,3 @@ def _resize_slots(model: UniMatrixForCausalLM, num_slots: int | None) -> None:
     mixer = model.model.block.selective_mixer
     assert mixer is not None
     mixer.num_slots = num_slots
-
-
-def _draw_model(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixForCausalLM:
-    """Check the recipe; return the model with fresh weights, the global generator as it was."""
-    config = build_recall_config(recipe, slices)
-    _check(recipe, slices, config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        return UniMatrixForCausalLM(config)
-
-
-def _keep(
-    model: UniMatrixForCausalLM,
-    result: dict[str, Any],
-    recipe: RecallRecipe,
-    out: Path,
-    device: str,
-) -> None:
-    """Save the model and the record of how it came about."""
-    settings = Recipe(model=ModelSection(preset=recipe.preset), train=recipe.to_train_section())
-    save_model(model, out)
-    record = start_record(settings, model.config.to_dict(), device)
-    write_record(out, record | {"status": "done", "results": result})

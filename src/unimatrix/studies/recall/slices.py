@@ -1,7 +1,8 @@
 """The training and test slices of a recall recipe: which shapes of a task, under which names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from unimatrix.data import load_corpus
 from unimatrix.errors import InputError
@@ -17,6 +18,7 @@ from unimatrix.tasks import (
     TripleInteraction,
 )
 
+_Shapes = tuple[tuple[int, int], ...]
 # (window tokens, pairs). Grid A is one model a shape in zoology; here one model learns all four.
 _GRID_A = ((64, 4), (128, 8), (256, 16), (512, 64))
 _GRID_B_TRAIN = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
@@ -25,7 +27,14 @@ _GRID_B_TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1
 _TWO_TOKEN_TRAIN = ((64, 4), (128, 8), (256, 16), (256, 32), (512, 64))
 _TWO_TOKEN_TEST = ((64, 4), (64, 8), (128, 16), (256, 32), (512, 64), (1024, 128))
 _CHAINED = ((64, 4), (128, 8), (256, 16), (256, 32))
-_NUM_REBOUND = 4
+# How each task of multi-query recall is made from a shape, then its shapes of training and tests.
+_GRIDS: Mapping[str, tuple[Callable[[int, int], SeededTask], _Shapes, _Shapes]] = {
+    "mqar-a": (partial(MultiQueryRecall, random_filler=False), _GRID_A, _GRID_A),
+    "mqar-b": (MultiQueryRecall, _GRID_B_TRAIN, _GRID_B_TEST),
+    "mqar-forgetting": (partial(MultiQueryRecall, num_rebound=4), _GRID_B_TRAIN, _GRID_B_TEST),
+    "mqar-compositional": (CompositionalRecall, _TWO_TOKEN_TRAIN, _TWO_TOKEN_TEST),
+    "mqar-chained": (ChainedRecall, _CHAINED, _CHAINED),
+}
 _NEEDLE_TRAIN_BYTES = 1024
 # A megabyte of a book has hundreds of digits, a training window less than one in the mean.
 _NEEDLE_TRAIN_DECOYS = 8
@@ -48,10 +57,7 @@ class RecallSlices:
 
 
 def build_slices(recipe: RecallRecipe) -> RecallSlices:
-    """Return the slices of a recipe.
-
-    Args:
-        recipe: of any task.
+    """Return the slices of a recipe of any task.
 
     Raises:
         InputError: for shapes that the task cannot have, or text that cannot be found.
@@ -61,32 +67,19 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
         length = {} if recipe.test_tokens is None else {"window_tokens": recipe.test_tokens}
         tests = {str(pairs): AssociativeRecall(pairs, **length) for pairs in recipe.test_pairs}
         return RecallSlices(train=(AssociativeRecall(recipe.num_pairs),), test=tests)
-    if task == "mqar-chained":
-        chained = {_name(*shape): ChainedRecall(*shape) for shape in _CHAINED}
-        return RecallSlices(train=tuple(chained.values()), test=chained)
-    if task == "mqar-compositional":
+    if task in _GRIDS:
+        make, train_shapes, test_shapes = _GRIDS[task]
         return RecallSlices(
-            train=tuple(CompositionalRecall(*shape) for shape in _TWO_TOKEN_TRAIN),
-            test={_name(*shape): CompositionalRecall(*shape) for shape in _TWO_TOKEN_TEST},
-        )
-    if task.startswith("mqar"):
-        random_filler = task != "mqar-a"
-        rebound = _NUM_REBOUND if task == "mqar-forgetting" else 0
-        train, test = (_GRID_B_TRAIN, _GRID_B_TEST) if random_filler else (_GRID_A, _GRID_A)
-        return RecallSlices(
-            train=tuple(MultiQueryRecall(*shape, random_filler, rebound) for shape in train),
-            test={
-                _name(*shape): MultiQueryRecall(*shape, random_filler, rebound) for shape in test
-            },
+            train=tuple(make(*shape) for shape in train_shapes),
+            test={f"{tokens}x{pairs}": make(tokens, pairs) for tokens, pairs in test_shapes},
         )
     if task == "noisy-keys":
         return RecallSlices(train=(NoisyKeys(),), test={"512x16": NoisyKeys()})
     if task == "needle":
         return _build_needle(recipe)
-    rules = TripleInteraction.RULES
     return RecallSlices(
         train=(TripleInteraction(),),
-        test={rule: TripleInteraction(rule) for rule in rules},
+        test={rule: TripleInteraction(rule) for rule in TripleInteraction.RULES},
         # What the simplest rule teaches to retrieve, the others have to combine.
         first=TripleInteraction("copy"),
         first_fraction=0.05,
@@ -112,7 +105,3 @@ def _build_needle(recipe: RecallRecipe) -> RecallSlices:
         test={f"{size}": Needle(size, test_text) for size in recipe.test_windows},
         whole_answer=True,
     )
-
-
-def _name(window_tokens: int, num_pairs: int) -> str:
-    return f"{window_tokens}x{num_pairs}"
