@@ -74,7 +74,7 @@ def test_a_later_cell_may_depend_on_an_earlier_record(tmp_path) -> None:
 @pytest.mark.parametrize(("records_only", "total"), [(False, 2), (True, 1)])
 def test_an_interrupted_cell_goes_on_or_starts_anew(tmp_path, records_only, total) -> None:
     store = FolderStore(tmp_path, records_only=records_only)
-    with pytest.raises(StoppedError, match="^b$"):
+    with pytest.raises(StoppedError, match=r"^b$"):
         run_cells([make("a"), make("b", end=interrupt), make("c")], store, records={})
     assert (tmp_path / "b").exists() != records_only
     assert not (tmp_path / "c").exists()
@@ -91,7 +91,7 @@ def test_a_stop_asked_for_ends_the_study_after_the_cell(tmp_path) -> None:
         stop.requested = True
 
     cells = [make("a", end=ask), make("b")]
-    with pytest.raises(StoppedError, match="^a$"):
+    with pytest.raises(StoppedError, match=r"^a$"):
         run_cells(cells, FolderStore(tmp_path), records={}, stop=stop)
     assert json.loads((tmp_path / "a" / "record.json").read_text())["status"] == "done"
     assert not (tmp_path / "b").exists()
@@ -127,8 +127,8 @@ def test_a_list_of_cells_is_one_record(tmp_path) -> None:
         return ListStore(tmp_path, record, lambda cell: cell["key"])
 
     run_cells([Entry(name="1")], open_store(), records={})
-    with pytest.raises(StoppedError, match="^3$"):
-        cells = [Entry(name="1", end=interrupt), Entry(name="2"), Entry(name="3", end=interrupt)]
+    cells = [Entry(name="1", end=interrupt), Entry(name="2"), Entry(name="3", end=interrupt)]
+    with pytest.raises(StoppedError, match=r"^3$"):
         run_cells(cells, open_store(), records={})
     record = json.loads((tmp_path / "record.json").read_text())
     assert (record["seed"], [cell["key"] for cell in record["cells"]]) == (7, ["1", "2"])
