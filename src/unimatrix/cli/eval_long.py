@@ -107,6 +107,7 @@ def _run_visibly(plan: Any, out: Path | None, device: str) -> dict[str, Any]:
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    from unimatrix.studies.engine import StoppedError
     from unimatrix.studies.eval_long.run import run_long_context
 
     log = make_log()
@@ -128,7 +129,7 @@ def _run_visibly(plan: Any, out: Path | None, device: str) -> dict[str, Any]:
                 on_start=start,
                 on_example=lambda done: progress.update(bar, completed=done),
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         advice = "" if out is None else "; run the same command again to go on"
         log.print(f"[bold]interrupted[/]{advice}")
         raise typer.Exit(1) from None

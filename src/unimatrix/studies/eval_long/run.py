@@ -1,11 +1,12 @@
 """The long-context evaluation of one or several models, from a plan to a record that can go on."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from unimatrix.errors import InputError, suggest
 from unimatrix.evaluation.code_completion import measure_far_names, measure_lines
 from unimatrix.evaluation.long_context import measure_positions, measure_task
 from unimatrix.evaluation.readers import Reader, TooLongError, open_reader
+from unimatrix.studies.engine import Attempt, ListStore, StudyCell, run_cells
+from unimatrix.studies.records import Record, find_change
 from unimatrix.tasks.ruler import RULER_TASKS, build_task
 from unimatrix.train.run_folder import (
     RECORD_FILE,
@@ -28,7 +31,6 @@ from unimatrix.train.run_folder import (
     hold_results,
     is_vacant,
     read_record,
-    write_record,
 )
 
 BOOK, CODE = "book", "code"
@@ -42,8 +44,6 @@ _NAMES_PER_EXAMPLE = 100
 _MOST_ESSAY_BYTES = 2**24
 # What differs between two saved copies of the same model.
 _IDLE_FIELDS = ("_name_or_path", "transformers_version")
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class LongContextPlan:
 
 
 class Material(NamedTuple):
-    """What is read.
+    """What the models read.
 
     Attributes:
         text: of essays and of the book.
@@ -103,12 +103,90 @@ class Material(NamedTuple):
     sources: dict[str, bytes]
 
 
-class CellKey(NamedTuple):
-    """One measurement."""
+@dataclass(frozen=True, kw_only=True)
+class LongContextCell(StudyCell):
+    """One task at one length, asked of one model.
 
+    Attributes:
+        reader: the model.
+        model: what the record calls it.
+        task: a name of ``TASKS``.
+        total_bytes: of prompt and answer.
+        plan, material: of the evaluation.
+        on_start, on_example: as in ``run_long_context``.
+    """
+
+    reader: Reader
     model: str
     task: str
     total_bytes: int
+    plan: LongContextPlan
+    material: Material
+    on_start: Callable[[str, int], None]
+    on_example: Callable[[int], None]
+
+    def is_finished(self, record: Record) -> bool:
+        """Return True: a cell is recorded when it is measured, and a refusal is a result."""
+        return True
+
+    def measure(self, attempt: Attempt) -> Record:
+        """Return results; what a model cannot read is not run, with the reason."""
+        self.on_start(f"{self.model}  {self.task}  {self.total_bytes:,} bytes", self._count_units())
+        record = {
+            "model": self.model,
+            "task": self.task,
+            "total_bytes": self.total_bytes,
+            "asked": self.settings,
+        }
+        try:
+            results = self._measure_task()
+        except (InputError, TooLongError) as error:
+            return record | {"status": "not run", "reason": str(error), "results": None}
+        return record | {"status": "done", "reason": None, "results": results}
+
+    def _count_units(self) -> int:
+        if self.task == BOOK:
+            return 1
+        if self.task == CODE:
+            return self.plan.num_examples * (_LINES_PER_EXAMPLE + _NAMES_PER_EXAMPLE)
+        return self.plan.num_examples
+
+    def _count_from(self, first: int) -> Callable[[], None]:
+        """Return what tells of one more unit done, each time that it is called."""
+        numbers = itertools.count(first)
+        return lambda: self.on_example(next(numbers))
+
+    def _measure_task(self) -> Record:
+        if self.task == BOOK:
+            return measure_positions(self.reader, self.material.text, self.total_bytes)
+        if self.task == CODE:
+            return self._measure_code()
+        return measure_task(
+            self.reader,
+            build_task(self.task, self.total_bytes, self.material.essay),
+            self.plan.num_examples,
+            self.plan.seed,
+            on_example=self._count_from(1),
+        )
+
+    def _measure_code(self) -> Record:
+        """Return what both measures of code completion find."""
+        names = measure_far_names(
+            self.reader,
+            self.material.sources,
+            self.plan.num_examples * _NAMES_PER_EXAMPLE,
+            most_bytes=self.total_bytes,
+            on_source=self.on_example,
+        )
+        lines = measure_lines(
+            self.reader,
+            self.material.sources,
+            self.plan.num_examples * _LINES_PER_EXAMPLE,
+            self.plan.seed,
+            context_bytes=self.total_bytes,
+            on_example=self._count_from(names["examples"] + 1),
+        )
+        return {"lines": lines, "names": names}
 
 
 def run_long_context(
@@ -118,47 +196,53 @@ def run_long_context(
     device: str = "cpu",
     on_start: Callable[[str, int], None] = lambda _text, _total: None,
     on_example: Callable[[int], None] = lambda _done: None,
-    on_cell: Callable[[Record], None] = lambda _cell: None,
 ) -> Record:
     """Measure every cell that is not in the record yet, and return the record.
 
     Args:
         plan: what to measure.
         out: folder of the record, which is brought up to date after every cell; ``None`` keeps it
-            in mind alone.
+            in memory alone.
         device: cpu, cuda or mps.
         on_start: called before each cell with what it is and how many units it has.
         on_example: called with the units of the cell done.
-        on_cell: called with every cell, measured or read back.
 
     Raises:
         InputError: for an unusable plan, model, text or folder; nothing is written.
+        StoppedError: by Ctrl-C; what was measured is recorded.
     """
     material = _open_material(plan)
-    readers = {name: open_reader(name, device=device) for name in plan.models}
-    labels = _label(plan.models)
-    asked = {labels[name]: _ask(plan, reader.model, material) for name, reader in readers.items()}
-    _open_record(plan, out, asked, device)
+    readers = {
+        label: open_reader(name, device=device) for name, label in _label(plan.models).items()
+    }
+    settings = {
+        label: _describe_settings(plan, reader.model, material) for label, reader in readers.items()
+    }
+    _open_record(plan, out, settings, device)
     with hold_results(out):
         # Once more: who held the folder before may have measured some.
-        record = _open_record(plan, out, asked, device)
-        record["models"] |= {labels[name]: _describe(reader) for name, reader in readers.items()}
-        done = {_key(cell): cell for cell in record["cells"]}
-        for name, reader in readers.items():
-            for task, total_bytes in _list_cells(plan):
-                key = CellKey(labels[name], task, total_bytes)
-                cell = done.get(key)
-                if cell is None:
-                    on_start(
-                        f"{key.model}  {task}  {total_bytes:,} bytes", _count_units(plan, task)
-                    )
-                    cell = {**key._asdict(), "asked": asked[key.model]}
-                    cell |= _measure(plan, reader, material, key, on_example)
-                    record["cells"].append(cell)
-                    _keep(out, record)
-                on_cell(cell)
+        record = _open_record(plan, out, settings, device)
+        record["models"] |= {label: _describe(reader) for label, reader in readers.items()}
+        store = ListStore(out, record, _name_cell)
+        cells = (
+            LongContextCell(
+                name=f"{model}/{task}/{total_bytes}",
+                settings=settings[model],
+                reader=reader,
+                model=model,
+                task=task,
+                total_bytes=total_bytes,
+                plan=plan,
+                material=material,
+                on_start=on_start,
+                on_example=on_example,
+            )
+            for model, reader in readers.items()
+            for task, total_bytes in _list_tasks(plan)
+        )
+        run_cells(cells, store, records={}, device=device)
         record["status"] = "done"
-        _keep(out, record)
+        store.save()
     return record
 
 
@@ -185,7 +269,7 @@ def _label(models: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _ask(plan: LongContextPlan, model: PreTrainedModel, material: Material) -> Record:
+def _describe_settings(plan: LongContextPlan, model: PreTrainedModel, material: Material) -> Record:
     """Return what decides the results of a model besides task and length."""
     fields = {k: v for k, v in model.config.to_dict().items() if k not in _IDLE_FIELDS}
     return {
@@ -217,127 +301,49 @@ def _describe(reader: Reader) -> Record:
 
 
 def _open_record(
-    plan: LongContextPlan, out: Path | None, asked: dict[str, Record], device: str
+    plan: LongContextPlan, out: Path | None, settings: Mapping[str, Record], device: str
 ) -> Record:
-    """Return the record to go on with, or a new one."""
-    settings = {k: v for k, v in asdict(plan).items() if k != "models"}
+    """Return the record to go on with, or a new one.
+
+    Raises:
+        InputError: for a folder without a record, or one that is damaged or of other settings.
+    """
+    plan_fields = {k: v for k, v in asdict(plan).items() if k != "models"}
     new = {
         "status": "running",
         "seed": plan.seed,
         **describe_run(device),
-        "plan": json.loads(json.dumps(settings)),
+        "plan": json.loads(json.dumps(plan_fields)),
         "models": {},
         "cells": [],
     }
-    if out is None:
+    if out is None or is_vacant(out):
         return new
-    file = out / RECORD_FILE
-    if not file.is_file():
-        if not is_vacant(out):
-            raise InputError(f"{out} exists and holds no record; choose another --out")
-        return new
+    if not (out / RECORD_FILE).is_file():
+        raise InputError(f"{out} exists and holds no record; choose another --out")
     record: Record = read_record(out, "choose another --out", "models", "cells")
     try:
-        found = {_key(cell): cell["asked"] for cell in record["cells"]}
+        measured = {_name_cell(cell): (cell["model"], cell["asked"]) for cell in record["cells"]}
         assert isinstance(record["models"], dict)
     except (KeyError, TypeError, AssertionError) as error:
-        raise InputError(f"{file} is damaged ({error}); choose another --out") from error
-    for key, before in found.items():
-        now = asked.get(key.model, before)
-        if now != before:
-            changed = next(k for k in {**now, **before} if now.get(k) != before.get(k))
+        raise InputError(
+            f"{out / RECORD_FILE} is damaged ({error}); choose another --out"
+        ) from error
+    for model, before in measured.values():
+        changed = find_change(before, settings.get(model, before))
+        if changed is not None:
             raise InputError(
-                f"{out} has {key.model} measured with another {changed}; choose another --out"
+                f"{out} has {model} measured with another {changed}; choose another --out"
             )
     return record | {"status": "running", "plan": new["plan"]}
 
 
-def _key(cell: Record) -> CellKey:
-    return CellKey(cell["model"], cell["task"], cell["total_bytes"])
+def _name_cell(cell: Record) -> str:
+    return f"{cell['model']}/{cell['task']}/{cell['total_bytes']}"
 
 
-def _list_cells(plan: LongContextPlan) -> Iterator[tuple[str, int]]:
+def _list_tasks(plan: LongContextPlan) -> Iterator[tuple[str, int]]:
     """Yield task and length, short lengths first."""
     for total_bytes in sorted(plan.lengths):
         yield from ((task, total_bytes) for task in plan.tasks if task in RULER_TASKS)
     yield from ((task, max(plan.lengths)) for task in plan.tasks if task not in RULER_TASKS)
-
-
-def _count_units(plan: LongContextPlan, task: str) -> int:
-    if task == BOOK:
-        return 1
-    if task == CODE:
-        return plan.num_examples * (_LINES_PER_EXAMPLE + _NAMES_PER_EXAMPLE)
-    return plan.num_examples
-
-
-def _measure(
-    plan: LongContextPlan,
-    reader: Reader,
-    material: Material,
-    key: CellKey,
-    on_example: Callable[[int], None],
-) -> Record:
-    """Return status and results of a cell; what a model cannot read is not run, with the reason."""
-    try:
-        if key.task == BOOK:
-            results = measure_positions(reader, material.text, key.total_bytes)
-        elif key.task == CODE:
-            results = _measure_code(plan, reader, material, key, on_example)
-        else:
-            task = build_task(key.task, key.total_bytes, material.essay)
-            count = _Counter(on_example).add
-            results = measure_task(reader, task, plan.num_examples, plan.seed, on_example=count)
-    except (InputError, TooLongError) as error:
-        return {"status": "not run", "reason": str(error), "results": None}
-    return {"status": "done", "reason": None, "results": results}
-
-
-def _measure_code(
-    plan: LongContextPlan,
-    reader: Reader,
-    material: Material,
-    key: CellKey,
-    on_example: Callable[[int], None],
-) -> Record:
-    """Return what both measures of code completion found."""
-    names = measure_far_names(
-        reader,
-        material.sources,
-        plan.num_examples * _NAMES_PER_EXAMPLE,
-        most_bytes=key.total_bytes,
-        on_source=on_example,
-    )
-    lines = measure_lines(
-        reader,
-        material.sources,
-        plan.num_examples * _LINES_PER_EXAMPLE,
-        plan.seed,
-        context_bytes=key.total_bytes,
-        on_example=_Counter(on_example, names["examples"]).add,
-    )
-    return {"lines": lines, "names": names}
-
-
-class _Counter:
-    """Counts calls and tells the count.
-
-    Args:
-        tell: called with the count.
-        start: where to count from.
-    """
-
-    def __init__(self, tell: Callable[[int], None], start: int = 0) -> None:
-        self._tell = tell
-        self._count = start
-
-    def add(self) -> None:
-        """Count one more."""
-        self._count += 1
-        self._tell(self._count)
-
-
-def _keep(out: Path | None, record: Record) -> None:
-    """Write the record, if anywhere."""
-    if out is not None:
-        write_record(out, record)
