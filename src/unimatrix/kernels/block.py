@@ -56,12 +56,12 @@ class BlockRun:
 
     Attributes:
         block: whose weights they are.
-        norm: of the stream, where it is no part of a pass.
+        norm, ffn_norm: of the stream, where they are no part of a pass.
         projections: of norm, convolution and the matrix mixer's projections.
         mixing: of the readout's projection, the gates and their sum.
         feed_forward: of norm and feed-forward network.
         step: all three and the scan as one operator.
-        joins_layers: whether layers of one input are applied as one product.
+        has_passes: whether the matrix mixer is no more than its layers, which are then called here.
     """
 
     block: UniMatrixBlock
@@ -169,9 +169,7 @@ class BlockRun:
             vectors = self._join("vectors", mixer.vector_layers)(mixed)
             controls = self._join("controls", mixer.control_layers)(h)
         is_bound = self.projections is not None and mixer.squashes
-        can_fuse = not (mixer.uses_delta or mixer.norm_guard)
-        backend = mixer.operator_options.get("backend", "auto")
-        if can_fuse and fuses_scan(backend, h.device, h.shape[1]):
+        if can_fuse_scan(mixer, h, h.shape[1]):
             readout, matrix_state = scan_projected(
                 vectors.view(*h.shape[:2], -1, mixer.num_heads, mixer.head_dim),
                 controls,
@@ -263,42 +261,32 @@ def build_block_run(
     """Return a block's depth step with as many of its parts in compiled passes as can be.
 
     Args:
-        block: for which ``explain_block`` has nothing.
+        block: called as its class says.
         like: a weight of the device and type that kernels read.
         num_tokens: T.
         most_weights: of one pass.
         reasons: by part; one is added for each part whose modules are called.
     """
-    drops = block.training and block.dropout.p > 0
-    dropped = "dropout is on" if drops else None
+    drops = "dropout is on" if block.training and block.dropout.p > 0 else None
     matrix: Any = block.matrix_mixer
     not_bare: str | None = "there is no matrix state"
     if matrix is not None:
         not_bare = explain_module("block.matrix_mixer", matrix, MatrixMixer)
-    why = {
-        "projections": not_bare or _explain_projections(block, like, most_weights),
-        "mixing": not_bare or dropped or _explain_mixing(block, like, most_weights),
-        "feed_forward": dropped or _explain_feed_forward(block, like, most_weights),
+    parts: dict[str, Any] = {
+        "projections": not_bare or _join_projections(block, like, most_weights),
+        "mixing": not_bare or drops or _join_mixing(block, like, most_weights),
+        "feed_forward": drops or _join_feed_forward(block, like, most_weights),
     }
-    projections = None if why["projections"] else _prepare_projections(block)
-    mixing = None if why["mixing"] else _prepare_mixing(block)
-    feed_forward = None if why["feed_forward"] else _prepare_feed_forward(block)
-    why["step"] = _explain_step(block, why, num_tokens, like)
-    step = None
-    if why["step"] is None and projections and mixing and feed_forward:
-        # Imported here: it loads the compiler.
-        from unimatrix.kernels.passes.depth_step_native import DepthStep
-
-        sizes = (matrix.num_heads, matrix.head_dim, matrix.squashes, matrix.normalized_keys)
-        step = DepthStep(projections, mixing, feed_forward, *sizes)
-    reasons |= {f"block.{part}": reason for part, reason in why.items() if reason is not None}
+    parts["step"] = _join_step(matrix, parts, like, num_tokens)
+    passes = {n: None if isinstance(part, str) else part for n, part in parts.items()}
+    reasons |= {f"block.{n}": part for n, part in parts.items() if isinstance(part, str)}
     norm: Layer = block.norm
-    if projections is None:
+    if passes["projections"] is None:
         norm = build_norm_run(block.norm, "block.norm", like, reasons)
     ffn_norm: Layer = block.ffn_norm
-    if feed_forward is None:
+    if passes["feed_forward"] is None:
         ffn_norm = build_norm_run(block.ffn_norm, "block.ffn_norm", like, reasons)
-    return BlockRun(block, norm, ffn_norm, projections, mixing, feed_forward, step, not not_bare)
+    return BlockRun(block, norm, ffn_norm, **passes, has_passes=not_bare is None)
 
 
 def _explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
@@ -306,118 +294,111 @@ def _explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
     return reason or explain_weights(name, norm.parameters(recurse=False), like)
 
 
-def _explain_projections(block: UniMatrixBlock, like: Tensor, most_weights: float) -> str | None:
-    """Return why norm, convolution and projections cannot be one pass, ``None`` if they can."""
-    mixer: Any = block.matrix_mixer
-    convolution = mixer.short_conv
-    reason = _explain_norm("block.norm", block.norm, like)
-    if convolution is not None:
+def _join_projections(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
+    """Return norm, convolution and projections as one pass, or why they cannot be."""
+    norm, mixer = block.norm, block.matrix_mixer
+    assert mixer is not None
+    filters = mixer.short_conv
+    reason = _explain_norm("block.norm", norm, like)
+    if filters is not None:
         name = "block.matrix_mixer.short_conv"
-        reason = reason or explain_module(name, convolution, ShortConvolution)
-        reason = reason or explain_weights(name, [convolution.weight], like)
-    vectors = _name_layers("block.matrix_mixer", mixer, mixer.vector_layers)
-    controls = _name_layers("block.matrix_mixer", mixer, mixer.control_layers)
-    reason = reason or explain_layers(vectors | controls, like)
+        reason = reason or explain_module(name, filters, ShortConvolution)
+        reason = reason or explain_weights(name, [filters.weight], like)
+    vectors, controls = mixer.vector_layers, mixer.control_layers
+    layers = _name_layers("block.matrix_mixer", mixer, [*vectors, *controls])
+    reason = reason or explain_layers(layers, like)
+    if reason is None:
+        weights = [norm.weight, *(layer.weight for layer in layers.values())]
+        widths = (like.shape[-1], sum(layer.out_features for layer in vectors))
+        reason = explain_sizes("the pass", weights, most, widths)
     if reason is not None:
         return reason
-    weights = [block.norm.weight, *(layer.weight for layer in (vectors | controls).values())]
-    num_vectors = sum(layer.out_features for layer in vectors.values())
-    return explain_sizes("the pass", weights, most_weights, (like.shape[-1], num_vectors))
+    # Imported here, as in what follows: it loads the compiler.
+    from unimatrix.kernels.passes.projection_native import prepare_projections
 
-
-def _explain_mixing(block: UniMatrixBlock, like: Tensor, most_weights: float) -> str | None:
-    """Return why projection of the readout and gates cannot be one pass, ``None`` if they can."""
-    mixer: Any = block.matrix_mixer
-    layers = {"block.matrix_mixer.out_proj": mixer.out_proj}
-    layers |= {f"the gate of block.{name}": gate for name, gate in block.gates.items()}
-    if len(block.gates) > _MOST_CONTEXTS:
-        return f"{len(block.gates)} mixers are more than {_MOST_CONTEXTS}"
-    reason = explain_layers(layers, like)
-    if reason is not None:
-        return reason
-    weights = [layer.weight for layer in layers.values()]
-    return explain_sizes(
-        "the pass", weights, most_weights, (like.shape[-1], mixer.out_proj.in_features)
+    assert norm.eps is not None
+    return prepare_projections(
+        norm.weight,
+        norm.bias if isinstance(norm, nn.LayerNorm) else None,
+        norm.eps,
+        None if filters is None else filters.weight,
+        [layer.weight for layer in vectors],
+        [layer.weight for layer in controls],
+        [layer.bias for layer in controls],
     )
 
 
-def _explain_feed_forward(block: UniMatrixBlock, like: Tensor, most_weights: float) -> str | None:
-    """Return why norm and feed-forward network cannot be one pass, ``None`` if they can."""
-    network = block.feed_forward
-    if network.training and network.dropout.p:
-        return "dropout is on"
-    reason = _explain_norm("block.ffn_norm", block.ffn_norm, like)
-    reason = reason or explain_module("block.feed_forward", network, FeedForward, GatedFeedForward)
-    reason = reason or explain_module("block.feed_forward.dropout", network.dropout, nn.Dropout)
-    layers = [*network.up_projs, network.down_proj]
-    reason = reason or explain_layers(_name_layers("block.feed_forward", network, layers), like)
+def _join_mixing(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
+    """Return the readout's projection and the gates as one pass, or why they cannot be."""
+    assert block.matrix_mixer is not None
+    out, gates = block.matrix_mixer.out_proj, block.gates
+    if len(gates) > _MOST_CONTEXTS:
+        return f"{len(gates)} mixers are more than {_MOST_CONTEXTS}"
+    named = {f"the gate of block.{name}": gate for name, gate in gates.items()}
+    reason = explain_layers({"block.matrix_mixer.out_proj": out, **named}, like)
+    layers: list[Any] = list(gates.values())
+    if reason is None:
+        weights = [out.weight, *(gate.weight for gate in layers)]
+        widths = (like.shape[-1], out.in_features)
+        reason = explain_sizes("the pass", weights, most, widths)
     if reason is not None:
         return reason
-    weights = [block.ffn_norm.weight, *(layer.weight for layer in layers)]
-    return explain_sizes("the pass", weights, most_weights, (like.shape[-1],))
+    from unimatrix.kernels.passes.mixing_native import prepare_mixing
+
+    return prepare_mixing(out.weight, [gate.weight for gate in layers], [g.bias for g in layers])
 
 
-def _explain_step(
-    block: UniMatrixBlock, why: dict[str, str | None], num_tokens: int, like: Tensor
-) -> str | None:
-    """Return why a depth step cannot be one operator, ``None`` if it can."""
-    for part, reason in why.items():
-        if reason is not None:
-            return f"{part} is no pass"
-    mixer: Any = block.matrix_mixer
-    if mixer.uses_delta:
-        return "the delta rule is a scan of its own"
-    if mixer.norm_guard:
-        return "the norm guard is in a scan of its own"
+def _join_feed_forward(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
+    """Return norm and feed-forward network as one pass, or why they cannot be."""
+    norm, network = block.ffn_norm, block.feed_forward
+    if network.training and network.dropout.p:
+        return "dropout is on"
+    layers = _name_layers("block.feed_forward", network, [*network.up_projs, network.down_proj])
+    reason = (
+        _explain_norm("block.ffn_norm", norm, like)
+        or explain_module("block.feed_forward", network, FeedForward, GatedFeedForward)
+        or explain_module("block.feed_forward.dropout", network.dropout, nn.Dropout)
+        or explain_layers(layers, like)
+    )
+    if reason is None:
+        weights = [norm.weight, *(layer.weight for layer in layers.values())]
+        reason = explain_sizes("the pass", weights, most, (like.shape[-1],))
+    if reason is not None:
+        return reason
+    from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
+
+    assert norm.eps is not None
+    up = [layer.weight for layer in network.up_projs]
+    shift = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    down, bias = network.down_proj, network.up_projs[0].bias
+    return prepare_feed_forward(norm.weight, shift, norm.eps, up, bias, down.weight, down.bias)
+
+
+def _join_step(
+    mixer: MatrixMixer, parts: dict[str, Any], like: Tensor, num_tokens: int
+) -> "DepthStep | str":
+    """Return the three passes and the scan as one operator, or why they cannot be."""
+    for name, part in parts.items():
+        if isinstance(part, str):
+            return f"{name} is no pass"
     if torch.compiler.is_compiling():
         return "torch.compile takes each pass by itself"
+    if not can_fuse_scan(mixer, like, num_tokens):
+        return "the scan does not bind its vectors itself"
+    from unimatrix.kernels.passes.depth_step_native import DepthStep
+
+    sizes = (mixer.num_heads, mixer.head_dim, mixer.squashes, mixer.normalized_keys)
+    return DepthStep(parts["projections"], parts["mixing"], parts["feed_forward"], *sizes)
+
+
+def can_fuse_scan(mixer: MatrixMixer, like: Tensor, num_tokens: int) -> bool:
+    """Return whether the scan binds its vectors itself: not with delta rule or norm guard."""
     backend = mixer.operator_options.get("backend", "auto")
-    if not fuses_scan(backend, like.device, num_tokens):
-        return f"the back end of matrix_state is {backend!r}"
-    return None
+    is_plain = not (mixer.uses_delta or mixer.norm_guard)
+    return is_plain and fuses_scan(backend, like.device, num_tokens)
 
 
 def _name_layers(prefix: str, owner: nn.Module, layers: list[Any]) -> dict[str, Any]:
     """Return layers by their full names."""
     names = {id(layer): name for name, layer in owner.named_children()}
     return {f"{prefix}.{names[id(layer)]}": layer for layer in layers}
-
-
-def _prepare_projections(block: UniMatrixBlock) -> PassWeights:
-    # Imported here, and in the next two: it loads the compiler.
-    from unimatrix.kernels.passes.projection_native import prepare_projections
-
-    mixer, norm = block.matrix_mixer, block.norm
-    assert mixer is not None
-    assert norm.eps is not None
-    return prepare_projections(
-        norm.weight,
-        norm.bias if isinstance(norm, nn.LayerNorm) else None,
-        norm.eps,
-        None if mixer.short_conv is None else mixer.short_conv.weight,
-        [layer.weight for layer in mixer.vector_layers],
-        [layer.weight for layer in mixer.control_layers],
-        [layer.bias for layer in mixer.control_layers],
-    )
-
-
-def _prepare_mixing(block: UniMatrixBlock) -> PassWeights:
-    from unimatrix.kernels.passes.mixing_native import prepare_mixing
-
-    gates: list[Any] = list(block.gates.values())
-    assert block.matrix_mixer is not None
-    weights, biases = [gate.weight for gate in gates], [gate.bias for gate in gates]
-    return prepare_mixing(block.matrix_mixer.out_proj.weight, weights, biases)
-
-
-def _prepare_feed_forward(block: UniMatrixBlock) -> PassWeights:
-    from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
-
-    norm, network = block.ffn_norm, block.feed_forward
-    assert norm.eps is not None
-    up = [layer.weight for layer in network.up_projs]
-    shift = norm.bias if isinstance(norm, nn.LayerNorm) else None
-    down = network.down_proj
-    return prepare_feed_forward(
-        norm.weight, shift, norm.eps, up, network.up_projs[0].bias, down.weight, down.bias
-    )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unimatrix.errors import InputError
 from unimatrix.kernels.passes.weights import NUM_LANES
-from unimatrix.ops.backends import require_backend
+from unimatrix.ops.backends import compiles_native, require_backend
 from unimatrix.ops.checks import is_autocast
 
 FEWEST_ROWS = 17
@@ -44,6 +44,8 @@ def explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
         return "autocast is on"
     if num_rows < FEWEST_ROWS:
         return f"{num_rows} positions are fewer than {FEWEST_ROWS}"
+    if backend == "auto" and not compiles_native():
+        return "compiled kernels failed their check in this process"
     return None
 
 
