@@ -58,7 +58,14 @@ def test_one_preset(preset) -> None:
         "vocab_size",
         "device",
         "backends",
+        "not_compiled",
     ]
+    layer_norm = "norm is a layer norm, which torch computes in one pass"
+    decoding = {"decode step": "associative_memory is 'dense'"} if preset == "assoc" else {}
+    reading = {"norm": layer_norm}
+    if preset == "discovery":  # its norm guard needs a scan of its own
+        reading["block.step"] = "the scan does not bind its vectors itself"
+    assert result["not_compiled"] == {"reading": reading, "decoding": decoding}
     assert result["parameters"] == PARAMETERS[preset]
     assert (result["depth_steps"], result["max_position_embeddings"]) == (3, 128)
     assert result["grows"] == (["dense_memory"] if preset == "assoc" else [])

@@ -53,6 +53,17 @@ def test_stream_goes_on_from_a_file(
     assert capsys.readouterr().out.startswith("20,001 tokens in a state of ")
 
 
+def test_own_mixer_trains_and_goes_on_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_example("own_mixer.py", monkeypatch=monkeypatch)
+    printed = capsys.readouterr().out
+    assert "'average': 768" in printed
+    assert float(printed.split("differ by ")[1].split()[0]) < 1e-4
+    assert float(printed.split()[1]) < 2
+
+
 def test_notebook_of_the_recall_lab_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

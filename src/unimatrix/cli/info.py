@@ -55,10 +55,11 @@ def describe_model(name: str, device: str) -> dict[str, Any]:
         measure_state_bytes,
     )
     from unimatrix.hub.load import load_config
+    from unimatrix.kernels.plan import explain_plan
     from unimatrix.modeling import UniMatrixForCausalLM
 
     config = load_config(name)
-    model = UniMatrixForCausalLM(config).to(device)
+    model = UniMatrixForCausalLM(config).to(device).eval()
     parameters, state_bytes = count_parameters(model), measure_state_bytes(model)
     return {
         "model": name,
@@ -74,6 +75,10 @@ def describe_model(name: str, device: str) -> dict[str, Any]:
         "backends": {
             "reading": model.name_backends(_MANY_TOKENS),
             "decoding": model.name_backends(1),
+        },
+        "not_compiled": {
+            "reading": explain_plan(model, _MANY_TOKENS),
+            "decoding": explain_plan(model, 1),
         },
     }
 
@@ -99,6 +104,8 @@ def _render_model(result: dict[str, Any]) -> str:
     for use, backends in result["backends"].items():
         chosen = ", ".join(f"{_spell(op)} {name}" for op, name in backends.items())
         facts.add_row(f"{use} on {result['device']}", chosen)
+        for part, reason in result["not_compiled"][use].items():
+            facts.add_row("", f"not compiled: {_spell(part)} ({reason})")
     return to_text(f"[bold]{escape(result['model'])}[/]", "", facts, "", sizes).rstrip()
 
 

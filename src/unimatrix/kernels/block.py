@@ -34,7 +34,9 @@ def build_norm_run(norm: nn.Module, name: str, like: Tensor, reasons: dict[str, 
         like: a weight of the device and type that kernels read.
         reasons: by part; one is added where the module is returned.
     """
-    reason = explain_module(name, norm, nn.RMSNorm)
+    reason = explain_module(name, norm, nn.RMSNorm, nn.LayerNorm)
+    if reason is None and isinstance(norm, nn.LayerNorm):
+        reason = f"{name} is a layer norm, which torch computes in one pass"
     reason = reason or explain_weights(name, norm.parameters(recurse=False), like)
     if reason is None and torch.compiler.is_compiling():
         reason = "torch.compile joins its operations"

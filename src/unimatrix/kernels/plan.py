@@ -6,10 +6,12 @@ made anew in each forward pass, so a hook, an adapter or another device counts f
 
 from collections.abc import Callable
 from functools import partial
+from logging import INFO
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from unimatrix.kernels.block import BlockRun, build_block_run, build_norm_run
 from unimatrix.kernels.explain import (
@@ -20,6 +22,7 @@ from unimatrix.kernels.explain import (
     explain_sizes,
 )
 from unimatrix.kernels.selective import SelectiveRun
+from unimatrix.kernels.step.explain import explain_step
 from unimatrix.loss import IGNORED_LABEL, compute_loss, predict
 from unimatrix.modeling_outputs import Pointer
 from unimatrix.nn.block import UniMatrixBlock
@@ -28,6 +31,7 @@ from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.nn.residual_context import ResidualContext, ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
 
+_logger = logging.get_logger(__name__)
 _JOINED = "torch.compile joins its operations"
 
 
@@ -79,7 +83,7 @@ def plan(model: Any, *, like: Tensor) -> Run:
     most_weights = float("inf") if is_forced else MOST_WEIGHTS
     run_block = _plan_block(block, weight, like.shape[1], most_weights, reasons)
     _plan_mixers(mixers, embed, weight, like.numel(), reasons)
-    return Run(
+    run = Run(
         embed=_plan_embedding("embed_tokens", embed, weight, like.numel(), reasons) or embed,
         block=run_block,
         norm=build_norm_run(norm, "norm", weight, reasons),
@@ -87,6 +91,30 @@ def plan(model: Any, *, like: Tensor) -> Run:
         mixers=mixers,
         reasons=reasons,
     )
+    if _logger.isEnabledFor(INFO) and not torch.compiler.is_compiling():
+        for part, reason in reasons.items():
+            _logger.info_once(f"{part} does not run compiled: {reason}")
+    return run
+
+
+def explain_plan(model: Any, num_tokens: int) -> dict[str, str]:
+    """Return by part why a ``UniMatrixForCausalLM`` does not run compiled; empty if all does.
+
+    Args:
+        model: as it is now: its mode, device, type, hooks and back ends count.
+        num_tokens: of the forward pass in question; 1 is decoding, in ``generate`` or a
+            ``Decoder``.
+    """
+    if num_tokens == 1:
+        reason = explain_step(model)
+        return {} if reason is None else {"decode step": reason}
+    ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=model.device)
+    reasons = plan(model.model, like=ids).reasons
+    if "all parts" in reasons:
+        return reasons
+    h = model.lm_head.weight[:1].detach().expand(num_tokens, -1)
+    reason = plan_loss(model, like=h).reason
+    return reasons if reason is None else reasons | {"loss": reason}
 
 
 def _plan_block(
