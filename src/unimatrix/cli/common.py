@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import InputError, require_choice
 from unimatrix.train.recipe import Recipe, override
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ def pick_device(name: str) -> str:
     Raises:
         InputError: for an unknown name, or a device that this machine does not have.
     """
-    if name not in DEVICES:
-        raise InputError(
-            f"unknown device {name!r}; choose one of {', '.join(DEVICES)}.{suggest(name, DEVICES)}"
-        )
+    require_choice("unknown device", name, DEVICES)
     import torch
 
     present = {

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 from unimatrix.errors import InputError
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.tasks import SeededTask
+from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
 
-IGNORED_LABEL = -100
 STREAM_TOKENS = 2048
 """Longer examples are read in pieces of so many tokens over all rows, the cache carried."""
 

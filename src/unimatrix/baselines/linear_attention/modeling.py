@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unimatrix.baselines.linear_attention.chunked import chunk_gated, chunk_gated_delta
-from unimatrix.errors import InputError
+from unimatrix.errors import require_choice
 
 RULES = ("gated", "gated_delta")
 _RETENTION_RANK = 16
@@ -62,8 +62,7 @@ class LinearAttentionConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
-        if rule not in RULES:
-            raise InputError(f"rule is {rule!r}; choose one of {', '.join(RULES)}")
+        require_choice("rule is", rule, RULES)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size

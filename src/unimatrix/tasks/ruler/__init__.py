@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import require_choice
 from unimatrix.tasks.ruler.example import LongExample, LongTask, score_references
 from unimatrix.tasks.ruler.frequencies import CommonWords, FrequentWords
 from unimatrix.tasks.ruler.needles import NeedleSearch
@@ -59,11 +59,7 @@ def build_task(name: str, total_bytes: int, text: Text) -> LongTask:
     Raises:
         InputError: for an unknown name, or a length too short for the task.
     """
-    if name not in _BUILDERS:
-        raise InputError(
-            f"there is no task {name!r}; choose from {', '.join(RULER_TASKS)}."
-            f"{suggest(name, RULER_TASKS)}"
-        )
+    require_choice("there is no task", name, RULER_TASKS)
     return _BUILDERS[name](total_bytes, text)
 
 

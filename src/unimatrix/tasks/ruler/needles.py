@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import InputError, require_choice
 from unimatrix.tasks.ruler.example import (
     NUM_DEPTHS,
     Draws,
@@ -42,7 +42,7 @@ _QUESTION = (
     "\nQuestion: Which secret {kind}{s} of {keys} does the text above tell?\n"
     "Answer: The secret {kind}{s} of {keys} told by the text {are}"
 )
-# As far as a needle may move back to stand on a line of its own.
+# How far a needle may move back to stand on a line of its own.
 _MOST_BACK_BYTES = 200
 
 
@@ -52,7 +52,7 @@ class NeedleSearch(LongTask):
 
     Args:
         haystack: ``noise`` (the same sentences over and over), ``essay`` (a window of ``text``,
-            from its start again where it is short) or ``needles`` (other needles alone).
+            which is repeated if it is short) or ``needles`` (other needles alone).
         text: [bytes] uint8 of an essay; read, never written.
         keys: needles with a key of their own; the first ``queries`` of them are asked for.
         values: values of each key.
@@ -72,14 +72,10 @@ class NeedleSearch(LongTask):
     max_new_bytes: ClassVar[int] = 512  # RULER: 128 tokens.
 
     def __post_init__(self) -> None:
-        if self.haystack not in HAYSTACKS:
-            raise InputError(
-                f"there is no haystack {self.haystack!r}; choose from {', '.join(HAYSTACKS)}."
-                f"{suggest(self.haystack, HAYSTACKS)}"
-            )
+        require_choice("there is no haystack", self.haystack, HAYSTACKS)
         if self.haystack == "essay" and (self.text is None or not len(self.text)):
             raise InputError("the haystack essay needs a text of at least one byte; give text")
-        # The longest keys and values, so that it holds for every example.
+        # Every example must fit, so the longest keys and values are measured.
         key, value = "x" * _LONGEST[self.key_kind], "x" * _LONGEST[self.value_kind]
         frame = self._frame([key] * self.queries)
         needles = [self._write(key, value)] * (self.keys * self.values)
@@ -113,7 +109,7 @@ class NeedleSearch(LongTask):
         return {key: drawn[i * self.values : (i + 1) * self.values] for i, key in enumerate(keys)}
 
     def _draw_hay(self, draws: Draws, room: int, taken: set[str]) -> bytes:
-        """Return a haystack of so many bytes that holds no key and no value of ``taken``."""
+        """Return a haystack of ``room`` bytes that holds no key and no value of ``taken``."""
         if self.haystack == "noise":
             return repeat_noise(room)
         if self.haystack == "needles":
@@ -153,7 +149,7 @@ class NeedleSearch(LongTask):
 
 
 def repeat_noise(num_bytes: int) -> bytes:
-    """Return so many bytes of the filler."""
+    """Return ``num_bytes`` bytes of the filler."""
     return (NOISE * (num_bytes // len(NOISE) + 1))[:num_bytes]
 
 
