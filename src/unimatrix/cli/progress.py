@@ -4,7 +4,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
 from unimatrix.train.processes import is_main_process
 
@@ -40,7 +43,7 @@ class TrainingProgress(TrainerCallback):
         self._task = self._bar.add_task("training", total=None, text="")
 
     def show_metrics(self, entry: dict[str, float]) -> None:
-        """Take in an entry of the log; without a terminal, print some of them."""
+        """Show an entry of the log; without a terminal, print some entries as lines."""
         loss = f"{entry['loss_nats'] * self.loss_scale:.3f} {self.loss_unit}"
         self._text = f"{loss}  {entry['tokens_per_s']:,.0f} tokens/s"
         total = self._bar.tasks[0].total
@@ -49,38 +52,20 @@ class TrainingProgress(TrainerCallback):
         self._next_line = entry["optim_step"] + total / _LINES_PER_RUN
         self.log.print(f"step {entry['optim_step']:,.0f} of {total:,.0f}  {self._text}")
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_unused: Any,
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Start the bar where the training starts."""
         if is_main_process():
             self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
             self._bar.start()
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_unused: Any,
-    ) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Move the bar."""
         self._bar.update(self._task, completed=state.global_step, text=self._text)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **_unused: Any,
-    ) -> None:
+    def on_train_end(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Leave the bar as it stands."""
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; also after an error."""
+        """Stop drawing; to be called after an error too."""
         self._bar.stop()

@@ -243,18 +243,14 @@ def _render_result(result: dict[str, Any]) -> str:
         f"run folder     {result['run']}",
     ]
     if result["sample"] is not None:
-        prompt, written = (show_bytes(part.encode()) for part in result["sample"].values())
-        lines += ["", "a sample (prompt | continuation):", f"{prompt}|{written}"]
+        begun, written = (show_bytes(part.encode()) for part in result["sample"].values())
+        lines += ["", "a sample (prompt | continuation):", f"{begun}|{written}"]
+    prompt = "def " if result["data"] == ["pystdlib"] else "The "
     prime = "".join(f" --prime {shlex.quote(item)}" for item in result["prime"])
     lines += [
         "",
         "next:",
-        f'  unimatrix generate {folder} "{_choose_prompt(result["data"])}"{prime}',
+        f'  unimatrix generate {folder} "{prompt}"{prime}',
         f"  unimatrix eval {folder}{prime}",
     ]
     return "\n".join(lines)
-
-
-def _choose_prompt(data: list[str]) -> str:
-    """Return a beginning that suits the corpus."""
-    return "def " if data == ["pystdlib"] else "The "

@@ -1,4 +1,4 @@
-"""What a model makes of long texts: RULER's tasks over bytes, and bits per byte by position."""
+"""Models on long texts: RULER's tasks over bytes, and bits per byte by position."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def measure_task(
 ) -> dict[str, Any]:
     """Return how well a model does a long-context task, greedily.
 
-    Writing ends early where all references are found: more bytes cannot change the score.
+    Writing ends once all references are found, since more bytes cannot change the score.
 
     Args:
         reader: the model.
@@ -106,7 +106,8 @@ def bin_by_position(nats: NDArray[np.float32], ends: NDArray[np.int64]) -> list[
 
     Args:
         nats: [n], of each token.
-        ends: [n], bytes up to the end of each token, rising; a token counts where it starts.
+        ends: [n], bytes up to the end of each token, rising; a token belongs to the bin of its
+            first byte.
     """
     starts = np.concatenate([[0], ends[:-1]])
     bins: list[list[float]] = []

@@ -11,7 +11,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
 from unimatrix.errors import RunError
@@ -34,11 +36,11 @@ class FiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(
         self,
         args: Arguments,
-        state: TrainerState,
-        control: TrainerControl,
+        state: State,
+        control: Control,
         *,
         model: PreTrainedModel,
-        **_unused: Any,
+        **_: Any,
     ) -> None:
         """Raise ``NonFiniteError`` unless every gradient is finite."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -79,9 +81,7 @@ class MetricsLog(TrainerCallback):
         """Return the input tokens from the start of this training to ``optim_step``."""
         return (optim_step - self._first_step) * self.num_tokens
 
-    def on_train_begin(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **_unused: Any
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Start the clock."""
         self._first_step = state.global_step
         self._start_s = time.perf_counter()
@@ -90,10 +90,10 @@ class MetricsLog(TrainerCallback):
     def on_log(
         self,
         args: Arguments,
-        state: TrainerState,
-        control: TrainerControl,
+        state: State,
+        control: Control,
         logs: dict[str, float],
-        **_unused: Any,
+        **_: Any,
     ) -> None:
         """Write and pass on an entry that has a loss."""
         if "loss" not in logs or not is_main_process():
@@ -182,9 +182,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
 
-    def on_step_end(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **_unused: Any
-    ) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Save and stop if any process was asked to."""
         if any_process(self.requested, args.device):
             control.should_log = True

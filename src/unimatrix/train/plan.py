@@ -8,13 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
 from unimatrix.train.processes import any_process, count_processes
 from unimatrix.train.recipe import TrainSection
@@ -49,9 +46,7 @@ class StepTimer(TrainerCallback):
         """Return the mean of the timed steps."""
         return self.timed_s / (len(self._ends) - _UNTIMED_STEPS)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_unused: Any
-    ) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: Control, **_: Any) -> None:
         """Note the time; stop when enough was seen."""
         self._ends.append(time.perf_counter())
         enough = len(self._ends) >= _UNTIMED_STEPS + _LEAST_TIMED_STEPS

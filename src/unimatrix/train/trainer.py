@@ -316,7 +316,7 @@ def build_arguments(
         learning_rate=settings.learning_rate,
         lr_scheduler_type=schedule,
         lr_scheduler_kwargs=schedule_options,
-        warmup_steps=_count_steps(settings.warmup_fraction, settings.steps),
+        warmup_steps=round(settings.warmup_fraction * settings.steps),
         # The Trainer knows no Muon; `SequentialTrainer` makes it.
         optim="adamw_torch_fused" if settings.optimizer == "muon" else settings.optimizer,
         adam_beta1=settings.beta1,
@@ -370,13 +370,9 @@ def _choose_schedule(settings: TrainSection, num_steps: int) -> tuple[str, dict[
     if settings.schedule == "constant" and settings.warmup_fraction > 0:
         return "constant_with_warmup", {}
     if settings.schedule == "warmup_stable_decay":
-        num_decay_steps = _count_steps(settings.cooldown_fraction, num_steps)
+        num_decay_steps = round(settings.cooldown_fraction * num_steps)
         return settings.schedule, {"num_decay_steps": num_decay_steps, "decay_type": "linear"}
     return settings.schedule, {}
-
-
-def _count_steps(fraction: float, num_steps: int) -> int:
-    return round(fraction * num_steps)
 
 
 @contextlib.contextmanager
