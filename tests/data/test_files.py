@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from unimatrix.data.files import LeftOut, find_file, find_files, find_files_as_before, walk
+from unimatrix.data.files import LeftOut, find_file, find_files, walk
 from unimatrix.errors import InputError
 
 
@@ -173,7 +173,7 @@ def test_runs_that_began_before_find_what_they_found_then(write_tree):
     root = write_tree(dict.fromkeys(names, RUN["record.json"]))
     (root / "runs" / "loop").symlink_to(root)
     expected = [root / name for name in sorted(names[:4])]
-    assert find_files_as_before(str(root)) == expected
-    assert find_files_as_before(str(root / "a.txt")) == [root / "a.txt"]
-    everything = find_files_as_before(str(root / "**" / "*.txt"))
+    assert find_files(str(root), as_before=True) == expected
+    assert find_files(str(root / "a.txt"), as_before=True) == [root / "a.txt"]
+    everything = find_files(str(root / "**" / "*.txt"), as_before=True)
     assert len(everything) > 2 * len(set(map(os.path.realpath, everything)))

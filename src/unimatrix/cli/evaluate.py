@@ -170,7 +170,7 @@ def open_corpus(
     if split is None and not trained.is_same(corpus, data):
         trained.warn_of_overlap(data)
         return corpus, "all"
-    corpus = hold_out_end(corpus)
+    corpus = hold_out_end(corpus.train)
     if split is None:
         make_log().print(
             f"{escape(corpus.name)} is what the run was trained on: measuring the last "
@@ -214,7 +214,7 @@ class _TrainingText:
         if self.section is None or self.section.valid_data or len(corpus.train) < HELD_OUT_ONE_IN:
             return False
         if self.sha256 is not None:
-            return hold_out_end(corpus).sha256 == self.sha256
+            return hold_out_end(corpus.train).sha256 == self.sha256
         return self._list_files().keys() == find_corpus_files(data).keys()
 
     def warn_if_changed(self, corpus: "Corpus") -> None:
@@ -227,13 +227,10 @@ class _TrainingText:
 
     def warn_of_overlap(self, specs: list[str]) -> None:
         """Say so where files are measured that the run was trained on."""
-        from unimatrix.data.corpora import find_corpus_files
+        from unimatrix.data.corpora import find_corpus_files, name_shared
 
-        there = self._list_files()
-        shared = [str(path) for key, path in find_corpus_files(specs).items() if key in there]
-        if shared:
-            more = f" and {len(shared) - 1} more" if shared[1:] else ""
-            make_log().print(f"{escape(shared[0])}{more}: measured, and trained on by the run")
+        if shared := name_shared(find_corpus_files(specs), self._list_files()):
+            make_log().print(f"{escape(shared)}: measured, and trained on by the run")
 
     def _list_files(self) -> "dict[FileKey, Path]":
         from unimatrix.data.corpora import find_corpus_files, name_explicitly

@@ -1,4 +1,4 @@
-"""One split of a corpus: bytes in RAM or left in files, read as if they were one array."""
+"""One split of a corpus: bytes in RAM or in files, read as if they were one array."""
 
 import hashlib
 import os
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 
 class ByteStream:
-    """The bytes of one split; as tokens BOS, the bytes, and EOS where the corpus ends with it.
+    """The bytes of one split; its tokens are BOS, the bytes, and EOS if the corpus ends with it.
 
     Args:
         pieces: what to join, in order; empty pieces are dropped.
@@ -61,13 +61,13 @@ class ByteStream:
         join_limit_bytes: int = JOIN_LIMIT_BYTES,
         unpacks: bool = True,
     ) -> Self:
-        """Make a stream of files, in their order; of a compressed one, what it holds.
+        """Make a stream of files, in their order.
 
         Args:
             paths: regular files; gzip, bzip2, xz and lzma are unpacked into RAM.
             name: what error messages call the stream.
-            join_limit_bytes: files of at most this many bytes together are read at once, others
-                piece by piece, as they are asked for.
+            join_limit_bytes: files of at most this many bytes together are read now, larger ones
+                piece by piece when their bytes are read.
             unpacks: ``False`` takes the bytes of compressed files and archives as they are.
 
         Raises:
@@ -83,7 +83,7 @@ class ByteStream:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the stream: BOS, the bytes, and EOS where it ends with it."""
+        """Tokens of the stream, BOS and EOS included."""
         return 1 + len(self) + self.ends_with_eos
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
@@ -164,7 +164,7 @@ class ByteStream:
         """Copy a piece to ``into``, of its length.
 
         Files are read, not mapped: a mapped file that another program cuts short kills the process
-        (SIGBUS), and no check before a read can rule that out.
+        (SIGBUS), which no check before a read can prevent.
         """
         source, offset, num_bytes = piece
         if isinstance(source, np.ndarray):
@@ -199,16 +199,12 @@ class ByteStream:
         return self._files[path]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files behind: a worker process opens them itself."""
+        """Drop the open files: a worker process opens its own."""
         return {**self.__dict__, "_files": OrderedDict()}
 
 
 class _OpenFile:
-    """A file open for reading at any place; closed when nobody holds it.
-
-    Args:
-        path: what to open.
-    """
+    """A file open for reading at any place; closed with the last reference to it."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -221,7 +217,7 @@ class _OpenFile:
     def read(self, offset: int, into: NDArray[np.uint8]) -> int:
         """Read as many bytes as are there and fit; return how many, 0 past the end."""
         if hasattr(os, "preadv"):
-            # No seek: processes that were forked share one position.
+            # Processes that were forked share the position that a seek would move.
             return os.preadv(self._descriptor, [into.data], offset)
         os.lseek(self._descriptor, offset, os.SEEK_SET)
         data = os.read(self._descriptor, len(into))

@@ -1,4 +1,4 @@
-"""Compressed files: one stream is read as what it holds, every other format is refused by name."""
+"""Compressed files: a single stream is unpacked, every other format is refused by name."""
 
 import bz2
 import gzip
@@ -20,11 +20,11 @@ class _Format(NamedTuple):
     """A file format whose bytes are no text.
 
     Attributes:
-        title: what messages call it, with its article.
+        title: its name in messages, with its article.
         command: what unpacks it.
-        marks: the bytes it begins with, one of them.
+        marks: byte strings, one of which its files begin with.
         suffixes: the ends of its files' names.
-        open: reads it as one stream; ``None`` where the standard library does not.
+        open: reads it as one stream; ``None`` if the standard library cannot.
         offset: where its marks lie.
     """
 
@@ -37,7 +37,7 @@ class _Format(NamedTuple):
 
 
 _TAR_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz")
-# Whoever comes first decides: a .tar.gz is a tar archive before it is a gzip stream.
+# The first that fits counts: a .tar.gz is a tar archive before it is a gzip stream.
 _FORMATS = (
     _Format("a tar archive", "tar -xf", (b"ustar",), _TAR_SUFFIXES, offset=257),
     _Format("a gzip file", "gunzip -k", (b"\x1f\x8b\x08",), (".gz",), gzip.GzipFile),
@@ -74,7 +74,7 @@ _FORMATS = (
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for its bytes; what one stream of gzip, bzip2, xz or lzma holds, unpacked.
+    """Open a file for its bytes; a single stream of gzip, bzip2, xz or lzma is unpacked.
 
     Raises:
         InputError: it is an archive or compressed otherwise, is damaged, or holds too much.
@@ -87,7 +87,7 @@ def open_file(path: Path) -> BinaryIO:
 def unpack(path: Path) -> bytes | None:
     """Return what a compressed file holds, ``None`` for a file that is not compressed.
 
-    Recognised by the bytes it begins with, and by its name where the two must agree.
+    A format is recognised by the first bytes; a name that contradicts them is refused.
 
     Raises:
         InputError: as in ``open_file``.
@@ -110,7 +110,7 @@ def unpack(path: Path) -> bytes | None:
 
 
 def _recognise(head: bytes) -> _Format | None:
-    """Return the format of a file that begins so, if it is one that we know."""
+    """Return the format of a file that begins with ``head``, if it is one of these."""
     return next((form for form in _FORMATS if head.startswith(form.marks, form.offset)), None)
 
 
@@ -119,7 +119,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def _check_name(path: Path) -> None:
-    """Raise ``InputError`` if the name says what the bytes do not."""
+    """Raise ``InputError`` if the name tells a format that the bytes do not have."""
     for form in _FORMATS:
         # .Z is not .z, and old tar archives have no mark.
         if path.name.endswith(form.suffixes) or path.name.lower().endswith(form.suffixes):

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from unimatrix.data.files import (
     drop_repeats,
     find_file,
     find_files,
-    find_files_as_before,
     identify,
 )
 from unimatrix.data.sources import (
@@ -35,12 +34,12 @@ CORPUS_NAMES = ("enwik8", "pystdlib", "text8", "wikitext2")
 HELD_OUT_ONE_IN = 20
 """One byte in so many validates, at the end of the user's, when nothing else is given: 5 %."""
 FILE_RULES = 2
-"""The number of the rules by which files are found and read; runs without it began before them."""
+"""Version of the rules by which files are found and read; a record without it is of version 1."""
 HASHED_BYTES = 2**28
 """The bytes of each split, from its start, that a corpus hash covers besides the length."""
 
 _NUM_PROBES, _PROBE_BYTES = 64, 2**12
-# What deflate makes of random bytes; of a JPEG it makes 7.9, of machine code 5, of text 4 or less.
+# Bits per byte after deflate; a JPEG has 7.9, machine code 5, text 4 or less.
 _RANDOM_BITS_PER_BYTE = 7.8
 _RANDOM_SHARE = 0.05
 
@@ -78,7 +77,7 @@ def load_corpus(
     cache_folder: Path | None = None,
     as_before: bool = False,
 ) -> Corpus:
-    """Open a corpus by name or from files; nothing ever stands in for what was asked for.
+    """Open a corpus by name or from files, exactly what was asked for or not at all.
 
     - ``pystdlib``: the running Python's standard-library sources without their tests
       (``find_standard_library`` states the rule), split by the hash of each path.
@@ -91,16 +90,17 @@ def load_corpus(
       count as what they hold; archives are refused. Small corpora are read at once, larger ones
       piece by piece.
 
-    Where a file or folder has the name of a corpus, ``./NAME`` is the file and ``NAME:`` the
-    corpus; the bare name is refused. What was left out, validation text that is trained on, and
-    bytes that no compressor finds anything in are told by a warning of this module's logger.
+    If a file or folder here has the name of a corpus, ``./NAME`` is the file, ``NAME:`` is the
+    corpus, and the bare name is refused. This module's logger warns of files that were left out, of
+    validation text that is trained on, and of bytes that do not compress at all.
 
     Args:
         data: one of the above, or several files, folders and globs.
         valid_data: what validates instead: the validation split of a named corpus, or all the bytes
             of anything else. ``None``: the corpus's own split, else the last 5 % of the bytes.
         cache_folder: where downloads are kept; ``None``: ``unimatrix`` in the Hugging Face cache.
-        as_before: read files as ``find_files_as_before`` lists them, compressed or not.
+        as_before: list files as runs did that began under the first rules (``find_files``), and
+            read compressed files as they are.
 
     Raises:
         InputError: a corpus is missing, empty, unreadable or too small; the message says how to
@@ -111,11 +111,12 @@ def load_corpus(
     if valid_data is None:
         if isinstance(source, Corpus):
             return source
-        return _hold_out_end(source)
+        return hold_out_end(source)
     held_out = source
     if list_specs(valid_data) != specs:
         held_out, valid_files = _open_source(list_specs(valid_data), cache_folder, as_before)
-        _warn_of_overlap(files, valid_files)
+        if shared := name_shared(valid_files, files):
+            _logger.warning("%s: both trained on and validated on", shared)
     valid = held_out.valid if isinstance(held_out, Corpus) else held_out
     if isinstance(source, Corpus):
         return replace(source, valid=valid)
@@ -123,12 +124,12 @@ def load_corpus(
 
 
 def list_specs(data: Spec | Sequence[Spec]) -> list[str]:
-    """Return what ``--data`` names as a list of strings."""
+    """Return the value of ``--data`` as a list of strings."""
     return [os.fspath(s) for s in ([data] if isinstance(data, str | os.PathLike) else data)]
 
 
 def find_corpus_files(specs: Sequence[str]) -> dict[FileKey, Path]:
-    """Return the real files of a corpus by what identifies each; none for a named corpus.
+    """Return the real files of a corpus by their keys (``identify``); none for a named corpus.
 
     Raises:
         InputError: as in ``load_corpus``.
@@ -146,7 +147,7 @@ def make_absolute(specs: Iterable[str]) -> tuple[str, ...]:
 def load_stored_corpus(
     data: Iterable[str], valid_data: Iterable[str] | None = None, *, as_before: bool = False
 ) -> Corpus:
-    """Open what a run stored: there, a corpus's name is never a file of the working folder.
+    """Open the data that a run stored, where a corpus's name is never a file that lies here.
 
     Raises:
         InputError: as in ``load_corpus``.
@@ -156,17 +157,18 @@ def load_stored_corpus(
 
 
 def name_explicitly(specs: Iterable[str]) -> list[str]:
-    """Return specs in which the name of a corpus is that of no file."""
+    """Return specs in which the name of a corpus cannot be mistaken for a file."""
     return [f"{spec}:" if spec in CORPUS_NAMES else spec for spec in specs]
 
 
-def hold_out_end(corpus: Corpus) -> Corpus:
-    """Return the split of files that ``load_corpus`` makes, of a corpus that trains on all bytes.
+def hold_out_end(stream: ByteStream) -> Corpus:
+    """Return a stream as a corpus whose last 5 % validate.
 
     Raises:
         InputError: the last 5 % are less than a byte.
     """
-    return _hold_out_end(corpus.train)
+    border = len(stream) - len(stream) // HELD_OUT_ONE_IN
+    return _split_in_order(stream.name, stream, [border, len(stream)])
 
 
 def choose_split(relative: str) -> str:
@@ -180,7 +182,7 @@ def join_lines(lines: Iterable[str]) -> bytes:
 
 
 class _Source(NamedTuple):
-    """What was opened: a corpus that has splits of its own, or else all the bytes; its files."""
+    """What was opened: a corpus with splits of its own or all the bytes, and the real files."""
 
     content: Corpus | ByteStream
     files: dict[FileKey, Path]
@@ -199,13 +201,13 @@ def _open_source(specs: list[str], cache_folder: Path | None, as_before: bool) -
         raise InputError(f"corpus {named[0]!r} joins no other data; give it alone, or only files.")
     title = ", ".join(specs[:3]) + (f" and {len(specs) - 3} more" if len(specs) > 3 else "")
     if as_before:
-        paths = [path for spec in specs for path in find_files_as_before(spec)]
+        paths = [path for spec in specs for path in find_files(spec, CORPUS_NAMES, as_before=True)]
         stream = ByteStream.from_files(paths, name=title, unpacks=False)
         return _Source(_require_bytes(stream), {})
     left_out = LeftOut()
     paths = _find_paths(specs, left_out)
-    if passed := left_out.describe():
-        _logger.warning("left out of %s: %s", title, passed)
+    if listing := left_out.describe():
+        _logger.warning("left out of %s: %s", title, listing)
     stream = _require_bytes(ByteStream.from_files(paths, name=title))
     _warn_of_random_bytes(stream)
     return _Source(stream, {identify(path): path for path in paths})
@@ -221,7 +223,7 @@ def _find_paths(specs: Iterable[str], left_out: LeftOut) -> list[Path]:
 
 
 def _require_unambiguous(spec: str) -> None:
-    """Raise ``InputError`` where a name may mean a corpus as well as what lies here."""
+    """Raise ``InputError`` for the name of a corpus that is also a file or folder here."""
     name, _, file = spec.partition(":")
     path = Path(spec)
     if name not in CORPUS_NAMES or spec == f"{name}:" or not path.exists():
@@ -246,15 +248,14 @@ def _make_absolute(spec: str) -> str:
     return str(here / path)
 
 
-def _warn_of_overlap(train: dict[FileKey, Path], valid: dict[FileKey, Path]) -> None:
-    shared = [str(path) for key, path in valid.items() if key in train]
-    if shared:
-        more = f" and {len(shared) - 1} more" if shared[1:] else ""
-        _logger.warning("%s%s: both trained on and validated on", shared[0], more)
+def name_shared(files: Mapping[FileKey, Path], others: Mapping[FileKey, Path]) -> str:
+    """Return the names of the files that are among others too, the first and how many more."""
+    shared = [str(path) for key, path in files.items() if key in others]
+    return "".join(shared[:1]) + (f" and {len(shared) - 1} more" if shared[1:] else "")
 
 
 def _warn_of_random_bytes(stream: ByteStream) -> None:
-    """Warn where deflate finds nothing to save in pieces from all over a stream."""
+    """Warn of a stream in which deflate saves nothing, judged by pieces from all over it."""
     if len(stream) < _PROBE_BYTES:
         return
     starts = range(0, len(stream) - _PROBE_BYTES + 1, max(1, len(stream) // _NUM_PROBES))
@@ -315,11 +316,6 @@ def _open_archive(name: str, path: Path) -> Corpus:
             f"{ARCHIVES[name].url} anew."
         )
     return _split_in_order(name, stream, [expected * 9 // 10, expected * 19 // 20, expected])
-
-
-def _hold_out_end(stream: ByteStream) -> Corpus:
-    border = len(stream) - len(stream) // HELD_OUT_ONE_IN
-    return _split_in_order(stream.name, stream, [border, len(stream)])
 
 
 def _split_in_order(name: str, stream: ByteStream, ends: Sequence[int]) -> Corpus:

@@ -1,4 +1,4 @@
-"""Which files a name, a folder or a glob stands for, and what is left out of them."""
+"""The files that a name, a folder or a glob stands for, and what is left out of them."""
 
 import glob
 import os
@@ -28,7 +28,7 @@ _RECORD_FILE, _RECORD_KEY = "record.json", b'"format_version"'
 
 
 class LeftOut:
-    """What a search for files passed over, by reason."""
+    """What a search for files left out, by reason."""
 
     def __init__(self) -> None:
         self._paths: dict[str, set[str]] = {}
@@ -38,7 +38,7 @@ class LeftOut:
         self._paths.setdefault(reason, set()).add(str(path))
 
     def describe(self) -> str:
-        """Return what was passed over as a part of a sentence; empty for nothing."""
+        """Return what was left out as a part of a sentence; empty for nothing."""
         parts = []
         for reason, found in self._paths.items():
             paths = sorted(found)
@@ -49,20 +49,26 @@ class LeftOut:
 
 
 def find_files(
-    spec: str, known_names: Iterable[str] = (), left_out: LeftOut | None = None
+    spec: str,
+    known_names: Iterable[str] = (),
+    left_out: LeftOut | None = None,
+    *,
+    as_before: bool = False,
 ) -> list[Path]:
     """List the files that a file name, a folder or a glob stands for.
 
-    A folder is walked to its depth, in the order of the paths relative to it. What a walk leaves
-    out: hidden files and folders (a leading dot), links to folders, and what programs write beside
-    a text: run folders, saved models, caches, virtual environments, version control. A glob's
-    matches come by path; ``**`` leaves the same out but follows links, each folder once. What is
-    named itself is always taken.
+    A folder is walked to its depth, in the order of the paths relative to it. A walk leaves out
+    hidden files and folders (a leading dot), links to folders, and what programs write beside a
+    text: run folders, saved models, caches, virtual environments, version control. The matches of a
+    glob are in the order of their paths; ``**`` leaves the same out but follows links, to each
+    folder once. What ``spec`` names itself is always taken.
 
     Args:
         spec: what the user wrote; a name that exists is taken literally before it is a glob.
         known_names: corpus names to suggest when nothing is found.
-        left_out: told what was passed over.
+        left_out: collects what was left out.
+        as_before: leave out hidden files and links only, for runs that began under the first rules.
+            ``**`` then follows links as far as the system does, and may list a file several times.
 
     Raises:
         InputError: nothing is found, a folder has no files, or a file is empty or no regular file.
@@ -70,17 +76,22 @@ def find_files(
     left_out = LeftOut() if left_out is None else left_out
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _require_files(walk(path, left_out), f"folder {spec!r} has no files", left_out)
+        files = walk(path, left_out, everything=as_before)
+        return _require_files(files, f"folder {spec!r} has no files", left_out)
     if path.exists():
         return [_check_file(path)]
     if glob.has_magic(spec):
-        matches = sorted(_expand_glob(path, left_out), key=str)
-        found = [
-            file
-            for match in matches
-            for file in (walk(match, left_out, named=False) if match.is_dir() else [match])
-        ]
-        files = [file for file in dict.fromkeys(found) if file.is_file()]
+        if as_before:
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        else:
+            matches = _expand_glob(path, left_out)
+        found: dict[Path, None] = {}
+        for match in sorted(matches, key=str):
+            if match.is_dir():
+                found |= dict.fromkeys(walk(match, left_out, named=False, everything=as_before))
+            else:
+                found[match] = None
+        files = [file for file in found if file.is_file()]
         return _require_files(files, f"no file matches {spec!r}", left_out)
     beside = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     names = ", ".join(known_names)
@@ -88,29 +99,6 @@ def find_files(
         f"{spec!r} is no file, folder, glob or corpus; the corpora are {names}."
         f"{suggest(spec, [*known_names, *beside])}"
     )
-
-
-def find_files_as_before(spec: str) -> list[Path]:
-    """List what ``find_files`` did before it left out what programs write.
-
-    Runs that began then go on with the same text. Links to folders lead through ``**`` as far as
-    the system lets them, and a file comes as often as they lead to it.
-
-    Raises:
-        InputError: as in ``find_files``.
-    """
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return walk(path, everything=True)
-    if path.exists() or not glob.has_magic(spec):
-        return find_files(spec)
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    found = [
-        file
-        for match in matches
-        for file in (walk(match, everything=True) if match.is_dir() else [match])
-    ]
-    return [file for file in dict.fromkeys(found) if file.is_file()]
 
 
 def find_file(spec: str) -> Path:
@@ -137,10 +125,10 @@ def walk(
 
     Args:
         folder: where to start.
-        left_out: told what was passed over.
-        skipped: names of folders that are passed over without a word.
-        named: the user named the folder, so that it is walked whatever it is.
-        everything: leave out no more than what is hidden, and links.
+        left_out: collects what was left out.
+        skipped: names of folders that are left out and not reported.
+        named: the user named the folder itself, so that it is walked whatever it holds.
+        everything: leave out hidden files and links only.
     """
     left_out = LeftOut() if left_out is None else left_out
     reached = _reach_folders(folder, left_out, skipped=skipped, named=named, everything=everything)
@@ -163,7 +151,7 @@ def drop_repeats(paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
 
 
 def identify(path: Path) -> FileKey:
-    """Return what every name of one file or folder shares: links, hard links, other spellings.
+    """Return a key that is equal for all names of one file: links, hard links, other spellings.
 
     Raises:
         InputError: it is gone or may not be looked at.
@@ -174,12 +162,12 @@ def identify(path: Path) -> FileKey:
         raise InputError(
             f"cannot read {str(path)!r} ({error.strerror}); check its permissions or leave it out."
         ) from error
-    # Some file systems number nothing.
+    # Some file systems have no numbers of files.
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _expand_glob(pattern: Path, left_out: LeftOut) -> list[Path]:
-    """List the files and folders that match; Python's own would follow links in circles."""
+    """List the files and folders that match; Python's own glob would follow links in circles."""
     found = [Path(pattern.anchor)]
     parts = pattern.parts[bool(pattern.anchor) :]
     for number, part in enumerate(parts, 1):
@@ -211,10 +199,10 @@ def _reach_folders(
     everything: bool = False,
     follows_links: bool = False,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each real folder once, with the names of what is in it apart from folders."""
+    """Yield each real folder once, with the names of the files in it."""
     seen: set[FileKey] = set()
     pending = [root]
-    for top in pending:  # Links come after all that is reached without them.
+    for top in pending:  # Grows: links are followed after everything else.
         for parent, folders, names in os.walk(top, onerror=_refuse_unlistable):
             here = Path(parent)
             taken = everything or (named and here == root)
@@ -240,7 +228,7 @@ def _reach_folders(
 
 
 def _name_product(folder: Path, folders: Iterable[str], names: Iterable[str]) -> str | None:
-    """Return what program output a folder holds; ``None`` for what may be text."""
+    """Return the kind of program output that a folder holds; ``None`` if it may be text."""
     there = {*folders, *names}
     if folder.name == "__pycache__" or _begins_with(folder, _CACHE_TAG, there, _CACHE_SIGNATURE):
         return "caches"
@@ -251,7 +239,7 @@ def _name_product(folder: Path, folders: Iterable[str], names: Iterable[str]) ->
     if _begins_with(folder, _RECORD_FILE, there, _RECORD_KEY):
         return "run folders"
     if "metrics.jsonl" in there and there & {"checkpoints", "tensorboard"}:
-        return "run folders"  # One that is being written has no record yet.
+        return "run folders"  # A run that has just begun has no record yet.
     if there & {"config.json", "adapter_config.json"} and there & _WEIGHT_FILES:
         return "saved models"
     return None
@@ -265,7 +253,7 @@ def _begins_with(folder: Path, name: str, there: set[str], mark: bytes) -> bool:
         with (folder / name).open("rb") as file:
             return mark in file.read(len(mark) + 16)
     except OSError:
-        return False  # What cannot be read is reported where it is opened as text.
+        return False  # The error is reported when the file is opened as text.
 
 
 def _refuse_unlistable(error: OSError) -> None:

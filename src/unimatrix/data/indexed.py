@@ -1,4 +1,4 @@
-"""The base of every dataset here: items by index, made a batch at a time."""
+"""The base of every dataset of this package: items by index, built a batch at a time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 
 class IndexedDataset(Dataset[dict[str, Tensor]], ABC):
-    """A map-style dataset whose items are built together, a batch at a time.
+    """A map-style dataset that builds the items of a batch together.
 
     An item is ``{"input_ids": [T] int64, "shift_labels": [T] int64}``: the label of a position sits
     on that position, -100 where there is none. ``suffix_match`` [T, 2] may stand beside them.

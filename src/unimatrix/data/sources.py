@@ -1,4 +1,4 @@
-"""Where named corpora come from: the standard library, published archives, datasets."""
+"""Named corpora at their sources: the standard library, published archives, datasets."""
 
 import hashlib
 import http.client
@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from unimatrix.data.compressed import open_file
 from unimatrix.data.files import walk
-from unimatrix.errors import InputError
+from unimatrix.errors import InputError, explain
 
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _INSTALLED_FOLDERS = frozenset({"site-packages", "dist-packages"})
@@ -130,10 +130,9 @@ def fetch_wikitext2() -> dict[str, list[str]]:
         splits = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
         return {split: list(splits[split]["text"]) for split in ("train", "validation", "test")}
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"cannot get corpus 'wikitext2' ({reason}); connect to the network, or give a raw file "
-            "as --data wikitext2:FILE."
+            f"cannot get corpus 'wikitext2' ({explain(error)}); connect to the network, or give a "
+            "raw file as --data wikitext2:FILE."
         ) from error
 
 

@@ -15,10 +15,10 @@ from unimatrix.tokenization import BOS_ID
 
 
 class StreamMatches(NamedTuple):
-    """Predictions after every token of a stream: BOS, the bytes, and EOS where it ends with it.
+    """What a suffix automaton predicts after every token of a stream, BOS and EOS included.
 
     Attributes:
-        predicted_ids: [n] int16, what followed the longest earlier match, -1 for no match.
+        predicted_ids: [n] int16, the id that followed the longest earlier match, -1 for no match.
         match_lengths: [n] int32, 0 for no match.
     """
 
@@ -47,8 +47,8 @@ class WindowDataset(IndexedDataset):
         seed: >= 0.
         leading_bos: True: BOS and T - 1 bytes predict T bytes, so that a window starts as every
             stream does. False: T + 1 tokens of the stream (BOS, bytes, EOS if it has one).
-        matches: of the stream; an item then has ``suffix_match`` [T, 2], what an automaton that has
-            read all of the stream before says of its tokens.
+        matches: of the stream; an item then has ``suffix_match`` [T, 2], the predictions of an
+            automaton that has read the stream up to each token.
 
     Raises:
         InputError: the stream is shorter than one window, or a number is out of range.
@@ -102,8 +102,7 @@ class WindowDataset(IndexedDataset):
 class ConsecutiveWindows(IndexedDataset):
     """Cut consecutive windows of T + 1 tokens, each overlapping the last by one token.
 
-    Every token but BOS is predicted once; what is left at the end, fewer than T predictions, is
-    dropped.
+    Every token but BOS is predicted once; a rest of fewer than T predictions is dropped.
 
     Source: paper, validation of the byte-level WikiText-2 recipe.
 
