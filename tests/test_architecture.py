@@ -16,14 +16,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "unimatrix"
 # of its path that stands here says which layer a file belongs to. `hub` meets the rest of Hugging
 # Face at every height, so that its files stand in several.
 LAYERS = (
-    ("errors.py", "hub/saved_loader.py", "hub/weights_origin.py"),
+    ("errors.py", "hub/checkpointing.py", "hub/saved_loader.py", "hub/weights_origin.py"),
     ("ops/",),
     ("configuration", "presets.py"),
     ("nn/",),
-    ("hub/cache_checks.py", "cache.py"),
+    ("hub/cache_checks.py", "cache.py", "loss.py", "modeling_inputs.py", "modeling_outputs.py"),
     ("kernels/",),
     ("inference/prompt.py", "inference/decoder.py", "inference/loop.py"),
-    ("hub/split_head.py", "loss.py", "modeling", "pretrained.py"),
+    ("hub/split_head.py", "modeling.py", "pretrained.py"),
     ("tokenization.py", "data/", "tasks/"),
     ("train/field_types.py", "train/recipe.py", "train/run_folder.py", "train/checkpoints.py"),
     ("hub/", "baselines/"),
@@ -42,17 +42,7 @@ BESIDE_THE_MODEL = ("tokenization.py", "data/", "tasks/")
 # is to be added.
 TO_MEND: frozenset[str] = frozenset(
     {
-        "nn/block.py",
-        "nn/embed_tokens.py",
-        "nn/feed_forward.py",
-        "nn/fusion.py",
-        "nn/norm.py",
-        "nn/pointer_mixture.py",
-        "nn/selective_mixer.py",
-        "nn/short_convolution.py",
         "ops/matrix_state/fused_scan_native.py",
-        "ops/numba/products.py",
-        "ops/numba/team.py",
         "ops/opaque.py",
         "ops/selective_slots/gate_native.py",
         "ops/selective_slots/native_step.py",
