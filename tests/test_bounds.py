@@ -65,9 +65,11 @@ def test_ids_and_matches_of_another_kind_are_refused() -> None:
     with pytest.raises(InputError, match=r"input_ids has dtype torch.float32"):
         model(ids.float())
     match = torch.stack([ids, torch.ones_like(ids)], dim=-1)
-    match[0, 3, 0] = VOCAB
-    with pytest.raises(InputError, match=f"token id {VOCAB} is not in the vocabulary"):
-        model(ids, suffix_match=match)
+    for strange in (VOCAB, 10**12, -2):
+        match[0, 3, 0] = strange
+        said = rf"suffix_match predicts {strange} is not in the vocabulary; pass -1 to {VOCAB - 1}"
+        with pytest.raises(InputError, match=said):
+            model(ids, suffix_match=match)
 
 
 def test_a_decoder_refuses_what_it_cannot_read() -> None:
@@ -158,8 +160,9 @@ def test_a_cache_of_other_shapes_is_refused(variant: str) -> None:
     with torch.no_grad():
         cache = model(draw_ids(2, 9), use_cache=True).past_key_values
     cache.is_sound = False
-    first = cache.depth[0]
-    cache.depth = (first._replace(matrix_state=first.matrix_state[..., :-1]), *cache.depth[1:])
+    state = cache.depth[0]["matrix_mixer"]
+    cut = state._replace(matrix_state=state.matrix_state[..., :-1])
+    cache.depth = ({**cache.depth[0], "matrix_mixer": cut}, *cache.depth[1:])
     with pytest.raises(InputError, match=r"depth\.0\.matrix_state has shape"):
         Decoder(model, cache)
 

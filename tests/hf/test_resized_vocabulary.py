@@ -91,7 +91,7 @@ def test_slots_hold_ids_of_the_grown_vocabulary() -> None:
     ids = torch.tensor([[39_999, 35_000] * 4])
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-    held = cache.associations.selective.slots.slot_value_ids
+    held = cache.shared["selective_mixer"].slots.slot_value_ids
     assert held.dtype == empty_selective_slots(1, 1, 40_000).slot_value_ids.dtype == torch.int32
     assert int(held.max()) == 39_999
 

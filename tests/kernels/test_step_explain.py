@@ -10,13 +10,17 @@ from unimatrix.kernels.step.explain import explain_config, explain_step
 
 
 def test_every_known_field_exists() -> None:
-    assert set(explain._KNOWN) <= set(list_config_fields())
+    assert set(explain._KNOWN) | explain._ANY_VALUE <= set(list_config_fields())
+    assert not explain._ANY_VALUE & set(explain._KNOWN)
 
 
 def test_a_field_that_nobody_listed_must_have_its_default(monkeypatch) -> None:
-    monkeypatch.delitem(explain._KNOWN, "norm_guard")
+    monkeypatch.setattr(explain, "_ANY_VALUE", explain._ANY_VALUE - {"norm_guard"})
+    monkeypatch.delitem(explain._KNOWN, "repeated_key")
     assert explain_config(UniMatrixConfig.preset("core")) is None
-    assert explain_config(UniMatrixConfig.preset("core", norm_guard=True)) == ("norm_guard is True")
+    assert explain_config(UniMatrixConfig.preset("core", norm_guard=True)) == "norm_guard is True"
+    first = UniMatrixConfig.preset("unimatrix", repeated_key="first")
+    assert explain_config(first) == "repeated_key is 'first'"
 
 
 def test_a_value_that_nobody_listed(monkeypatch) -> None:
