@@ -1,17 +1,21 @@
-"""Fused passes (E11, E19, E22, E23): native against the reference, the reference by hand."""
+"""Passes around the scan (E11, E19, E22, E23): against the modules and plain torch, and by hand."""
 
 import pytest
 import torch
-from unimatrix.nn.embed_tokens import _is_pass, embed_tokens
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import rms_norm, silu
 
-from tests.ops.oracle import Outputs, candidates, compare_with_reference
+from tests.models import build_model
+from tests.ops.oracle import Outputs, compare_with_reference
 from unimatrix.errors import InputError
-from unimatrix.kernels.passes import (
-    apply_gated_unit,
-    convolve_recent,
-    normalize_rows,
-    sum_gated,
-)
+from unimatrix.kernels.passes.convolution_native import convolve_recent_native
+from unimatrix.kernels.passes.embedding_native import embed_tokens_native
+from unimatrix.kernels.passes.gated_sum_native import sum_gated_native
+from unimatrix.kernels.passes.gated_unit_native import apply_gated_unit_native
+from unimatrix.kernels.passes.row_norm_native import normalize_rows_native
+from unimatrix.kernels.plan import _plan_embedding
+from unimatrix.nn.short_convolution import ShortConvolution
 
 # Rows shorter than the lanes of a kernel, as long, longer with and without a rest.
 WIDTHS = (3, 16, 37, 64)
@@ -32,56 +36,69 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 5, scale: float = 1.0) -> 
     return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
+def sum_gated(gates: Tensor, contexts: list[Tensor]) -> Tensor:
+    """Return what the block computes of the gates' logits side by side."""
+    shares = torch.sigmoid(gates).chunk(len(contexts), dim=-1)
+    return sum(share * context for share, context in zip(shares, contexts, strict=True))
+
+
 def run_norm(backend: str, x, weight) -> Outputs:
-    return {"y": normalize_rows(x, weight, 1e-5, backend=backend)}
+    if backend == "native":
+        return {"y": normalize_rows_native(x, weight, 1e-5)}
+    return {"y": rms_norm(x, x.shape[-1:], weight, 1e-5)}
 
 
 def run_sum(backend: str, gates, **contexts) -> Outputs:
-    return {"y": sum_gated(gates, list(contexts.values()), backend=backend)}
+    apply = sum_gated_native if backend == "native" else sum_gated
+    return {"y": apply(gates, list(contexts.values()))}
 
 
 def run_unit(backend: str, x) -> Outputs:
-    return {"y": apply_gated_unit(x, backend=backend)}
+    if backend == "native":
+        return {"y": apply_gated_unit_native(x)}
+    gate, up = x.chunk(2, dim=-1)
+    return {"y": silu(gate) * up}
 
 
 def run_convolution(backend: str, h, weight, recent) -> Outputs:
-    return {"y": convolve_recent(h, weight, recent, backend=backend)}
+    num_taps, width = weight.shape
+    if backend == "native":
+        before = h.new_zeros(h.shape[0], num_taps - 1, width) if recent is None else recent
+        return {"y": convolve_recent_native(h, weight, before)}
+    convolution = ShortConvolution(width, num_taps)
+    return {"y": functional_call(convolution, {"weight": weight}, (h, recent, None))[0]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("num_rows", [1, 64, 130])
-@pytest.mark.parametrize("backend", candidates("fused_passes"))
-def test_norm(backend: str, num_rows: int, width: int, dtype: torch.dtype) -> None:
+def test_norm(num_rows: int, width: int, dtype: torch.dtype) -> None:
     x = draw(2, num_rows, width, dtype=dtype)
     for weight in (None, draw(width, dtype=dtype, seed=1)):
-        compare_with_reference("fused_passes", backend, run_norm, {"x": x, "weight": weight})
+        compare_with_reference("fused_passes", "native", run_norm, {"x": x, "weight": weight})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("num_contexts", [1, 2, 3])
-@pytest.mark.parametrize("backend", candidates("fused_passes"))
-def test_gated_sum(backend: str, num_contexts: int, width: int, dtype: torch.dtype) -> None:
+def test_gated_sum(num_contexts: int, width: int, dtype: torch.dtype) -> None:
     leaves: Leaves = {"gates": draw(2, 20, num_contexts * width, dtype=dtype, scale=8.0)}
     for n in range(num_contexts):
         leaves[f"context_{n}"] = draw(2, 20, width, dtype=dtype, seed=n + 1)
-    compare_with_reference("fused_passes", backend, run_sum, leaves)
+    compare_with_reference("fused_passes", "native", run_sum, leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("backend", candidates("fused_passes"))
-def test_gated_unit(backend: str, width: int, dtype: torch.dtype) -> None:
+def test_gated_unit(width: int, dtype: torch.dtype) -> None:
     x = draw(3, 11, 2 * width, dtype=dtype, scale=6.0)
-    compare_with_reference("fused_passes", backend, run_unit, {"x": x})
+    compare_with_reference("fused_passes", "native", run_unit, {"x": x})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("num_tokens", [1, 2, 63, 65, 130])
-@pytest.mark.parametrize("backend", candidates("fused_passes"))
-def test_convolution(backend: str, num_tokens: int, width: int, dtype: torch.dtype) -> None:
+def test_convolution(num_tokens: int, width: int, dtype: torch.dtype) -> None:
     for num_taps in (2, 4):
         recent = draw(2, num_taps - 1, width, dtype=dtype, seed=2)
         for before in (None, recent):
@@ -90,7 +107,7 @@ def test_convolution(backend: str, num_tokens: int, width: int, dtype: torch.dty
                 "weight": draw(num_taps, width, dtype=dtype, seed=1),
                 "recent": before,
             }
-            compare_with_reference("fused_passes", backend, run_convolution, leaves)
+            compare_with_reference("fused_passes", "native", run_convolution, leaves)
 
 
 def test_the_threads_agree_with_one() -> None:
@@ -102,10 +119,10 @@ def test_the_threads_agree_with_one() -> None:
             torch.set_num_threads(num_threads)
             results.append(
                 [
-                    normalize_rows(x, None, 1e-5),
-                    sum_gated(gates, [x, 2 * x, -x]),
-                    apply_gated_unit(gates),
-                    convolve_recent(x.view(3, 1000, 64), x[:4], None),
+                    normalize_rows_native(x, None, 1e-5),
+                    sum_gated_native(gates, [x, 2 * x, -x]),
+                    apply_gated_unit_native(gates),
+                    convolve_recent_native(x.view(3, 1000, 64), x[:4], x.new_zeros(3, 3, 64)),
                 ]
             )
     finally:
@@ -114,42 +131,38 @@ def test_the_threads_agree_with_one() -> None:
         assert torch.equal(one, many)
 
 
-def test_reference_by_hand() -> None:
+def test_by_hand() -> None:
     x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     expected = x / torch.tensor(12.5 + 0.5, dtype=torch.float64).sqrt()
-    torch.testing.assert_close(normalize_rows(x, None, 0.5), expected)
-    torch.testing.assert_close(
-        normalize_rows(x, torch.tensor([2.0, -1.0], dtype=torch.float64), 0.5),
-        expected * torch.tensor([2.0, -1.0], dtype=torch.float64),
-    )
+    torch.testing.assert_close(normalize_rows_native(x, None, 0.5), expected)
+    weight = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    torch.testing.assert_close(normalize_rows_native(x, weight, 0.5), expected * weight)
     share = 1 / (1 + torch.exp(-x))
     torch.testing.assert_close(
-        sum_gated(torch.cat([x, -x], dim=-1), [x, 5 * x]), share * x + (1 - share) * 5 * x
+        sum_gated_native(torch.cat([x, -x], dim=-1), [x, 5 * x]), share * x + (1 - share) * 5 * x
     )
-    torch.testing.assert_close(apply_gated_unit(torch.cat([x, 7 * x], dim=-1)), x * share * 7 * x)
+    unit = apply_gated_unit_native(torch.cat([x, 7 * x], dim=-1))
+    torch.testing.assert_close(unit, x * share * 7 * x)
+    h = x.T.reshape(1, 2, 1)  # 3, then 4; 5 before them
+    taps = torch.tensor([[0.5], [2.0]], dtype=torch.float64)
+    convolved = convolve_recent_native(h, taps, 5 * torch.ones_like(h[:, :1]))
+    torch.testing.assert_close(convolved.flatten().tolist(), [8.5, 9.5])
 
 
 def test_extreme_gates_stay_finite() -> None:
     gates = torch.tensor([-torch.inf, -1e4, -100.0, 0.0, 100.0, 1e4, torch.inf]).repeat(20, 3)
-    for backend in ("reference", "native"):
-        shares = sum_gated(gates, [torch.ones_like(gates)], backend=backend)[0, :7]
+    for apply in (sum_gated, sum_gated_native):
+        shares = apply(gates, [torch.ones_like(gates)])[0, :7]
         expected = torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0])
         torch.testing.assert_close(shares, expected, rtol=0, atol=1e-30)
-    spoilt = sum_gated(gates * torch.nan, [torch.ones_like(gates)], backend="native")
+    spoilt = sum_gated_native(gates * torch.nan, [torch.ones_like(gates)])
     assert spoilt.isnan().all()
 
 
-def test_other_types_take_the_reference() -> None:
-    x = draw(40, 8, dtype=torch.float32).bfloat16()
-    assert normalize_rows(x, None, 1e-5).dtype == torch.bfloat16
-    with pytest.raises(InputError, match="float32 or float64 on the CPU"):
-        normalize_rows(x, None, 1e-5, backend="native")
+def test_a_back_end_that_the_passes_do_not_have() -> None:
+    model = build_model("unimatrix")
     with pytest.raises(InputError, match="not available for fused_passes"):
-        apply_gated_unit(x, backend="triton-like")
-    with pytest.raises(InputError, match="there are 2 contexts of width 8 and 8 gate logits"):
-        sum_gated(x, [x, x])
-    with pytest.raises(InputError, match=r"pass \[B, T, D\], \[K, D\] and \[B, K - 1, D\]"):
-        convolve_recent(x.view(1, 40, 8), x[:4], x.view(1, 40, 8))
+        model.set_backend({"fused_passes": "triton-like"})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,31 +173,50 @@ def test_embedding(allows_none: bool, width: int, dtype: torch.dtype) -> None:
     token_ids = torch.randint(-int(allows_none), 7, (3, 80), generator=generator)
 
     def run(backend: str, table) -> Outputs:
-        embed = torch.nn.Embedding(7, width, dtype=dtype)
-        del embed.weight
-        embed.weight = table
-        given = {"allows_none": allows_none, "backend": backend}
-        return {"rows": embed_tokens(embed, token_ids, **given)}
+        if backend == "native":
+            return {"rows": embed_tokens_native(token_ids, table, allows_none=allows_none)}
+        rows = functional_call(nn.Embedding(7, width), {"weight": table}, token_ids.clamp(min=0))
+        return {"rows": rows * (token_ids >= 0).unsqueeze(-1)}
 
     leaves = {"table": torch.randn(7, width, generator=generator).to(dtype)}
     compare_with_reference("fused_passes", "native", run, leaves)
 
 
+def explain_embedding(embed: nn.Embedding, num_ids: int = 40) -> str | None:
+    """Return why an embedding is no pass."""
+    reasons: dict[str, str] = {}
+    run = _plan_embedding("it", embed, torch.zeros(1), num_ids, reasons)
+    assert (run is None) == bool(reasons)
+    return reasons.get("it")
+
+
 def test_an_embedding_takes_the_pass_where_it_is_no_more_than_its_rows() -> None:
-    ids, embed = torch.full((2, 20), 6), torch.nn.Embedding(20, 16)
-    assert _is_pass(embed, ids, "auto")
-    assert not _is_pass(embed, ids[:, :9], "auto")
-    assert not _is_pass(embed, ids, "reference")
-    assert not _is_pass(torch.nn.Embedding(20, 16, padding_idx=0), ids, "auto")
-    embed.register_forward_hook(lambda *_: None)
-    assert not _is_pass(embed, ids, "auto")
+    embed = nn.Embedding(20, 16)
+    assert explain_embedding(embed) is None
+    assert explain_embedding(embed, 20) is None
+    assert explain_embedding(embed, 19) == "it has more rows than the call has tokens"
+    limited = {"padding_idx": 0}, {"max_norm": 1.0}
+    for options in limited:
+        assert explain_embedding(nn.Embedding(20, 16, **options)) == (
+            "it has a padding_idx or max_norm"
+        )
+    for options in ({"sparse": True}, {"scale_grad_by_freq": True}):
+        assert explain_embedding(nn.Embedding(20, 16, **options)) == (
+            "it has sparse or scaled gradients"
+        )
+    assert explain_embedding(embed.double()) == "a weight of it is float64 on cpu, others are not"
+    embed.float().register_forward_hook(lambda *_: None)
+    assert explain_embedding(embed) == "it has a hook"
 
 
 @pytest.mark.parametrize("token_id", [-1, 20, -2])
 def test_a_token_that_is_not_in_the_vocabulary(token_id: int) -> None:
-    ids, embed = torch.full((2, 20), 6), torch.nn.Embedding(20, 16)
+    ids, table = torch.full((2, 20), 6), torch.randn(20, 16)
     ids[1, 3] = token_id
     with pytest.raises(InputError, match=rf"token id {token_id} is not .* pass 0 to 19"):
-        embed_tokens(embed, ids)
+        embed_tokens_native(ids, table, allows_none=False)
     if token_id == -1:
-        assert not embed_tokens(embed, ids, allows_none=True)[1, 3].any()
+        assert not embed_tokens_native(ids, table, allows_none=True)[1, 3].any()
+    else:
+        with pytest.raises(InputError, match=rf"token id {token_id} is not in the vocabulary"):
+            embed_tokens_native(ids, table, allows_none=True)
