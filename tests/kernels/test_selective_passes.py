@@ -1,15 +1,22 @@
-"""Gate and read of the selective slots as compiled passes, against tensor operations."""
+"""Gate and read of the selective slots as compiled passes, against the mixer's equations."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import embedding
 
 from tests.models import build_model
 from tests.ops.oracle import Outputs, compare_with_reference
-from unimatrix.nn.selective_mixer import SelectiveMixer, _Values
+from unimatrix.kernels.selective import SelectiveRun
+from unimatrix.nn.mixer import Tokens
+from unimatrix.nn.selective_mixer import Found, SelectiveMixer, normalize_features
 from unimatrix.ops.hindsight import LABELS, HindsightRules
 from unimatrix.ops.selective_slots import SlotLookup
+from unimatrix.ops.selective_slots.gate_native import weigh_writes_native
 from unimatrix.ops.selective_slots.read_native import read_found_native
 
 DTYPES = (torch.float64, torch.float32)
@@ -24,16 +31,15 @@ def build_mixer(width: int, num_patterns: int = 2) -> SelectiveMixer:
     return SelectiveMixer(config)
 
 
-class Reader(nn.Module):
-    """Calls the read of a mixer with values that are given."""
+class Calling(nn.Module):
+    """Calls a function of a mixer whose weights may be given."""
 
-    def __init__(self, mixer: SelectiveMixer) -> None:
+    def __init__(self, mixer: SelectiveMixer, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.mixer, self.function = mixer, function
 
-    def forward(self, table: Tensor, *given):
-        values = _Values(nn.Embedding(*table.shape), self.mixer.value_proj, table)
-        return self.mixer._read(values, *given)
+    def forward(self, *given: Any) -> Any:
+        return self.function(self.mixer, *given)
 
 
 def draw_lookup(shape: tuple[int, ...], num_initial: int, num_writes: int) -> SlotLookup:
@@ -59,17 +65,24 @@ def test_read(label: str | None, width: int, dtype: torch.dtype) -> None:
     mixer.rules = None
     if label is not None:
         mixer.rules = HindsightRules(label, share=0.15, floor=1e-4, weight=0.7)
-    reader = Reader(mixer).train()
+    reader = Calling(mixer.train(), SelectiveMixer.weigh_reads)
 
     def run(backend: str, logits, held_logits, read_score, table) -> Outputs:
-        mixer.backend = backend
-        given = (table, lookup, held_logits, logits, offered)
-        read = functional_call(reader, {"mixer.read_score": read_score}, given)
-        found = {"context": read.context, "ids": read.token_ids, "none": read.log_strength < -1e3}
-        found["log_strength"] = read.log_strength.clamp_min(-1e3)
+        if backend == "native":
+            given = (logits, held_logits, read_score, table, offered, mixer.rules)
+            context, log_strength, elsewhere, scale = read_found_native(lookup, *given)
+        else:
+            found = Found(lookup, held_logits, logits, offered)
+            weighed = functional_call(reader, {"mixer.read_score": read_score}, (found,))
+            log_strength, weights, elsewhere, scale = weighed
+            values = embedding(lookup.value_ids, table)  # [B, T, Q, D]
+            context = (weights.unsqueeze(-1) * values).sum(dim=2)
+        result = {"context": context, "none": log_strength < -1e3}
+        result["log_strength"] = log_strength.clamp_min(-1e3)
+        assert (elsewhere is None) == (scale is None) == (label is None)
         if label is not None:
-            found |= {"elsewhere": read.elsewhere, **read.scale._asdict()}
-        return found
+            result |= {"elsewhere": elsewhere, **scale._asdict()}
+        return result
 
     leaves = {
         "logits": torch.randn(batch, num_tokens, num_patterns, generator=generator),
@@ -103,25 +116,23 @@ def test_gate(batch_size: int, num_tokens: int, num_patterns: int, dtype: torch.
     mixer, generator = build_mixer(32, num_patterns).to(dtype), torch.Generator().manual_seed(0)
     stream = torch.randint(0, VOCAB, (batch_size, mixer.num_recent + num_tokens))
     stream[0, : mixer.num_recent] = -1
-
-    class Gate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mixer = mixer
-
-        def forward(self, table: Tensor):
-            return self.mixer._weigh_writes(nn.Embedding(*table.shape), table, stream, None)
-
+    ids, counts = stream[:, mixer.num_recent :], torch.zeros(batch_size, dtype=torch.int64)
     names = ["gate_up.weight", "gate_up.bias", "gate_down.weight", "gate_down.bias"]
-    gate = Gate()
+
+    def weigh(mixer: SelectiveMixer, backend: str, table: Tensor) -> Tensor:
+        """Return the logits by the table of the vocabulary or by each position's embedding."""
+        if backend == "native":
+            return SelectiveRun(mixer, table, True)._weigh_writes(
+                table, normalize_features(table), stream
+            )
+        tokens = Tokens(ids, table, lambda ids: embedding(ids, table), None, counts, counts)
+        return mixer.weigh_writes(table, tokens, stream)
+
+    gate = Calling(mixer, weigh)
 
     def run(backend: str, table, **weights) -> Outputs:
-        mixer.backend = backend
         by_name = {f"mixer.{name}": weights[name.replace(".", "_")] for name in names}
-        logits, codes = functional_call(gate, by_name, (table,))
-        expected = (8 * logits.detach()).round().clamp(-128, 127)
-        assert torch.equal(codes, expected.long())
-        return {"logits": logits}
+        return {"logits": functional_call(gate, by_name, (backend, table))}
 
     leaves = {"table": torch.randn(VOCAB, 32, generator=generator).to(dtype)}
     for name in names:
@@ -129,3 +140,20 @@ def test_gate(batch_size: int, num_tokens: int, num_patterns: int, dtype: torch.
         drawn = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
         leaves[name.replace(".", "_")] = (6 * drawn).to(dtype)
     compare_with_reference("selective_slots", "native", run, leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_codes_of_a_gate_are_those_of_its_logits(dtype: torch.dtype) -> None:
+    """Rounded to even where a logit lies in the middle, and cut to what a byte holds."""
+    generator = torch.Generator().manual_seed(0)
+    tables, down = torch.randn(2, VOCAB, 16, generator=generator), torch.randn(5, 16)
+    bias = torch.tensor([3 / 16, 5 / 16, 100.0, -100.0, 15.9])
+    stream = torch.randint(0, VOCAB, (2, 30))
+    for scale in (0.0, 4.0):
+        weights = [weight.to(dtype) for weight in (*tables, scale * down, bias)]
+        logits, codes = weigh_writes_native(stream, 1, *weights)
+        assert torch.equal(codes, (8 * logits).round().clamp(-128, 127).long())
+        if scale == 0.0:
+            assert codes[0, 0].tolist() == [2, 2, 127, -128, 127]
+        else:
+            assert codes.unique().numel() > 9
