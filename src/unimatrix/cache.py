@@ -30,8 +30,10 @@ from unimatrix.ops.text_hash import START, hash_text
 
 _logger = logging.get_logger(__name__)
 FORMAT = "unimatrix-cache"
-# Fields of a mixer's state that hold features of the last tokens, whatever the mixer.
-_LAST_TOKENS = ("previous", "recent")
+# Fields of a mixer's state that hold the last tokens or their features, whatever the mixer.
+_LAST_TOKENS = ("previous", "recent", "recent_token_ids")
+# In what order parts are listed; those of other mixers come after.
+_FIRST_PARTS = ("matrix_state", "slots", "dense_memory", "automaton")
 
 # Configuration fields that decide the cache's contents and shapes.
 _CARRIED_BY = (
@@ -199,8 +201,8 @@ class UniMatrixCache:
 
         ``previous_token`` is what the last tokens leave for the next, ``counters`` what is counted.
         """
-        parts = dict.fromkeys([kind.part for kind in Mixer.kinds.values()], 0)
-        parts |= {"previous_token": 0, "counters": 0}
+        names = [*_FIRST_PARTS, *(kind.part for kind in Mixer.kinds.values())]
+        parts = dict.fromkeys([*names, "previous_token", "counters"], 0)
         counters = [self.num_tokens, self.last_token_ids, self.text_hash]
         parts["counters"] = sum(_count_bytes(_flatten(tensor)) for tensor in counters)
         for _, states in self._list_states():

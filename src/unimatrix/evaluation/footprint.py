@@ -17,6 +17,7 @@ from unimatrix.inference.streams import (
 )
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.nn.mixer import Mixer
 from unimatrix.tokenization import BOS_ID, encode_bytes
 
 # Beginning of a parameter's name -> the part it belongs to.
@@ -27,10 +28,7 @@ _PARTS = (
     ("model.residual_context.", "residual_context"),
     ("model.block.context_gate.", "residual_context"),
     ("model.token_modulation.", "token_modulation"),
-    ("model.block.matrix_mixer.", "matrix_mixer"),
-    ("model.block.slot_mixer.", "slot_mixer"),
-    ("model.block.dense_mixer.", "dense_mixer"),
-    ("model.block.selective_mixer.", "selective_mixer"),
+    *((f"model.block.{name}.", name) for name in Mixer.kinds),
     ("model.pointer_mixture.", "pointer_mixture"),
     ("model.block.feed_forward.", "feed_forward"),
     ("model.block.norm.", "norms"),
@@ -75,12 +73,7 @@ def measure_state_bytes(model: UniMatrixForCausalLM, *, num_tokens: int = 1) -> 
 
 def list_growing_parts(model: UniMatrixForCausalLM) -> list[str]:
     """Return the parts of the cache that grow with the stream; every other is constant."""
-    config, growing = model.config, []
-    if config.associative_memory == "dense":
-        growing.append("dense_memory")
-    if config.residual_path == "suffix_automaton" and config.automaton_window is None:
-        growing.append("automaton")
-    return growing
+    return [mixer.part for mixer in model.model.mixers if mixer.grows]
 
 
 def measure_carried_bytes(
