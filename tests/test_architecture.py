@@ -38,16 +38,6 @@ LAYERS = (
 HEIGHT = {beginning: height for height, layer in enumerate(LAYERS) for beginning in layer}
 # `data` and `tasks` know no model: they import each other, and from the lowest layer.
 BESIDE_THE_MODEL = ("tokenization.py", "data/", "tasks/")
-# Files whose imports still break the rules of layers and circles; each is to be mended, and no file
-# is to be added.
-TO_MEND: frozenset[str] = frozenset(
-    {
-        "ops/matrix_state/fused_scan_native.py",
-        "ops/opaque.py",
-        "ops/selective_slots/gate_native.py",
-        "ops/selective_slots/native_step.py",
-    }
-)
 FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
 MODULES = {
     ".".join(("unimatrix", *Path(name).with_suffix("").parts)).removesuffix(".__init__"): name
@@ -104,13 +94,12 @@ def test_imports_point_down(name: str) -> None:
     if name.startswith(BESIDE_THE_MODEL):
         knows = {other for other in imported if not other.startswith(BESIDE_THE_MODEL)}
         assert knows <= set(LAYERS[0]), f"{name} knows no model, but imports {knows}"
-    if name not in TO_MEND:
-        above = {other for other in imported if find_height(other) > find_height(name)}
-        assert not above, f"{name} imports {above}, of a layer above its own"
+    above = {other for other in imported if find_height(other) > find_height(name)}
+    assert not above, f"{name} imports {above}, of a layer above its own"
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
-    imports = {name: list_imported_files(name) for name in FILES if name not in TO_MEND}
+    imports = {name: list_imported_files(name) for name in FILES}
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:

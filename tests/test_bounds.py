@@ -12,7 +12,7 @@ from tests.models import SMALL, build_model, draw_ids
 from unimatrix import Decoder, UniMatrixCache
 from unimatrix.errors import InputError
 from unimatrix.kernels.passes.head_native import prepare_head, run_head
-from unimatrix.ops.matrix_state import scan_projected
+from unimatrix.ops.matrix_state import bind_and_scan
 from unimatrix.ops.selective_slots import empty_selective_slots, scan_selective_slots
 
 VOCAB = SMALL["vocab_size"]
@@ -171,9 +171,9 @@ def test_operators_refuse_lengths_and_targets_that_do_not_fit() -> None:
     lengths = torch.tensor([5, 4])
     vectors, controls = torch.zeros(2, 4, 3, 2, 16), torch.zeros(2, 4, 2)
     with pytest.raises(InputError, match="lengths go from 4 to 5"):
-        scan_projected(vectors, controls, unit=True, lengths=lengths)
+        bind_and_scan(vectors, controls, unit=True, lengths=lengths)
     with pytest.raises(InputError, match="initial_state has shape"):
-        scan_projected(vectors, controls, unit=True, initial_state=torch.zeros(2, 2, 16, 15))
+        bind_and_scan(vectors, controls, unit=True, initial_state=torch.zeros(2, 2, 16, 15))
     keys, ids = torch.zeros(2, 4, 1, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64)
     slots = empty_selective_slots(2, 3, VOCAB)
     with pytest.raises(InputError, match="lengths go from 4 to 5"):

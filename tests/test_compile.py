@@ -1,5 +1,6 @@
 """``torch.compile``: one graph a train step, and the numbers of eager execution."""
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,6 @@ from unimatrix.kernels.passes.head_native import prepare_head
 from unimatrix.kernels.passes.mixing_native import prepare_mixing
 from unimatrix.kernels.passes.projection_native import prepare_projections
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.ops import opaque
 from unimatrix.ops.matrix_state import scan_matrix_state
 from unimatrix.ops.selective_slots import empty_selective_slots
 from unimatrix.presets import PRESETS
@@ -53,10 +53,11 @@ def make_arguments(op: str) -> tuple[Any, ...]:
     """Return small arguments of an operator; one that is carried lies in memory as it may come."""
     torch.manual_seed(0)
     ids = torch.randint(0, 5, (2, 9))
-    if op == "scan_projected":
+    if op == "bind_and_scan":
+        importlib.import_module("unimatrix.ops.matrix_state.fused_scan_native")  # declares it
         state = torch.randn(2, 3, 8, 8).transpose(2, 3).requires_grad_()
-        projected = torch.randn(2, 9, 4, 3, 8, requires_grad=True)
-        return projected, torch.randn(2, 9, 12, requires_grad=True), state, None, True
+        vectors = torch.randn(2, 9, 4, 3, 8, requires_grad=True)
+        return vectors, torch.randn(2, 9, 12, requires_grad=True), state, None, True, True
     if op == "allocate_slots":
         keys, ages = torch.randn(2, 13, 6), torch.zeros(4, 2, dtype=torch.int64).T
         real = torch.ones(2, 9, dtype=torch.bool)
@@ -73,9 +74,8 @@ def make_arguments(op: str) -> tuple[Any, ...]:
         return x, torch.randn(2, 2, 16), *weights, True
     if op == "add_mixed":
         mixing = prepare_mixing(torch.randn(16, 32), [torch.randn(32, 16)], [torch.randn(32)])
-        contexts = [torch.randn(2, 9, 32, requires_grad=True), torch.randn(2, 9, 16)]
-        h = torch.randn(2, 9, 16, requires_grad=True)
-        return x, h, contexts, *mixing[:3]
+        h, readout = (torch.randn(2, 9, n, requires_grad=True) for n in (16, 32))
+        return x, h, readout, torch.randn(2, 9, 16), None, *mixing[:3]
     if op == "add_feed_forward":
         network = prepare_feed_forward(
             torch.ones(16), torch.zeros(16), 1e-5, [torch.randn(20, 16)], torch.randn(20),
@@ -93,7 +93,7 @@ def make_arguments(op: str) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     "op",
     [
-        "scan_projected",
+        "bind_and_scan",
         "allocate_slots",
         "scan_selective_slots",
         "match_suffixes",
@@ -105,7 +105,8 @@ def make_arguments(op: str) -> tuple[Any, ...]:
 )
 def test_an_operator_keeps_its_promises(op: str) -> None:
     """Shapes, strides and derivative that are announced are those that come."""
-    found = torch.library.opcheck(getattr(opaque, op), make_arguments(op))
+    arguments = make_arguments(op)
+    found = torch.library.opcheck(getattr(torch.ops.unimatrix, op), arguments)
     assert set(found.values()) == {"SUCCESS"}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from tests.tolerances import error, limit
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.ops import backends, opaque
+from unimatrix.ops import backends
 from unimatrix.ops.backends import BACKENDS
 from unimatrix.ops.selective_slots import (
     SelectiveSlots,
@@ -318,6 +319,7 @@ def test_a_train_step_is_one_graph_with_the_same_numbers(preset: str, device: st
 def draw_operator(op: str) -> tuple[object, ...]:
     """Return small arguments of an operator that ``torch.compile`` takes whole."""
     if op == "scan_chunks":
+        importlib.import_module("unimatrix.ops.matrix_state.triton")  # declares it
         leaves = test_matrix_state.draw_leaves(17, dtype=torch.float32, sizes=(2, 1, 16))
         *tokens, initial = (x.requires_grad_() for x in leaves.values())
         return *tokens, torch.tensor([17, 5]), initial, 16
@@ -338,7 +340,7 @@ def test_an_operator_keeps_its_promises(op: str, device: str) -> None:
     given = torch.utils._pytree.tree_map(
         lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, draw_operator(op)
     )
-    found = torch.library.opcheck(getattr(opaque, op), given)
+    found = torch.library.opcheck(getattr(torch.ops.unimatrix, op), given)
     assert set(found.values()) == {"SUCCESS"}
 
 

@@ -16,7 +16,7 @@ from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
 from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
 from unimatrix.nn.mixer import Tokens, Votes
 from unimatrix.nn.short_convolution import ShortConvolution
-from unimatrix.ops.matrix_state.fused_scan import fuses_scan, scan_projected
+from unimatrix.ops.matrix_state.fused_scan import bind_and_scan, fuses_scan
 
 if TYPE_CHECKING:
     from unimatrix.kernels.passes.depth_step_native import DepthStep
@@ -172,7 +172,7 @@ class BlockRun:
             controls = self._join("controls", mixer.control_layers)(h)
         is_bound = self.projections is not None and mixer.squashes
         if can_fuse_scan(mixer, h, h.shape[1]):
-            readout, matrix_state = scan_projected(
+            readout, matrix_state = bind_and_scan(
                 vectors.view(*h.shape[:2], -1, mixer.num_heads, mixer.head_dim),
                 controls,
                 unit=mixer.normalized_keys,

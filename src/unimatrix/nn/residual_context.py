@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.previous_token import shift_to_previous
-from unimatrix.ops import opaque
-from unimatrix.ops.suffix_automaton import AutomatonState, predict_from_suffix
+from unimatrix.ops.suffix_automaton import AutomatonState, match_suffixes, predict_from_suffix
 
 
 class ResidualRead(NamedTuple):
@@ -83,7 +82,7 @@ class ResidualContext(Mixer):
             return tokens.suffix_match[..., 0], tokens.suffix_match[..., 1], None
         if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
             # Padding comes last, and nothing is read from it.
-            match = opaque.match_suffixes(tokens.ids, self.window)
+            match = match_suffixes(tokens.ids, self.window)
             return match[..., 0], match[..., 1], None
         prediction, state = predict_from_suffix(
             tokens.ids.cpu(),

@@ -9,7 +9,6 @@ compiled loop; those here take the products with them. ``kernels.plan`` says whe
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from unimatrix.kernels.passes.weights import PassWeights
@@ -62,11 +61,6 @@ def add_feed_forward(x: Tensor, weights: PassWeights) -> Tensor:
     Returns:
         [..., D].
     """
-    if torch.compiler.is_compiling():
-        from unimatrix.ops import opaque
-
-        result: Tensor = opaque.add_feed_forward(x, *weights)[0]
-        return result
     from unimatrix.kernels.passes.feed_forward_native import add_feed_forward_native
 
     return add_feed_forward_native(x, weights)
@@ -86,11 +80,6 @@ def add_mixed(x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWei
     Returns:
         [..., D].
     """
-    if torch.compiler.is_compiling():
-        from unimatrix.ops import opaque
-
-        mixed: Tensor = opaque.add_mixed(x, h, list(contexts), *weights[:3])[0]
-        return mixed
     from unimatrix.kernels.passes.mixing_native import add_mixed_native
 
     return add_mixed_native(x, h, contexts, weights)
@@ -112,11 +101,6 @@ def project(
     Returns:
         the normalised stream, the vectors and the controls, [B, T, D or V or C].
     """
-    if torch.compiler.is_compiling():
-        from unimatrix.ops import opaque
-
-        projected: tuple[Tensor, Tensor, Tensor] = opaque.project(x, recent, *weights, squashes)
-        return projected
     from unimatrix.kernels.passes.projection_native import project_native
 
     return project_native(x, recent, weights, squashes=squashes)
@@ -150,12 +134,6 @@ def sum_cross_entropy(
     Raises:
         InputError: for a target that is no token and not ``ignored``.
     """
-    if torch.compiler.is_compiling():
-        from unimatrix.ops import opaque
-
-        others = (targets, token_ids, shares, ignored)
-        total: Tensor = opaque.sum_cross_entropy(h, *weights[:3], *others)[0]
-        return total
     from unimatrix.kernels.passes.head_native import sum_cross_entropy_native
 
     return sum_cross_entropy_native(h, weights, targets, token_ids, shares, ignored=ignored)

@@ -1,16 +1,13 @@
 """The short convolution in Numba: one pass forward, one backward."""
 # mypy: allow-untyped-defs
 
-from typing import Any
-
 import numpy as np
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import OPTIONS, load, plus, pointer, store, times
 from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.operator import declare_operator
 
 _FORM = ((0,) * 16, (0,))  # numbers handled together; those left at a row's end
 _BLOCK = 64  # tokens that share one sum for the filters' gradient
@@ -127,33 +124,31 @@ def _backward_blocks(
                 _weigh_part(one_lane, j, num_taps, width, window, grad, by_weight)
 
 
-class _Convolve(torch.autograd.Function):
-    """The convolution with its backward kernel; not differentiable twice."""
+def _run_forward(h: Tensor, weight: Tensor, recent: Tensor) -> Tensor:
+    (B, T, D), K, y = h.shape, weight.shape[0], h.new_empty(h.shape)
+    inputs = (T, K, D, h, weight, recent, y)
+    run_rows(_mix_blocks, _FORM, B * -(-T // _BLOCK), _BLOCK * K * D, *inputs)
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, recent: Tensor) -> Tensor:
-        h, weight, recent = h.contiguous(), weight.contiguous(), recent.contiguous()
-        (B, T, D), K = h.shape, weight.shape[0]
-        y = torch.empty_like(h)
-        num_blocks = B * -(-T // _BLOCK)
-        run_rows(_mix_blocks, _FORM, num_blocks, _BLOCK * K * D, T, K, D, h, weight, recent, y)
-        ctx.save_for_backward(h, weight, recent)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, weight, recent = ctx.saved_tensors
-        (B, T, D), K = h.shape, weight.shape[0]
-        num_blocks = B * -(-T // _BLOCK)
-        dh, dweight = torch.empty_like(h), h.new_empty(num_blocks, K, D)
-        drecent = torch.empty_like(recent)
-        given = (T, K, D, h, weight, recent, dy, dh, dweight, drecent)
-        run_rows(_backward_blocks, _FORM, num_blocks, 3 * _BLOCK * K * D, *given)
-        return dh, dweight.sum(dim=0), drecent
+def _run_backward(
+    h: Tensor, weight: Tensor, recent: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, D), K = h.shape, weight.shape[0]
+    num_blocks = B * -(-T // _BLOCK)
+    dh, dweight = h.new_empty(h.shape), h.new_empty(num_blocks, K, D)
+    drecent = recent.new_empty(recent.shape)
+    inputs = (T, K, D, h, weight, recent, dy, dh, dweight, drecent)
+    run_rows(_backward_blocks, _FORM, num_blocks, 3 * _BLOCK * K * D, *inputs)
+    return dh, dweight.sum(dim=0), drecent
+
+
+_convolve_recent = declare_operator(
+    "convolve_recent", _run_forward, backward=_run_backward, gradients="h weight recent"
+)
 
 
 def convolve_recent_native(h: Tensor, weight: Tensor, recent: Tensor) -> Tensor:
     """Compute E19 on the CPU; arguments as in ``convolve_recent``."""
-    y: Tensor = _Convolve.apply(h, weight, recent)
+    y: Tensor = _convolve_recent(h, weight, recent)
     return y

@@ -6,18 +6,18 @@ with their views, and what one pass hands to the next lies as suits them both.
 """
 # mypy: allow-untyped-calls
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.kernels.passes import feed_forward_native as feeding
 from unimatrix.kernels.passes import mixing_native as mixing
 from unimatrix.kernels.passes import projection_native as projecting
+from unimatrix.kernels.passes.projection_native import ProjectionSizes
 from unimatrix.kernels.passes.weights import NUM_LANES, PassWeights
 from unimatrix.ops.matrix_state import fused_scan_native as scanning
-from unimatrix.ops.numba.tiles import needs_gradient
+from unimatrix.ops.operator import declare_operator
 
 
 class DepthStep(NamedTuple):
@@ -42,88 +42,78 @@ class DepthStep(NamedTuple):
     unit: bool
 
     @property
-    def passes(self) -> tuple[PassWeights, PassWeights, PassWeights]:
-        """The weights."""
-        return self.projections, self.mixing, self.feed_forward
+    def is_mixed(self) -> bool:
+        """Whether rules are mixed: a head then has controls beside its retention."""
+        return ProjectionSizes(*self.projections.sizes).num_controls > self.num_heads
 
 
-class _ApplyDepthStep(torch.autograd.Function):
-    """The passes with their backward kernels; not differentiable twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        step: DepthStep,
-        saves: bool,
-        lengths: Tensor | None,
-        x: Tensor,
-        recent: Tensor | None,
-        initial: Tensor,
-        *rows_and_contexts: Tensor,
-    ) -> tuple[Tensor, ...]:
-        x, initial = x.contiguous(), initial.contiguous()
-        contexts = [context.contiguous() for context in rows_and_contexts[3:]]
-        h, vectors, controls = projecting.run_forward(
-            x, recent, step.projections, squashes=step.squashes, spare=NUM_LANES
-        )
-        y, final_state, *of_scan = scanning.run_forward(
-            vectors, controls, initial, lengths, unit=step.unit, saves=saves
-        )
-        mixed, *of_mixing = mixing.run_forward(x, h, y, contexts, step.mixing, saves=saves)
-        out, kept = feeding.run_forward(mixed, step.feed_forward, saves=saves)
-        if saves:
-            weights = [part for one in step.passes for part in one[:2]]
-            kept_by_all = (h, vectors, y, *of_scan, mixed, *of_mixing, kept)
-            ctx.save_for_backward(x, recent, lengths, *weights, *kept_by_all, *contexts)
-        ctx.rest = [one[2:] for one in step.passes]
-        ctx.squashes, ctx.shape = step.squashes, initial.shape
-        ctx.rules = {"num_controls": controls.shape[-1], "unit": step.unit}
-        ctx.set_materialize_grads(False)
-        return out, h, final_state, *contexts
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any,
-        dout: Tensor | None,
-        dh_elsewhere: Tensor | None,
-        dfinal: Tensor | None,
-        *elsewhere: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        x, recent, lengths, *saved = ctx.saved_tensors
-        parts = zip(saved[0:6:2], saved[1:6:2], ctx.rest, strict=True)
-        projections, gates, network = (PassWeights(*one, *rest) for *one, rest in parts)
-        h, vectors, y, checkpoints, rules, inverses, mixed, *of_mixing, kept = saved[6:16]
-        contexts = saved[16:]
-
-        dout = torch.zeros_like(x) if dout is None else dout
-        dmixed, dnetwork = feeding.run_backward(mixed, kept, network, dout)
-        beside = _fill_gradients(elsewhere, contexts)
-        dh, dy, dcontexts, dgates = mixing.run_backward(
-            h, y, contexts, of_mixing, gates, dmixed, beside
-        )
-        if dh_elsewhere is not None:
-            dh += dh_elsewhere
-        dfinal = y.new_zeros(ctx.shape) if dfinal is None else dfinal
-        of_scan = (checkpoints, rules, y, inverses)
-        dvectors, dcontrols, dinitial = scanning.run_backward(
-            vectors, lengths, of_scan, dy, dfinal, **ctx.rules
-        )
-        grads = (dmixed, dh, dvectors, dcontrols)
-        dx, drecent, dprojections = projecting.run_backward(
-            x, recent, projections, vectors, grads, squashes=ctx.squashes
-        )
-        before = None if recent is None else drecent.to(recent.dtype)
-        drows = (dprojections, dgates, dnetwork)
-        return None, None, None, dx, before, dinitial, *drows, *dcontexts
+def _run_forward(
+    step: DepthStep, x: Tensor, recent: Tensor | None, initial: Tensor, lengths: Tensor | None,
+    projections: Tensor, mixing_weights: Tensor, network: Tensor, context_1: Tensor | None,
+    context_2: Tensor | None, *, saves: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Run the passes; the rows of weights are inputs of their own because they have gradients."""
+    h, vectors, controls = projecting.run_forward(
+        x, recent, *step.projections, step.squashes, spare=NUM_LANES
+    )
+    y, state, *of_scan = scanning.run_forward(
+        vectors, controls, initial, lengths, step.is_mixed, step.unit, saves=saves
+    )
+    row, panels, sizes, _ = step.mixing
+    mixed, *of_mixing = mixing.run_forward(
+        x, h, y, context_1, context_2, row, panels, sizes, saves=saves
+    )
+    out, activations = feeding.run_forward(mixed, *step.feed_forward, saves=saves)
+    results = (out, h, state, context_1, context_2)
+    return *results, vectors, y, *of_scan, mixed, *of_mixing, activations
 
 
-def _fill_gradients(grads: tuple[Tensor | None, ...], like: list[Tensor]) -> list[Tensor]:
-    """Return gradients with zeros where others have one, or nothing where none has."""
+def _run_backward(
+    x: Tensor, recent: Tensor | None, lengths: Tensor | None, context_1: Tensor | None,
+    context_2: Tensor | None, h: Tensor, vectors: Tensor, y: Tensor, checkpoints: Tensor,
+    rules: Tensor, inverses: Tensor, mixed: Tensor, gates: Tensor, projected: Tensor,
+    activations: Tensor, step: DepthStep, dout: Tensor | None, dh_beside: Tensor | None,
+    dstate: Tensor | None, dcontext_1: Tensor | None, dcontext_2: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Run the backward kernels from the last pass to the first."""
+    dout = torch.zeros_like(x) if dout is None else dout
+    dmixed, dnetwork = feeding.run_backward(mixed, activations, *step.feed_forward, dout)
+    contexts = (context_1, context_2)
+    beside = _fill_gradients((dcontext_1, dcontext_2), contexts)
+    of_mixing = (h, y, *contexts, gates, projected, *step.mixing[:3], dmixed)
+    dh, dy, *dcontexts, dmixing = mixing.run_backward(*of_mixing, dcontexts=beside)
+    if dh_beside is not None:
+        dh += dh_beside
+    if dstate is None:
+        dstate = y.new_zeros(y.shape[0], step.num_heads, step.head_dim, step.head_dim)
+    of_scan = (vectors, lengths, checkpoints, rules, y, inverses, step.is_mixed, step.unit)
+    dvectors, dcontrols, dinitial = scanning.run_backward(*of_scan, dy, dstate)
+    row, panels, sizes, eps = step.projections
+    dx, drecent, dprojections = projecting.run_backward(
+        x, recent, row, panels, vectors, sizes, eps, step.squashes,
+        dh, dvectors, dcontrols, dstream=dmixed,
+    )  # fmt: skip
+    return dx, drecent, dinitial, dprojections, dmixing, dnetwork, *dcontexts
+
+
+def _fill_gradients(
+    grads: tuple[Tensor | None, ...], contexts: tuple[Tensor | None, ...]
+) -> list[Tensor]:
+    """Return the gradients with zeros where one is missing, or nothing where all are."""
     if all(grad is None for grad in grads):
         return []
-    pairs = zip(grads, like, strict=True)
-    return [torch.zeros_like(x) if grad is None else grad for grad, x in pairs]
+    pairs = zip(grads, contexts, strict=True)
+    return [torch.zeros_like(x) if grad is None else grad for grad, x in pairs if x is not None]
+
+
+_apply_depth_step = declare_operator(
+    "apply_depth_step",
+    _run_forward,
+    backward=_run_backward,
+    results="out h state passed_1 passed_2",
+    saved="vectors y checkpoints rules inverses mixed gates projected activations",
+    gradients="x recent initial projections mixing_weights network context_1 context_2",
+)
 
 
 def apply_depth_step_native(
@@ -156,10 +146,7 @@ def apply_depth_step_native(
         initial = x.new_zeros(x.shape[0], step.num_heads, step.head_dim, step.head_dim)
     else:
         initial = initial_state.to(x.dtype)
-    rows = [one.row for one in step.passes]
-    saves = needs_gradient(x, recent, initial, *rows, *contexts)
-    results: tuple[Tensor, ...] = _ApplyDepthStep.apply(
-        step, saves, lengths, x, recent, initial, *rows, *contexts
-    )
-    x, h, state, *contexts = results
-    return x, h, state, contexts
+    rows = (step.projections.row, step.mixing.row, step.feed_forward.row)
+    padded = [*contexts, None, None][:2]
+    x, h, state, *passed = _apply_depth_step(step, x, recent, initial, lengths, *rows, *padded)
+    return x, h, state, passed[: len(contexts)]

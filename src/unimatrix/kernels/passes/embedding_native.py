@@ -1,11 +1,7 @@
 """Rows of an embedding in Numba, their gradients summed by all threads."""
 # mypy: allow-untyped-defs
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.errors import InputError
 from unimatrix.ops.numba.compile import kernel
@@ -13,6 +9,7 @@ from unimatrix.ops.numba.lanes import OPTIONS, at, pointer
 from unimatrix.ops.numba.products import LANES
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.numba.tiles import TILE, add_multiple, count_spans, sum_spans
+from unimatrix.ops.operator import declare_operator
 
 
 @kernel(**OPTIONS)
@@ -44,39 +41,34 @@ def _sum_spans(first, last, lanes, num_spans, num_rows, width, token_ids, drows,
                 add_multiple(lanes, grad, 1.0, width, at(dtable, token_ids[row] * width))
 
 
-class _EmbedTokens(torch.autograd.Function):
-    """The rows with their gradient; not differentiable twice."""
+def _run_forward(token_ids: Tensor, table: Tensor, lowest: int, num_tokens: int) -> Tensor:
+    token_ids, width, num_rows = token_ids.contiguous(), table.shape[1], token_ids.numel()
+    num_spans = count_spans(-(-num_rows // TILE))
+    rows = table.new_empty(*token_ids.shape, width)
+    num_strange = token_ids.new_empty(num_spans)
+    inputs = (num_spans, num_rows, width, lowest, token_ids, table, rows, num_strange)
+    run_rows(_take_spans, LANES, num_spans, 8 * num_rows * width // num_spans, *inputs)
+    if num_strange.any():
+        is_strange = (token_ids < lowest) | (token_ids >= num_tokens)
+        raise InputError(
+            f"token id {int(token_ids[is_strange][0])} is not in the vocabulary; pass 0 to "
+            f"{num_tokens - 1}"
+        )
+    return rows
 
-    @staticmethod
-    def forward(ctx: Any, token_ids: Tensor, lowest: int, table: Tensor) -> Tensor:
-        token_ids, table = token_ids.contiguous(), table.contiguous()
-        width, num_rows = table.shape[1], token_ids.numel()
-        num_spans = count_spans(-(-num_rows // TILE))
-        rows = table.new_empty(*token_ids.shape, width)
-        num_strange = token_ids.new_empty(num_spans)
-        sizes = (num_spans, num_rows, width, lowest)
-        given = (token_ids, table, rows, num_strange)
-        run_rows(_take_spans, LANES, num_spans, 8 * num_rows * width // num_spans, *sizes, *given)
-        if num_strange.any():
-            is_strange = (token_ids < lowest) | (token_ids >= table.shape[0])
-            raise InputError(
-                f"token id {int(token_ids[is_strange][0])} is not in the vocabulary; pass 0 to "
-                f"{table.shape[0] - 1}"
-            )
-        ctx.save_for_backward(token_ids)
-        ctx.shape = table.shape
-        return rows
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
-        (token_ids,) = ctx.saved_tensors
-        num_rows, width = token_ids.numel(), ctx.shape[1]
-        num_spans = count_spans(-(-num_rows // TILE))
-        dtables = drows.new_empty(num_spans, ctx.shape.numel())
-        given = (num_spans, num_rows, width, token_ids, drows, dtables)
-        run_rows(_sum_spans, LANES, num_spans, 8 * num_rows * width // num_spans, *given)
-        return None, None, sum_spans(dtables).view(ctx.shape)
+def _run_backward(token_ids: Tensor, num_tokens: int, drows: Tensor) -> tuple[Tensor]:
+    num_rows, width = token_ids.numel(), drows.shape[-1]
+    num_spans = count_spans(-(-num_rows // TILE))
+    dtables = drows.new_empty(num_spans, num_tokens * width)
+    inputs = (num_spans, num_rows, width, token_ids, drows, dtables)
+    run_rows(_sum_spans, LANES, num_spans, 8 * num_rows * width // num_spans, *inputs)
+    return (sum_spans(dtables).view(num_tokens, width),)
+
+
+_embed_tokens = declare_operator(
+    "embed_tokens", _run_forward, backward=_run_backward, gradients="table"
+)
 
 
 def embed_tokens_native(token_ids: Tensor, table: Tensor, *, allows_none: bool) -> Tensor:
@@ -93,5 +85,5 @@ def embed_tokens_native(token_ids: Tensor, table: Tensor, *, allows_none: bool) 
     Raises:
         InputError: for an id that is not in the table.
     """
-    rows: Tensor = _EmbedTokens.apply(token_ids, -1 if allows_none else 0, table)
+    rows: Tensor = _embed_tokens(token_ids, table, -1 if allows_none else 0, table.shape[0])
     return rows

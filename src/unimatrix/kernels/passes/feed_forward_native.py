@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from unimatrix.kernels.passes.gated_sum_native import squash
-from unimatrix.kernels.passes.gaussian_native import find_normal_density, integrate_normal
 from unimatrix.kernels.passes.weights import (
     PassWeights,
     hold_float,
@@ -23,6 +20,7 @@ from unimatrix.kernels.passes.weights import (
     order_panels,
 )
 from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.gaussian import find_normal_density, integrate_normal
 from unimatrix.ops.numba.lanes import (
     OPTIONS,
     at,
@@ -42,11 +40,11 @@ from unimatrix.ops.numba.tiles import (
     add_rows,
     copy_rows,
     count_spans,
-    needs_gradient,
     normalize_tile,
     normalize_tile_backward,
     sum_spans,
 )
+from unimatrix.ops.operator import declare_operator
 
 
 class _Form(NamedTuple):
@@ -206,14 +204,9 @@ class FeedForwardSizes(NamedTuple):
 
 
 def prepare_feed_forward(
-    scale: Tensor,
-    shift: Tensor | None,
-    eps: float,
-    up: Sequence[Tensor],
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-) -> PassWeights:
+    scale: Tensor, shift: Tensor | None, eps: float, up: Sequence[Tensor], up_bias: Tensor | None,
+    down: Tensor, down_bias: Tensor | None,
+) -> PassWeights:  # fmt: skip
     """Join the weights of norm and network.
 
     Args:
@@ -242,59 +235,57 @@ def prepare_feed_forward(
 
 
 def _plan(
-    x: Tensor, weights: PassWeights
+    x: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float
 ) -> tuple[_Form, int, int, tuple[int, ...], tuple[Any, ...]]:
     """Return the kernels' form, spans of rows, the work of one, sizes, and what both take first."""
     num_rows = x.numel() // x.shape[-1]
-    width, inner, is_centred, is_gated, _ = FeedForwardSizes(*weights.sizes)
+    width, inner, is_centred, is_gated, _ = FeedForwardSizes(*sizes)
     form = _Form(LANES, (0,) * is_centred, (0,) * is_gated, (0,) * (x.itemsize == 8))
     num_spans = count_spans(-(-num_rows // TILE))
-    work = num_rows * weights.row.numel() // num_spans
-    given = (x, hold_float(weights.eps, x.dtype), weights.row, weights.panels)
+    work = num_rows * row.numel() // num_spans
+    given = (x, hold_float(eps, x.dtype), row, panels)
     return form, num_spans, work, (num_spans, num_rows, width, inner), given
 
 
-def run_forward(x: Tensor, weights: PassWeights, *, saves: bool) -> tuple[Tensor, Tensor]:
+def run_forward(
+    x: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float, *, saves: bool
+) -> tuple[Tensor, Tensor]:
     """Run the forward kernel on [..., D]; return the result, and what the backward kernel needs."""
-    form, num_spans, work, sizes, given = _plan(x, weights)
-    kept = x.new_empty(sizes[1] if saves else 0, weights.sizes[-1])
-    y = torch.empty_like(x)
-    run_rows(_apply_spans, form, num_spans, work, *sizes, *given, kept, y)
+    form, num_spans, work, counts, given = _plan(x, row, panels, sizes, eps)
+    kept = x.new_empty(counts[1] if saves else 0, sizes[-1])
+    y = x.new_empty(x.shape)
+    run_rows(_apply_spans, form, num_spans, work, *counts, *given, kept, y)
     return y, kept
 
 
 def run_backward(
-    x: Tensor, kept: Tensor, weights: PassWeights, dy: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, kept: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float,
+    dy: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the backward kernel; return the gradients of x and of the row of weights."""
-    form, num_spans, work, sizes, given = _plan(x, weights)
-    dx, dweights = torch.empty_like(x), x.new_empty(num_spans, weights.row.numel())
+    form, num_spans, work, counts, given = _plan(x, row, panels, sizes, eps)
+    dx, dweights = x.new_empty(x.shape), x.new_empty(num_spans, row.numel())
     given = (*given, kept, dy, dx, dweights)
-    run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *given)
+    run_rows(_backward_spans, form, num_spans, 3 * work, *counts, *given)
     return dx, sum_spans(dweights)
 
 
-class _AddFeedForward(torch.autograd.Function):
-    """The pass with its backward kernel; not differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, saves: bool, given: PassWeights, x: Tensor, row: Tensor) -> Tensor:
-        x = x.contiguous()
-        y, kept = run_forward(x, given, saves=saves)
-        ctx.save_for_backward(x, kept, row, given.panels)
-        ctx.rest = given[2:]
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, *given = ctx.saved_tensors
-        dx, drow = run_backward(x, kept, PassWeights(*given, *ctx.rest), dy)
-        return None, None, dx, drow
+_add_feed_forward = declare_operator(
+    "add_feed_forward",
+    run_forward,
+    backward=run_backward,
+    results="y",
+    saved="kept",
+    gradients="x row",
+    shapes=lambda x, row, panels, sizes, eps: (
+        x.new_empty(x.shape),
+        x.new_empty(x.numel() // x.shape[-1], sizes[-1]),
+    ),
+    gradient_shapes=lambda x, kept, row, *_: (x.new_empty(x.shape), row.new_empty(row.shape)),
+)
 
 
 def add_feed_forward_native(x: Tensor, weights: PassWeights) -> Tensor:
     """Run the pass on the CPU; arguments as in ``add_feed_forward``."""
-    saves = needs_gradient(x, weights.row)
-    y: Tensor = _AddFeedForward.apply(saves, weights, x, weights.row)
+    y: Tensor = _add_feed_forward(x, *weights)
     return y

@@ -2,11 +2,8 @@
 # mypy: allow-untyped-defs
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import (
@@ -22,6 +19,7 @@ from unimatrix.ops.numba.lanes import (
     zeros,
 )
 from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.operator import declare_operator
 
 _FORM = ((0,) * 16, (0,))  # numbers handled together; in rows that are shorter, one
 
@@ -93,35 +91,43 @@ def _backward_rows(
                 _backward_part(one_lane, j, width, num_gates, gate, parts, grad, dgate, dparts)
 
 
-class _SumGated(torch.autograd.Function):
-    """The sum with its backward kernel; not differentiable twice."""
+def _run_forward(
+    gates: Tensor, context_1: Tensor, context_2: Tensor | None, context_3: Tensor | None
+) -> Tensor:
+    width = context_1.shape[-1]
+    num_gates, y = gates.shape[-1] // width, context_1.new_empty(context_1.shape)
+    contexts = [context_1 if x is None else x for x in (context_1, context_2, context_3)]
+    work = 16 * num_gates * width
+    run_rows(_sum_rows, _FORM, y.numel() // width, work, width, num_gates, gates, *contexts, y)
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, *contexts: Tensor) -> Tensor:
-        gates, *parts = (tensor.contiguous() for tensor in (logits, *contexts))
-        width, num_gates = parts[0].shape[-1], len(parts)
-        y = torch.empty_like(parts[0])
-        sizes = (y.numel() // width, 16 * num_gates * width)
-        padded = (*parts, *[parts[0]] * (3 - num_gates))
-        run_rows(_sum_rows, _FORM, *sizes, width, num_gates, gates, *padded, y)
-        ctx.save_for_backward(gates, *parts)
-        ctx.sizes = sizes
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-        gates, *parts = ctx.saved_tensors
-        width, num_gates = parts[0].shape[-1], len(parts)
-        dgates = torch.empty_like(gates)
-        grads = [torch.empty_like(part) for part in parts]
-        unused = 3 - num_gates
-        given = (*parts, *[parts[0]] * unused, dy, dgates, *grads, *[grads[0]] * unused)
-        run_rows(_backward_rows, _FORM, *ctx.sizes, width, num_gates, gates, *given)
-        return dgates, *grads
+def _run_backward(
+    gates: Tensor,
+    context_1: Tensor,
+    context_2: Tensor | None,
+    context_3: Tensor | None,
+    dy: Tensor,
+) -> tuple[Tensor, ...]:
+    width = context_1.shape[-1]
+    num_gates, num_rows = gates.shape[-1] // width, context_1.numel() // width
+    contexts = [context_1 if x is None else x for x in (context_1, context_2, context_3)]
+    grads = [gates.new_empty(gates.shape), *(dy.new_empty(dy.shape) for _ in range(num_gates))]
+    grads += grads[1:2] * (3 - num_gates)
+    inputs, work = (gates, *contexts, dy, *grads), 16 * num_gates * width
+    run_rows(_backward_rows, _FORM, num_rows, work, width, num_gates, *inputs)
+    return tuple(grads)
+
+
+_sum_gated = declare_operator(
+    "sum_gated",
+    _run_forward,
+    backward=_run_backward,
+    gradients="gates context_1 context_2 context_3",
+)
 
 
 def sum_gated_native(gates: Tensor, contexts: Sequence[Tensor]) -> Tensor:
     """Compute E11 on the CPU; arguments as in ``sum_gated``, at most three contexts."""
-    y: Tensor = _SumGated.apply(gates, *contexts)
+    y: Tensor = _sum_gated(gates, *[*contexts, None, None][:3])
     return y

@@ -1,16 +1,13 @@
 """The gated linear unit in Numba: one pass forward, one backward."""
 # mypy: allow-untyped-defs
 
-from typing import Any
-
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.kernels.passes.gated_sum_native import squash
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import OPTIONS, load, minus, plus, pointer, store, times, zeros
 from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.operator import declare_operator
 
 _FORM = ((0,) * 16, (0,))  # numbers handled together; in rows that are shorter, one
 _WORK = 8  # of a number, beside a multiply-add
@@ -65,29 +62,26 @@ def _backward_rows(first, last, form, width, x, dy, dx):
                 _backward_part(one_lane, j, width, source, grad, target)
 
 
-class _GatedUnit(torch.autograd.Function):
-    """The unit with its backward kernel; not differentiable twice."""
+def _run_forward(x: Tensor) -> Tensor:
+    width = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], width)
+    run_rows(_apply_rows, _FORM, x.numel() // (2 * width), _WORK * width, width, x, y)
+    return y
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        width = x.shape[-1] // 2
-        y = x.new_empty(*x.shape[:-1], width)
-        run_rows(_apply_rows, _FORM, x.numel() // (2 * width), _WORK * width, width, x, y)
-        ctx.save_for_backward(x)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        width, dx = x.shape[-1] // 2, torch.empty_like(x)
-        num_rows = x.numel() // (2 * width)
-        run_rows(_backward_rows, _FORM, num_rows, 2 * _WORK * width, width, x, dy, dx)
-        return dx
+def _run_backward(x: Tensor, dy: Tensor) -> tuple[Tensor]:
+    width, dx = x.shape[-1] // 2, x.new_empty(x.shape)
+    num_rows = x.numel() // (2 * width)
+    run_rows(_backward_rows, _FORM, num_rows, 2 * _WORK * width, width, x, dy, dx)
+    return (dx,)
+
+
+_apply_gated_unit = declare_operator(
+    "apply_gated_unit", _run_forward, backward=_run_backward, gradients="x"
+)
 
 
 def apply_gated_unit_native(gate_and_up: Tensor) -> Tensor:
     """Compute E23 on the CPU; arguments as in ``apply_gated_unit``."""
-    y: Tensor = _GatedUnit.apply(gate_and_up)
+    y: Tensor = _apply_gated_unit(gate_and_up)
     return y

@@ -7,12 +7,12 @@ neither logits nor their gradients are ever in memory for more than the rows in 
 # mypy: allow-untyped-defs
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.errors import InputError
 from unimatrix.kernels.passes.weights import PassWeights, join_weights, order_panels
@@ -34,7 +34,8 @@ from unimatrix.ops.numba.lanes import (
 )
 from unimatrix.ops.numba.products import LANES, multiply
 from unimatrix.ops.numba.threads import run_rows
-from unimatrix.ops.numba.tiles import TILE, count_spans, needs_gradient, sum_spans
+from unimatrix.ops.numba.tiles import TILE, count_spans, sum_spans
+from unimatrix.ops.operator import declare_operator
 
 _FAR_BELOW = -1e30  # a logit of no weight, finite in float32
 
@@ -168,25 +169,15 @@ def _require_rows(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError(f"{name} is {list(ids.shape)} {ids.dtype}; pass {list(shape)} torch.int64")
 
 
-def run_head(
-    h: Tensor,
-    weights: PassWeights,
-    targets: Tensor,
-    token_ids: Tensor | None,
-    shares: Tensor | None,
-    *,
-    ignored: int,
-    saves: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_forward(
+    h: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], targets: Tensor,
+    token_ids: Tensor | None, shares: Tensor | None, ignored: int, *, saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernel.
 
     Args:
-        h: [..., D].
-        weights: from ``prepare_head``.
-        targets: [...] int64.
-        token_ids: [..., K] int64, or ``None`` without a pointer.
-        shares: [..., K] votes or [..., 1 + K] logarithms, as in ``sum_cross_entropy``.
-        ignored: the target that counts nothing.
+        h, targets, token_ids, shares, ignored: as in ``sum_cross_entropy``.
+        row, panels, sizes: fields of ``PassWeights``.
         saves: return gradients; else they are empty.
 
     Returns:
@@ -198,20 +189,20 @@ def run_head(
     _require_rows("targets", targets, h.shape[:-1])
     if token_ids is not None:
         _require_rows("token_ids", token_ids, (*h.shape[:-1], token_ids.shape[-1]))
-    vocab, num_rows = weights.sizes[0], h.numel() // h.shape[-1]
+    vocab, num_rows = sizes[0], h.numel() // h.shape[-1]
     num_spans = count_spans(-(-num_rows // TILE))
-    work = (3 if saves else 1) * num_rows * weights.row.numel() // num_spans
+    work = (3 if saves else 1) * num_rows * row.numel() // num_spans
     num_pointed = 0 if token_ids is None else token_ids.shape[-1]
     mixes = shares is not None and shares.shape[-1] > num_pointed
     form, none = _Form(LANES, (0,) * mixes, (0,) * saves), h.new_empty(0)
     shares = none if shares is None else shares
     token_ids = targets.new_empty(0) if token_ids is None else token_ids
-    dh, dshares = (torch.empty_like(part) if saves else none for part in (h, shares))
-    grads = h.new_empty(num_spans, weights.row.numel() if saves else 0)
+    dh, dshares = (x.new_empty(x.shape) if saves else none for x in (h, shares))
+    grads = h.new_empty(num_spans, row.numel() if saves else 0)
     sums = h.new_empty(num_spans, 2, dtype=torch.float64)
-    sizes = (num_spans, num_rows, *weights.sizes, num_pointed, ignored)
-    given = (h, weights.panels, targets, token_ids, shares)
-    run_rows(_score_spans, form, num_spans, work, *sizes, *given, dh, dshares, grads, sums)
+    counts = (num_spans, num_rows, *sizes, num_pointed, ignored)
+    inputs = (h, panels, targets, token_ids, shares)
+    run_rows(_score_spans, form, num_spans, work, *counts, *inputs, dh, dshares, grads, sums)
     nats, num_strange = sums.sum(dim=0)
     if num_strange:
         is_strange = ((targets < 0) | (targets >= vocab)) & (targets != ignored)
@@ -222,47 +213,33 @@ def run_head(
     return nats.to(h.dtype), dh, sum_spans(grads) if saves else none, dshares
 
 
-class _SumCrossEntropy(torch.autograd.Function):
-    """The pass, whose gradients are there before they are asked for; not differentiable twice."""
+def _scale_gradients(
+    dh: Tensor, drow: Tensor, dshares: Tensor, dnats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients, known since the forward pass but for this factor."""
+    return dnats * dh, dnats * drow, dnats * dshares
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        saves: bool,
-        ignored: int,
-        given: PassWeights,
-        targets: Tensor,
-        token_ids: Tensor | None,
-        h: Tensor,
-        row: Tensor,
-        shares: Tensor | None,
-    ) -> Tensor:
-        shares = None if shares is None else shares.contiguous()
-        inputs = (h.contiguous(), given, targets.contiguous(), token_ids, shares)
-        nats, *grads = run_head(*inputs, ignored=ignored, saves=saves)
-        ctx.save_for_backward(*grads)
-        ctx.has_shares = shares is not None
-        return nats
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
-        dh, drow, dshares = ctx.saved_tensors
-        of_shares = dnats * dshares if ctx.has_shares else None
-        return None, None, None, None, None, dnats * dh, dnats * drow, of_shares
+_sum_cross_entropy = declare_operator(
+    "sum_cross_entropy",
+    run_forward,
+    backward=_scale_gradients,
+    results="nats",
+    saved="dh drow dshares",
+    gradients="h row shares",
+    shapes=lambda h, row, panels, sizes, targets, token_ids, shares, ignored: (
+        h.new_empty(()),
+        h.new_empty(h.shape),
+        row.new_empty(row.shape),
+        h.new_empty(0 if shares is None else shares.shape),
+    ),
+)
 
 
 def sum_cross_entropy_native(
-    h: Tensor,
-    weights: PassWeights,
-    targets: Tensor,
-    token_ids: Tensor | None,
-    shares: Tensor | None,
-    *,
-    ignored: int,
-) -> Tensor:
+    h: Tensor, weights: PassWeights, targets: Tensor, token_ids: Tensor | None,
+    shares: Tensor | None, *, ignored: int,
+) -> Tensor:  # fmt: skip
     """Run the pass on the CPU; arguments as in ``sum_cross_entropy``."""
-    saves = needs_gradient(h, weights.row, shares)
-    others = (weights, targets, token_ids, h, weights.row, shares)
-    nats: Tensor = _SumCrossEntropy.apply(saves, ignored, *others)
+    nats: Tensor = _sum_cross_entropy(h, *weights[:3], targets, token_ids, shares, ignored)
     return nats

@@ -5,12 +5,10 @@ As in ``feed_forward_native``, a few rows at a time go through all of it.
 # mypy: allow-untyped-defs
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.kernels.passes.gated_sum_native import squash
 from unimatrix.kernels.passes.weights import PassWeights, join_weights, order_panels
@@ -29,7 +27,8 @@ from unimatrix.ops.numba.lanes import (
 )
 from unimatrix.ops.numba.products import LANES, multiply
 from unimatrix.ops.numba.threads import run_rows
-from unimatrix.ops.numba.tiles import TILE, count_spans, needs_gradient, sum_spans
+from unimatrix.ops.numba.tiles import TILE, count_spans, sum_spans
+from unimatrix.ops.operator import declare_operator
 
 
 class MixingSizes(NamedTuple):
@@ -162,100 +161,92 @@ def _backward_spans(
     keep(scratch)
 
 
-def _plan(h: Tensor, weights: PassWeights) -> tuple[int, int, tuple[int, ...]]:
+def _plan(h: Tensor, row: Tensor, sizes: Sequence[int]) -> tuple[int, int, tuple[int, ...]]:
     """Return spans of rows, the multiply-adds of one, and the kernels' sizes."""
-    num_rows, sizes = h.numel() // h.shape[-1], MixingSizes(*weights.sizes)
+    num_rows = h.numel() // h.shape[-1]
     num_spans = count_spans(-(-num_rows // TILE))
-    work = num_rows * weights.row.numel() // num_spans
+    work = num_rows * row.numel() // num_spans
     return num_spans, work, (num_spans, num_rows, *sizes)
 
 
 def run_forward(
-    x: Tensor,
-    h: Tensor,
-    readout: Tensor,
-    contexts: Sequence[Tensor],
-    weights: PassWeights,
-    *,
-    saves: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the forward kernel.
+    x: Tensor, h: Tensor, readout: Tensor, context_1: Tensor | None, context_2: Tensor | None,
+    row: Tensor, panels: Tensor, sizes: Sequence[int], *, saves: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the forward kernel; the last three inputs are fields of ``PassWeights``.
 
     Returns:
         the stream afterwards, and for the backward kernel the gates and the projected readout.
     """
-    num_spans, work, sizes = _plan(h, weights)
-    y, num_kept, width = torch.empty_like(x), sizes[1] if saves else 0, x.shape[-1]
-    gates = x.new_empty(num_kept, sizes[-1] * width)
-    projected = x.new_empty(num_kept, width)
-    given = (x, h, readout, *_fill(contexts, h), weights.row, weights.panels)
-    run_rows(_apply_spans, LANES, num_spans, work, *sizes, *given, gates, projected, y)
+    num_spans, work, counts = _plan(h, row, sizes)
+    y, num_saved, width = x.new_empty(x.shape), counts[1] if saves else 0, x.shape[-1]
+    gates = x.new_empty(num_saved, sizes[-1] * width)
+    projected = x.new_empty(num_saved, width)
+    contexts = (_or_other(context_1, h), _or_other(context_2, h))
+    inputs = (x, h, readout, *contexts, row, panels)
+    run_rows(_apply_spans, LANES, num_spans, work, *counts, *inputs, gates, projected, y)
     return y, gates, projected
 
 
 def run_backward(
-    h: Tensor,
-    readout: Tensor,
-    contexts: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    weights: PassWeights,
-    dy: Tensor,
-    elsewhere: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    h: Tensor, readout: Tensor, context_1: Tensor | None, context_2: Tensor | None, gates: Tensor,
+    projected: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], dy: Tensor, *,
+    dcontexts: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward kernel.
 
     Args:
-        h, readout, contexts, weights: as in ``run_forward``.
-        kept: its last results.
+        h, readout, context_1, context_2, row, panels, sizes: as in ``run_forward``.
+        gates, projected: its last results.
         dy: gradient of the stream.
-        elsewhere: gradients of the other contexts where they go on beside the pass; empty if that
-            is summed elsewhere.
+        dcontexts: gradients of the contexts from where they are used beside the pass; empty if
+            those are added elsewhere.
 
     Returns:
-        the gradients of h, of the readout, of the other contexts, and of the row of weights.
+        the gradients of h, of the readout, of both contexts (empty where there is none), and of the
+        row of weights.
     """
-    num_spans, work, sizes = _plan(h, weights)
-    dh, dreadout = torch.empty_like(h), torch.empty_like(readout)
-    dcontexts = [torch.empty_like(context) for context in contexts]
-    dweights = h.new_empty(num_spans, weights.row.numel())
-    along = [dy, *_fill(elsewhere, h.new_empty(0))]
-    given = (h, readout, *_fill(contexts, h), *kept, weights.panels, *along)
-    results = (dh, dreadout, *_fill(dcontexts, dh), dweights)
-    run_rows(_backward_spans, LANES, num_spans, 3 * work, *sizes, *given, *results)
-    return dh, dreadout, dcontexts, sum_spans(dweights)
+    num_spans, work, counts = _plan(h, row, sizes)
+    contexts = (_or_other(context_1, h), _or_other(context_2, h))
+    none = h.new_empty(0)
+    grads = [h.new_empty(h.shape), readout.new_empty(readout.shape)]
+    grads += [none if x is None else x.new_empty(x.shape) for x in (context_1, context_2)]
+    dweights = h.new_empty(num_spans, row.numel())
+    beside = [*dcontexts, none, none][:2]
+    inputs = (h, readout, *contexts, gates, projected, panels, dy, *beside)
+    run_rows(_backward_spans, LANES, num_spans, 3 * work, *counts, *inputs, *grads, dweights)
+    dh, dreadout, dcontext_1, dcontext_2 = grads
+    return dh, dreadout, dcontext_1, dcontext_2, sum_spans(dweights)
 
 
-def _fill(contexts: Sequence[Tensor], other: Tensor) -> list[Tensor]:
-    """Return two contexts, ``other`` where there is none: the kernels take as many."""
-    return [*contexts, other, other][:2]
+def _or_other(context: Tensor | None, other: Tensor) -> Tensor:
+    """Return a context, or what the kernels take in place of none."""
+    return other if context is None else context
 
 
-class _AddMixed(torch.autograd.Function):
-    """The pass with its backward kernel; not differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, saves: bool, given: PassWeights, row: Tensor, *streams: Tensor) -> Tensor:
-        x, h, readout, *contexts = (stream.contiguous() for stream in streams)
-        y, *kept = run_forward(x, h, readout, contexts, given, saves=saves)
-        ctx.save_for_backward(row, given.panels, *kept, h, readout, *contexts)
-        ctx.sizes = given.sizes
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        row, panels, gates, projected, h, readout, *contexts = ctx.saved_tensors
-        weights = PassWeights(row, panels, ctx.sizes)
-        dh, dreadout, dcontexts, drow = run_backward(
-            h, readout, contexts, (gates, projected), weights, dy
-        )
-        return None, None, drow, dy, dh, dreadout, *dcontexts
+_add_mixed = declare_operator(
+    "add_mixed",
+    run_forward,
+    backward=run_backward,
+    results="y",
+    saved="gates projected",
+    residual="x",
+    gradients="h readout context_1 context_2 row",
+    shapes=lambda x, h, readout, one, two, row, panels, sizes: (
+        x.new_empty(x.shape),
+        x.new_empty(x.numel() // x.shape[-1], sizes[-1] * x.shape[-1]),
+        x.new_empty(x.numel() // x.shape[-1], x.shape[-1]),
+    ),
+    gradient_shapes=lambda h, readout, one, two, gates, projected, row, *_: tuple(
+        h.new_empty(0 if x is None else x.shape) for x in (h, readout, one, two, row)
+    ),
+)
 
 
 def add_mixed_native(
     x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights
 ) -> Tensor:
     """Run the pass on the CPU; arguments as in ``add_mixed``."""
-    saves = needs_gradient(x, h, *contexts, weights.row)
-    mixed: Tensor = _AddMixed.apply(saves, weights, weights.row, x, h, *contexts)
+    readout, one, two = [*contexts, None, None][:3]
+    mixed: Tensor = _add_mixed(x, h, readout, one, two, *weights[:3])
     return mixed

@@ -2,11 +2,10 @@
 # mypy: allow-untyped-defs
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import OPTIONS, at, pointer
@@ -19,6 +18,7 @@ from unimatrix.ops.numba.tiles import (
     multiply_rows,
     sum_spans,
 )
+from unimatrix.ops.operator import declare_operator
 
 if TYPE_CHECKING:
     from unimatrix.kernels.passes import FoundInSlots, FoundMatch
@@ -116,66 +116,54 @@ def _backward_spans(
                 add_multiple(form.lanes, source, slope, width, at(dweight, k * width))
 
 
-class _WeighRetrieved(torch.autograd.Function):
-    """The pass with its backward kernel; not differentiable twice."""
+def _run_forward(
+    h: Tensor, weight: Tensor, bias: Tensor, log_strength: Tensor, hindsight: Tensor | None,
+    match_weight: Tensor, match_bias: Tensor, by_length: Tensor, token_ids: Tensor,
+    predicted_ids: Tensor, match_lengths: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
+    form = _Form(LANES, (0,) * match_weight.shape[0])
+    num_components = num_slots + len(form.matched)
+    all_ids = predicted_ids.new_empty(*h.shape[:-1], num_components, dtype=torch.int64)
+    log_weights = h.new_empty(*h.shape[:-1], 1 + num_components)
+    inputs = (h, weight, bias, log_strength, token_ids, match_weight, match_bias, by_length)
+    results = (predicted_ids, match_lengths, all_ids, log_weights)
+    sizes = (h.numel() // width, _WORK_OF_SHARES + width * num_components)
+    run_rows(_weigh_rows, form, *sizes, width, num_slots, num_buckets, *inputs, *results)
+    return h, all_ids, log_weights
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        log_strength: Tensor,
-        elsewhere: Tensor | None,
-        match_weight: Tensor,
-        match_bias: Tensor,
-        by_length: Tensor,
-        *ids: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        h = h.contiguous()
-        token_ids, predicted_ids, match_lengths = (part.contiguous() for part in ids)
-        width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
-        form = _Form(LANES, (0,) * match_weight.shape[0])
-        num_components = num_slots + len(form.matched)
-        all_ids = predicted_ids.new_empty(*h.shape[:-1], num_components, dtype=torch.int64)
-        log_weights = h.new_empty(*h.shape[:-1], 1 + num_components)
-        given = (h, weight, bias, log_strength, token_ids, match_weight, match_bias, by_length)
-        results = (predicted_ids, match_lengths, all_ids, log_weights)
-        sizes = (h.numel() // width, _WORK_OF_SHARES + width * num_components)
-        run_rows(_weigh_rows, form, *sizes, width, num_slots, num_buckets, *given, *results)
-        ctx.save_for_backward(
-            h, weight, match_weight, predicted_ids, match_lengths, by_length, log_weights
-        )
-        ctx.has_elsewhere = elsewhere is not None
-        ctx.mark_non_differentiable(all_ids)
-        return h, all_ids, log_weights
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dstream: Tensor, _: Tensor, dlog_weights: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        h, weight, match_weight, *ids, by_length, log_weights = ctx.saved_tensors
-        width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
-        form = _Form(LANES, (0,) * match_weight.shape[0])
-        num_components = num_slots + len(form.matched)
-        num_rows = h.numel() // width
-        num_spans = count_spans(-(-num_rows // TILE))
-        dh = torch.empty_like(h)
-        dlog_strength, delsewhere = h.new_empty(2, *h.shape[:-1], num_slots)
-        counts = (num_components * width, num_components, num_buckets)
-        grads = h.new_empty(num_spans, sum(counts))
-        work = num_rows * (_WORK_OF_SHARES + 2 * counts[0]) // num_spans
-        sizes = (num_spans, num_rows, width, num_slots, num_buckets)
-        given = (h, weight, match_weight, *ids, log_weights, dstream, dlog_weights)
-        results = (dh, dlog_strength, delsewhere, grads)
-        run_rows(_backward_spans, form, num_spans, work, *sizes, *given, *results)
-        dweights, dbiases, dby_length = sum_spans(grads).split(counts)
-        of_slots = dweights[: weight.numel()].view_as(weight), dbiases[:num_slots]
-        of_match = dweights[weight.numel() :].view_as(match_weight), dbiases[num_slots:]
-        of_elsewhere = delsewhere if ctx.has_elsewhere else None
-        others = (*of_match, dby_length, None, None, None)
-        return dh, *of_slots, dlog_strength, of_elsewhere, *others
+def _run_backward(
+    h: Tensor, weight: Tensor, match_weight: Tensor, by_length: Tensor, predicted_ids: Tensor,
+    match_lengths: Tensor, log_weights: Tensor, dstream: Tensor, _: Tensor, dlog_weights: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
+    form = _Form(LANES, (0,) * match_weight.shape[0])
+    num_components = num_slots + len(form.matched)
+    num_rows = h.numel() // width
+    num_spans = count_spans(-(-num_rows // TILE))
+    dh = h.new_empty(h.shape)
+    dlog_strength, dhindsight = h.new_empty(2, *h.shape[:-1], num_slots)
+    counts = (num_components * width, num_components, num_buckets)
+    grads = h.new_empty(num_spans, sum(counts))
+    work = num_rows * (_WORK_OF_SHARES + 2 * counts[0]) // num_spans
+    sizes = (num_spans, num_rows, width, num_slots, num_buckets)
+    inputs = (h, weight, match_weight, predicted_ids, match_lengths, log_weights)
+    results = (dstream, dlog_weights, dh, dlog_strength, dhindsight, grads)
+    run_rows(_backward_spans, form, num_spans, work, *sizes, *inputs, *results)
+    dweights, dbiases, dby_length = sum_spans(grads).split(counts)
+    of_slots = dweights[: weight.numel()].view_as(weight), dbiases[:num_slots]
+    of_match = dweights[weight.numel() :].view_as(match_weight), dbiases[num_slots:]
+    return dh, *of_slots, dlog_strength, dhindsight, *of_match, dby_length
+
+
+_weigh_retrieved = declare_operator(
+    "weigh_retrieved",
+    _run_forward,
+    backward=_run_backward,
+    results="stream all_ids log_weights",
+    gradients="h weight bias log_strength hindsight match_weight match_bias by_length",
+)
 
 
 def weigh_retrieved_native(
@@ -184,11 +172,9 @@ def weigh_retrieved_native(
     """Run the pass on the CPU; arguments as in ``weigh_retrieved``."""
     none, no_rows = h.new_empty(0), h.new_empty(0, h.shape[-1])
     no_ids = torch.empty(0, dtype=torch.int64)
-    weight, bias, token_ids, log_strength, elsewhere = slots or (no_rows, none, no_ids, none, None)
-    match_weight, match_bias, by_length, *found = match or (no_rows, none, none, no_ids, no_ids)
-    of_slots = (weight, bias, log_strength, elsewhere)
-    of_match = (match_weight, match_bias, by_length)
-    weighed: tuple[Tensor, Tensor, Tensor] = _WeighRetrieved.apply(
-        h, *of_slots, *of_match, token_ids, *found
+    weight, bias, token_ids, *of_slots = slots or (no_rows, none, no_ids, none, None)
+    *of_match, predicted_ids, lengths = match or (no_rows, none, none, no_ids, no_ids)
+    weighed: tuple[Tensor, Tensor, Tensor] = _weigh_retrieved(
+        h, weight, bias, *of_slots, *of_match, token_ids, predicted_ids, lengths
     )
     return weighed

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.kernels.passes.weights import (
     PassWeights,
@@ -45,6 +43,7 @@ from unimatrix.ops.numba.tiles import (
     normalize_tile_backward,
     sum_spans,
 )
+from unimatrix.ops.operator import declare_operator
 
 
 class _Form(NamedTuple):
@@ -74,14 +73,9 @@ class ProjectionSizes(NamedTuple):
 
 
 def prepare_projections(
-    scale: Tensor,
-    shift: Tensor | None,
-    eps: float,
-    filters: Tensor | None,
-    vectors: Sequence[Tensor],
-    controls: Sequence[Tensor],
-    controls_bias: Sequence[Tensor],
-) -> PassWeights:
+    scale: Tensor, shift: Tensor | None, eps: float, filters: Tensor | None,
+    vectors: Sequence[Tensor], controls: Sequence[Tensor], controls_bias: Sequence[Tensor],
+) -> PassWeights:  # fmt: skip
     """Join the weights of norm, convolution and projections.
 
     Args:
@@ -325,68 +319,67 @@ def _backward_spans(
 
 
 def _plan(
-    x: Tensor, weights: PassWeights, squashes: bool
+    x: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float, squashes: bool
 ) -> tuple[_Form, int, int, tuple[int, ...], tuple[Any, ...]]:
     """Return the kernels' form, spans of rows, the work of one, sizes, and the weights."""
     B, T, D = x.shape
-    *sizes, is_centred = ProjectionSizes(*weights.sizes)
+    *counts, is_centred = ProjectionSizes(*sizes)
     form = _Form(LANES, (0,) * is_centred, (0,) * squashes)
     num_spans = count_spans(B * -(-T // TILE))
     work = B * T * D * (sizes[1] + sizes[2]) // num_spans
-    given = (hold_float(weights.eps, x.dtype), weights.row, weights.panels)
-    return form, num_spans, work, (num_spans, T, *sizes), given
+    return form, num_spans, work, (num_spans, T, *counts), (hold_float(eps, x.dtype), row, panels)
 
 
 def run_forward(
-    x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool, spare: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, recent: Tensor | None, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float,
+    squashes: bool, *, spare: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the forward kernel.
 
     Args:
-        x, recent, weights, squashes: as in ``project``.
+        x, recent, squashes: as in ``project``.
+        row, panels, sizes, eps: fields of ``PassWeights``.
         spare: numbers behind the vectors of each token, so that they lie no power of two apart.
 
     Returns:
         h, vectors and controls, [B, T, D or V + spare or C].
     """
-    form, num_spans, work, sizes, given = _plan(x, weights, squashes)
-    _, columns, num_controls, num_taps, _ = weights.sizes
-    h = torch.empty_like(x)
+    form, num_spans, work, counts, weights = _plan(x, row, panels, sizes, eps, squashes)
+    _, columns, num_controls, num_taps, _ = sizes
+    h = x.new_empty(x.shape)
     vectors = x.new_empty(*x.shape[:2], columns + spare)
     controls = x.new_empty(*x.shape[:2], num_controls)
-    inputs = (x, _or_zeros(recent, x, num_taps), *given)
-    run_rows(_apply_spans, form, num_spans, work, *sizes, *inputs, h, vectors, controls)
+    inputs = (x, _or_zeros(recent, x, num_taps), *weights)
+    run_rows(_apply_spans, form, num_spans, work, *counts, *inputs, h, vectors, controls)
     return h, vectors, controls
 
 
 def run_backward(
-    x: Tensor,
-    recent: Tensor | None,
-    weights: PassWeights,
-    vectors: Tensor,
-    grads: Sequence[Tensor],
-    *,
-    squashes: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, recent: Tensor | None, row: Tensor, panels: Tensor, vectors: Tensor,
+    sizes: Sequence[int], eps: float, squashes: bool, dh: Tensor, dvectors: Tensor,
+    dcontrols: Tensor, *, dstream: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward kernel.
 
     Args:
-        x, recent, weights, squashes: as in ``run_forward``.
+        x, recent, row, panels, sizes, eps, squashes: as in ``run_forward``.
         vectors: from there.
-        grads: of the stream where it goes on beside the pass (empty if that is summed elsewhere),
-            and of the results, in their shapes.
+        dh, dvectors, dcontrols: gradients of the results, in their shapes.
+        dstream: the gradient of x from where the stream goes on beside the pass; ``None`` if it is
+            added elsewhere.
 
     Returns:
         the gradients of x, of ``recent``, and of the row of weights.
     """
-    form, num_spans, work, sizes, given = _plan(x, weights, squashes)
-    before = _or_zeros(recent, x, weights.sizes[3])
-    dx, drecent = torch.empty_like(x), torch.empty_like(before)
-    dweights = x.new_empty(num_spans, weights.row.numel())
-    inputs = (x, before, *given, vectors, *grads)
+    form, num_spans, work, counts, weights = _plan(x, row, panels, sizes, eps, squashes)
+    before = _or_zeros(recent, x, sizes[3])
+    dx, drecent = x.new_empty(x.shape), x.new_empty(before.shape)
+    dweights = x.new_empty(num_spans, row.numel())
+    stream = x.new_empty(0) if dstream is None else dstream
+    inputs = (x, before, *weights, vectors, stream, dh, dvectors, dcontrols)
     outputs = (dx, drecent, dweights)
-    run_rows(_backward_spans, form, num_spans, 3 * work, *sizes, *inputs, *outputs)
-    return dx, drecent, sum_spans(dweights)
+    run_rows(_backward_spans, form, num_spans, 3 * work, *counts, *inputs, *outputs)
+    return dx, drecent if recent is None else drecent.to(recent.dtype), sum_spans(dweights)
 
 
 def _or_zeros(recent: Tensor | None, x: Tensor, num_taps: int) -> Tensor:
@@ -396,32 +389,27 @@ def _or_zeros(recent: Tensor | None, x: Tensor, num_taps: int) -> Tensor:
     return x.new_zeros(x.shape[0], max(num_taps - 1, 0), x.shape[2])
 
 
-class _Project(torch.autograd.Function):
-    """The pass with its backward kernel; not differentiable twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, squashes: bool, given: PassWeights, x: Tensor, recent: Tensor | None, row: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = x.contiguous()
-        h, vectors, controls = run_forward(x, recent, given, squashes=squashes)
-        ctx.save_for_backward(x, recent, vectors, row, given.panels)
-        ctx.squashes, ctx.rest = squashes, given[2:]
-        return h, vectors, controls
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, recent, vectors, *kept = ctx.saved_tensors
-        elsewhere = x.new_empty(0)  # the stream's own gradient, which autograd adds
-        given = (x, recent, PassWeights(*kept, *ctx.rest), vectors, (elsewhere, *grads))
-        dx, drecent, drow = run_backward(*given, squashes=ctx.squashes)
-        return None, None, dx, None if recent is None else drecent.to(recent.dtype), drow
+_project = declare_operator(
+    "project",
+    run_forward,
+    backward=run_backward,
+    results="h vectors controls",
+    gradients="x recent row",
+    shapes=lambda x, recent, row, panels, sizes, *_: (
+        x.new_empty(x.shape),
+        *(x.new_empty(*x.shape[:2], columns) for columns in sizes[1:3]),
+    ),
+    gradient_shapes=lambda x, recent, row, panels, vectors, sizes, *_: (
+        x.new_empty(x.shape),
+        (x if recent is None else recent).new_empty(x.shape[0], max(sizes[3] - 1, 0), x.shape[2]),
+        row.new_empty(row.shape),
+    ),
+)
 
 
 def project_native(
     x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the pass on the CPU; arguments as in ``project``."""
-    h, vectors, controls = _Project.apply(squashes, weights, x, recent, weights.row)
+    h, vectors, controls = _project(x, recent, *weights, squashes)
     return h, vectors, controls

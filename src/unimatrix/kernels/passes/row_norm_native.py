@@ -2,16 +2,14 @@
 # mypy: allow-untyped-defs
 
 import math
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.kernels.passes.weights import hold_float
 from unimatrix.ops.numba.compile import kernel
 from unimatrix.ops.numba.lanes import OPTIONS, load, plus, pointer, store, times, total, zeros
 from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.operator import declare_operator
 
 _LANES = (0,) * 16  # numbers handled together; a row's last D % 16 go one by one
 _ROWS_PER_BLOCK = 64  # share one sum for the weight's gradient
@@ -69,37 +67,38 @@ def _backward_blocks(
                 target[j] = (grad[j] * scale[j] + source[j] * outward) * inverse
 
 
-class _NormalizeRows(torch.autograd.Function):
-    """The normalisation with its backward kernel; not differentiable twice."""
+def _run_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    y, inverses = x.new_empty(x.shape), x.new_empty(num_rows)
+    sizes = (-(-num_rows // _ROWS_PER_BLOCK), 4 * _ROWS_PER_BLOCK * width)
+    inputs = (num_rows, width, x, weight, hold_float(eps, x.dtype), y, inverses)
+    run_rows(_normalize_blocks, _LANES, *sizes, *inputs)
+    return y, inverses
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        width = x.shape[-1]
-        num_rows = x.numel() // width
-        x = x.contiguous()
-        y, inverses = torch.empty_like(x), x.new_empty(num_rows)
-        num_blocks = -(-num_rows // _ROWS_PER_BLOCK)
-        sizes = (num_blocks, 4 * _ROWS_PER_BLOCK * width)
-        given = (num_rows, width, x, weight, hold_float(eps, x.dtype), y, inverses)
-        run_rows(_normalize_blocks, _LANES, *sizes, *given)
-        ctx.save_for_backward(x, weight, inverses)
-        ctx.sizes = sizes
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverses = ctx.saved_tensors
-        width = x.shape[-1]
-        dx, dweight = torch.empty_like(x), x.new_empty(ctx.sizes[0], width)
-        given = (x.numel() // width, width, x, weight, inverses, dy)
-        run_rows(_backward_blocks, _LANES, *ctx.sizes, *given, dx, dweight)
-        return dx, dweight.sum(dim=0) if ctx.needs_input_grad[1] else None, None
+def _run_backward(x: Tensor, weight: Tensor, inverses: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    width, num_rows = x.shape[-1], inverses.numel()
+    num_blocks = -(-num_rows // _ROWS_PER_BLOCK)
+    dx, dweight = x.new_empty(x.shape), x.new_empty(num_blocks, width)
+    inputs = (num_rows, width, x, weight, inverses, dy, dx, dweight)
+    run_rows(_backward_blocks, _LANES, num_blocks, 4 * _ROWS_PER_BLOCK * width, *inputs)
+    return dx, dweight.sum(dim=0)
+
+
+_normalize_rows = declare_operator(
+    "normalize_rows",
+    _run_forward,
+    backward=_run_backward,
+    results="y",
+    saved="inverses",
+    gradients="x weight",
+)
 
 
 def normalize_rows_native(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Normalise on the CPU; arguments as in ``normalize_rows``."""
     if weight is None:
         weight = x.new_ones(x.shape[-1])
-    y: Tensor = _NormalizeRows.apply(x, weight.to(x.dtype), eps)
+    y: Tensor = _normalize_rows(x, weight.to(x.dtype), eps)
     return y

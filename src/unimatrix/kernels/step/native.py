@@ -28,8 +28,8 @@ from unimatrix.kernels.step.vectors_native import (
     sigmoid,
     softmax_rules,
 )
-from unimatrix.ops.matrix_state.fused_scan import READOUT_EPS
 from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
+from unimatrix.ops.matrix_state.reference import READOUT_EPS
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.selective_slots.native_step import hash_context, scan_token
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE

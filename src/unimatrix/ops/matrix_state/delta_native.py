@@ -6,18 +6,16 @@ backward recomputes the ones in between.
 """
 # mypy: allow-untyped-defs
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.matrix_state.native import choose_interval
 from unimatrix.ops.matrix_state.reference import TokenInputs
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import OPTIONS, load, plus, pointer, store, times, total, zeros
 from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.operator import declare_operator
 
 
 @part(**OPTIONS)
@@ -144,42 +142,44 @@ def _backward_rows(
                 dinitial[row * size + i * N + j] = G[j * N + i]
 
 
-class _DeltaScan(torch.autograd.Function):
-    """The scan with its backward kernel; not differentiable twice."""
+def _run_forward(
+    initial: Tensor, q: Tensor, k: Tensor, v: Tensor, log_retention: Tensor, strength: Tensor,
+    lengths: Tensor | None, *, saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    B, T, H, N = q.shape
+    interval = choose_interval(N) if saves else 0
+    checkpoints = q.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
+    retention = log_retention.exp()
+    counts = torch.full((B,), T) if lengths is None else lengths
+    y = q.new_empty(q.shape) if lengths is None else q.new_zeros(q.shape)  # [B, T, H, N]
+    final = q.new_empty(initial.shape)  # [B, H, N, N]
+    inputs = (q, k, v, retention, strength, initial, counts, T, H, interval, y, final, checkpoints)
+    run_rows(_scan_rows, (0,) * N, B * H, T * N * N, *inputs)
+    return y, final, retention, checkpoints
 
-    @staticmethod
-    def forward(
-        ctx: Any, saves: bool, lengths: Tensor | None, initial: Tensor, *tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v, log_retention, strength = tokens
-        B, T, H, N = q.shape
-        width = (0,) * N
-        interval = choose_interval(N) if saves else 0
-        checkpoints = q.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
-        inputs = (q, k, v, log_retention.exp(), strength)
-        counts = torch.full((B,), T) if lengths is None else lengths
-        y = q.new_empty(q.shape) if lengths is None else q.new_zeros(q.shape)  # [B, T, H, N]
-        final_state = q.new_empty(initial.shape)  # [B, H, N, N]
-        outputs = (y, final_state, checkpoints)
-        given = (*inputs, initial, counts, T, H, interval)
-        run_rows(_scan_rows, width, B * H, T * N * N, *given, *outputs)
-        ctx.save_for_backward(*inputs, counts, checkpoints)
-        ctx.width, ctx.interval, ctx.padded = width, interval, lengths is not None
-        return y, final_state
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, counts, checkpoints = ctx.saved_tensors
-        q, retention = inputs[0], inputs[3]
-        allocate = q.new_zeros if ctx.padded else q.new_empty
-        grads = [allocate(q.shape) for _ in range(3)]  # [B, T, H, N]
-        grads += [allocate(retention.shape) for _ in range(2)]  # [B, T, H]
-        dinitial = q.new_empty(dfinal.shape)
-        B, T, H, N = q.shape
-        given = (*inputs, counts, T, H, ctx.interval, checkpoints, dy, dfinal)
-        run_rows(_backward_rows, ctx.width, B * H, T * N * N, *given, *grads, dinitial)
-        return None, None, dinitial, *grads
+def _run_backward(
+    q: Tensor, k: Tensor, v: Tensor, strength: Tensor, lengths: Tensor | None, retention: Tensor,
+    checkpoints: Tensor, dy: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    B, T, H, N = q.shape
+    allocate = q.new_empty if lengths is None else q.new_zeros
+    grads = [allocate(x.shape) for x in (q, k, v, retention, strength)]
+    dinitial = q.new_empty(dfinal.shape)
+    counts = torch.full((B,), T) if lengths is None else lengths
+    inputs = (q, k, v, retention, strength, counts, T, H, choose_interval(N), checkpoints)
+    run_rows(_backward_rows, (0,) * N, B * H, T * N * N, *inputs, dy, dfinal, *grads, dinitial)
+    return dinitial, *grads
+
+
+_scan = declare_operator(
+    "scan_delta",
+    _run_forward,
+    backward=_run_backward,
+    results="y final",
+    saved="retention checkpoints",
+    gradients="initial q k v log_retention strength",
+)
 
 
 def scan_delta_native(
@@ -190,7 +190,5 @@ def scan_delta_native(
     Cost: as ``native.scan_native``.
     """
     q, k, v, _, log_retention, _, write_strength = tokens
-    tensors = (initial_state, q, k, v, log_retention, write_strength)
-    saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    outputs: tuple[Tensor, Tensor] = _DeltaScan.apply(saves, lengths, *tensors)
-    return outputs
+    y, final_state = _scan(initial_state, q, k, v, log_retention, write_strength, lengths)
+    return y, final_state

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from unimatrix.ops.matrix_state.fused_scan import READOUT_EPS
 from unimatrix.ops.matrix_state.native import (
     choose_interval,
     make_identity,
@@ -20,6 +18,7 @@ from unimatrix.ops.matrix_state.native import (
     write_and_read,
     write_gradient,
 )
+from unimatrix.ops.matrix_state.reference import READOUT_EPS
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import (
     OPTIONS,
@@ -41,6 +40,7 @@ from unimatrix.ops.numba.lanes import (
 )
 from unimatrix.ops.numba.products import LANES
 from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.operator import declare_operator
 
 _UNIT_EPS = 1e-12  # of torch's normalize
 _AHEAD = 8  # tokens whose vectors are fetched early: a head's are small pieces of memory
@@ -339,137 +339,86 @@ def _backward_rows(
 
 
 def run_forward(
-    vectors: Tensor,
-    controls: Tensor,
-    initial: Tensor,
-    lengths: Tensor | None,
-    *,
-    unit: bool,
-    saves: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    vectors: Tensor, controls: Tensor, initial: Tensor, lengths: Tensor | None, is_mixed: bool,
+    unit: bool, *, saves: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the forward kernel.
 
     Args:
-        vectors: [B, T, P H N] or more, which are not looked at.
-        controls: [B, T, H] with P = 3, [B, T, 4 H] with P = 4.
+        vectors: [B, T, P, H, N], or [B, T, n] with numbers behind that are not looked at.
+        controls: [B, T, H], or [B, T, 4 H] if rules are mixed.
         initial: [B, H, N, N].
-        lengths, unit: as in ``scan_projected``.
+        lengths, unit: as in ``bind_and_scan``.
+        is_mixed: whether rules are mixed, with P = 4; otherwise it is 3.
         saves: whether the backward kernel will run.
 
     Returns:
         y [B, T, H, N], the last state [B, H, N, N], and for the backward kernel states along the
         way, the weights of the rules, and what the readouts were divided by, inverted.
     """
-    B, T, _ = vectors.shape
-    _, H, N, _ = initial.shape
-    form = _choose_form(initial, controls.shape[-1], unit)
+    (B, T), (_, H, N, _) = vectors.shape[:2], initial.shape
     interval = choose_interval(N) if saves else 0
     allocate = vectors.new_empty if lengths is None else vectors.new_zeros
-    y, inverses = allocate(B, T, H, N), allocate(B, T, H)
-    weights = allocate(B, T, H, 5)
+    y, inverses, rules = allocate(B, T, H, N), allocate(B, T, H), allocate(B, T, H, 5)
     checkpoints = vectors.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
-    final_state = torch.empty_like(initial)  # [B, H, N, N]
+    final = initial.new_empty(initial.shape)
     counts = torch.full((B,), T) if lengths is None else lengths
     inputs = (vectors, controls, initial, counts, T, H, interval)
-    results = (y, final_state, checkpoints, weights, inverses)
+    results = (y, final, checkpoints, rules, inverses)
+    form = _Form(LANES, (0,) * N, (0,) * is_mixed, (), (0,) * unit)
     run_rows(_scan_rows, form, B * H, T * N * N, *inputs, *results)
-    return y, final_state, checkpoints, weights, inverses
+    return results
 
 
 def run_backward(
-    vectors: Tensor,
-    lengths: Tensor | None,
-    saved: tuple[Tensor, ...],
-    dy: Tensor,
-    dfinal: Tensor,
-    *,
-    num_controls: int,
-    unit: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward kernel.
-
-    Args:
-        vectors, lengths, unit: of the forward pass.
-        saved: its last three results with y: checkpoints, weights, y, inverses.
-        dy, dfinal: gradients of its first two results.
-        num_controls: of a token.
+    vectors: Tensor, lengths: Tensor | None, checkpoints: Tensor, rules: Tensor, y: Tensor,
+    inverses: Tensor, is_mixed: bool, unit: bool, dy: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the backward kernel; the inputs are those of ``run_forward`` and its results.
 
     Returns:
         the gradients of vectors (in as many numbers; nothing in those not looked at), controls and
         the initial state.
     """
-    B, T, _ = vectors.shape
-    _, H, N, _ = dfinal.shape
-    form = _choose_form(dfinal, num_controls, unit)
-    checkpoints, weights, y, inverses = saved
+    (B, T), (_, H, N, _) = vectors.shape[:2], dfinal.shape
     allocate = vectors.new_empty if lengths is None else vectors.new_zeros
-    dvectors, dcontrols = allocate(vectors.shape), allocate(B, T, num_controls)
-    dinitial = torch.empty_like(dfinal)
+    dvectors, dcontrols = allocate(vectors.shape), allocate(B, T, H * (4 if is_mixed else 1))
+    dinitial = dfinal.new_empty(dfinal.shape)
     counts = torch.full((B,), T) if lengths is None else lengths
-    given = (vectors, weights, counts, T, H, choose_interval(N), checkpoints, y, inverses)
+    inputs = (vectors, rules, counts, T, H, choose_interval(N), checkpoints, y, inverses)
     grads = (dvectors, dcontrols, dinitial)
-    run_rows(_backward_rows, form, B * H, T * N * N, *given, dy, dfinal, *grads)
+    form = _Form(LANES, (0,) * N, (0,) * is_mixed, (), (0,) * unit)
+    run_rows(_backward_rows, form, B * H, T * N * N, *inputs, dy, dfinal, *grads)
     return grads
 
 
-def _choose_form(state: Tensor, num_controls: int, unit: bool) -> _Form:
-    """Return what the kernels are compiled for."""
-    _, H, N, _ = state.shape
-    return _Form(LANES, (0,) * N, (0,) * (num_controls == 4 * H), (), (0,) * unit)
+def _make_results(
+    vectors: Tensor, controls: Tensor, initial: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    """Return empty tensors like those of ``run_forward``."""
+    B, T, _P, H, N = vectors.shape
+    y, num_checkpoints = vectors.new_empty(B, T, H, N), -(-T // choose_interval(N))
+    shapes = (initial.shape, (B, H, num_checkpoints, N, N), (B, T, H, 5), (B, T, H))
+    return y, *(vectors.new_empty(shape) for shape in shapes)
 
 
-class _ScanProjected(torch.autograd.Function):
-    """The scan with its backward kernel; not differentiable twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        unit: bool,
-        saves: bool,
-        lengths: Tensor | None,
-        initial: Tensor,
-        projected: Tensor,
-        controls: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        vectors = projected.flatten(2).contiguous()
-        y, final_state, checkpoints, weights, inverses = run_forward(
-            vectors, controls, initial, lengths, unit=unit, saves=saves
-        )
-        if saves:
-            ctx.save_for_backward(vectors, lengths, checkpoints, weights, y, inverses)
-        ctx.rules = {"num_controls": controls.shape[-1], "unit": unit}
-        ctx.shape = projected.shape
-        return y, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        vectors, lengths, *saved = ctx.saved_tensors
-        given = (vectors, lengths, tuple(saved), dy, dfinal)
-        dvectors, dcontrols, dinitial = run_backward(*given, **ctx.rules)
-        return None, None, None, dinitial, dvectors.view(ctx.shape), dcontrols
+def _make_gradients(
+    vectors: Tensor, lengths: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return empty tensors like those of ``run_backward``."""
+    _, _, y, _, is_mixed, _, _, dfinal = others
+    B, T, H, _ = y.shape
+    dcontrols = vectors.new_empty(B, T, H * (4 if is_mixed else 1))
+    return vectors.new_empty(vectors.shape), dcontrols, dfinal.new_empty(dfinal.shape)
 
 
-def scan_projected_native(
-    projected: Tensor,
-    controls: Tensor,
-    initial_state: Tensor,
-    lengths: Tensor | None,
-    *,
-    unit: bool,
-) -> tuple[Tensor, Tensor]:
-    """Bind, scan and normalise with compiled loops on the CPU.
-
-    Args:
-        projected, controls, lengths, unit: as in ``scan_projected``; tanh has been applied.
-        initial_state: [B, H, N, N]; all of one dtype, float32 or float64.
-
-    Returns:
-        y [B, T, H, N] and the state after the last real token.
-
-    Cost: as ``scan_native``.
-    """
-    tensors = (initial_state, projected, controls)
-    saves = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    y, final_state = _ScanProjected.apply(unit, saves, lengths, *tensors)
-    return y, final_state
+bind_and_scan_native = declare_operator(
+    "bind_and_scan",
+    run_forward,
+    backward=run_backward,
+    results="y final",
+    saved="checkpoints rules inverses",
+    gradients="vectors controls initial",
+    shapes=_make_results,
+    gradient_shapes=_make_gradients,
+)

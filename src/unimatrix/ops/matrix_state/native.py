@@ -11,12 +11,11 @@ The forward saves one state per few tokens and the backward recomputes the ones 
 # mypy: allow-untyped-defs
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.matrix_state.reference import TokenInputs
 from unimatrix.ops.numba.compile import kernel, part
@@ -32,6 +31,7 @@ from unimatrix.ops.numba.lanes import (
     zeros,
 )
 from unimatrix.ops.numba.threads import run_rows
+from unimatrix.ops.operator import declare_operator
 
 
 class _Form(NamedTuple):
@@ -248,50 +248,55 @@ def choose_interval(N: int) -> int:
     return max(16, min(64, (1 << 14) // (N * N)))
 
 
-class _Scan(torch.autograd.Function):
-    """The scan with its backward kernel; not differentiable twice."""
+def _run_forward(
+    initial: Tensor, q: Tensor, k: Tensor, v: Tensor, d: Tensor | None, log_retention: Tensor,
+    rule_weights: Tensor | None, lengths: Tensor | None, norm_guard: bool, *, saves: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    B, T, H, N = q.shape
+    form = _Form((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
+    interval = choose_interval(N) if saves else 0
+    checkpoints = q.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
+    retention, write = log_retention.exp(), log_retention.expm1().neg_()  # [B, T, H]
+    counts = torch.full((B,), T) if lengths is None else lengths
+    y = q.new_empty(q.shape) if lengths is None else q.new_zeros(q.shape)  # [B, T, H, N]
+    final = q.new_empty(initial.shape)  # [B, H, N, N]
+    # Without rules, no kernel reads what stands in for d and for the rule weights.
+    rules = (q, write) if d is None or rule_weights is None else (d, rule_weights)
+    tokens = (q, k, v, rules[0], retention, write, rules[1])
+    inputs = (*tokens, initial, counts, T, H, interval, y, final, checkpoints)
+    run_rows(_scan_rows, form, B * H, T * N * N, *inputs)
+    return y, final, retention, write, checkpoints
 
-    @staticmethod
-    def forward(
-        ctx: Any, norm_guard: bool, saves: bool, lengths: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        initial, q, k, v, d, log_retention, rule_weights = tensors
-        B, T, H, N = q.shape
-        form = _Form((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
-        interval = choose_interval(N) if saves else 0
-        checkpoints = q.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
-        retention, write = log_retention.exp(), log_retention.expm1().neg_()  # [B, T, H]
-        # Without rules, no kernel reads what stands in for d and for the rule weights.
-        rules = (q, write) if d is None or rule_weights is None else (d, rule_weights)
-        inputs = (q, k, v, rules[0], retention, write, rules[1])
-        counts = torch.full((B,), T) if lengths is None else lengths
-        y = q.new_empty(q.shape) if lengths is None else q.new_zeros(q.shape)  # [B, T, H, N]
-        final_state = q.new_empty(initial.shape)  # [B, H, N, N]
-        outputs = (y, final_state, checkpoints)
-        given = (*inputs, initial, counts, T, H, interval)
-        run_rows(_scan_rows, form, B * H, T * N * N, *given, *outputs)
-        ctx.save_for_backward(*inputs, counts, checkpoints)
-        ctx.form, ctx.interval, ctx.padded = form, interval, lengths is not None
-        return y, final_state
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, counts, checkpoints = ctx.saved_tensors
-        q, _, _, _, retention, _, rule_weights = inputs
-        allocate = q.new_zeros if ctx.padded else q.new_empty
-        dq, dk, dv = allocate(q.shape), allocate(q.shape), allocate(q.shape)  # [B, T, H, N]
-        dlog_retention, dinitial = allocate(retention.shape), q.new_empty(dfinal.shape)
-        dd, drule_weights = dq, dlog_retention  # not written without rules
-        if ctx.form.mixed:
-            dd, drule_weights = allocate(q.shape), allocate(rule_weights.shape)
-        grads = (dq, dk, dv, dd, dlog_retention, drule_weights)
-        B, T, H, N = q.shape
-        given = (*inputs, counts, T, H, ctx.interval, checkpoints, dy, dfinal)
-        run_rows(_backward_rows, ctx.form, B * H, T * N * N, *given, *grads, dinitial)
-        if not ctx.form.mixed:
-            return None, None, None, dinitial, dq, dk, dv, None, dlog_retention, None
-        return None, None, None, dinitial, *grads
+def _run_backward(
+    q: Tensor, k: Tensor, v: Tensor, d: Tensor | None, rule_weights: Tensor | None,
+    lengths: Tensor | None, retention: Tensor, write: Tensor, checkpoints: Tensor, norm_guard: bool,
+    dy: Tensor, dfinal: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    B, T, H, N = q.shape
+    form = _Form((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
+    allocate = q.new_empty if lengths is None else q.new_zeros
+    dq, dk, dv = allocate(q.shape), allocate(q.shape), allocate(q.shape)  # [B, T, H, N]
+    dlog_retention, dinitial = allocate(retention.shape), q.new_empty(dfinal.shape)
+    rules, drules = (q, write), (dq, dlog_retention)  # without rules neither read nor written
+    if d is not None and rule_weights is not None:
+        rules, drules = (d, rule_weights), (allocate(d.shape), allocate(rule_weights.shape))
+    counts = torch.full((B,), T) if lengths is None else lengths
+    tokens = (q, k, v, rules[0], retention, write, rules[1])
+    inputs = (*tokens, counts, T, H, choose_interval(N), checkpoints, dy, dfinal)
+    grads = (dq, dk, dv, drules[0], dlog_retention, drules[1])
+    run_rows(_backward_rows, form, B * H, T * N * N, *inputs, *grads, dinitial)
+    return dinitial, *grads
+
+
+_scan = declare_operator(
+    "scan_matrix_state",
+    _run_forward,
+    backward=_run_backward,
+    results="y final",
+    saved="retention write checkpoints",
+    gradients="initial q k v d log_retention rule_weights",
+)
 
 
 def scan_native(
@@ -302,7 +307,5 @@ def scan_native(
     Cost: O(T N^2) time a head, rows and heads spread over threads; the backward pass needs one
         saved state per 64 tokens at N <= 16, per 16 at N >= 32.
     """
-    tensors = (initial_state, *tokens[:-1])
-    saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    outputs: tuple[Tensor, Tensor] = _Scan.apply(norm_guard, saves, lengths, *tensors)
-    return outputs
+    y, final_state = _scan(initial_state, *tokens[:-1], lengths, norm_guard)
+    return y, final_state

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+READOUT_EPS = 1e-6
+"""Small beside the mean square of a readout, which a long retention makes small."""
+
 
 class TokenInputs(NamedTuple):
     """What the tokens bring; arguments of ``scan_matrix_state``, in the dtype of the state."""

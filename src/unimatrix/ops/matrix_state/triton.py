@@ -10,16 +10,13 @@ Nothing of size [T, N, N] exists: one state a chunk does.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from unimatrix.ops import opaque
 from unimatrix.ops.matrix_state.reference import TokenInputs
 from unimatrix.ops.matrix_state.triton_tiles import (
     apply_matrix,
@@ -32,6 +29,7 @@ from unimatrix.ops.matrix_state.triton_tiles import (
     store_columns,
     weigh_rules,
 )
+from unimatrix.ops.operator import declare_operator
 
 _SMALLEST_TILE, _LARGEST_CHUNK, _MOST_COLUMNS = 16, 32, 32
 
@@ -294,63 +292,51 @@ def _are_narrow(*vectors: Tensor | None) -> bool:
     return all(x.element_size() == 2 for x in vectors if x is not None)
 
 
-def count_chunks(num_tokens: int, chunk_size: int) -> int:
-    """Return of how many chunks there are states; arguments as in ``scan_triton``."""
+def _count_chunks(num_tokens: int, chunk_size: int) -> int:
     return -(-num_tokens // _choose_chunk(chunk_size))
 
 
-def run_forward(
-    tokens: TokenInputs, initial: Tensor, lengths: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y and the final state as ``scan_triton`` does, and the state before every chunk.
+def _lay_out(*tensors: Tensor | None) -> list[Any]:
+    """Return tensors as the kernels read them, one number after the other."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
-    Args:
-        tokens: without a write strength.
-        initial: [B, H, N, N].
-        lengths: [B] int64 or ``None``.
-        chunk_size: as in ``scan_triton``.
-    """
-    q, k, v, d, log_retention, rule_weights, _ = tokens.replace_each(Tensor.contiguous)
+
+def _run_forward(
+    q: Tensor, k: Tensor, v: Tensor, d: Tensor | None, log_retention: Tensor,
+    rule_weights: Tensor | None, lengths: Tensor | None, initial: Tensor, chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y and the final state as ``scan_triton`` does, and the state before every chunk."""
     B, T, H, N = q.shape
     tiles = _choose_tiles(N, chunk_size, narrow=_are_narrow(q, k, v, d))
-    parts, num_chunks = triton.cdiv(N, tiles["P"]), count_chunks(T, chunk_size)
+    parts, num_chunks = triton.cdiv(N, tiles["P"]), _count_chunks(T, chunk_size)
     forms = {"MIXED": d is not None, "HAS_LENGTHS": lengths is not None}
     states = initial.new_empty(B, H, num_chunks, N, N)
-    final, y = initial.new_empty(initial.shape), torch.empty_like(q)
-    given, sizes = (k, v, d, log_retention, rule_weights, lengths), (T, H, num_chunks)
+    final, y = initial.new_empty(initial.shape), q.new_empty(q.shape)
+    q, *tokens = _lay_out(q, k, v, d, log_retention, rule_weights, lengths)
+    sizes = (T, H, num_chunks)
     with torch.cuda.device_of(q):
         _carry_states[B * H, parts](
-            *given, initial.contiguous(), states, final, *sizes, **forms, **tiles,
+            *tokens, initial.contiguous(), states, final, *sizes, **forms, **tiles,
             **_in_turn(tiles["W"]),
         )  # fmt: skip
         _read_states[B * H, num_chunks, parts](
-            q, *given, states, y, *sizes, **forms, **tiles, **_AT_ONCE
+            q, *tokens, states, y, *sizes, **forms, **tiles, **_AT_ONCE
         )
     return y, final, states
 
 
-def run_backward(
-    tokens: TokenInputs,
-    lengths: Tensor | None,
-    states: Tensor,
-    grads: Sequence[Tensor],
-    chunk_size: int,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Return the gradient of the initial state, and those of the tokens but the write strength's.
-
-    Args:
-        tokens: as in ``run_forward``, and likewise below.
-        lengths: [B] int64 or ``None``.
-        states: from there.
-        grads: those of y and of the final state.
-        chunk_size: as in ``scan_triton``.
-    """
-    q, k, v, d, log_retention, rule_weights, _ = tokens.replace_each(Tensor.contiguous)
+def _run_backward(
+    q: Tensor, k: Tensor, v: Tensor, d: Tensor | None, log_retention: Tensor,
+    rule_weights: Tensor | None, lengths: Tensor | None, states: Tensor, chunk_size: int,
+    dy: Tensor, dfinal: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients, empty ones for what is ``None``."""
     (B, T, H, N), num_chunks = q.shape, states.shape[2]
     tiles = _choose_tiles(N, chunk_size, narrow=_are_narrow(q, k, v, d))
     parts, sizes = triton.cdiv(N, tiles["P"]), (T, H, num_chunks)
     forms = {"MIXED": d is not None, "HAS_LENGTHS": lengths is not None}
-    dy, dfinal = (grad.contiguous() for grad in grads)
+    q, k, v, d, log_retention, *rest = _lay_out(q, k, v, d, log_retention, rule_weights, lengths)
+    dy, dfinal = dy.contiguous(), dfinal.contiguous()
     after, dinitial = torch.empty_like(states), torch.empty_like(dfinal)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dlog, dd, drules = states.new_empty(parts, B, T, H), None, None
@@ -362,34 +348,35 @@ def run_backward(
             HAS_LENGTHS=lengths is not None, **tiles, **_in_turn(tiles["W"]),
         )  # fmt: skip
         _write_gradients[B * H, num_chunks, parts](
-            q, k, v, d, log_retention, rule_weights, lengths, states, after, dy,
+            q, k, v, d, log_retention, *rest, states, after, dy,
             dq, dk, dv, dd, dlog, drules, *sizes, B * T * H, **forms, **tiles, **_AT_ONCE,
         )  # fmt: skip
     dlog = dlog.sum(0).to(log_retention.dtype)
-    if drules is not None and rule_weights is not None:
-        drules = drules.sum(0).to(rule_weights.dtype)
-    return dinitial, [dq, dk, dv, dd, dlog, drules]
+    if dd is None or drules is None or rule_weights is None:
+        return [dq, dk, dv, q.new_empty(0), dlog, q.new_empty(0), dinitial]
+    return [dq, dk, dv, dd, dlog, drules.sum(0).to(rule_weights.dtype), dinitial]
 
 
-class _Scan(torch.autograd.Function):
-    """The scan with its backward kernels; not differentiable twice."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, chunk_size: int, lengths: Tensor | None, initial: Tensor, *tokens: Any
-    ) -> tuple[Tensor, Tensor]:
-        y, final, states = run_forward(TokenInputs(*tokens), initial, lengths, chunk_size)
-        ctx.save_for_backward(*tokens, lengths, states)
-        ctx.chunk_size = chunk_size
-        return y, final
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *tokens, lengths, states = ctx.saved_tensors
-        given = (TokenInputs(*tokens), lengths, states, grads, ctx.chunk_size)
-        dinitial, dtokens = run_backward(*given)
-        return None, None, dinitial, *dtokens
+_scan_chunks = declare_operator(
+    "scan_chunks",
+    _run_forward,
+    backward=_run_backward,
+    results="y final",
+    saved="states",
+    gradients="q k v d log_retention rule_weights initial",
+    shapes=lambda q, k, v, d, log_retention, rule_weights, lengths, initial, chunk_size: (
+        q.new_empty(q.shape),
+        initial.new_empty(initial.shape),
+        initial.new_empty(
+            *initial.shape[:2], _count_chunks(q.shape[1], chunk_size), *initial.shape[2:]
+        ),
+    ),
+    gradient_shapes=lambda q, k, v, d, log_retention, rule_weights, *others: [
+        q.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (q, k, v, d, log_retention, rule_weights, others[-1])
+    ],
+    devices=None,
+)
 
 
 def scan_triton(
@@ -405,8 +392,5 @@ def scan_triton(
     Cost: O(T N (N + C)) time a head for C tokens a chunk; T / C states of scratch, which the
         backward pass keeps, and as many again for their gradients while it runs.
     """
-    if torch.compiler.is_compiling():
-        y, final_state, _ = opaque.scan_chunks(*tokens[:-1], lengths, initial_state, chunk_size)
-        return y, final_state
-    outputs: tuple[Tensor, Tensor] = _Scan.apply(chunk_size, lengths, initial_state, *tokens[:-1])
-    return outputs
+    y, final_state = _scan_chunks(*tokens[:-1], lengths, initial_state, chunk_size)
+    return y, final_state

@@ -1,15 +1,13 @@
 """The gate that weighs a write by the two tokens before and at it, in Numba."""
 # mypy: allow-untyped-defs
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from unimatrix.kernels.passes.gaussian_native import find_normal_density, integrate_normal
 from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.gaussian import find_normal_density, integrate_normal
 from unimatrix.ops.numba.lanes import (
     OPTIONS,
     at,
@@ -25,6 +23,7 @@ from unimatrix.ops.numba.lanes import (
 from unimatrix.ops.numba.products import LANES
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.numba.tiles import TILE, count_spans, sum_spans
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 
 
@@ -105,43 +104,50 @@ def _backward_spans(
                     store(target, j, plus(load(target, j, lanes), inward))
 
 
-class _WeighWrites(torch.autograd.Function):
-    """The pass with its backward kernel; not differentiable twice."""
+def _run_forward(
+    stream: Tensor,
+    num_before: int,
+    of_last: Tensor,
+    of_this: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    (num_patterns, inner), batch = down.shape, stream.shape[0]
+    num_tokens = stream.shape[1] - num_before
+    logits = down.new_empty(batch, num_tokens, num_patterns)
+    codes = stream.new_empty(logits.shape)
+    form = _Form(LANES, (0,) * (down.itemsize == 8))
+    sizes = (num_tokens, num_before, inner, num_patterns)
+    inputs = (stream, of_last, of_this, down, down_bias, logits, codes)
+    run_rows(_weigh_rows, form, batch * num_tokens, 20 * inner, *sizes, *inputs)
+    return logits, codes
 
-    @staticmethod
-    def forward(
-        ctx: Any, stream: Tensor, num_before: int, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        stream = stream.contiguous()
-        of_last, of_this, down, down_bias = (weight.contiguous() for weight in weights)
-        (num_patterns, inner), batch = down.shape, stream.shape[0]
-        num_tokens = stream.shape[1] - num_before
-        logits = down.new_empty(batch, num_tokens, num_patterns)
-        codes = stream.new_empty(logits.shape)
-        form = _Form(LANES, (0,) * (down.itemsize == 8))
-        sizes = (num_tokens, num_before, inner, num_patterns)
-        given = (stream, of_last, of_this, down, down_bias, logits, codes)
-        run_rows(_weigh_rows, form, batch * num_tokens, 20 * inner, *sizes, *given)
-        ctx.save_for_backward(stream, of_last, of_this, down)
-        ctx.form, ctx.sizes = form, sizes
-        ctx.mark_non_differentiable(codes)
-        return logits, codes
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dlogits: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        stream, of_last, of_this, down = ctx.saved_tensors
-        num_tokens, _num_before, inner, num_patterns = ctx.sizes
-        num_rows = stream.shape[0] * num_tokens
-        num_spans = count_spans(-(-num_rows // TILE))
-        counts = [of_last.numel(), of_this.numel(), down.numel(), num_patterns]
-        grads = down.new_empty(num_spans, sum(counts))
-        work = 30 * num_rows * inner // num_spans
-        given = (num_rows, *ctx.sizes, stream, of_last, of_this, down, dlogits, grads)
-        run_rows(_backward_spans, ctx.form, num_spans, work, num_spans, *given)
-        dlast, dthis, ddown, dbias = sum_spans(grads).split(counts)
-        tables = dlast.view_as(of_last), dthis.view_as(of_this)
-        return None, None, *tables, ddown.view_as(down), dbias
+def _run_backward(
+    stream: Tensor, of_last: Tensor, of_this: Tensor, down: Tensor, num_before: int,
+    dlogits: Tensor, _: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (num_patterns, inner), num_tokens = down.shape, dlogits.shape[1]
+    num_rows = dlogits.shape[0] * num_tokens
+    num_spans = count_spans(-(-num_rows // TILE))
+    counts = [of_last.numel(), of_this.numel(), down.numel(), num_patterns]
+    grads = down.new_empty(num_spans, sum(counts))
+    form = _Form(LANES, (0,) * (down.itemsize == 8))
+    sizes = (num_spans, num_rows, num_tokens, num_before, inner, num_patterns)
+    inputs = (stream, of_last, of_this, down, dlogits, grads)
+    run_rows(_backward_spans, form, num_spans, 30 * num_rows * inner // num_spans, *sizes, *inputs)
+    dlast, dthis, ddown, dbias = sum_spans(grads).split(counts)
+    tables = dlast.view(of_last.shape), dthis.view(of_this.shape)
+    return *tables, ddown.view(down.shape), dbias
+
+
+_weigh_writes = declare_operator(
+    "weigh_writes",
+    _run_forward,
+    backward=_run_backward,
+    results="logits codes",
+    gradients="of_last of_this down down_bias",
+)
 
 
 def weigh_writes_native(
@@ -166,7 +172,5 @@ def weigh_writes_native(
     Returns:
         logits [B, T, N], differentiable once in the four weights, and their strength codes, int64.
     """
-    weighed: tuple[Tensor, Tensor] = _WeighWrites.apply(
-        stream, num_before, of_last, of_this, down, down_bias
-    )
-    return weighed
+    logits, codes = _weigh_writes(stream, num_before, of_last, of_this, down, down_bias)
+    return logits, codes

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.ops.backends import compiles_native
-from unimatrix.ops.selective_slots.state import NO_KEY
-
-# Constants of SplitMix64 (Steele, Lea, Flood 2014), as signed numbers: sums wrap around.
-_STEP = -7046029254386353131
-_MIX = -4658895280553007687
-_MASK = 2**31 - 1
+from unimatrix.ops.selective_slots.state import HASH_MASK, HASH_MIX, HASH_STEP, NO_KEY
 
 # For fewer, as in decoding, torch is as fast and needs no compiler.
 _FEWEST_IDS = 64
@@ -52,9 +47,9 @@ def hash_contexts_reference(ids: Tensor, patterns: Sequence[Sequence[int]]) -> T
             missing = ids.new_full((batch, back), NO_KEY)
             token = torch.cat([missing, ids[:, : num_tokens - back]], dim=1)  # [B, T]
             exists &= token >= 0
-            hashed = (hashed ^ (token + 1)) * _STEP
-            hashed = (hashed ^ ((hashed >> 29) & (2**35 - 1))) * _MIX
-        hashed = (hashed ^ ((hashed >> 32) & (2**32 - 1))) & _MASK
+            hashed = (hashed ^ (token + 1)) * HASH_STEP
+            hashed = (hashed ^ ((hashed >> 29) & (2**35 - 1))) * HASH_MIX
+        hashed = (hashed ^ ((hashed >> 32) & (2**32 - 1))) & HASH_MASK
         if len(patterns) == 1 and len(pattern) == 1:
             hashed = token
         keys.append(hashed.masked_fill(~exists, NO_KEY))

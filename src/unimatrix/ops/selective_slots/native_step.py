@@ -10,9 +10,8 @@ from torch import Tensor
 
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.threads import Shaped, map_rows
-from unimatrix.ops.selective_slots.keys import _MASK, _MIX, _STEP
 from unimatrix.ops.selective_slots.native import _scan_rows
-from unimatrix.ops.selective_slots.state import NO_KEY
+from unimatrix.ops.selective_slots.state import HASH_MASK, HASH_MIX, HASH_STEP, NO_KEY
 
 __all__ = ["hash_context", "hash_contexts_native", "scan_token"]
 
@@ -48,11 +47,11 @@ def hash_context(stream: Array, last: int, patterns: Array, number: int) -> int:
         token = stream[place] if place >= 0 else np.int64(NO_KEY)
         if token < 0:
             return NO_KEY
-        hashed = (hashed ^ (token + 1)) * np.int64(_STEP)
-        hashed = (hashed ^ ((hashed >> 29) & np.int64(2**35 - 1))) * np.int64(_MIX)
+        hashed = (hashed ^ (token + 1)) * np.int64(HASH_STEP)
+        hashed = (hashed ^ ((hashed >> 29) & np.int64(2**35 - 1))) * np.int64(HASH_MIX)
     if patterns.shape[0] == 1 and length == 1:
         return int(token)
-    return int((hashed ^ ((hashed >> 32) & np.int64(2**32 - 1))) & np.int64(_MASK))
+    return int((hashed ^ ((hashed >> 32) & np.int64(2**32 - 1))) & np.int64(HASH_MASK))
 
 
 @kernel()

@@ -5,12 +5,11 @@ The backward pass also judges the writes in hindsight, as ``ops.hindsight`` does
 # mypy: allow-untyped-defs
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.hindsight import LABELS, LEAST_WEIGHT, HindsightRules, HindsightScale
 from unimatrix.ops.numba.compile import kernel
@@ -24,6 +23,7 @@ from unimatrix.ops.numba.tiles import (
     multiply_rows,
     sum_spans,
 )
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, SlotLookup
 
 _WORK_OF_SHARES = 1000  # multiply-adds in the time of a read's exponentials
@@ -153,85 +153,69 @@ def _judge_rows(
                 slopes[w] += factor * (strength - (sums[w] > least))
 
 
-class _ReadFound(torch.autograd.Function):
-    """The pass with its backward kernels; not differentiable twice."""
+def _run_forward(
+    entries: Tensor, codes: Tensor, value_ids: Tensor, offered: Tensor,
+    rules: HindsightRules | None, logits: Tensor, initial_logits: Tensor, read_score: Tensor,
+    table: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    (*lead, num_reads), width = entries.shape, table.shape[1]
+    context = table.new_empty(*lead, width)
+    log_strength, weights = (table.new_empty(entries.shape) for _ in range(2))
+    inputs = (entries, codes, value_ids, read_score, table, context, log_strength, weights)
+    rows = context.numel() // width, num_reads * (_WORK_OF_SHARES + 2 * width)
+    run_rows(_read_rows, LANES, *rows, width, num_reads, *inputs)
+    if rules is None:
+        return context, log_strength, None, None, None, weights
+    return context, log_strength, torch.zeros_like(weights), *table.new_zeros(2), weights
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        lookup: SlotLookup,
-        offered: Tensor,
-        rules: HindsightRules | None,
-        logits: Tensor,
-        initial_logits: Tensor,
-        read_score: Tensor,
-        table: Tensor,
-    ) -> tuple[Tensor, ...]:
-        entries, codes, value_ids = (part.contiguous() for part in lookup)
-        (*lead, num_reads), width = entries.shape, table.shape[1]
-        logits, table, offered = logits.contiguous(), table.contiguous(), offered.contiguous()
-        context = table.new_empty(*lead, width)
-        log_strength, weights = (table.new_empty(entries.shape) for _ in range(2))
-        given = (entries, codes, value_ids, read_score, table, context, log_strength, weights)
-        rows = context.numel() // width, num_reads * (_WORK_OF_SHARES + 2 * width)
-        run_rows(_read_rows, LANES, *rows, width, num_reads, *given)
-        kept = (entries, codes, value_ids, offered, logits, initial_logits, table, weights)
-        ctx.save_for_backward(*kept)
-        ctx.rules = rules
-        if rules is None:
-            return context, log_strength
-        of_target, of_gate = table.new_zeros(2)
-        return context, log_strength, torch.zeros_like(weights), of_target, of_gate
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, dcontext: Tensor, dlog_strength: Tensor, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        entries, codes, value_ids, offered, logits, initial_logits, table, weights = (
-            ctx.saved_tensors
-        )
-        width, (batch, num_initial) = table.shape[1], initial_logits.shape
-        num_tokens, num_reads = entries.shape[1:]
-        num_writes = logits[0].numel()
-        delsewhere, scale, label, judged = dlog_strength, 1.0, _READ_WEIGHT, (0.0, 0.0, 0.0)
-        if ctx.rules is not None:
-            delsewhere, label = grads[0], LABELS.index(ctx.rules.label)
-            scale = max(abs(float(grads[1])), torch.finfo(table.dtype).tiny)
-            factor = ctx.rules.weight * float(grads[2]) / max(int(offered.sum()), 1)
-            judged = (ctx.rules.share, ctx.rules.floor, factor)
-        num_rows = batch * num_tokens
-        num_spans = count_spans(-(-num_rows // TILE))
-        worths, dheld = weights.new_empty(2, *weights.shape)
-        by_weights = table.new_empty(num_spans, num_reads + table.numel())
-        sizes = (num_spans, num_rows, width, num_reads, label)
-        given = (entries, codes, value_ids, table, weights, dcontext, dlog_strength, delsewhere)
-        work = num_rows * num_reads * (_WORK_OF_SHARES + 3 * width) // num_spans
-        results = (weights.new_tensor([scale]), worths, dheld, by_weights)
-        run_rows(_backward_spans, LANES, num_spans, work, *sizes, *given, *results)
-        dlogits, dinitial = torch.empty_like(logits), torch.empty_like(initial_logits)
-        counts = (
-            num_tokens * num_reads,
-            num_writes,
-            num_initial,
-            int(ctx.rules is not None),
-            label,
-        )
-        reads = (entries, worths, dheld, logits, offered, logits.new_tensor(judged))
-        run_rows(_judge_rows, LANES, batch, 16 * num_writes, *counts, *reads, dlogits, dinitial)
-        dscore, dtable = sum_spans(by_weights).split([num_reads, table.numel()])
-        return None, None, None, dlogits, dinitial, dscore, dtable.view_as(table)
+def _run_backward(
+    entries: Tensor, codes: Tensor, value_ids: Tensor, offered: Tensor, logits: Tensor,
+    initial_logits: Tensor, table: Tensor, weights: Tensor, rules: HindsightRules | None,
+    dcontext: Tensor, dlog_strength: Tensor, dhindsight: Tensor, dtarget: Tensor, dgate: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    width, (batch, num_initial) = table.shape[1], initial_logits.shape
+    num_tokens, num_reads = entries.shape[1:]
+    scale, label, judged = 1.0, _READ_WEIGHT, (0.0, 0.0, 0.0)
+    if rules is None:
+        dhindsight = dlog_strength
+    else:
+        label = LABELS.index(rules.label)
+        scale = max(abs(float(dtarget)), torch.finfo(table.dtype).tiny)
+        factor = rules.weight * float(dgate) / max(int(offered.sum()), 1)
+        judged = (rules.share, rules.floor, factor)
+    num_rows = batch * num_tokens
+    num_spans = count_spans(-(-num_rows // TILE))
+    worths, dheld = weights.new_empty(2, *weights.shape)
+    by_weights = table.new_empty(num_spans, num_reads + table.numel())
+    sizes = (num_spans, num_rows, width, num_reads, label)
+    inputs = (entries, codes, value_ids, table, weights, dcontext, dlog_strength, dhindsight)
+    work = num_rows * num_reads * (_WORK_OF_SHARES + 3 * width) // num_spans
+    results = (weights.new_tensor([scale]), worths, dheld, by_weights)
+    run_rows(_backward_spans, LANES, num_spans, work, *sizes, *inputs, *results)
+    dlogits, dinitial = logits.new_empty(logits.shape), initial_logits.new_empty(batch, num_initial)
+    num_writes = logits[0].numel()
+    counts = (num_tokens * num_reads, num_writes, num_initial, int(rules is not None), label)
+    reads = (entries, worths, dheld, logits, offered, logits.new_tensor(judged))
+    run_rows(_judge_rows, LANES, batch, 16 * num_writes, *counts, *reads, dlogits, dinitial)
+    dscore, dtable = sum_spans(by_weights).split([num_reads, table.numel()])
+    return dlogits, dinitial, dscore, dtable.view(table.shape)
+
+
+_read_found = declare_operator(
+    "read_found",
+    _run_forward,
+    backward=_run_backward,
+    results="context log_strength hindsight of_target of_gate",
+    saved="weights",
+    gradients="logits initial_logits read_score table",
+)
 
 
 def read_found_native(
-    lookup: SlotLookup,
-    logits: Tensor,
-    initial_logits: Tensor,
-    read_score: Tensor,
-    table: Tensor,
-    offered: Tensor,
-    rules: HindsightRules | None,
-) -> FoundValues:
+    lookup: SlotLookup, logits: Tensor, initial_logits: Tensor, read_score: Tensor, table: Tensor,
+    offered: Tensor, rules: HindsightRules | None,
+) -> FoundValues:  # fmt: skip
     """Weigh what was found by its strength, and sum its values.
 
     Equation: E13 (the read), E15 and E16 with rules.
@@ -249,9 +233,8 @@ def read_found_native(
     Returns:
         see ``FoundValues``. Differentiable once in the four floats.
     """
-    found = _ReadFound.apply(lookup, offered, rules, logits, initial_logits, read_score, table)
-    context, log_strength, *others = found
-    if rules is None:
-        return FoundValues(context, log_strength, None, None)
-    elsewhere, of_target, of_gate = others
-    return FoundValues(context, log_strength, elsewhere, HindsightScale(of_target, of_gate))
+    weights = (logits, initial_logits, read_score, table)
+    context, log_strength, hindsight, *scale = _read_found(*lookup, offered, rules, *weights)
+    return FoundValues(
+        context, log_strength, hindsight, None if rules is None else HindsightScale(*scale)
+    )

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops import opaque
 from unimatrix.ops.backends import (
     compiles_native,
     compiles_triton,
@@ -12,6 +11,7 @@ from unimatrix.ops.backends import (
     require_triton,
 )
 from unimatrix.ops.checks import require_dtype, require_lengths, require_shape
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.selective_slots.reference import scan_reference
 from unimatrix.ops.selective_slots.state import (
     MAX_CODE,
@@ -132,9 +132,16 @@ def scan_selective_slots(
                 f"{num_places}; choose native."
             )
         require_triton(device)
-    if torch.compiler.is_compiling() and name != "reference":
-        return _scan_captured(name, writes, initial, policy)
-    return run_scan(name, writes, initial, policy)
+    rules = [margin, int(keep_first), fade_tokens or 0]
+    held = [x.detach() for x in writes]
+    if name == "reference":
+        results = _scan(held, list(initial), bounded, rules, name)
+    else:
+        results = _scan_slots(held, list(initial), bounded, rules, name)
+    lookup = SlotLookup(*results[:3])
+    if not bounded:
+        return SlotScan(lookup, None, None)
+    return SlotScan(lookup, SelectiveSlots(*results[3:6]), results[6])
 
 
 def _count_places(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy) -> int:
@@ -143,58 +150,58 @@ def _count_places(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolic
     return num_slots if policy.bounded else num_slots + writes.write_keys[0].numel()
 
 
-def run_scan(
-    backend: str, writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
-) -> SlotScan:
-    """Scan eagerly: with ``triton`` where the tensors are, else on the CPU and back.
+def _scan(
+    writes: list[Tensor], initial: list[Tensor], bounded: bool, rules: list[int], backend: str
+) -> list[Tensor]:
+    """Scan with ``triton`` where the tensors are, else on the CPU and back.
 
     Args:
+        writes: fields of ``SlotWrites``.
+        initial: fields of ``SelectiveSlots``.
+        bounded: as in ``SlotPolicy``.
+        rules: margin, keep_first and fade_tokens of ``SlotPolicy``.
         backend: ``reference``, ``native`` or ``triton``.
-        writes: what the tokens ask and offer.
-        initial: the slots before the first token.
-        policy: the numbers that govern writing.
 
     Returns:
-        the scan, on the device of ``writes``.
+        the fields of the lookup; if ``bounded``, then of the slots afterwards, and writers.
 
     Raises:
         InputError: if a code is out of range (checked on the CPU).
     """
-    device = writes.read_keys.device
+    device = writes[0].device
     place = device if backend == "triton" else torch.device("cpu")
-    writes = SlotWrites(*(tensor.detach().to(place) for tensor in writes))
-    initial = SelectiveSlots(*(tensor.to(place) for tensor in initial))
+    offered = SlotWrites(*(tensor.to(place) for tensor in writes))
+    slots = SelectiveSlots(*(tensor.to(place) for tensor in initial))
+    margin, keep_first, fade_tokens = rules
+    policy = SlotPolicy(bounded, margin, bool(keep_first), fade_tokens)
     if place.type == "cpu":
-        _check_codes(writes.codes)
+        _check_codes(offered.codes)
+    # Imported here: both load a compiler.
     if backend == "triton":
         from unimatrix.ops.selective_slots.triton import scan_triton
 
-        return scan_triton(writes, initial, policy, _count_places(writes, initial, policy))
-    if backend == "reference":
-        scan = scan_reference
+        scan = scan_triton(offered, slots, policy, _count_places(offered, slots, policy))
+    elif backend == "native":
+        from unimatrix.ops.selective_slots.native import scan_native
+
+        scan = scan_native(offered, slots, policy)
     else:
-        from unimatrix.ops.selective_slots.native import scan_native as scan
-    lookup, slots, writers = scan(writes, initial, policy)
-    lookup = SlotLookup(*(tensor.to(device) for tensor in lookup))
-    if slots is None or writers is None:
-        return SlotScan(lookup, None, None)
-    slots = SelectiveSlots(*(tensor.to(device) for tensor in slots))
-    return SlotScan(lookup, slots, writers.to(device))
+        scan = scan_reference(offered, slots, policy)
+    results = [*scan.lookup]
+    if scan.slots is not None and scan.writers is not None:
+        results += [*scan.slots, scan.writers]
+    return [tensor.to(device) for tensor in results]
 
 
-def _scan_captured(
-    backend: str, writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy
-) -> SlotScan:
-    """Scan inside a graph that ``torch.compile`` captures."""
-    bounded, margin, keep_first, fade_tokens = policy
-    rules = [margin, int(keep_first), fade_tokens]
-    results = opaque.scan_selective_slots(
-        [x.detach() for x in writes], list(initial), bounded, rules, backend
-    )
-    lookup = SlotLookup(*results[:3])
-    if not bounded:
-        return SlotScan(lookup, None, None)
-    return SlotScan(lookup, SelectiveSlots(*results[3:6]), results[6])
+def _make_results(
+    writes: list[Tensor], initial: list[Tensor], bounded: bool, *_: object
+) -> list[Tensor]:
+    """Return empty tensors like those of ``_scan``."""
+    like = [*[writes[0]] * 3, *([*initial, initial[0].long()] if bounded else [])]
+    return [x.new_empty(x.shape) for x in like]
+
+
+_scan_slots = declare_operator("scan_selective_slots", _scan, shapes=_make_results, devices=None)
 
 
 def _check(writes: SlotWrites, initial: SelectiveSlots) -> None:

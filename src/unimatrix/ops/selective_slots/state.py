@@ -9,6 +9,11 @@ CODES_PER_NAT = 8
 """Strength codes a unit of the gate's logit: strength = sigmoid(code / 8)."""
 MIN_CODE, MAX_CODE = -128, 127
 
+# Constants of SplitMix64 (Steele, Lea, Flood 2014), as signed numbers: sums wrap around.
+HASH_STEP = -7046029254386353131
+HASH_MIX = -4658895280553007687
+HASH_MASK = 2**31 - 1
+
 NO_KEY = -1
 NO_VALUE = -1
 _LARGEST_INT16 = 2**15 - 1

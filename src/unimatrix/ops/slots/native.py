@@ -36,6 +36,7 @@ from unimatrix.ops.numba.lanes import (
 from unimatrix.ops.numba.products import LANES
 from unimatrix.ops.numba.threads import Shaped, map_rows
 from unimatrix.ops.numba.tiles import add_multiple, multiply_rows
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.slots.decisions import Allocation, prepare_strengths
 from unimatrix.ops.slots.slot_state import SlotRules
 
@@ -211,15 +212,9 @@ def _allocate_rows(
 
 
 def allocate_native(
-    queries: Tensor,
-    keys: Tensor,
-    strengths: Tensor,
-    initial_ages: Tensor,
-    *,
-    reads: Tensor,
-    writes: Tensor,
-    rules: SlotRules,
-) -> Allocation:
+    queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, *, reads: Tensor,
+    writes: Tensor, rules: SlotRules,
+) -> Allocation:  # fmt: skip
     """Decide for every token which entries it reads and which slot it writes.
 
     Equation: E6 (order), E7.
@@ -434,47 +429,54 @@ def _leave_sphere_rows(
         _leave_sphere(vectors, grads, i, norms[i])
 
 
-class _Read(torch.autograd.Function):
-    """The read of chosen entries."""
+def _run_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, log_strength: Tensor, chosen: Tensor
+) -> tuple[Tensor, ...]:
+    keys = keys.contiguous()
+    context = values.new_empty((*queries.shape[:2], values.shape[2]))
+    weights, key_norms = queries.new_empty(chosen.shape), keys.new_empty(keys.shape[:2])
+    rows = Shaped(keys.flatten(0, 1)), Shaped(key_norms.view(-1))
+    map_rows(_norm_rows, key_norms.numel(), *rows, work=keys.numel())
+    inputs = (x.contiguous() for x in (queries, keys, values, log_strength, chosen))
+    arrays = map(Shaped, (*inputs, key_norms, context, weights))
+    work = chosen.numel() * (queries.shape[2] + values.shape[2])
+    map_rows(_read_rows, chosen.shape[0] * chosen.shape[1], *arrays, work=work)
+    return context, weights, key_norms
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return context [B, T, Dv] and weights [B, T, K]."""
-        queries, keys, values, log_strength, chosen = (x.contiguous() for x in inputs)
-        context = values.new_empty((*queries.shape[:2], values.shape[2]))
-        weights, key_norms = queries.new_empty(chosen.shape), keys.new_empty(keys.shape[:2])
-        rows = Shaped(keys.flatten(0, 1)), Shaped(key_norms.view(-1))
-        map_rows(_norm_rows, key_norms.numel(), *rows, work=keys.numel())
-        given = (queries, keys, values, log_strength, chosen, key_norms, context, weights)
-        work = chosen.numel() * (queries.shape[2] + values.shape[2])
-        map_rows(_read_rows, chosen.shape[0] * chosen.shape[1], *map(Shaped, given), work=work)
-        ctx.save_for_backward(queries, keys, values, chosen, key_norms, weights)
-        return context, weights
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of queries, keys, values and log strength."""
-        queries, keys, values, chosen, key_norms, weights = ctx.saved_tensors
-        d_context, d_weights = (x.contiguous() for x in grads)
-        d_queries, d_keys, d_values, d_log_strength = (
-            torch.empty_like(x) for x in (queries, keys, values, key_norms)
-        )
-        d_scores, shares = torch.zeros_like(weights), torch.zeros_like(weights)
-        batch, num_tokens = chosen.shape[:2]
-        work = chosen.numel() * (queries.shape[2] + values.shape[2])
-        given = [queries, keys, values, chosen, key_norms, weights, d_context, d_weights]
-        given += [d_scores, shares, d_queries]
-        map_rows(_query_gradient_rows, batch * num_tokens, *map(Shaped, given), work=work)
-        # Where there are fewer sequences than threads, each takes some columns.
-        num_parts = -(-torch.get_num_threads() // batch)
-        given = [queries, chosen, weights, d_context, d_scores, shares]
-        given += [d_keys, d_values, d_log_strength]
-        num_rows = batch * num_parts
-        map_rows(_entry_gradient_rows, num_rows, num_parts, *map(Shaped, given), work=work)
-        given = [keys.flatten(0, 1), key_norms.view(-1), d_keys.flatten(0, 1)]
-        map_rows(_leave_sphere_rows, key_norms.numel(), *map(Shaped, given), work=keys.numel())
-        return d_queries, d_keys, d_values, d_log_strength, None
+def _run_backward(
+    queries: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, key_norms: Tensor,
+    weights: Tensor, d_context: Tensor, d_weights: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    inputs = (queries, keys, values, chosen, key_norms, weights, d_context, d_weights)
+    queries, keys, values, chosen, *others = (x.contiguous() for x in inputs)
+    d_context = others[2]
+    d_queries, d_keys, d_values, d_log_strength = (
+        torch.empty_like(x) for x in (queries, keys, values, key_norms)
+    )
+    d_scores, shares = torch.zeros_like(weights), torch.zeros_like(weights)
+    batch, num_tokens = chosen.shape[:2]
+    work = chosen.numel() * (queries.shape[2] + values.shape[2])
+    arrays = map(Shaped, (queries, keys, values, chosen, *others, d_scores, shares, d_queries))
+    map_rows(_query_gradient_rows, batch * num_tokens, *arrays, work=work)
+    # Where there are fewer sequences than threads, each takes some columns.
+    num_parts = -(-torch.get_num_threads() // batch)
+    of_reads = (queries, chosen, weights, d_context, d_scores, shares)
+    arrays = map(Shaped, (*of_reads, d_keys, d_values, d_log_strength))
+    map_rows(_entry_gradient_rows, batch * num_parts, num_parts, *arrays, work=work)
+    arrays = map(Shaped, (keys.flatten(0, 1), key_norms.view(-1), d_keys.flatten(0, 1)))
+    map_rows(_leave_sphere_rows, key_norms.numel(), *arrays, work=keys.numel())
+    return d_queries, d_keys, d_values, d_log_strength
+
+
+_read = declare_operator(
+    "read_slots",
+    _run_forward,
+    backward=_run_backward,
+    results="context weights",
+    saved="key_norms",
+    gradients="queries keys values log_strength",
+)
 
 
 def read_native(
@@ -500,5 +502,5 @@ def read_native(
     """
     if queries.device.type != "cpu":
         return read_chosen(queries, keys, values, log_strength, chosen)
-    read: tuple[Tensor, Tensor] = _Read.apply(queries, keys, values, log_strength, chosen)
-    return read
+    context, weights = _read(queries, keys, values, log_strength, chosen)
+    return context, weights

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops import opaque
 from unimatrix.ops.backends import (
     compiles_native,
     compiles_triton,
@@ -16,9 +15,10 @@ from unimatrix.ops.backends import (
 )
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.slots.decisions import Allocation
 from unimatrix.ops.slots.parallel import allocate_parallel
-from unimatrix.ops.slots.read import Allocate, scan_by_allocation
+from unimatrix.ops.slots.read import scan_by_allocation
 from unimatrix.ops.slots.reference import scan_slots_reference
 from unimatrix.ops.slots.slot_state import SlotRead, SlotRules, SlotState, SlotTokens
 
@@ -83,20 +83,10 @@ def _fits_triton(num_slots: int, key_size: int) -> bool:
 
 
 def scan_slots(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    strengths: Tensor,
-    token_ids: Tensor,
-    *,
-    writable: Tensor,
-    slots_per_read: int,
-    initial: SlotState,
-    match_threshold: float = 0.85,
-    strength_floor: float = 0.05,
-    lengths: Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[SlotRead, SlotState]:
+    queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor, token_ids: Tensor, *,
+    writable: Tensor, slots_per_read: int, initial: SlotState, match_threshold: float = 0.85,
+    strength_floor: float = 0.05, lengths: Tensor | None = None, backend: str = "auto",
+) -> tuple[SlotRead, SlotState]:  # fmt: skip
     """Read M slots and write one of them, token after token.
 
     Equation: E6 to E9.
@@ -195,38 +185,50 @@ def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
                 "choose native."
             )
         require_triton(queries.device)
+    allocate = functools.partial(_allocate_by, backend)
     if torch.compiler.is_compiling():
-        captured = functools.partial(_allocate_captured, backend)
-        return functools.partial(scan_by_allocation, captured, read_chosen)
+        return functools.partial(scan_by_allocation, allocate, read_chosen)
     if backend == "triton":
         from unimatrix.ops.slots.triton import read_triton as read
     else:
         from unimatrix.ops.slots.native import read_native as read
-    return functools.partial(scan_by_allocation, find_allocator(backend), read)
+    return functools.partial(scan_by_allocation, allocate, read)
 
 
-def find_allocator(backend: str) -> Allocate:
-    """Return the decision scan of ``native`` or ``triton``, imported when first asked for."""
-    if backend == "triton":
-        from unimatrix.ops.slots.triton import allocate_triton
-
-        return allocate_triton
-    from unimatrix.ops.slots.native import allocate_native
-
-    return allocate_native
+def _allocate_by(
+    backend: str, queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, *,
+    reads: Tensor, writes: Tensor, rules: SlotRules,
+) -> Allocation:  # fmt: skip
+    """Decide with ``native`` or ``triton``, inside a captured graph too."""
+    inputs = (queries, keys, strengths, initial_ages, reads, writes)
+    return Allocation(*_allocate_slots(*inputs, *rules, backend))
 
 
-def _allocate_captured(
+def _allocate(
+    queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, reads: Tensor,
+    writes: Tensor, slots_per_read: int, match_threshold: float, strength_floor: float,
     backend: str,
-    queries: Tensor,
-    keys: Tensor,
-    strengths: Tensor,
-    initial_ages: Tensor,
-    *,
-    reads: Tensor,
-    writes: Tensor,
-    rules: SlotRules,
-) -> Allocation:
-    """Decide inside a graph that ``torch.compile`` captures."""
-    given = (queries, keys, strengths, initial_ages, reads, writes)
-    return Allocation(*opaque.allocate_slots(*given, *rules, backend))
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    # Imported here: both load a compiler.
+    if backend == "triton":
+        from unimatrix.ops.slots.triton import allocate_triton as allocate
+    else:
+        from unimatrix.ops.slots.native import allocate_native as allocate
+    rules = SlotRules(slots_per_read, match_threshold, strength_floor)
+    chosen, writers, ages = allocate(
+        queries, keys, strengths, initial_ages, reads=reads, writes=writes, rules=rules
+    )
+    return chosen, writers, ages
+
+
+_allocate_slots = declare_operator(
+    "allocate_slots",
+    _allocate,
+    results="chosen writers ages",
+    shapes=lambda queries, keys, strengths, ages, reads, writes, num_read, *_: (
+        ages.new_empty(*queries.shape[:2], num_read),
+        ages.new_empty(ages.shape),
+        ages.new_empty(ages.shape),
+    ),
+    devices=None,
+)

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unimatrix.ops.cosine_read import (
     LOGIT_SCALE,
@@ -22,6 +21,7 @@ from unimatrix.ops.cosine_read import (
     compute_decision_units,
     read_chosen,
 )
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.slots.decisions import Allocation, prepare_entries
 from unimatrix.ops.slots.slot_state import SlotRules
 
@@ -102,15 +102,9 @@ def choose_warps(num_numbers: int) -> int:
 
 
 def allocate_triton(
-    queries: Tensor,
-    keys: Tensor,
-    strengths: Tensor,
-    initial_ages: Tensor,
-    *,
-    reads: Tensor,
-    writes: Tensor,
-    rules: SlotRules,
-) -> Allocation:
+    queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, *, reads: Tensor,
+    writes: Tensor, rules: SlotRules,
+) -> Allocation:  # fmt: skip
     """Decide for every token which entries it reads and which slot it writes.
 
     Equation: E6 (order), E7.
@@ -265,46 +259,59 @@ def _read_backward_rows(
     tl.store(d_queries + at, d_query, mask=exists[:, None] & (component < C)[None, :])
 
 
-class _Read(torch.autograd.Function):
-    """The read of chosen entries; not differentiable twice."""
+def _list_sizes(queries: Tensor, values: Tensor, num_read: int) -> dict[str, Any]:
+    """Return what the kernels are compiled for."""
+    C, D = queries.shape[2], values.shape[2]
+    return {
+        "C": C,
+        "D": D,
+        "K": num_read,
+        "WIDTH": triton.next_power_of_2(C),
+        "VALUES": triton.next_power_of_2(D),
+        "POSITIONS": _POSITIONS,
+        "TO_LOGIT": LOGIT_SCALE / math.sqrt(C),
+        "SCALE": LOGIT_SCALE,
+        "MIN": MIN_NORM,
+    }
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        queries, keys, values, log_strength, chosen = (x.contiguous() for x in inputs)
-        (B, T, C), (_, P, D), K = queries.shape, values.shape, chosen.shape[2]
-        context, weights = values.new_empty(B, T, D), queries.new_empty(B, T, K)
-        ctx.sizes = {
-            "C": C,
-            "D": D,
-            "K": K,
-            "WIDTH": triton.next_power_of_2(C),
-            "VALUES": triton.next_power_of_2(D),
-            "POSITIONS": _POSITIONS,
-            "TO_LOGIT": LOGIT_SCALE / math.sqrt(C),
-            "SCALE": LOGIT_SCALE,
-            "MIN": MIN_NORM,
-        }
-        with torch.cuda.device_of(queries):
-            _read_rows[triton.cdiv(T, _POSITIONS), B](
-                queries, keys, values, log_strength, chosen, context, weights, T, P,
-                READS=triton.next_power_of_2(K), **ctx.sizes,
-            )  # fmt: skip
-        ctx.save_for_backward(queries, keys, values, chosen, weights)
-        return context, weights
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, chosen, weights = ctx.saved_tensors
-        (B, T, _), P = queries.shape, keys.shape[1]
-        d_queries = torch.empty_like(queries)
-        found = [torch.zeros_like(x) for x in (keys, values, keys[..., 0])]
-        with torch.cuda.device_of(queries):
-            _read_backward_rows[triton.cdiv(T, _POSITIONS), B](
-                queries, keys, values, chosen, weights, *(x.contiguous() for x in grads),
-                d_queries, *found, T, P, **ctx.sizes,
-            )  # fmt: skip
-        return d_queries, *found, None
+def _run_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, log_strength: Tensor, chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    (B, T, K), P = chosen.shape, keys.shape[1]
+    context, weights = values.new_empty(B, T, values.shape[2]), queries.new_empty(B, T, K)
+    inputs = [x.contiguous() for x in (queries, keys, values, log_strength, chosen)]
+    with torch.cuda.device_of(queries):
+        _read_rows[triton.cdiv(T, _POSITIONS), B](
+            *inputs, context, weights, T, P,
+            READS=triton.next_power_of_2(K), **_list_sizes(queries, values, K),
+        )  # fmt: skip
+    return context, weights
+
+
+def _run_backward(
+    queries: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, weights: Tensor,
+    d_context: Tensor, d_weights: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    (B, T, K), P = chosen.shape, keys.shape[1]
+    d_queries = queries.new_empty(queries.shape)
+    of_entries = [x.new_zeros(x.shape) for x in (keys, values, keys[..., 0])]
+    inputs = (queries, keys, values, chosen, weights, d_context, d_weights)
+    with torch.cuda.device_of(queries):
+        _read_backward_rows[triton.cdiv(T, _POSITIONS), B](
+            *(x.contiguous() for x in inputs), d_queries, *of_entries, T, P,
+            **_list_sizes(queries, values, K),
+        )  # fmt: skip
+    return d_queries, *of_entries
+
+
+_read = declare_operator(
+    "read_slots_triton",
+    _run_forward,
+    backward=_run_backward,
+    results="context weights",
+    gradients="queries keys values log_strength",
+)
 
 
 def read_triton(
@@ -330,5 +337,5 @@ def read_triton(
     """
     if torch.are_deterministic_algorithms_enabled():
         return read_chosen(queries, keys, values, log_strength, chosen)
-    read: tuple[Tensor, Tensor] = _Read.apply(queries, keys, values, log_strength, chosen)
-    return read
+    context, weights = _read(queries, keys, values, log_strength, chosen)
+    return context, weights

@@ -3,10 +3,12 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import compiles_native, require_backend
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.suffix_automaton.reference import predict_rows
 from unimatrix.ops.suffix_automaton.storage import (
     DTYPES,
@@ -25,6 +27,7 @@ __all__ = [
     "count_live_bytes",
     "empty_automaton",
     "keep_text",
+    "match_suffixes",
     "predict_from_suffix",
 ]
 
@@ -112,6 +115,23 @@ def predict_from_suffix(
     device = input_ids.device
     prediction = SuffixPrediction(predicted_ids.to(device), match_lengths.to(device))
     return prediction, automaton if keeps_state else None
+
+
+def _match_suffixes(input_ids: Tensor, window: int | None) -> Tensor:
+    prediction, _ = predict_from_suffix(input_ids, window=window, keeps_state=False)
+    return torch.stack(prediction, dim=-1)
+
+
+match_suffixes = declare_operator(
+    "match_suffixes",
+    _match_suffixes,
+    shapes=lambda input_ids, window: input_ids.new_empty(*input_ids.shape, 2),
+    devices=None,
+)
+"""Return what ``predict_from_suffix`` predicts for new streams, which a captured graph takes whole.
+
+Args: input_ids [B, T] int64, and the window. Returns: ids and match lengths, [B, T, 2] int64.
+"""
 
 
 def _check_ids(
