@@ -18,8 +18,6 @@ from unimatrix.ops.selective_slots import (
     hash_contexts,
     scan_selective_slots,
 )
-from unimatrix.ops.selective_slots.keys import hash_contexts_reference
-from unimatrix.ops.selective_slots.native_step import hash_contexts_native
 
 OPTIONS = [
     {},
@@ -247,6 +245,13 @@ def test_bad_input_is_named() -> None:
 @pytest.mark.parametrize("patterns", [[[0]], [[0, 1, 2, 3]], [[0], [0, 2], [1]], [[0, 9]]])
 def test_compiled_contexts_are_those_of_tensor_operations(patterns) -> None:
     ids = torch.randint(-1, 9, (3, 200), generator=torch.Generator().manual_seed(0))
-    expected = hash_contexts_reference(ids, patterns)
-    assert torch.equal(hash_contexts(ids, patterns), expected)
-    assert torch.equal(hash_contexts_native(ids[:, :5], patterns), expected[:, :5])
+    expected = hash_contexts(ids, patterns, backend="reference")
+    for backend in ("auto", "native", "triton"):
+        assert torch.equal(hash_contexts(ids, patterns, backend=backend), expected)
+    few = hash_contexts(ids[:, :5], patterns, backend="native")
+    assert torch.equal(few, expected[:, :5])
+
+
+def test_contexts_of_an_unknown_back_end() -> None:
+    with pytest.raises(InputError, match="'parallel' is not available for selective_slots"):
+        hash_contexts(torch.zeros(1, 3, dtype=torch.int64), [[0]], backend="parallel")
