@@ -232,6 +232,8 @@ def test_no_kernel_lets_another_call_its_parts() -> None:
     for one, result in compiled:
         module = result.library._get_module_for_linking()
         exported = [f.name for f in module.functions if f.linkage == Linkage.linkonce_odr]
+        # Numba up to 0.61 exports these, whose names hold a digest of what they do.
+        exported = [name for name in exported if not name.startswith("__excinfo_unwrap_args")]
         assert exported, one
         assert all(f"{one.__name__}B" in name for name in exported), (one, exported)
 
