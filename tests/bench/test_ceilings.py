@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from unimatrix.bench import ceilings
+from unimatrix.bench import ceilings, clock
 from unimatrix.bench.ceilings import Ceilings
 
 
@@ -26,7 +26,7 @@ def stop_the_clock(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
             now += taken
             yield now
 
-    monkeypatch.setattr(ceilings.time, "perf_counter", read().__next__)
+    monkeypatch.setattr(clock.time, "perf_counter", read().__next__)
 
 
 def test_the_best_of_all_samples_counts(monkeypatch: pytest.MonkeyPatch) -> None:

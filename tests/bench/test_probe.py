@@ -5,19 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from unimatrix.bench import probe as module
+from unimatrix.bench import process_bytes
 from unimatrix.bench.models import BenchModel
-from unimatrix.bench.peak_bytes import measure_peak_bytes
-from unimatrix.bench.probe import Cell, Setting, probe
+from unimatrix.bench.probe import BenchCell, Setting, probe
+from unimatrix.bench.process_bytes import is_out_of_bytes, measure_peak_bytes
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 SETTING = Setting(text=b"a stone, " * 2000, seed=0, device="cpu", num_threads=1, budget_s=60.0)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak bytes are read from Linux")
 
 
-def make_cell(mode: str, num_tokens: int, **overrides) -> Cell:
+def make_cell(mode: str, num_tokens: int, **overrides) -> BenchCell:
     model = BenchModel(name="core", overrides=SMALL | overrides)
-    return Cell(mode=mode, model=model, num_tokens=num_tokens, batch_size=1)
+    return BenchCell(mode=mode, model=model, num_tokens=num_tokens, batch_size=1)
 
 
 @LINUX
@@ -68,7 +68,8 @@ def test_time_runs_out() -> None:
 
 
 def test_bytes_run_out() -> None:
-    assert module._is_out_of_bytes(MemoryError())
-    assert module._is_out_of_bytes(RuntimeError("DefaultCPUAllocator: can't allocate memory: you"))
-    assert not module._is_out_of_bytes(RuntimeError("shapes differ"))
-    assert module._read_available_bytes() > 0 or sys.platform != "linux"
+    assert is_out_of_bytes(MemoryError())
+    assert is_out_of_bytes(RuntimeError("DefaultCPUAllocator: can't allocate memory: you"))
+    assert not is_out_of_bytes(RuntimeError("shapes differ"))
+    available = process_bytes._read_bytes(process_bytes._MACHINE, "MemAvailable")
+    assert available > 0 or sys.platform != "linux"

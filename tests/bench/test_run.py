@@ -7,8 +7,9 @@ import torch
 
 from unimatrix.bench import run as module
 from unimatrix.bench.models import BenchModel
+from unimatrix.bench.plan import BenchPlan
 from unimatrix.bench.probe import Probe
-from unimatrix.bench.run import BenchPlan, run_bench
+from unimatrix.bench.run import run_bench
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 

@@ -4,22 +4,35 @@ import pytest
 
 from unimatrix.bench import starts
 from unimatrix.bench.models import BenchModel
+from unimatrix.bench.plan import BenchPlan
 from unimatrix.bench.starts import StartError, time_starts
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-HERE = {
-    "num_rounds": 1,
-    "budget_s": 60.0,
-    "seed": 0,
-    "device": "cpu",
-    "precision": "float32",
-    "num_threads": 1,
-}
+
+
+def make_plan(*names: str, num_rounds: int = 1, budget_s: float = 60.0) -> BenchPlan:
+    """Return a plan whose names may end in ", compiled"."""
+    models = []
+    for name in names:
+        name, _, is_compiled = name.partition(", ")
+        compiler = "aot_eager" if is_compiled else None
+        models.append(BenchModel(name=name, overrides=SIZES, compiler=compiler))
+    return BenchPlan(
+        modes=[],
+        alone=["start"],
+        lengths=[8],
+        models=models,
+        batch_size=None,
+        num_rounds=num_rounds,
+        budget_s=budget_s,
+        seed=0,
+        device="cpu",
+    )
 
 
 def test_a_process_tells_when_its_tokens_came() -> None:
     """A model of another library, which has no kernels to compile."""
-    (row,) = time_starts([BenchModel(name="llama", overrides=SIZES)], **HERE)
+    (row,) = time_starts(make_plan("llama"))
     assert (row["model"], row["rounds"]) == ("llama", 1)
     assert row["libraries_s"] > 0
     assert 0 < row["fastest_s"] == row["first_token_s"] == row["slowest_s"]
@@ -36,12 +49,7 @@ def test_models_take_turns_each_with_kernels_of_its_own(monkeypatch: pytest.Monk
         return said | {"whole": 4.0}
 
     monkeypatch.setattr(starts, "_run", run)
-    specs = [
-        BenchModel(name="core", overrides=SIZES),
-        BenchModel(name="core", overrides=SIZES, compiler="aot_eager"),
-        BenchModel(name="llama", overrides=SIZES),
-    ]
-    ours, theirs = time_starts(specs, **HERE | {"num_rounds": 3})
+    ours, theirs = time_starts(make_plan("core", "core, compiled", "llama", num_rounds=3))
     mine = ("UniMatrixForCausalLM", "kernels of core")
     assert seen == 4 * [mine, ("LlamaForCausalLM", "kernels of llama")]
     assert (ours["first_ever_first_token_s"], theirs["first_ever_second_token_s"]) == (1.0, 2.5)
@@ -52,19 +60,18 @@ def test_models_take_turns_each_with_kernels_of_its_own(monkeypatch: pytest.Monk
 def test_a_budget_is_kept_and_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"libraries": 2.0, "first": 1.0, "second": 1.5, "whole": 4.0}
     monkeypatch.setattr(starts, "_run", lambda command, kernels: said)
-    specs = [BenchModel(name=name, overrides=SIZES) for name in ("core", "gla")]
-    ours, theirs = time_starts(specs, **HERE | {"num_rounds": 20, "budget_s": 9.0})
+    ours, theirs = time_starts(make_plan("core", "gla", num_rounds=20, budget_s=9.0))
     assert (ours["skipped"], ours["rounds"]) == (None, 2)
     assert theirs["model"] == "gla"
     assert "CUDA device only" in theirs["skipped"]
 
 
 def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [BenchModel(name="llama", overrides=SIZES)]
+    plan = make_plan("llama")
     monkeypatch.setattr(starts, "_SCRIPT", "raise ValueError('no room')")
     with pytest.raises(StartError, match=r"could not generate: ValueError: no room"):
-        time_starts(specs, **HERE)
+        time_starts(plan)
     monkeypatch.setattr(starts, "_SCRIPT", "import time; time.sleep(60)")
     monkeypatch.setattr(starts, "_LIMIT_S", 0.1)
     with pytest.raises(StartError, match=r"took longer than 0.1 s"):
-        time_starts(specs, **HERE)
+        time_starts(plan)

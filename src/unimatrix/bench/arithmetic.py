@@ -3,7 +3,7 @@
 Counted are products that are summed: projections, the recurrence of a state in its cheapest form
 (decay, write and read of each of its numbers), scores and weighted sums of what is read, attention
 to earlier tokens alone. Not counted is work on single numbers (norms, activations, gates) and on
-whole ones (suffix automaton, selective slots). A backward pass costs two products for each of the
+integers (suffix automaton, selective slots). A backward pass costs two products for each of the
 forward, except where a choice has no gradient.
 """
 
@@ -32,8 +32,8 @@ class TokenCost:
         choices_per_earlier: in scores that only choose, likewise.
     """
 
-    linear: int
-    head: int
+    linear: int = 0
+    head: int = 0
     mixing: int = 0
     choices: int = 0
     mixing_per_earlier: int = 0
@@ -107,9 +107,8 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     linear += width**2 * (config.associative_memory != "none")
     linear += width**2 * (config.residual_path != "none")
     retrieval = _count_retrieval(config)
-    repeats = depth if config.slot_source == "hidden" else 1
-    if config.associative_memory == "selective":
-        repeats = 1
+    reads_stream = config.slot_source == "hidden" and config.associative_memory != "selective"
+    repeats = depth if reads_stream else 1
     once = width * config.modulation_size + width * config.uses_pointer
     if config.uses_mixture:
         reads = _count_selective_reads(config)
@@ -128,11 +127,10 @@ def _count_matrix_mixer(config: UniMatrixConfig) -> tuple[int, int]:
     if config.update_rules == "none":
         return 0, 0
     width, heads, rows = config.hidden_size, config.num_attention_heads, config.head_dim
-    inner, mixed = heads * rows, config.update_rules == "mixed"
+    inner, rules = heads * rows, config.update_rules
+    mixed, delta = rules == "mixed", rules == "delta"
     linear = width * (3 * inner + heads + width) + inner * width
-    linear += mixed * width * (inner + _NUM_RULES * heads)
-    delta = config.update_rules == "delta"
-    linear += delta * width * heads
+    linear += mixed * width * (inner + _NUM_RULES * heads) + delta * width * heads
     state = heads * rows**2 * (3 + mixed + delta + bool(config.norm_guard))
     return linear, state + config.conv_kernel * width
 
@@ -149,20 +147,17 @@ def _count_retrieval(config: UniMatrixConfig) -> TokenCost:
     projected += width**2 * (not config.identity_values)
     read = reads * (key + width)
     if config.associative_memory == "dense":
-        return TokenCost(linear=projected, head=0, mixing=read, choices_per_earlier=key)
+        return TokenCost(linear=projected, mixing=read, choices_per_earlier=key)
     if config.associative_memory == "slots":
         hops = config.slot_hops
         linear = projected + 2 * width * config.write_gate + (hops - 1) * width * key
         linear += config.product_key_codes * key
-        choices = hops * config.num_slots * key
-        return TokenCost(linear=linear, head=0, mixing=hops * read, choices=choices)
+        return TokenCost(linear=linear, mixing=hops * read, choices=hops * config.num_slots * key)
     if config.associative_memory == "selective":
-        patterns = len(config.slot_key_patterns)
         inputs = (3 if config.slot_source == "hidden" else 2) * width
-        gate = inputs * (width // 2) + (width // 2) * patterns
-        found = _count_selective_reads(config) * width
-        return TokenCost(linear=gate + width**2, head=0, mixing=found)
-    return TokenCost(linear=0, head=0)
+        gate = (inputs + len(config.slot_key_patterns)) * (width // 2)
+        return TokenCost(linear=gate + width**2, mixing=_count_selective_reads(config) * width)
+    return TokenCost()
 
 
 def count_model(name: str, model: nn.Module) -> TokenCost:

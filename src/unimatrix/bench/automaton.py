@@ -1,6 +1,5 @@
 """The suffix automaton alone: bytes a second and bytes a token, on text and on the worst of it."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,18 +78,15 @@ def time_automaton(
     Raises:
         EquivalenceError: if predictions differ from the reference's on the first 1,024 tokens.
     """
-    streams = {
-        (name, length): ids.unsqueeze(0)
-        for length in lengths
-        for name, ids in (
-            ("text", cut_rows(text, 1, length, _NUM_BYTES)[0]),
-            *((name, write(length)) for name, write in _WORST.items()),
-        )
-    }
+    streams: dict[tuple[str, int], Tensor] = {}
+    for length in lengths:
+        streams["text", length] = cut_rows(text, 1, length, _NUM_BYTES)
+        for name, write in _WORST.items():
+            streams[name, length] = write(length).unsqueeze(0)
     for (name, _), ids in streams.items():
         _require_exact(name, ids[:, :_CHECKED_TOKENS])
     workloads = {
-        key: Workload(functools.partial(_pass_on, ids), predict_from_suffix)
+        key: Workload(lambda: None, lambda _, ids=ids: predict_from_suffix(ids))  # type: ignore[misc]
         for key, ids in streams.items()
     }
     rounds = {
@@ -106,10 +102,7 @@ def time_automaton(
             {
                 "text": name,
                 "num_tokens": length,
-                "rounds": spread.rounds,
-                "median_ms": 1e3 * spread.median,
-                "fastest_ms": 1e3 * spread.fastest,
-                "slowest_ms": 1e3 * spread.slowest,
+                **spread.to_milliseconds(),
                 "bytes_per_s": length / spread.median,
                 "state_bytes_per_token": count_cache_bytes(state) / length,
             }
@@ -117,18 +110,11 @@ def time_automaton(
     return rows
 
 
-def _pass_on(ids: Tensor) -> Tensor:
-    """Return what a run consumes."""
-    return ids
-
-
 def _require_exact(name: str, ids: Tensor) -> None:
     """Raise ``EquivalenceError`` unless predictions are those of the reference."""
     found, _ = predict_from_suffix(ids)
     expected, _ = predict_from_suffix(ids, backend="reference")
-    for mine, theirs in zip(found, expected, strict=True):
-        if not torch.equal(mine, theirs):
-            raise EquivalenceError(
-                f"suffix automaton: predictions on {name} differ from the reference's; it is not "
-                "timed"
-            )
+    if not all(map(torch.equal, found, expected)):
+        raise EquivalenceError(
+            f"suffix automaton: predictions on {name} differ from the reference's; it is not timed"
+        )

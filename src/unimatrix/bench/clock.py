@@ -16,7 +16,7 @@ class Workload(NamedTuple):
 
     Attributes:
         prepare: makes what one run consumes; not timed.
-        run: is timed; given what ``prepare`` made.
+        run: is timed; takes what ``prepare`` made.
     """
 
     prepare: Callable[[], Any]
@@ -24,23 +24,30 @@ class Workload(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The seconds of one workload over its rounds.
-
-    Attributes:
-        median: of all rounds.
-        fastest: round.
-        slowest: round.
-        rounds: how many there are.
-    """
+    """The seconds of one workload over its rounds: of all, of the fastest, of the slowest."""
 
     median: float
     fastest: float
     slowest: float
     rounds: int
 
+    def to_milliseconds(self, parts: int = 1) -> dict[str, float]:
+        """Return the columns of a row for one of the equal parts of a run."""
+        names = {"median_ms": self.median, "fastest_ms": self.fastest, "slowest_ms": self.slowest}
+        milliseconds = {name: 1e3 * seconds / parts for name, seconds in names.items()}
+        return {"rounds": self.rounds, **milliseconds}
 
-def synchronize(device: str) -> None:
-    """Wait until a device has done what it was told."""
+
+def time_call(call: Callable[[], object], device: str) -> float:
+    """Return the seconds until a device (cpu, cuda or mps) has done what a call tells it to do."""
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":
@@ -50,11 +57,7 @@ def synchronize(device: str) -> None:
 def time_once(workload: Workload, device: str) -> float:
     """Return the seconds of one run."""
     prepared = workload.prepare()
-    synchronize(device)
-    start = time.perf_counter()
-    workload.run(prepared)
-    synchronize(device)
-    return time.perf_counter() - start
+    return time_call(lambda: workload.run(prepared), device)
 
 
 def time_interleaved(
@@ -79,15 +82,15 @@ def time_interleaved(
         the others.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in workloads}
-    left = []
+    fitting = []
     on_round()
     for key, workload in workloads.items():
         with contextlib.suppress(torch.OutOfMemoryError):
             time_once(workload, device)
-            left.append(key)
-    for index in range(max((num_rounds[key] for key in left), default=0)):
+            fitting.append(key)
+    for index in range(max((num_rounds[key] for key in fitting), default=0)):
         on_round()
-        due = [key for key in left if index < num_rounds[key]]
+        due = [key for key in fitting if index < num_rounds[key]]
         first = index % len(due)
         for key in due[first:] + due[:first]:
             seconds[key].append(time_once(workloads[key], device))
@@ -95,7 +98,7 @@ def time_interleaved(
 
 
 def choose_rounds(num_rounds: int, budget_s: float, run_s: float) -> int:
-    """Return as many rounds as are wanted and fit the budget, at least one.
+    """Return the wanted number of rounds, or as many as fit the budget, at least one.
 
     Args:
         num_rounds: wanted.

@@ -1,6 +1,6 @@
 """No operator is timed before its fast back end has met its reference, at the sizes to be timed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,9 +45,7 @@ class Check:
     error: float
 
 
-def check_model(
-    spec: BenchModel, *, seed: int, device: str, backends: Mapping[str, str] | None = None
-) -> list[Check]:
+def check_model(spec: BenchModel, *, seed: int, device: str) -> list[Check]:
     """Compare every fast back end that a model would use with the reference, one at a time.
 
     Logits and the gradient of the loss are those of the whole model, in float32 and in what is to
@@ -59,38 +57,30 @@ def check_model(
         spec: a preset at the sizes to be timed.
         seed: of the weights.
         device: cpu, cuda or mps.
-        backends: the back end of each operator; ``None`` is what the model chooses.
 
     Raises:
         EquivalenceError: if one differs by more than its limit.
     """
-    model = spec.build(max_tokens=_TOKENS + _NEW_TOKENS, seed=seed, device=device).eval()
-    assert isinstance(model, UniMatrixForCausalLM)
-    _strengthen(model, seed)
-    ids = _draw_repetitive_ids(model.config.vocab_size).to(device)
-    fast = dict(backends or model.name_backends(_TOKENS))
+    model, ids = _build(spec, _TOKENS + _NEW_TOKENS, seed, device)
+    fast = model.eval().name_backends(_TOKENS)
     checks = []
-    for precision in dict.fromkeys(("float32", spec.precision)):
+    for precision in _list_precisions(spec):
         cast = replace(spec, precision=precision)
         # Under autocast a model may choose others.
         used = fast if precision == "float32" else dict.fromkeys(fast, "auto")
         model.set_backend(used)
-        found = _differentiate(cast, model, ids)
+        found = _differentiate(cast, model, model, ids)
         for op, backend in used.items():
             if backend == "reference":
                 continue
             model.set_backend({**used, op: "reference"})
-            error = max(map(_measure, found, _differentiate(cast, model, ids)))
+            error = max(map(_measure, found, _differentiate(cast, model, model, ids)))
             names = {"model": spec.name, "op": op, "backend": backend, "precision": precision}
             checks.append(Check(**names, error=error))
     model.set_backend(dict.fromkeys(fast, "auto"))
     error = _compare_decoding(replace(spec, precision="float32"), model, ids[:1])
-    checks.append(
-        Check(model=spec.name, op=_DECODING, backend="cache", precision="float32", error=error)
-    )
-    for check in checks:
-        _require_small(check)
-    return checks
+    names = {"model": spec.name, "op": _DECODING, "backend": "cache", "precision": "float32"}
+    return _require_small([*checks, Check(**names, error=error)])
 
 
 def check_compiled(spec: BenchModel, *, seed: int, device: str) -> list[Check]:
@@ -107,80 +97,75 @@ def check_compiled(spec: BenchModel, *, seed: int, device: str) -> list[Check]:
         EquivalenceError: if one differs by more than its limit.
     """
     assert spec.compiler is not None
-    model = spec.build(max_tokens=_TOKENS, seed=seed, device=device).train()
-    assert isinstance(model, UniMatrixForCausalLM)
-    _strengthen(model, seed)
-    ids = _draw_repetitive_ids(model.config.vocab_size).to(device)
+    model, ids = _build(spec, _TOKENS, seed, device)
+    model.train()
     checks = []
-    for precision in dict.fromkeys(("float32", spec.precision)):
+    for precision in _list_precisions(spec):
         cast = replace(spec, precision=precision)
-        expected = _differentiate_loss(cast, model, model, ids)
-        found = _differentiate_loss(cast, model, compile_step(spec, model), ids)
+        expected = _differentiate(cast, model, model, ids, loss_only=True)
+        found = _differentiate(cast, model, compile_step(spec, model), ids, loss_only=True)
         error = max(map(_measure, found, expected))
         names = {"model": spec.label, "op": _STEP, "backend": spec.compiler}
-        checks.append(Check(**names, precision=precision, error=error))
-        _require_small(checks[-1])
+        checks += _require_small([Check(**names, precision=precision, error=error)])
     return checks
 
 
-def _require_small(check: Check) -> None:
-    """Raise ``EquivalenceError`` unless the error is within the limit; NaN is not."""
-    limit = LIMITS[check.precision]
-    if check.error <= limit:
-        return
-    subjects = {_DECODING: "a full pass", _STEP: "eager execution"}
-    subject = subjects.get(check.op, f"the reference back end of {check.op}")
-    raise EquivalenceError(
-        f"{check.model}: {check.op} ({check.backend}) differs from {subject} by "
-        f"{check.error:.1e} of the largest number, more than {limit:.0e}; it is not timed"
-    )
+def _list_precisions(spec: BenchModel) -> tuple[str, ...]:
+    """Return float32 and the precision that is timed, once each."""
+    return tuple(dict.fromkeys(("float32", spec.precision)))
+
+
+def _require_small(checks: list[Check]) -> list[Check]:
+    """Return the checks, or raise for one whose error passes the limit or is NaN."""
+    for check in checks:
+        limit = LIMITS[check.precision]
+        if not check.error <= limit:
+            subjects = {_DECODING: "a full pass", _STEP: "eager execution"}
+            subject = subjects.get(check.op, f"the reference back end of {check.op}")
+            raise EquivalenceError(
+                f"{check.model}: {check.op} ({check.backend}) differs from {subject} by "
+                f"{check.error:.1e} of the largest number, more than {limit:.0e}; it is not timed"
+            )
+    return checks
 
 
 @torch.no_grad()
-def _strengthen(model: UniMatrixForCausalLM, seed: int) -> None:
-    """Draw weights at which every part moves the output; fresh ones leave most of it to a few."""
+def _build(
+    spec: BenchModel, max_tokens: int, seed: int, device: str
+) -> tuple[UniMatrixForCausalLM, Tensor]:
+    """Return a model, and ids [B, T] that repeat, so that slots and automaton find something.
+
+    Its matrices are drawn so that every part moves the output, which fresh weights leave to few.
+    """
+    model = spec.build(max_tokens=max_tokens, seed=seed, device=device)
+    assert isinstance(model, UniMatrixForCausalLM)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
             parameter.copy_(drawn)
-
-
-def _draw_repetitive_ids(vocab_size: int) -> Tensor:
-    """Return [B, T] ids that repeat, so that slots and automaton find something."""
     phrase = b"the key is 4711, the key is 47"
-    text = (phrase * (1 + _ROWS * _TOKENS // len(phrase)))[: _ROWS * _TOKENS]
-    return cut_rows(text, _ROWS, _TOKENS, vocab_size)
+    text = phrase * (1 + _ROWS * _TOKENS // len(phrase))
+    return model, cut_rows(text, _ROWS, _TOKENS, model.config.vocab_size).to(device)
 
 
 def _differentiate(
-    spec: BenchModel, model: UniMatrixForCausalLM, ids: Tensor
+    spec: BenchModel,
+    model: UniMatrixForCausalLM,
+    call: Callable[..., Any],
+    ids: Tensor,
+    *,
+    loss_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the logits, and the loss's gradient in all parameters as one vector."""
+    """Return logits, or the loss alone, and the loss's gradient in all parameters as one vector."""
     model.zero_grad(set_to_none=True)
     with spec.cast_products(ids.device):
-        output = model(input_ids=ids, labels=ids, use_cache=False)
-    assert output.loss is not None
+        output = call(input_ids=ids, labels=ids, use_cache=False, loss_only=loss_only)
     output.loss.backward()
-    return output.logits.detach(), _take_gradients(model)
-
-
-def _differentiate_loss(
-    spec: BenchModel, model: UniMatrixForCausalLM, call: Callable[..., Any], ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the loss of a train step, and its gradient in all parameters as one vector."""
-    model.zero_grad(set_to_none=True)
-    with spec.cast_products(ids.device):
-        loss = call(input_ids=ids, labels=ids, use_cache=False, loss_only=True).loss
-    loss.backward()
-    return loss.detach(), _take_gradients(model)
-
-
-def _take_gradients(model: UniMatrixForCausalLM) -> Tensor:
-    """Return all gradients as one vector, and leave none."""
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
-    return torch.cat(gradients)
+    compared = output.loss if loss_only else output.logits
+    return compared.detach(), torch.cat(gradients)
 
 
 @torch.no_grad()

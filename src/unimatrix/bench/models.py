@@ -114,13 +114,16 @@ class BenchModel:
 
     def describe_training(self) -> str:
         """Return what the train step of the model optimizes."""
-        if self.is_peer:
-            return "cross entropy"
         config = self.make_config()
-        if config.associative_memory != "selective":
+        if self.is_peer or config.associative_memory != "selective":
             return "cross entropy"
         slots = f"{config.num_slots:,} slots" if config.bounded_training else "unbounded slots"
         return f"cross entropy, hindsight by {config.hindsight}, {slots}"
+
+    def describe(self) -> dict[str, Any]:
+        """Return its label, its fields and what its train step optimizes, as JSON types."""
+        training = self.describe_training()
+        return {"name": self.label, "overrides": dict(self.overrides), "training": training}
 
 
 def match_parameters(models: Sequence[BenchModel]) -> list[BenchModel]:

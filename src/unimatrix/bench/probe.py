@@ -7,26 +7,26 @@ import contextlib
 import copy
 import gc
 import multiprocessing
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from unimatrix.bench.clock import time_once
 from unimatrix.bench.models import BenchModel
-from unimatrix.bench.peak_bytes import measure_peak_bytes
+from unimatrix.bench.process_bytes import is_out_of_bytes, limit_bytes, measure_peak_bytes
 from unimatrix.bench.workloads import MODES, NEW_TOKENS, count_cache_bytes, cut_rows, prefill
 from unimatrix.train.allocator import give_freed_memory_back, keep_freed_memory
 
-# With fewer, some kernels would be compiled in the run that is measured: what layers make of tokens
-# alone they make of the vocabulary where a batch has more tokens than that.
+# More than a vocabulary has: fewer take another path through some layers, and the run that is
+# measured would have kernels left to compile.
 _WARMUP_TOKENS = 512
-_BYTES_SHARE = 0.8
-# Their compiler takes a second to load, which every process would spend again.
+# Loaded before processes start: the compiler of the kernels takes a second to load.
 _PRELOADED = tuple(
     f"unimatrix.ops.{op}.native"
     for op in ("matrix_state", "slots", "selective_slots", "suffix_automaton")
@@ -35,7 +35,7 @@ _START_LIMIT_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
+class BenchCell:
     """One model at one length in one mode.
 
     Attributes:
@@ -49,6 +49,16 @@ class Cell:
     model: BenchModel
     num_tokens: int
     batch_size: int
+
+    def build(self, setting: "Setting") -> PreTrainedModel:
+        """Return the model with room for the tokens that are read and written."""
+        most = self.num_tokens + 1 + NEW_TOKENS
+        return self.model.build(max_tokens=most, seed=setting.seed, device=setting.device)
+
+    def cut_text(self, setting: "Setting", vocab_size: int) -> Tensor:
+        """Return the ids that are read, [B, T + 1]."""
+        ids = cut_rows(setting.text, self.batch_size, self.num_tokens + 1, vocab_size)
+        return ids.to(setting.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,16 +98,12 @@ class Setting:
     budget_s: float
 
 
-def probe(cell: Cell, setting: Setting) -> Probe:
+def probe(cell: BenchCell, setting: Setting) -> Probe:
     """Run a cell once in a process of its own.
 
-    The process first takes one step of a copy of the model with few tokens (a compiled model the
-    step itself), which compiles and loads what the model needs; what is measured is the next run,
-    with everything it allocates.
-
-    Args:
-        cell: what to run.
-        setting: shared by all cells.
+    The process first takes one step of a copy of the model with few tokens, which compiles and
+    loads what the model needs; a model for ``torch.compile`` takes the step itself, since a graph
+    is compiled for its sizes. What is measured is the next run, with everything it allocates.
     """
     context = _start_context()
     receiver, sender = context.Pipe(duplex=False)
@@ -115,7 +121,7 @@ def probe(cell: Cell, setting: Setting) -> Probe:
 
 
 def _start_context() -> Any:
-    """Return how processes are started: from one that has loaded the libraries, where there is."""
+    """Return how processes start: where it can be, from one that has loaded the libraries."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -126,8 +132,7 @@ def _start_context() -> Any:
 def _follow(receiver: Connection, process: Any, budget_s: float) -> Probe:
     """Return what the process found, or which of its stages failed.
 
-    The stages, each announced by a message when it is over: starting, reading the prompt (of the
-    modes that continue one), the run, and the state.
+    Each stage ends with a message. The prompt is that of the modes that continue one.
     """
     found: dict[str, Any] = {}
     for stage, stage_limit_s in (
@@ -151,42 +156,42 @@ def _follow(receiver: Connection, process: Any, budget_s: float) -> Probe:
     raise AssertionError("the last stage returns")
 
 
-def _run_probe(sender: Connection, cell: Cell, setting: Setting) -> None:
+def _run_probe(sender: Connection, cell: BenchCell, setting: Setting) -> None:
     """Do what ``probe`` says, in the new process; send a message a stage."""
-    _volunteer_for_the_killer()
+    with contextlib.suppress(OSError):  # Let Linux end this process first if bytes run out.
+        Path("/proc/self/oom_score_adj").write_text("1000")
     # Collecting what came with the process would copy all of it.
     gc.freeze()
     logging.set_verbosity_error()
     torch.set_num_threads(setting.num_threads)
     if setting.device == "cpu" and cell.mode == "train":
-        keep_freed_memory()  # as ``training`` does
+        keep_freed_memory()  # as training does
     else:
         give_freed_memory_back()
+    available = 0
     try:
-        with _limit_bytes(setting.device) as available:
-            _measure(sender, cell, setting)
+        available = limit_bytes(setting.device)
+        _measure(sender, cell, setting)
     except Exception as error:  # Whatever ends a run is the reason that its row shows.
-        if _is_out_of_bytes(error):
+        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        if is_out_of_bytes(error):
             failure = f"it needs more than the {available / 2**30:.1f} GiB that were free"
-        else:
-            failure = f"{type(error).__name__}: {error}".splitlines()[0]
         sender.send({"failure": failure})
 
 
-def _measure(sender: Connection, cell: Cell, setting: Setting) -> None:
+def _measure(sender: Connection, cell: BenchCell, setting: Setting) -> None:
     """Build, warm up, run, and read the prompt for its state."""
     spec, mode, device = cell.model, MODES[cell.mode], setting.device
-    model = spec.build(max_tokens=count_positions(cell), seed=setting.seed, device=device)
-    vocab_size = model.config.vocab_size
-    shape = (cell.batch_size, cell.num_tokens + 1)
-    ids = cut_rows(setting.text, *shape, vocab_size).to(device)
+    model = cell.build(setting)
+    ids = cell.cut_text(setting, model.config.vocab_size)
     workload = None
     if spec.compiler is None:
         few = min(_WARMUP_TOKENS, cell.num_tokens)
         rows = min(-(-_WARMUP_TOKENS // few), cell.batch_size)
-        short = cut_rows(setting.text, rows, few + 1, vocab_size).to(device)
+        small = replace(cell, num_tokens=few, batch_size=rows)
+        short = small.cut_text(setting, model.config.vocab_size)
         time_once(mode.build(spec, copy.deepcopy(model), short), device)
-    else:  # A graph is compiled for its sizes.
+    else:
         workload = mode.build(spec, model, ids)
         time_once(workload, device)
     sender.send({})
@@ -200,53 +205,3 @@ def _measure(sender: Connection, cell: Cell, setting: Setting) -> None:
 
     model.eval()
     sender.send({"state_bytes": count_cache_bytes(prefill(spec, model, ids[:1]))})
-
-
-def count_positions(cell: Cell) -> int:
-    """Return the tokens that the model of a cell has to have room for."""
-    return cell.num_tokens + 1 + NEW_TOKENS
-
-
-def _volunteer_for_the_killer() -> None:
-    """Let Linux end this process before others if bytes run out."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-@contextlib.contextmanager
-def _limit_bytes(device: str) -> Iterator[int]:
-    """Refuse this process more than most of what is free on a CPU, and say how much is free."""
-    available = _read_available_bytes() if device == "cpu" else 0
-    if device == "cuda":
-        available = torch.cuda.mem_get_info()[0]
-    elif available:
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        held = _read_data_bytes()
-        resource.setrlimit(resource.RLIMIT_DATA, (held + int(_BYTES_SHARE * available), hard))
-    yield available
-
-
-def _read_available_bytes() -> int:
-    """Return the bytes that Linux has free for a process; 0 elsewhere."""
-    listing = Path("/proc/meminfo")
-    if listing.is_file():
-        for line in listing.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def _read_data_bytes() -> int:
-    """Return the bytes of this process that count towards its limit."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmData:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _is_out_of_bytes(error: BaseException) -> bool:
-    """Return whether an error says that no more bytes were to be had."""
-    signs = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate")
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)

@@ -1,7 +1,7 @@
 """What is timed: a train step, a forward pass, a prompt read, bytes decoded, single steps."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -91,26 +91,22 @@ def count_cache_bytes(carried: Any) -> int:
     Args:
         carried: a cache, state, or nested containers of them.
     """
-    seen: dict[int, Tensor] = {}
-    _collect_tensors(carried, seen, set())
-    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+    return sum(tensor.nbytes for tensor in _list_tensors(carried, set()))
 
 
-def _collect_tensors(value: Any, seen: dict[int, Tensor], visited: set[int]) -> None:
-    """Add every tensor below ``value`` once; configurations and classes hold none."""
+def _list_tensors(value: Any, visited: set[int]) -> Iterator[Tensor]:
+    """Yield every tensor below ``value`` once; classes and modules hold none that are carried."""
     if id(value) in visited:
         return
     visited.add(id(value))
     if isinstance(value, Tensor):
-        seen[id(value)] = value
-    elif isinstance(value, dict):
-        for part in value.values():
-            _collect_tensors(part, seen, visited)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _collect_tensors(part, seen, visited)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-        _collect_tensors(vars(value), seen, visited)
+        yield value
+        return
+    if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+        yield from _list_tensors(vars(value), visited)
+    parts = value.values() if isinstance(value, dict) else value
+    for part in parts if isinstance(value, (dict, list, tuple)) else ():
+        yield from _list_tensors(part, visited)
 
 
 @torch.no_grad()
@@ -145,8 +141,8 @@ def compile_step(spec: BenchModel, model: PreTrainedModel) -> Callable[..., Any]
     """Return what a train step of the model calls: itself, or one graph of fixed sizes."""
     called: Callable[..., Any] = model
     if spec.compiler is not None:
-        whole = not spec.is_peer
-        called = torch.compile(model, backend=spec.compiler, fullgraph=whole, dynamic=False)
+        is_whole = not spec.is_peer
+        called = torch.compile(model, backend=spec.compiler, fullgraph=is_whole, dynamic=False)
     return called
 
 
@@ -165,9 +161,9 @@ def _build_train(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workl
     loader = _start_loader(model, inputs)
 
     def run(_: None) -> None:
-        given = options if loader is None else {**options, **loader.take()}
+        added = options if loader is None else {**options, **loader.take()}
         with spec.cast_products(ids.device):
-            loss = called(input_ids=inputs, labels=inputs, use_cache=False, **given).loss
+            loss = called(input_ids=inputs, labels=inputs, use_cache=False, **added).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -178,7 +174,7 @@ def _build_train(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workl
 
 
 class BatchLoader:
-    """What a data loader adds to batches, each made on the CPU while the step before runs.
+    """What a data loader adds to batches: each is made on the CPU during the step before.
 
     Args:
         collate: makes a batch of items.
@@ -192,22 +188,22 @@ class BatchLoader:
         self._ahead = self._thread.submit(collate, self._items)
 
     def take(self) -> dict[str, Tensor]:
-        """Return what is added to this batch, and let the next be made."""
+        """Return what is added to this batch, and start to make the next."""
         batch = self._ahead.result()
         self._ahead = self._thread.submit(self._collate, self._items)
         added = batch.keys() & {"suffix_match"}
         return {name: batch[name].to(self._device, non_blocking=True) for name in added}
 
     def wait(self) -> None:
-        """Return when the next batch is made: a step takes as long as the slower of both."""
+        """Wait until the next batch is made: a step takes as long as the slower of both."""
         self._ahead.result()
 
 
 def _start_loader(model: PreTrainedModel, ids: Tensor) -> BatchLoader | None:
-    """Return the loader of a train step, where training has one that adds something."""
+    """Return the loader of a train step, ``None`` where training has none."""
     if ids.device.type != "cuda":
         return None
-    # Imported here: it loads the Trainer, which has data loaders only for a GPU.
+    # Imported here: it loads the Trainer.
     from unimatrix.train.trainer import choose_collator
 
     return BatchLoader(choose_collator(model, ids.device.type), ids)
@@ -235,12 +231,11 @@ def _build_prefill(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Wor
 def _build_decode(spec: BenchModel, model: PreTrainedModel, ids: Tensor) -> Workload:
     """Continue a prompt that was read, greedily, through ``generate``."""
     model.eval()
-    # All write as many tokens, without a processor that forbids the end.
+    # No end: all models write the same number of tokens, without a processor that forbids ends.
     model.generation_config.eos_token_id = None
     carried = prefill(spec, model, ids)
-    # Only a cache that counts its tokens tells `generate` how many of the prompt it has read.
-    counts = spec.cache_name == "past_key_values"
-    prompt = ids if counts else ids[:, -1:]
+    # With other names of the cache `generate` does not know how much of the prompt was read.
+    prompt = ids if spec.cache_name == "past_key_values" else ids[:, -1:]
 
     def run(cache: Any) -> Tensor:
         options = {"use_cache": True, "do_sample": False, "max_new_tokens": NEW_TOKENS}

@@ -21,7 +21,7 @@ from unimatrix.train.field_types import NOTHING
 
 if TYPE_CHECKING:
     from unimatrix.bench.models import BenchModel
-    from unimatrix.bench.run import BenchPlan
+    from unimatrix.bench.plan import BenchPlan
 
 _MODES = ("train", "forward", "prefill", "decode", "step", "automaton", "start")
 _PRESETS = ("core", "sparsepointer", "unimatrix")
@@ -176,7 +176,7 @@ def run(
     peers = _choose_peers(peer, place)
     lengths = _choose_lengths(length, quick=quick)
 
-    from unimatrix.bench.run import ALONE, BenchPlan
+    from unimatrix.bench.plan import ALONE, BenchPlan
     from unimatrix.bench.workloads import load_text
     from unimatrix.presets import PRESETS
 
