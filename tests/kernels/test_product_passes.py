@@ -5,24 +5,22 @@ import functools
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, pad, rms_norm, silu
 
 from tests.models import VARIANTS, build_model, draw_ids
 from tests.ops.oracle import Outputs, compare_with_reference
 from tests.tolerances import error, limit
 from unimatrix.errors import InputError
-from unimatrix.kernels.passes import (
-    add_feed_forward,
-    add_mixed,
-    convolve_recent,
-    project,
-    sum_cross_entropy,
+from unimatrix.kernels.passes.feed_forward_native import (
+    add_feed_forward_native,
+    prepare_feed_forward,
 )
-from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
-from unimatrix.kernels.passes.head_native import prepare_head
-from unimatrix.kernels.passes.mixing_native import prepare_mixing
-from unimatrix.kernels.passes.projection_native import prepare_projections
+from unimatrix.kernels.passes.head_native import prepare_head, sum_cross_entropy_native
+from unimatrix.kernels.passes.mixing_native import add_mixed_native, prepare_mixing
+from unimatrix.kernels.passes.projection_native import prepare_projections, project_native
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
+from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops.numba.tiles import TILE
 
 EPS = 1e-5
@@ -59,7 +57,7 @@ def run_feed_forward(backend: str, x, scale, shift, gate, up, up_bias, down, dow
     if backend == "native":
         matrices = [up] if gate is None else [gate, up]
         weights = prepare_feed_forward(scale, shift, EPS, matrices, up_bias, down, down_bias)
-        return {"y": add_feed_forward(x, weights)}
+        return {"y": add_feed_forward_native(x, weights)}
     h = normalize(x, scale, shift)
     inner = gelu(linear(h, up, up_bias)) if gate is None else silu(linear(h, gate)) * linear(h, up)
     return {"y": x + linear(inner, down, down_bias)}
@@ -91,7 +89,7 @@ def run_mixing(backend: str, x, h, readout, out, gates, gates_bias, **others) ->
     """Return the stream after the gated sum of the contexts."""
     contexts = [readout, *others.values()]
     if backend == "native":
-        return {"y": add_mixed(x, h, contexts, prepare_mixing(out, [gates], [gates_bias]))}
+        return {"y": add_mixed_native(x, h, contexts, prepare_mixing(out, [gates], [gates_bias]))}
     shares = torch.sigmoid(linear(h, gates, gates_bias)).chunk(len(contexts), dim=-1)
     contexts[0] = linear(readout, out)
     return {"y": x + sum(s * c for s, c in zip(shares, contexts, strict=True))}
@@ -123,10 +121,13 @@ def run_projections(
     if backend == "native":
         layers = [vectors], [controls], [controls_bias]
         weights = prepare_projections(scale, shift, EPS, filters, *layers)
-        h, made, logits = project(x, recent, weights, squashes=squashes)
+        h, made, logits = project_native(x, recent, weights, squashes=squashes)
         return {"h": h, "vectors": made, "controls": logits}
     h = normalize(x, scale, shift)
-    source = h if filters is None else convolve_recent(h, filters, recent, backend="reference")
+    source = h
+    if filters is not None:
+        convolution = ShortConvolution(h.shape[2], filters.shape[0])
+        source, _ = functional_call(convolution, {"weight": filters}, (h, recent, None))
     made = linear(source, vectors)
     made = made.tanh() if squashes else made
     return {"h": h, "vectors": made, "controls": linear(h, controls, controls_bias)}
@@ -158,7 +159,7 @@ def run_head(targets: Tensor, token_ids: Tensor | None, backend: str, h, weight,
     """Return the summed loss of plain logits, of votes on them, or of a mixture with them."""
     if backend == "native":
         head = prepare_head(weight)
-        return {"nats": sum_cross_entropy(h, head, targets, token_ids, shares, ignored=-100)}
+        return {"nats": sum_cross_entropy_native(h, head, targets, token_ids, shares, ignored=-100)}
     logits = linear(h, weight)
     if shares is None or token_ids is None or shares.shape == token_ids.shape:
         if shares is not None and token_ids is not None:
@@ -209,18 +210,18 @@ def test_the_loss_of_extremes_is_that_of_torch() -> None:
     targets = torch.zeros(1, 1, dtype=torch.int64)
     h = torch.ones(1, 1, 16)
     for weight in (1e4 * torch.eye(16), torch.full((3, 16), -1e6), torch.full((3, 16), torch.nan)):
-        nats = sum_cross_entropy(h, prepare_head(weight), targets, ignored=-100)
+        nats = sum_cross_entropy_native(h, prepare_head(weight), targets, ignored=-100)
         expected = cross_entropy(linear(h, weight)[0], targets[0])
         torch.testing.assert_close(nats, expected, equal_nan=True)
 
 
 def test_a_label_that_is_no_token() -> None:
     head, h = prepare_head(torch.ones(5, 16)), torch.ones(1, 3, 16)
-    nothing = sum_cross_entropy(h, head, torch.full((1, 3), -100), ignored=-100)
+    nothing = sum_cross_entropy_native(h, head, torch.full((1, 3), -100), ignored=-100)
     assert nothing == 0
     for label in (5, -1):
         with pytest.raises(InputError, match=rf"label {label} is no token .* pass 0 to 4, or -100"):
-            sum_cross_entropy(h, head, torch.tensor([[0, label, -100]]), ignored=-100)
+            sum_cross_entropy_native(h, head, torch.tensor([[0, label, -100]]), ignored=-100)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -235,8 +236,8 @@ def test_extremes_are_those_of_torch(size: float, dtype: torch.dtype) -> None:
         # LayerNorm of zeros is its shift.
         network = prepare_feed_forward(one, bias, EPS, [eye], 0 * one, eye, 0 * one)
         layers = prepare_projections(one, bias, EPS, None, [eye], [eye], [0 * one])
-        vectors = project(x, None, layers, squashes=True)[1]
-        return add_feed_forward(x, network)[0, 0], vectors[0, 0]
+        vectors = project_native(x, None, layers, squashes=True)[1]
+        return add_feed_forward_native(x, network)[0, 0], vectors[0, 0]
 
     activated, squashed = run(bias)
     torch.testing.assert_close(activated, gelu(bias), rtol=1e-5, atol=1e-30)
@@ -261,7 +262,7 @@ def test_the_threads_agree_with_one(num_threads: int) -> None:
             leaves = [make(3, 400, 64, seed=1), *weights]
             x, scale, gate, up, down = (leaf.clone().requires_grad_() for leaf in leaves)
             weights_given = prepare_feed_forward(scale, None, EPS, [gate, up], None, down, None)
-            y = add_feed_forward(x, weights_given)
+            y = add_feed_forward_native(x, weights_given)
             y.square().sum().backward()
             found.append([y.detach(), *(leaf.grad for leaf in (x, scale, gate, up, down))])
     finally:

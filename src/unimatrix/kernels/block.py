@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from unimatrix.kernels.explain import explain_layers, explain_module, explain_sizes, explain_weights
-from unimatrix.kernels.passes import add_feed_forward, add_mixed, project
 from unimatrix.kernels.passes.weights import PassWeights
 from unimatrix.nn.block import States, UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
@@ -142,13 +141,18 @@ class BlockRun:
         contexts = {n: reads[n].context for n in block.gates if n in reads}
         is_whole = len(contexts) + (readout is not None) == len(block.gates)
         if self.mixing is not None and readout is not None and is_whole:
-            x = add_mixed(x, h, [readout, *contexts.values()], self.mixing)
+            # Imported here, as wherever a pass runs: it loads the compiler.
+            from unimatrix.kernels.passes.mixing_native import add_mixed_native
+
+            x = add_mixed_native(x, h, [readout, *contexts.values()], self.mixing)
         else:
             if readout is not None:
                 contexts = {matrix.name: matrix.out_proj(readout), **contexts}
             x = x + block.dropout(self._sum_gated(h, contexts)) if contexts else x
         if self.feed_forward is not None:
-            x = add_feed_forward(x, self.feed_forward)
+            from unimatrix.kernels.passes.feed_forward_native import add_feed_forward_native
+
+            x = add_feed_forward_native(x, self.feed_forward)
         else:
             x = x + block.dropout(self._apply_network(self.ffn_norm(x)))
         return x, h, states
@@ -161,7 +165,11 @@ class BlockRun:
         assert mixer is not None
         matrix_state, recent = (None, None) if state is None else state
         if self.projections is not None:
-            h, vectors, controls = project(x, recent, self.projections, squashes=mixer.squashes)
+            from unimatrix.kernels.passes.projection_native import project_native
+
+            h, vectors, controls = project_native(
+                x, recent, self.projections, squashes=mixer.squashes
+            )
             if mixer.short_conv is not None:
                 recent = mixer.short_conv.take_recent(h, recent, tokens.lengths)
         else:

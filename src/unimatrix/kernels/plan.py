@@ -234,8 +234,11 @@ def _weigh_retrieved(
 ) -> tuple[Tensor, Tensor]:
     """Weigh retrieved tokens in one pass; as ``PointerMixture.forward``."""
     # Imported here: it loads the compiler.
-    from unimatrix.kernels.passes import FoundInSlots, FoundMatch
-    from unimatrix.kernels.passes.pointer_native import weigh_retrieved_native
+    from unimatrix.kernels.passes.pointer_native import (
+        FoundInSlots,
+        FoundMatch,
+        weigh_retrieved_native,
+    )
 
     slots, matched = None, None
     score = mixture.slot_score
@@ -281,12 +284,12 @@ class LossRun(NamedTuple):
         if self.weights is None:
             return compute_loss(predict(self.head, h, pointer), targets, num_items_in_batch)
         # Imported here: it loads the compiler.
-        from unimatrix.kernels.passes import sum_cross_entropy
+        from unimatrix.kernels.passes.head_native import sum_cross_entropy_native
 
         shares = pointer.votes if pointer.log_weights is None else pointer.log_weights
         shares = None if shares is None else shares.to(h.dtype)
         others = (targets, pointer.token_ids, shares)
-        total = sum_cross_entropy(h, self.weights, *others, ignored=IGNORED_LABEL)
+        total = sum_cross_entropy_native(h, self.weights, *others, ignored=IGNORED_LABEL)
         divisor = num_items_in_batch
         return total / ((targets != IGNORED_LABEL).sum() if divisor is None else divisor)
 

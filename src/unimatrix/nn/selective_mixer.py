@@ -195,7 +195,7 @@ class SelectiveMixer(Mixer):
         if slots is None:
             slots = empty_selective_slots(batch, self.num_slots, self.vocab_size, device=ids.device)
         codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
-        keys = hash_contexts(stream, self.patterns)  # [B, n + T, N]
+        keys = hash_contexts(stream, self.patterns, **self.operator_options)  # [B, n + T, N]
         write_keys = self._ending(keys, 1)
 
         def scan(read_keys: Tensor, bounded: bool) -> SlotScan:

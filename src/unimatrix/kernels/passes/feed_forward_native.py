@@ -286,6 +286,16 @@ _add_feed_forward = declare_operator(
 
 
 def add_feed_forward_native(x: Tensor, weights: PassWeights) -> Tensor:
-    """Run the pass on the CPU; arguments as in ``add_feed_forward``."""
+    """Return the stream and what a feed-forward network makes of its norm.
+
+    Equation: E23.
+
+    Args:
+        x: [..., D].
+        weights: from ``prepare_feed_forward``.
+
+    Returns:
+        [..., D].
+    """
     y: Tensor = _add_feed_forward(x, *weights)
     return y

@@ -237,9 +237,32 @@ _sum_cross_entropy = declare_operator(
 
 
 def sum_cross_entropy_native(
-    h: Tensor, weights: PassWeights, targets: Tensor, token_ids: Tensor | None,
-    shares: Tensor | None, *, ignored: int,
-) -> Tensor:  # fmt: skip
-    """Run the pass on the CPU; arguments as in ``sum_cross_entropy``."""
+    h: Tensor,
+    weights: PassWeights,
+    targets: Tensor,
+    token_ids: Tensor | None = None,
+    shares: Tensor | None = None,
+    *,
+    ignored: int,
+) -> Tensor:
+    """Apply the output head and return the sum of the cross entropies in nats.
+
+    Equation: E9, E17.
+
+    Args:
+        h: [..., D].
+        weights: from ``prepare_head``.
+        targets: [...] int64, ``ignored`` where nothing is counted.
+        token_ids: [..., K] int64, what a pointer proposes; ``None`` without one.
+        shares: [..., K], votes to add to those tokens' logits; or [..., 1 + K], ln of the
+            vocabulary's and the tokens' shares of the probability.
+        ignored: a number that is no token.
+
+    Returns:
+        [] in the dtype of h.
+
+    Raises:
+        InputError: for a target that is no token and not ``ignored``.
+    """
     nats: Tensor = _sum_cross_entropy(h, *weights[:3], targets, token_ids, shares, ignored)
     return nats

@@ -246,7 +246,19 @@ _add_mixed = declare_operator(
 def add_mixed_native(
     x: Tensor, h: Tensor, contexts: Sequence[Tensor], weights: PassWeights
 ) -> Tensor:
-    """Run the pass on the CPU; arguments as in ``add_mixed``."""
+    """Return the stream and the gated sum of the mixers' contexts.
+
+    Equation: E4 (the readout's projection), E11.
+
+    Args:
+        x: [..., D].
+        h: [..., D], what the gates see.
+        contexts: one to three, the readout [..., R] before its projection, then [..., D].
+        weights: from ``prepare_mixing``.
+
+    Returns:
+        [..., D].
+    """
     readout, one, two = [*contexts, None, None][:3]
     mixed: Tensor = _add_mixed(x, h, readout, one, two, *weights[:3])
     return mixed

@@ -2,7 +2,7 @@
 # mypy: allow-untyped-defs
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,42 @@ from unimatrix.ops.numba.tiles import (
 )
 from unimatrix.ops.operator import declare_operator
 
-if TYPE_CHECKING:
-    from unimatrix.kernels.passes import FoundInSlots, FoundMatch
-
-
 _WORK_OF_SHARES = 1000  # multiply-adds in the time of a row's exponentials
+
+
+class FoundInSlots(NamedTuple):
+    """What slots found for a pointer, and how it is scored.
+
+    Attributes:
+        weight, bias: [Q, D] and [Q], of the scores of h.
+        token_ids: [..., Q] int64.
+        log_strength: [..., Q], added to the scores; -inf where nothing was found.
+        elsewhere: [..., Q] zeros (``ops.hindsight``), to which the gradients by ln of these shares
+            go; ``None`` where nothing is learned in hindsight.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    token_ids: Tensor
+    log_strength: Tensor
+    elsewhere: Tensor | None
+
+
+class FoundMatch(NamedTuple):
+    """What an automaton predicts for a pointer, and how it is scored.
+
+    Attributes:
+        weight, bias: [1, D] and [1], of the score of h.
+        by_length: [L], added for matches of 1, 2, 3-4, 5-8, ... tokens, the last for all longer.
+        predicted_ids: [...] int64, -1 where nothing matched.
+        match_lengths: [...] int64.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    by_length: Tensor
+    predicted_ids: Tensor
+    match_lengths: Tensor
 
 
 class _Form(NamedTuple):
@@ -167,7 +198,7 @@ _weigh_retrieved = declare_operator(
 
 
 def weigh_retrieved_native(
-    h: Tensor, slots: "FoundInSlots | None", match: "FoundMatch | None"
+    h: Tensor, slots: FoundInSlots | None, match: FoundMatch | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the pass on the CPU; arguments as in ``weigh_retrieved``."""
     none, no_rows = h.new_empty(0), h.new_empty(0, h.shape[-1])

@@ -410,6 +410,18 @@ _project = declare_operator(
 def project_native(
     x: Tensor, recent: Tensor | None, weights: PassWeights, *, squashes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the pass on the CPU; arguments as in ``project``."""
+    """Normalise the stream, convolve, and apply a mixer's projections.
+
+    Equation: E19, E22; E24 with tanh.
+
+    Args:
+        x: [B, T, D].
+        recent: [B, K - 1, D], normalised streams of the tokens before; ``None`` is zeros.
+        weights: from ``prepare_projections``.
+        squashes: whether the vectors pass through tanh.
+
+    Returns:
+        the normalised stream, the vectors and the controls, [B, T, D or V or C].
+    """
     h, vectors, controls = _project(x, recent, *weights, squashes)
     return h, vectors, controls
