@@ -3,35 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from unimatrix.errors import InputError
 from unimatrix.modeling_inputs import take_targets
-from unimatrix.modeling_outputs import Pointer
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 
 IGNORED_LABEL = -100
-
-
-def predict(head: nn.Module, h: Tensor, pointer: Pointer) -> Tensor | MixedLogits:
-    """Return the logits [..., V], with the votes of a pointer, or beside the shares of a mixture.
-
-    Equation: E9, E17.
-
-    Args:
-        head: from D to V.
-        h: [..., D].
-        pointer: what retrieved tokens say.
-    """
-    logits: Tensor = head(h)
-    if pointer.token_ids is None:
-        return logits
-    if pointer.log_weights is not None:
-        return MixedLogits(logits, pointer.token_ids, pointer.log_weights)
-    assert pointer.votes is not None
-    # In place: the head's product is not needed backward, and a copy is B x T x V.
-    return logits.scatter_add_(-1, pointer.token_ids, pointer.votes.to(logits.dtype))
 
 
 def compute_loss(

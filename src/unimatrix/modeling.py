@@ -13,25 +13,13 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.hub.split_head import PointedHidden, keep_pointer, splits_truly
 from unimatrix.kernels.plan import plan, plan_loss
-from unimatrix.loss import (
-    add_scale,
-    choose_last,
-    choose_rows,
-    choose_targets,
-    compute_loss,
-    predict,
-)
+from unimatrix.loss import add_scale, choose_last, choose_rows, choose_targets, compute_loss
 from unimatrix.modeling_inputs import LossOptions, read_inputs, require_shape, take_shift_labels
-from unimatrix.modeling_outputs import (
-    POINTER_FIELDS,
-    Pointer,
-    UniMatrixCausalLMOutput,
-    UniMatrixModelOutput,
-)
+from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import States, UniMatrixBlock
 from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.norm import build_norm
-from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits
+from unimatrix.nn.pointer_mixture import MixedLogits, Pointer, PointerMixture, mix_logits, point
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.token_modulation import TokenModulation
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
@@ -57,10 +45,9 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         self.block = UniMatrixBlock(config)
         self.norm = build_norm(config)
         selective = self.block.selective_mixer if config.pointer else None
-        self.pointer_mixture = None
-        if config.uses_mixture:
-            num_reads = 0 if selective is None else selective.num_reads
-            self.pointer_mixture = PointerMixture(config, num_reads)
+        num_reads = 0 if selective is None else selective.num_reads
+        mixture = PointerMixture(config, num_reads) if config.uses_mixture else None
+        self.pointer_mixture = mixture
         self.post_init()
 
     @property
@@ -287,7 +274,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             rows = choose_last(logits_to_keep)
 
         # 6. The tied head, and the votes of the pointer or the mixture with it.
-        pointer = output.pointer
+        votes, shares = output.pointer_weights, output.pointer_log_weights
+        pointer = Pointer(output.pointer_token_ids, votes, shares)
         if rows is not None:
             h, pointer = h[rows], pointer.select(rows)
             targets = None if targets is None else targets[rows]
@@ -295,14 +283,15 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         if targets is not None and loss_only:
             loss = plan_loss(self, like=h)(h, pointer, targets, num_items_in_batch)
         else:
-            predicted = predict(self.lm_head, h, pointer)
+            predicted = self.lm_head(h)
+            predicted = predicted if pointer.token_ids is None else point(predicted, pointer)
             if targets is not None:
                 loss = compute_loss(predicted, targets, num_items_in_batch)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         if loss is not None and targets is not None and output.hindsight_scale is not None:
             loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
-        passed = ("past_key_values", "hidden_states", *POINTER_FIELDS)
-        kept = {name: value for name, value in output.items() if name in passed}
-        result = UniMatrixCausalLMOutput(loss=loss, logits=logits, **kept)
+        inner = ("last_hidden_state", "hindsight_scale")
+        passed = {name: value for name, value in output.items() if name not in inner}
+        result = UniMatrixCausalLMOutput(loss=loss, logits=logits, **passed)
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return result if returns_dict else result.to_tuple()

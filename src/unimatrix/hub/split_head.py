@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map_only
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.loss import IGNORED_LABEL, predict, raise_precision
-from unimatrix.nn.pointer_mixture import MixedLogits, mix_logits
+from unimatrix.loss import IGNORED_LABEL, raise_precision
+from unimatrix.nn.pointer_mixture import MixedLogits, Pointer, mix_logits, point
 
 if TYPE_CHECKING:
     from unimatrix.modeling import UniMatrixForCausalLM
@@ -201,7 +201,8 @@ def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[
     given = {name: value for name, value in kwargs.items() if value is not None}
     given |= {"use_cache": False, "return_dict": True}
     output = model.model(*args, handles_pointer=True, **given)
-    predicted = predict(model.lm_head, output.last_hidden_state, output.pointer)
+    pointer = (output.pointer_token_ids, output.pointer_weights, output.pointer_log_weights)
+    predicted = point(model.lm_head(output.last_hidden_state), Pointer(*pointer))
     if not isinstance(predicted, MixedLogits):
         return raise_precision(predicted), False, output.hindsight_scale
     mixed = mix_logits(MixedLogits(*(raise_precision(part) for part in predicted)))

@@ -2,51 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
-from unimatrix.errors import InputError
 from unimatrix.kernels.passes.weights import NUM_LANES
-from unimatrix.ops.backends import compiles_native, require_backend
-from unimatrix.ops.checks import is_autocast
-
-FEWEST_ROWS = 17
-"""Positions below which torch is as fast as a pass and needs no compiler."""
-MOST_WEIGHTS = 600_000
-"""Weights of one pass above which a library's products are as fast."""
-_DTYPES = (torch.float32, torch.float64)
-
-
-def explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
-    """Return why no compiled pass may run in this call, ``None`` if one may.
-
-    Args:
-        backend: of the passes: ``auto``, ``reference`` or ``native``.
-        weight: any of the model's.
-        num_rows: positions of the call.
-
-    Raises:
-        InputError: if there is no such back end, or ``native`` is asked for and cannot run.
-    """
-    kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
-    is_able = weight.device.type == "cpu" and weight.dtype in _DTYPES
-    if backend != "auto" and require_backend("fused_passes", backend) == "native":
-        if not is_able:
-            raise InputError(
-                f"backend 'native' takes float32 or float64 on the CPU, not {kind}; pass auto."
-            )
-        num_rows = FEWEST_ROWS
-    if backend == "reference":
-        return "the back end 'reference' was chosen"
-    if not is_able:
-        return f"the model is {kind}"
-    if is_autocast("cpu"):
-        return "autocast is on"
-    if num_rows < FEWEST_ROWS:
-        return f"{num_rows} positions are fewer than {FEWEST_ROWS}"
-    if backend == "auto" and not compiles_native():
-        return "compiled kernels failed their check in this process"
-    return None
 
 
 def explain_module(name: str, module: nn.Module, *kinds: type[nn.Module]) -> str | None:

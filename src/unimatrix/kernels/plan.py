@@ -13,25 +13,29 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from unimatrix.errors import InputError
 from unimatrix.kernels.block import BlockRun, build_block_run, build_norm_run
 from unimatrix.kernels.explain import (
-    MOST_WEIGHTS,
-    explain_call,
     explain_layers,
     explain_module,
     explain_sizes,
 )
 from unimatrix.kernels.selective import SelectiveRun
 from unimatrix.kernels.step.explain import explain_step
-from unimatrix.loss import IGNORED_LABEL, compute_loss, predict
-from unimatrix.modeling_outputs import Pointer
+from unimatrix.loss import IGNORED_LABEL, compute_loss
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.mixer import Tokens
-from unimatrix.nn.pointer_mixture import PointerMixture
+from unimatrix.nn.pointer_mixture import Pointer, PointerMixture, point
 from unimatrix.nn.residual_context import ResidualContext, ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
+from unimatrix.ops.backends import compiles_native, require_backend
+from unimatrix.ops.checks import is_autocast
 
 _logger = logging.get_logger(__name__)
+# Positions below which torch is as fast as a pass and needs no compiler.
+_FEWEST_ROWS = 17
+# Weights of one pass above which a library's products are as fast.
+_MOST_WEIGHTS = 600_000
 _JOINED = "torch.compile joins its operations"
 
 
@@ -75,12 +79,12 @@ def plan(model: Any, *, like: Tensor) -> Run:
     weight: Any = getattr(embed, "weight", None)
     reason: str | None = "embed_tokens has no weight"
     if weight is not None:
-        reason = explain_call(model.passes_backend, weight, like.numel())
+        reason = _explain_call(model.passes_backend, weight, like.numel())
     if reason is not None:
         return Run(embed, block, norm, mixture, mixers, {"all parts": reason})
     reasons: dict[str, str] = {}
     is_forced = model.passes_backend == "native"
-    most_weights = float("inf") if is_forced else MOST_WEIGHTS
+    most_weights = float("inf") if is_forced else _MOST_WEIGHTS
     run_block = _plan_block(block, weight, like.shape[1], most_weights, reasons)
     _plan_mixers(mixers, embed, weight, like.numel(), reasons)
     run = Run(
@@ -95,6 +99,38 @@ def plan(model: Any, *, like: Tensor) -> Run:
         for part, reason in reasons.items():
             _logger.info_once(f"{part} does not run compiled: {reason}")
     return run
+
+
+def _explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
+    """Return why no compiled pass may run in this call, ``None`` if one may.
+
+    Args:
+        backend: of the passes: ``auto``, ``reference`` or ``native``.
+        weight: any of the model's.
+        num_rows: positions of the call.
+
+    Raises:
+        InputError: if there is no such back end, or ``native`` is asked for and cannot run.
+    """
+    kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+    is_able = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    if backend == "reference":
+        return "the back end 'reference' was chosen"
+    if backend != "auto" and require_backend("fused_passes", backend) == "native":
+        if not is_able:
+            raise InputError(
+                f"backend 'native' takes float32 or float64 on the CPU, not {kind}; pass auto."
+            )
+        num_rows = _FEWEST_ROWS
+    if not is_able:
+        return f"the model is {kind}"
+    if is_autocast("cpu"):
+        return "autocast is on"
+    if num_rows < _FEWEST_ROWS:
+        return f"{num_rows} positions are fewer than {_FEWEST_ROWS}"
+    if backend == "auto" and not compiles_native():
+        return "compiled kernels failed their check in this process"
+    return None
 
 
 def explain_plan(model: Any, num_tokens: int) -> dict[str, str]:
@@ -279,10 +315,10 @@ class LossRun(NamedTuple):
     ) -> Tensor:
         """Return the mean cross entropy in nats of hidden states [..., D] and targets [...].
 
-        The arguments are those of ``predict`` and ``compute_loss``.
+        The arguments are those of ``point`` and ``compute_loss``.
         """
         if self.weights is None:
-            return compute_loss(predict(self.head, h, pointer), targets, num_items_in_batch)
+            return compute_loss(point(self.head(h), pointer), targets, num_items_in_batch)
         # Imported here: it loads the compiler.
         from unimatrix.kernels.passes.head_native import sum_cross_entropy_native
 
@@ -302,10 +338,10 @@ def plan_loss(model: Any, *, like: Tensor) -> LossRun:
         like: [..., D], what the head reads.
     """
     head, backend = model.lm_head, model.passes_backend
-    reason = explain_call(backend, like, like.shape[:-1].numel())
+    reason = _explain_call(backend, like, like.shape[:-1].numel())
     reason = reason or explain_layers({"lm_head": head}, like)
     if reason is None:
-        most_weights = float("inf") if backend == "native" else MOST_WEIGHTS
+        most_weights = float("inf") if backend == "native" else _MOST_WEIGHTS
         reason = explain_sizes("the pass", [head.weight], most_weights, (like.shape[-1],))
     if reason is not None:
         return LossRun(head, None, reason)

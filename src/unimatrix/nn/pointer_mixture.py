@@ -1,12 +1,13 @@
 """The pointer as a mixture: retrieved tokens share the probability with the vocabulary."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.padding import Padding
 from unimatrix.nn.residual_context import ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveRead
 
@@ -72,6 +73,35 @@ class PointerMixture(nn.Module):
         return torch.cat(ids, dim=-1), log_weights + torch.cat(elsewhere, dim=-1)
 
 
+class Pointer(NamedTuple):
+    """What retrieved tokens say about the output; all ``None`` without a pointer.
+
+    Attributes:
+        token_ids: [..., K] int64.
+        votes: [..., K], what each id adds to its logit; ``None`` with a mixture.
+        log_weights: [..., 1 + K], ln of the shares of the vocabulary's distribution and of the
+            ids; ``None`` without a mixture.
+    """
+
+    token_ids: Tensor | None = None
+    votes: Tensor | None = None
+    log_weights: Tensor | None = None
+
+    def select(self, rows: Any) -> "Pointer":
+        """Return the pointer of the positions that an index chooses."""
+        return Pointer(*(None if part is None else part[rows] for part in self))
+
+    def unpack(self, padding: Padding) -> "Pointer":
+        """Return the pointer in the caller's columns; nothing at padding."""
+        log_weights = self.log_weights
+        if log_weights is not None:
+            of_ids = padding.unpack(log_weights[..., 1:])
+            of_ids = of_ids.masked_fill(~padding.mask.unsqueeze(-1), -torch.inf)
+            log_weights = torch.cat([padding.unpack(log_weights[..., :1]), of_ids], dim=-1)
+        token_ids, votes = (None if p is None else padding.unpack(p) for p in self[:2])
+        return Pointer(token_ids, votes, log_weights)
+
+
 class MixedLogits(NamedTuple):
     """The vocabulary's logits and the tokens that share the probability with it.
 
@@ -84,6 +114,24 @@ class MixedLogits(NamedTuple):
     logits: Tensor
     token_ids: Tensor
     log_weights: Tensor
+
+
+def point(logits: Tensor, pointer: Pointer) -> Tensor | MixedLogits:
+    """Return logits [..., V] with the votes of a pointer, or beside the shares of a mixture.
+
+    Equation: E9, E17.
+
+    Args:
+        logits: [..., V], of the output head; votes are added in place.
+        pointer: what retrieved tokens say.
+    """
+    if pointer.token_ids is None:
+        return logits
+    if pointer.log_weights is not None:
+        return MixedLogits(logits, pointer.token_ids, pointer.log_weights)
+    assert pointer.votes is not None
+    # In place: the head's product is not needed backward, and a copy is B x T x V.
+    return logits.scatter_add_(-1, pointer.token_ids, pointer.votes.to(logits.dtype))
 
 
 def mix_logits(mixed: MixedLogits) -> Tensor:
