@@ -70,13 +70,13 @@ class Stream(NamedTuple):
         return result
 
 
-def draw_stream(batch: int, num_tokens: int, seed: int = 0) -> Stream:
+def draw_stream(batch: int, num_tokens: int, seed: int = 0, width: int = WIDTH) -> Stream:
     """Return a stream of few different tokens, from its start."""
     generator = torch.Generator().manual_seed(seed)
     return Stream(
         ids=draw_ids(batch, num_tokens, seed=seed, high=8),
-        source=torch.randn(batch, num_tokens, WIDTH, generator=generator, dtype=torch.float64),
-        table=torch.randn(VOCAB, WIDTH, generator=generator, dtype=torch.float64),
+        source=torch.randn(batch, num_tokens, width, generator=generator, dtype=torch.float64),
+        table=torch.randn(VOCAB, width, generator=generator, dtype=torch.float64),
         num_before=torch.zeros(batch, dtype=torch.int64),
         last_ids=torch.full((batch,), -1),
     )
