@@ -1,11 +1,17 @@
 """The pointer mixture against the sum of probabilities that it stands for."""
 
+import math
+
 import pytest
 import torch
 
 from tests.models import build_model
 from tests.ops.oracle import compare_with_reference
+from unimatrix.kernels.passes import FoundInSlots, FoundMatch
+from unimatrix.kernels.passes.pointer_native import weigh_retrieved_native
+from unimatrix.kernels.plan import _weigh_retrieved
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits, score_targets
+from unimatrix.nn.residual_context import ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveRead
 
 
@@ -83,24 +89,96 @@ def draw_found(num_tokens: int, num_reads: int, generator):
     return log_strength, slot_ids, (predicted, lengths)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("width", [16, 27])
-@pytest.mark.parametrize(("num_reads", "matches"), [(0, True), (3, True), (2, False)])
-@pytest.mark.parametrize("learns", [False, True])
-def test_one_pass_is_what_the_modules_do(num_reads, matches, learns, width, dtype) -> None:
-    """With slots, an automaton or both; what was not found has a share of zero."""
+def build_mixture(num_reads: int, matches: bool, width: int) -> PointerMixture:
+    """Return a mixture of so many reads and perhaps an automaton's token."""
     config = build_model("unimatrix").config
     config.hidden_size, config.automaton_pointer = width, matches
-    module = PointerMixture(config, num_reads).to(dtype)
+    return PointerMixture(config, num_reads)
+
+
+SOURCES = pytest.mark.parametrize(
+    ("num_reads", "matches"), [(0, True), (3, True), (2, False)], ids=str
+)
+
+
+@SOURCES
+@torch.no_grad()
+def test_shares_are_those_of_one_softmax(num_reads: int, matches: bool) -> None:
+    """Against a loop over positions: the vocabulary has the score 0."""
+    mixture, generator = build_mixture(num_reads, matches, 6).double(), torch.Generator()
+    for weight in mixture.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator.manual_seed(weight.numel())))
+    log_strength, slot_ids, (predicted, lengths) = draw_found(50, num_reads, generator)
+    h = torch.randn(2, 50, 6, dtype=torch.float64)
+    found = SelectiveRead(h, slot_ids, log_strength, None, None) if num_reads else None
+    ids, log_weights = mixture(h, found, ResidualRead(h, predicted, lengths))
+    for row, t in [(row, t) for row in range(2) for t in range(50)]:
+        scores, expected_ids = [0.0], []
+        if num_reads:
+            layer = mixture.slot_score
+            of_slots = layer.weight @ h[row, t] + layer.bias + log_strength[row, t]
+            scores += of_slots.tolist()
+            expected_ids += slot_ids[row, t].tolist()
+        if matches:
+            layer, length = mixture.automaton_score, int(lengths[row, t])
+            of_match = (layer.weight[0] @ h[row, t] + layer.bias[0]).item()
+            # 1, 2, 3 to 4, 5 to 8, ..., and all from 257 on
+            bucket = min((max(length, 1) - 1).bit_length(), 9)
+            of_match += mixture.length_score.weight[bucket, 0].item()
+            scores.append(of_match if predicted[row, t] >= 0 else -math.inf)
+            expected_ids.append(max(int(predicted[row, t]), 0))
+        total = sum(map(math.exp, scores))
+        shares = [math.exp(score) / total for score in scores]
+        assert log_weights[row, t].exp().tolist() == pytest.approx(shares)
+        assert ids[row, t].tolist() == expected_ids
+
+
+@SOURCES
+def test_gradients_of_the_shares(num_reads: int, matches: bool) -> None:
+    mixture, generator = build_mixture(num_reads, matches, 4).double(), torch.Generator()
+    log_strength, slot_ids, match = draw_found(6, num_reads, generator.manual_seed(1))
+    log_strength = log_strength.clamp_min(-9)  # -inf has no finite difference
+    match = ((match[0].abs(), match[1])) if matches else (None, None)
+    h = torch.randn(2, 6, 4, dtype=torch.float64)
+
+    def weigh(h: torch.Tensor, log_strength: torch.Tensor, elsewhere: torch.Tensor, *weights):
+        read = SelectiveRead(h, slot_ids, log_strength, elsewhere, None) if num_reads else None
+        own = dict(zip(dict(mixture.named_parameters()), weights, strict=True))
+        return torch.func.functional_call(mixture, own, (h, read, ResidualRead(h, *match)))[1]
+
+    drawn = (h, log_strength, 0 * log_strength, *mixture.parameters())
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in drawn]
+    assert torch.autograd.gradcheck(weigh, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [16, 27])
+@SOURCES
+@pytest.mark.parametrize("learns", [False, True])
+def test_one_pass_is_what_the_module_does(num_reads, matches, learns, width, dtype) -> None:
+    """With slots, an automaton or both; what was not found has a share of zero."""
+    mixture = build_mixture(num_reads, matches, width).to(dtype)
     generator = torch.Generator().manual_seed(0)
     log_strength, slot_ids, match = draw_found(50, num_reads, generator)
-    names = [name.replace(".", "_") for name, _ in module.named_parameters()]
+
+    class Planned(torch.nn.Module):
+        """Runs the mixture as the plan does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixture = mixture
+
+        def forward(self, *given):
+            return _weigh_retrieved(self.mixture, *given)
+
+    planned = Planned()
 
     def run(backend: str, h, log_strength, elsewhere, **weights) -> dict[str, torch.Tensor]:
-        module.backend = backend
-        by_name = {name: weights[name.replace(".", "_")] for name, _ in module.named_parameters()}
+        module, prefix = (mixture, "") if backend == "reference" else (planned, "mixture.")
+        by_name = {f"{prefix}{name.replace('__', '.')}": w for name, w in weights.items()}
         read = SelectiveRead(h, slot_ids, log_strength, elsewhere, None) if num_reads else None
-        h, ids, log_weights = torch.func.functional_call(module, by_name, (h, read, match))
+        given = (h, read, ResidualRead(h, *match) if matches else None)
+        ids, log_weights = torch.func.functional_call(module, by_name, given)
         # A share of zero has no finite logarithm to be compared.
         found = {"ids": ids, "h": h, "log_weights": log_weights.clamp_min(-1e3)}
         return found | {"none": log_weights.isneginf()}
@@ -110,19 +188,36 @@ def test_one_pass_is_what_the_modules_do(num_reads, matches, learns, width, dtyp
         "log_strength": log_strength.to(dtype),
         "elsewhere": torch.zeros_like(log_strength).to(dtype) if learns else None,
     }
-    for name, weight in zip(names, module.parameters(), strict=True):
-        leaves[name] = torch.randn(weight.shape, generator=generator).to(dtype)
+    for name, weight in mixture.named_parameters():
+        drawn = torch.randn(weight.shape, generator=generator).to(dtype)
+        leaves[name.replace(".", "__")] = drawn
     compare_with_reference("fused_passes", "native", run, leaves)
 
 
-def test_layers_that_are_hooked_are_called() -> None:
-    module = PointerMixture(build_model("unimatrix").config, 1)
-    h, read = torch.zeros(2, 40, module.slot_score.in_features), None
-    assert module._is_one_pass(h, read)
-    assert not module._is_one_pass(h[:, :8], read)
-    for layer in (module, module.slot_score, module.length_score):
-        hook = layer.register_forward_hook(lambda *_: None)
-        assert not module._is_one_pass(h, read)
-        hook.remove()
-    module.backend = "reference"
-    assert not module._is_one_pass(h, read)
+def test_the_pass_hands_the_stream_on() -> None:
+    """What is read of the stream afterwards sends its gradient through the pass."""
+    mixture, generator = build_mixture(2, True, 16), torch.Generator().manual_seed(0)
+    log_strength, slot_ids, match = draw_found(50, 2, generator)
+    h = torch.randn(2, 50, 16, generator=generator, requires_grad=True)
+    weigh = torch.randn(2, 50, 16, generator=generator)
+    score, match_score = mixture.slot_score, mixture.automaton_score
+    slots = FoundInSlots(score.weight, score.bias, slot_ids, log_strength.float(), None)
+    by_length = mixture.length_score.weight.flatten()
+    matched = FoundMatch(match_score.weight, match_score.bias, by_length, *match)
+    stream, ids, log_weights = weigh_retrieved_native(h, slots, matched)
+    assert torch.equal(stream, h)
+    assert not ids.requires_grad
+    log_vocab = log_weights[..., 0]
+    (together,) = torch.autograd.grad((stream * weigh).sum() + log_vocab.sum(), h)
+    stream, _, log_weights = weigh_retrieved_native(h, slots, matched)
+    (of_shares,) = torch.autograd.grad(log_weights[..., 0].sum(), h)
+    torch.testing.assert_close(together, of_shares + weigh)
+
+
+def test_what_it_is_made_of() -> None:
+    alone = build_mixture(0, True, 16)
+    assert alone.slot_score is None
+    assert alone.length_score.weight.shape == (10, 1)
+    slots = build_mixture(3, False, 16)
+    assert slots.automaton_score is slots.length_score is None
+    assert slots.slot_score.weight.shape == (3, 16)
