@@ -4,7 +4,8 @@ import pytest
 
 from tests.cli.command import assert_refused, run_command
 from tests.studies.compare.small import write_corpus
-from unimatrix.studies.compare import cells
+from unimatrix.studies import engine
+from unimatrix.studies.compare import trained_cell
 from unimatrix.train.plan import StepPlan
 
 RECIPE = """
@@ -37,7 +38,7 @@ log_every_steps = 1
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cells, "plan_steps", lambda *_, **__: StepPlan(2, 0.01, 1))
+    monkeypatch.setattr(trained_cell, "plan_steps", lambda *_, **__: StepPlan(2, 0.01, 1))
     path = tmp_path / "mine.toml"
     path.write_text(RECIPE, encoding="utf-8")
     return path
@@ -56,7 +57,7 @@ def test_tables_report_and_a_second_run(recipe, tmp_path, monkeypatch) -> None:
     assert (folder / "report.html").is_file()
     record = json.loads((folder / "time/words/theirs/record.json").read_text())
 
-    monkeypatch.setattr(cells, "train_model", None)
+    monkeypatch.setattr(engine, "train_model", None)
     again = run_command(*options, "--report", "other.html", "--json")
     assert again.exit_code == 0, again
     assert again.result["cells"]["time/words/theirs"]["results"] == record["results"]

@@ -99,8 +99,8 @@ def _run_visibly(comparison: Comparison, folder: Path, device: str) -> dict[str,
     """Run the comparison with a line a cell, and a progress bar on a terminal."""
     from unimatrix.cli.progress import TrainingProgress
     from unimatrix.evaluation.units import to_bits_per_byte
-    from unimatrix.studies.compare.cells import StoppedError
     from unimatrix.studies.compare.run import run_comparison
+    from unimatrix.studies.engine import StoppedError
 
     log = make_log()
     bars: list[TrainingProgress] = []

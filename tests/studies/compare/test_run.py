@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,18 @@ from unimatrix.evaluation.byte_costs import measure_byte_costs
 from unimatrix.evaluation.compressors import xz_bits_per_byte
 from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.studies.compare import cells, run
-from unimatrix.studies.compare.cells import StoppedError, run_cell
-from unimatrix.studies.compare.models import plan_models
-from unimatrix.studies.compare.recipe import choose_models
-from unimatrix.studies.compare.run import (
+from unimatrix.studies import engine
+from unimatrix.studies.compare import cells, trained_cell
+from unimatrix.studies.compare.cells import (
     average_by_position,
     build_text_cell,
     choose_learning_rate,
-    count_cells,
-    open_text,
-    run_comparison,
 )
+from unimatrix.studies.compare.models import plan_models
+from unimatrix.studies.compare.recipe import choose_models
+from unimatrix.studies.compare.run import count_cells, run_comparison
+from unimatrix.studies.compare.texts import open_text
+from unimatrix.studies.engine import FolderStore, StoppedError, run_cell
 from unimatrix.train.plan import StepPlan
 from unimatrix.train.run_folder import CHECKPOINT_FOLDER
 
@@ -51,7 +52,7 @@ class StopAfter(TrainerCallback):
 def planned(monkeypatch):
     """Plan four steps at once, whatever the machine."""
     plan = StepPlan(num_steps=4, seconds_per_step=0.01, num_threads=1)
-    monkeypatch.setattr(cells, "plan_steps", lambda *_, **__: plan)
+    monkeypatch.setattr(trained_cell, "plan_steps", lambda *_, **__: plan)
 
 
 def strip(record: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def test_a_carried_automaton_reads_the_training_text_before_every_window_and_fir
     (maker,) = plan_models(choose_models(comparison, ["ours"]))
     text = open_text(str(corpus))
     cell = build_text_cell(maker, "time", text, 1e-3)
-    assert cell.asked["carried_automaton"] is True
+    assert cell.settings["carried_automaton"] is True
     train = text.corpus.train
     matches = match_stream(train, maker.automaton_window)
     for index, window in enumerate(WindowDataset(train, 16, 3, comparison.seed, matches=matches)):
@@ -133,8 +134,8 @@ def test_finished_cells_are_read_back(tmp_path, planned, monkeypatch) -> None:
     corpus = write_corpus(tmp_path / "words")
     comparison = choose_models(make_comparison(corpus, tables=["parameters"]), ["theirs"])
     first = run_comparison(comparison, tmp_path / "out")
-    monkeypatch.setattr(cells, "train_model", None)
-    monkeypatch.setattr(run, "measure_compressors", None)
+    monkeypatch.setattr(engine, "train_model", None)
+    monkeypatch.setattr(cells, "measure_compressors", None)
     assert run_comparison(comparison, tmp_path / "out") == first
     with hold_elsewhere(tmp_path / "out"), pytest.raises(InputError, match="is in use"):
         run_comparison(comparison, tmp_path / "out")
@@ -146,7 +147,7 @@ def test_the_weights_kept_are_those_judged(tmp_path, planned) -> None:
     (maker,) = plan_models(comparison)
     text = open_text(str(corpus))
     cell = build_text_cell(maker, "parameters", text, 1e-3)
-    record = run_cell(cell, tmp_path, "cpu")
+    record = run_cell(cell, FolderStore(tmp_path))
     assert not (tmp_path / cell.name / CHECKPOINT_FOLDER).exists()
     with quiet_transformers():
         model = type(maker.build_for_text()).from_pretrained(tmp_path / cell.name)
@@ -159,13 +160,13 @@ def test_an_interrupted_cell_continues_to_the_same_end(tmp_path, planned, name) 
     corpus = write_corpus(tmp_path / "words")
     (maker,) = plan_models(choose_models(make_comparison(corpus), [name]))
     cell = build_text_cell(maker, "time", open_text(str(corpus)), 1e-3)
-    unbroken = run_cell(cell, tmp_path / "one", "cpu")
+    unbroken = run_cell(cell, FolderStore(tmp_path / "one"))
     with pytest.raises(StoppedError, match=f"time/words/{name}"):
-        run_cell(cell, tmp_path / "two", "cpu", callbacks=[StopAfter(2)])
+        run_cell(cell, FolderStore(tmp_path / "two"), callbacks=[StopAfter(2)])
     path = tmp_path / "two" / cell.name / "record.json"
     stopped = json.loads(path.read_text())
     assert (stopped["status"], stopped["num_optim_steps"]) == ("interrupted", 4)
-    resumed = run_cell(cell, tmp_path / "two", "cpu")
+    resumed = run_cell(cell, FolderStore(tmp_path / "two"))
     assert strip(resumed) == strip(unbroken)
     assert resumed["train_s"] > stopped["train_s"]
 
@@ -174,14 +175,14 @@ def test_a_stop_between_training_and_judging_trains_no_more(tmp_path, planned) -
     corpus = write_corpus(tmp_path / "words")
     (maker,) = plan_models(choose_models(make_comparison(corpus), ["theirs"]))
     cell = build_text_cell(maker, "time", open_text(str(corpus)), 1e-3)
-    unbroken = run_cell(cell, tmp_path / "one", "cpu")
+    unbroken = run_cell(cell, FolderStore(tmp_path / "one"))
 
     def fail(model: object) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_cell(cells.replace(cell, judge=fail), tmp_path / "two", "cpu")
-    resumed = run_cell(cell, tmp_path / "two", "cpu", callbacks=[StopAfter(1)])
+        run_cell(replace(cell, judge=fail), FolderStore(tmp_path / "two"))
+    resumed = run_cell(cell, FolderStore(tmp_path / "two"), callbacks=[StopAfter(1)])
     assert strip(resumed) == strip(unbroken)
 
 
@@ -204,17 +205,17 @@ def test_a_damaged_record_is_named(tmp_path, planned) -> None:
     (tmp_path / cell.name).mkdir(parents=True)
     (tmp_path / cell.name / "record.json").write_text("{")
     with pytest.raises(InputError, match=r"record.json is damaged .*; delete"):
-        run_cell(cell, tmp_path, "cpu")
+        run_cell(cell, FolderStore(tmp_path))
 
 
 def test_divergence_is_a_result(tmp_path, planned) -> None:
     corpus = write_corpus(tmp_path / "words")
     (maker,) = plan_models(choose_models(make_comparison(corpus), ["theirs"]))
     cell = build_text_cell(maker, "time", open_text(str(corpus)), 1e30)
-    record = run_cell(cell, tmp_path, "cpu")
+    record = run_cell(cell, FolderStore(tmp_path))
     assert (record["status"], record["results"]) == ("failed", None)
     assert "not finite" in record["error"]
-    assert run_cell(cell, tmp_path, "cpu") == record
+    assert run_cell(cell, FolderStore(tmp_path)) == record
     with pytest.raises(InputError, match="theirs diverged at every learning rate"):
         choose_learning_rate([record])
 

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from unimatrix.configuration import PRESETS, UniMatrixConfig
+from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.presets import PRESETS
 from unimatrix.studies.recall.recipe import RECIPES, TASKS, RecallRecipe, find_recall_recipe
 from unimatrix.studies.recall.run import build_recall_config
 from unimatrix.studies.recall.slices import build_slices, count_pairs

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from unimatrix.baselines.transformers_models import build_gelu_transformer
-from unimatrix.configuration import PRESETS, UniMatrixConfig
+from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.presets import PRESETS
 from unimatrix.reports.claims_report import (
     CLAIMS_HEADER,
     summarize_claims,

@@ -1,230 +1,276 @@
-"""One cell of a comparison: train a model once, judge it, and never do it again.
+"""The cells of a comparison: trials of learning rates, text, recall, and compressors."""
 
-A cell is a folder. ``record.json`` holds what was asked for and what came out; a cell that is done
-is read back, one that was interrupted goes on from its last checkpoint.
-"""
-
-import json
-import shutil
-import time
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
+from unimatrix.data import ByteStream, WindowDataset
 from unimatrix.errors import InputError
-from unimatrix.hub.load import save_model
-from unimatrix.train.callbacks import NonFiniteError
-from unimatrix.train.checkpoints import find_last_checkpoint
-from unimatrix.train.plan import plan_steps
-from unimatrix.train.recipe import TrainSection
-from unimatrix.train.run_folder import (
-    CHECKPOINT_FOLDER,
-    METRICS_FILE,
-    RECORD_FILE,
-    TENSORBOARD_FOLDER,
-    describe_run,
-    read_record,
-    trim_metrics,
-    write_record,
-)
-from unimatrix.train.trainer import train_model
+from unimatrix.evaluation.byte_costs import ByteCosts, measure_byte_costs
+from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
+from unimatrix.evaluation.footprint import measure_carried_bytes
+from unimatrix.evaluation.long_context import bin_by_position
+from unimatrix.evaluation.recall import measure_recall
+from unimatrix.studies.compare.models import ModelMaker
+from unimatrix.studies.compare.recipe import Comparison, SweepSection, TextSection
+from unimatrix.studies.compare.texts import Text
+from unimatrix.studies.compare.trained_cell import TrainedCell
+from unimatrix.studies.engine import Attempt, StudyCell
+from unimatrix.studies.records import Record
+from unimatrix.studies.seeds import TEST_SEED_OFFSET
+from unimatrix.tasks import AssociativeRecall, RotatingDataset
+from unimatrix.train.run_folder import describe_run
 
-Record = dict[str, Any]
-MakeDataset = Callable[[int], Dataset[dict[str, Tensor]]]
+STATE_TOKENS = (1024, 65_536)
+"""Lengths at which the bytes carried are counted."""
+_TOKENS_PER_BATCH = 2**15
+_MOST_PER_BATCH = 64
+# What a cell decides itself of the settings that train it.
+_PER_CELL = ("minutes", "steps", "learning_rate", "seed")
 
-_TRIAL_STEPS = 10**6
-_CURVE_POINTS = 60
+
+def list_trials(maker: ModelMaker, text: Text) -> Iterator[TrainedCell]:
+    """Yield the cells in which a model tries the learning rates."""
+    sweep = maker.comparison.sweep
+
+    def judge(model: PreTrainedModel) -> dict[str, Any]:
+        valid = _measure_costs(model, maker, text, text.corpus.valid, sweep.eval_bytes)
+        return {"valid_bits_per_byte": valid.bits_per_byte, "valid_bytes": len(valid.nats)}
+
+    for rate in sweep.learning_rates:
+        name = f"sweep/{maker.name}/lr-{rate:g}"
+        yield _train_on_text(name, maker, text, rate, sweep, sweep.steps, judge)
 
 
-class StoppedError(Exception):
-    """The user asked to stop; what was done is kept."""
+def choose_learning_rate(trials: Sequence[Record]) -> float:
+    """Return the learning rate of the trial with the fewest bits; diverged trials do not count.
+
+    Raises:
+        InputError: if all diverged.
+    """
+    finished = [trial for trial in trials if trial["status"] == "done"]
+    if not finished:
+        raise InputError(
+            f"{trials[0]['asked']['model']} diverged at every learning rate of the sweep; add a "
+            "smaller one to sweep.learning_rates"
+        )
+    best = min(finished, key=lambda trial: trial["results"]["valid_bits_per_byte"])
+    return float(best["asked"]["learning_rate"])
+
+
+def build_text_cell(maker: ModelMaker, table: str, text: Text, learning_rate: float) -> TrainedCell:
+    """Return a cell of a table of language modelling."""
+    section = maker.comparison.text
+
+    def judge(model: PreTrainedModel) -> dict[str, Any]:
+        valid = _measure_costs(model, maker, text, text.corpus.valid, section.eval_bytes)
+        prime = _choose_prime(maker, text)
+        results = {
+            "valid_bits_per_byte": valid.bits_per_byte,
+            "valid_bytes": len(valid.nats),
+            "context": valid.context,
+            "by_position": average_by_position(valid.nats),
+            "state_bytes": {
+                str(num_tokens): measure_carried_bytes(model, text.corpus.valid, num_tokens, prime)
+                for num_tokens in STATE_TOKENS
+            },
+        }
+        if text.corpus.test is not None:
+            test = _measure_costs(model, maker, text, text.corpus.test, section.eval_bytes)
+            results |= {"test_bits_per_byte": test.bits_per_byte, "test_bytes": len(test.nats)}
+        return results
+
+    name = f"{table}/{text.slug}/{maker.name}"
+    steps = section.steps if table == "parameters" else None
+    return _train_on_text(name, maker, text, learning_rate, section, steps, judge)
+
+
+def build_recall_cell(maker: ModelMaker, learning_rate: float) -> TrainedCell:
+    """Return the cell in which a model learns associative recall."""
+    comparison, section = maker.comparison, maker.comparison.recall
+    task = AssociativeRecall()
+    return TrainedCell(
+        name=f"recall/{maker.name}",
+        settings=_describe_model(maker, learning_rate) | {"recall": dataclasses.asdict(section)},
+        build=lambda: maker.build_for_recall(task),
+        make_dataset=lambda number: RotatingDataset(
+            (task,), comparison.seed, number, section.batch_size
+        ),
+        train=replace(
+            comparison.train,
+            batch_size=section.batch_size,
+            learning_rate=learning_rate,
+            seed=comparison.seed,
+        ),
+        steps=section.steps,
+        minutes=section.minutes,
+        judge=lambda model: _judge_recall(model, comparison, task),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """What a cell trains.
+class CompressorCell(StudyCell):
+    """What compressors make of the bytes that the models are judged on.
 
     Attributes:
-        name: its folder below the comparison's, which says what it is.
-        asked: everything that decides its result, as JSON types.
-        build: returns the model with fresh weights.
-        make_dataset: returns so many items in the order of the seed.
-        train: the optimiser's settings, with neither steps nor minutes.
-        steps: optimiser steps, if ``minutes`` allow them; ``None`` is as many as they allow.
-        minutes: budget of training.
-        judge: returns the results of the trained model, as JSON types.
+        text: the corpus.
+        section: how much of it.
     """
 
-    name: str
-    asked: dict[str, Any]
-    build: Callable[[], PreTrainedModel]
-    make_dataset: MakeDataset
-    train: TrainSection
-    steps: int | None
-    minutes: float
-    judge: Callable[[PreTrainedModel], dict[str, Any]]
+    needed = ("missing",)
+
+    text: Text
+    section: TextSection
+
+    @classmethod
+    def build(cls, comparison: Comparison, text: Text) -> "CompressorCell":
+        """Return the cell of a corpus."""
+        section = comparison.text
+        settings = {
+            "corpus": text.slug,
+            "sha256": text.corpus.sha256,
+            "eval_bytes": section.eval_bytes,
+            "prime_bytes": section.prime_bytes,
+        }
+        name = f"compressors/{text.slug}"
+        return cls(name=name, settings=settings, text=text, section=section)
+
+    def is_finished(self, record: Record) -> bool:
+        """Return whether no further compressor has been installed since."""
+        return bool(record["missing"] == list_missing_compressors())
+
+    def measure(self, attempt: Attempt) -> Record:
+        """Compress the start of each split, plain and after the training text."""
+        corpus = self.text.corpus
+        prime = self.text.cut_prime(self.section.prime_bytes)
+        texts = {
+            name: stream.read(0, min(len(stream), self.section.eval_bytes)).tobytes()
+            for name, stream in {"valid": corpus.valid, "test": corpus.test}.items()
+            if stream is not None
+        }
+        scores = measure_compressors(prime.read(0, len(prime)).tobytes(), texts)
+        return {
+            "status": "done",
+            "asked": self.settings,
+            "missing": list_missing_compressors(),
+            **describe_run("cpu"),
+            "results": {
+                name: {split: score._asdict() for split, score in by_split.items()}
+                for name, by_split in scores.items()
+            },
+        }
 
 
-def run_cell(
-    cell: Cell,
-    folder: Path,
-    device: str,
-    *,
-    callbacks: Sequence[TrainerCallback] = (),
-    on_metrics: Callable[[dict[str, float]], None] | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Record:
-    """Return the record of a cell: read back, gone on with, or made.
+def average_by_position(nats: NDArray[np.float32]) -> list[list[float]]:
+    """Return [end of the bin in bytes, mean bits per byte in it], bins doubling in length."""
+    ends = np.arange(1, len(nats) + 1)
+    return [[end, bits] for _, end, bits in bin_by_position(nats, ends)]
 
-    Args:
-        cell: what to do.
-        folder: of the comparison.
-        device: cpu, cuda or mps.
-        callbacks, on_metrics: as in ``train_model``.
-        say: called with a sentence if the last checkpoint is not whole.
 
-    Raises:
-        InputError: if the folder holds a cell of this name that something else was asked of, or
-            that is damaged.
-        StoppedError: if a callback stopped the training; a checkpoint is saved.
-    """
-    path = folder / cell.name
-    record = read_cell(path, cell.asked, "hardware", "num_optim_steps")
-    if record is not None and record["status"] in ("done", "failed"):
-        return record
-    model = cell.build()
-    if record is None:
-        record = _start(cell, path, model, device)
-    else:
-        # Sums depend on how they are split over threads.
-        torch.set_num_threads(record["hardware"]["num_threads"])
-    try:
-        checkpoint = find_last_checkpoint(path, say)
-        record = _train(cell, path, model, record, checkpoint, device, callbacks, on_metrics)
-    except NonFiniteError as error:
-        record |= {"status": "failed", "error": str(error), "results": None}
-        _tidy(path)
-        return keep_record(path, record)
-    start = time.perf_counter()
-    model.to(device).eval()
-    results = cell.judge(model)
-    record |= {
-        "status": "done",
-        "results": results | {"eval_s": round(time.perf_counter() - start, 3)},
+def _judge_recall(
+    model: PreTrainedModel, comparison: Comparison, task: AssociativeRecall
+) -> dict[str, Any]:
+    """Return accuracies by bindings and by length; lengths beyond a position table are left out."""
+    section, seed = comparison.recall, comparison.seed + TEST_SEED_OFFSET
+
+    def measure(test: AssociativeRecall, num_examples: int) -> float:
+        batch_size = min(_MOST_PER_BATCH, max(1, _TOKENS_PER_BATCH // test.window_tokens))
+        return measure_recall(model, test, num_examples, seed, batch_size=batch_size)
+
+    longest = task.window_tokens if model.config.model_type == "gpt2" else None
+    return {
+        "accuracy_by_pairs": {
+            str(pairs): measure(AssociativeRecall(pairs), section.test_examples)
+            for pairs in section.test_pairs
+        },
+        "accuracy_by_tokens": {
+            str(length): measure(AssociativeRecall(window_tokens=length), section.length_examples)
+            for length in section.test_tokens
+            if longest is None or length <= longest
+        },
     }
-    save_model(model, path)
-    record = keep_record(path, record)
-    _tidy(path)
-    return record
 
 
-def keep_record(path: Path, record: Record) -> Record:
-    """Write a record and return it as it will be read back."""
-    path.mkdir(parents=True, exist_ok=True)
-    write_record(path, record)
-    kept: Record = json.loads((path / RECORD_FILE).read_text(encoding="utf-8"))
-    return kept
-
-
-def read_cell(path: Path, asked: dict[str, Any], *needed: str) -> Record | None:
-    """Return the record of a cell's folder; ``None`` if it was never begun.
-
-    Args:
-        path: the folder.
-        asked: what would decide its result now.
-        needed: fields that the record must have besides.
-
-    Raises:
-        InputError: if it is damaged, or something else was asked of it.
-    """
-    if not (path / RECORD_FILE).is_file():
-        return None
-    advice = f"delete {path} to run it again"
-    record: Record = read_record(path, advice, "asked", "status", *needed)
-    found = record["asked"]
-    asked = json.loads(json.dumps(asked))
-    if found != asked:
-        changed = next(k for k in {**asked, **found} if found.get(k) != asked.get(k))
-        raise InputError(
-            f"{path} was made with another {changed}; choose another --out, or delete it"
-        )
-    return record
-
-
-def _start(cell: Cell, path: Path, model: PreTrainedModel, device: str) -> Record:
-    """Plan the steps by timing a few, and write what is known."""
-    limit = replace(cell.train, minutes=cell.minutes)
-    plan = plan_steps(model, cell.make_dataset(_TRIAL_STEPS), limit, device=device)
-    num_steps = plan.num_steps if cell.steps is None else min(cell.steps, plan.num_steps)
-    record = {
-        "status": "training",
-        "asked": cell.asked,
-        **describe_run(device),
-        "num_optim_steps": num_steps,
-        "planned_s_per_step": plan.seconds_per_step,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "train_s": 0.0,
-    }
-    return keep_record(path, record)
-
-
-def _train(
-    cell: Cell,
-    path: Path,
-    model: PreTrainedModel,
-    record: Record,
-    checkpoint: Path | None,
-    device: str,
-    callbacks: Sequence[TrainerCallback],
-    on_metrics: Callable[[dict[str, float]], None] | None,
-) -> Record:
-    """Train, from the last checkpoint where there is one; return the record brought up to date."""
-    num_steps = record["num_optim_steps"]
-    trim_metrics(path, 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
-    trained = train_model(
+def _measure_costs(
+    model: PreTrainedModel, maker: ModelMaker, text: Text, stream: ByteStream, limit_bytes: int
+) -> ByteCosts:
+    return measure_byte_costs(
         model,
-        cell.make_dataset(num_steps * cell.train.batch_size),
-        replace(cell.train, steps=num_steps),
-        path,
-        checkpoint=checkpoint,
-        callbacks=callbacks,
-        device=device,
-        on_metrics=on_metrics,
+        stream,
+        window_tokens=maker.comparison.text.window_tokens,
+        limit_bytes=limit_bytes,
+        prime=_choose_prime(maker, text),
     )
-    record = record | {"train_s": round(record["train_s"] + trained.train_s, 3)}
-    if trained.interrupted:
-        keep_record(path, record | {"status": "interrupted"})
-        raise StoppedError(cell.name)
-    tokens_per_step = cell.make_dataset(1)[0]["input_ids"].numel() * cell.train.batch_size
-    record |= {
-        "status": "trained",
-        "tokens": num_steps * tokens_per_step,
-        "tokens_per_s": round(num_steps * tokens_per_step / record["train_s"], 1),
-        "loss_curve": _read_curve(path),
+
+
+def _choose_prime(maker: ModelMaker, text: Text) -> ByteStream | None:
+    """Return what a model reads before what it is judged on, if anything."""
+    if not maker.entry.carried_automaton:
+        return None
+    return text.cut_prime(maker.comparison.text.prime_bytes)
+
+
+def _train_on_text(
+    name: str,
+    maker: ModelMaker,
+    text: Text,
+    learning_rate: float,
+    budget: SweepSection | TextSection,
+    steps: int | None,
+    judge: Callable[[PreTrainedModel], dict[str, Any]],
+) -> TrainedCell:
+    """Return a cell that trains on text; windows and their order are the same for every model."""
+    comparison, carries = maker.comparison, maker.entry.carried_automaton
+    settings = _describe_model(maker, learning_rate) | {
+        "corpus": text.slug,
+        "sha256": text.corpus.sha256,
+        "window_tokens": comparison.text.window_tokens,
+        "steps": steps,
+        "minutes": budget.minutes,
+        "eval_bytes": budget.eval_bytes,
     }
-    return keep_record(path, record)
+    if carries:
+        settings |= {"carried_automaton": True, "prime_bytes": comparison.text.prime_bytes}
+
+    def cut_windows(number: int) -> WindowDataset:
+        return WindowDataset(
+            text.corpus.train,
+            comparison.text.window_tokens,
+            number,
+            comparison.seed,
+            matches=text.match_training_text(maker.automaton_window) if carries else None,
+        )
+
+    return TrainedCell(
+        name=name,
+        settings=settings,
+        build=maker.build_for_text,
+        make_dataset=cut_windows,
+        train=replace(comparison.train, learning_rate=learning_rate, seed=comparison.seed),
+        steps=steps,
+        minutes=budget.minutes,
+        judge=judge,
+    )
 
 
-def _read_curve(path: Path) -> list[list[float]]:
-    """Return [optimiser step, loss in nats] of some entries of the log, evenly spread."""
-    lines = (path / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
-    groups = min(_CURVE_POINTS, len(entries))
-    curve = []
-    for group in range(groups):
-        part = entries[group * len(entries) // groups : (group + 1) * len(entries) // groups]
-        mean = sum(entry["loss_nats"] for entry in part) / len(part)
-        curve.append([part[-1]["optim_step"], round(mean, 5)])
-    return curve
-
-
-def _tidy(path: Path) -> None:
-    """Delete what only an unfinished cell needs."""
-    for folder in (CHECKPOINT_FOLDER, TENSORBOARD_FOLDER):
-        shutil.rmtree(path / folder, ignore_errors=True)
+def _describe_model(maker: ModelMaker, learning_rate: float) -> dict[str, Any]:
+    """Return the settings that decide every cell of a model."""
+    comparison = maker.comparison
+    entry = dataclasses.asdict(maker.entry)
+    del entry["carried_automaton"]  # Decides cells of text only.
+    train = dataclasses.asdict(comparison.train)
+    return {
+        "model": maker.name,
+        "entry": entry,
+        "size": dataclasses.asdict(maker.size),
+        "num_layers": comparison.num_layers,
+        "num_heads": comparison.num_heads,
+        "seed": comparison.seed,
+        "learning_rate": learning_rate,
+        "train": {key: value for key, value in train.items() if key not in _PER_CELL},
+    }

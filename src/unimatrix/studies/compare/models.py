@@ -1,6 +1,8 @@
 """The models of a comparison, made equally large."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,12 +14,15 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.studies.compare.recipe import Comparison, ModelEntry
+from unimatrix.studies.seeds import draw_model
 from unimatrix.tasks import AssociativeRecall
 
 PARAMETER_TOLERANCE = 0.01
 """How far a model's parameters may lie from the number asked for."""
 # Of ours: no dropout, as in every peer, and no position table.
 _COMMON_FIELDS: dict[str, Any] = {"dropout": 0.0, "max_position_embeddings": None}
+# Of a peer that stands first, so that nothing states its size.
+_PEER_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,14 @@ class ModelMaker:
     @property
     def automaton_window(self) -> int | None:
         """The bound of its suffix automaton, one of ours that has one."""
-        assert self.entry.preset is not None
-        config = UniMatrixConfig.preset(self.entry.preset, **self.entry.overrides)
-        window: int | None = config.automaton_window
+        window: int | None = _configure(self.entry).automaton_window
         return window
 
     def build_for_text(self) -> PreTrainedModel:
         """Return the model of bytes with weights drawn from the comparison's seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.comparison.seed)
-            return _build(self.entry, self.size, self.comparison, {})
+        return draw_model(
+            lambda: _build(self.entry, self.size, self.comparison), self.comparison.seed
+        )
 
     def build_for_recall(self, task: AssociativeRecall) -> PreTrainedModel:
         """Return the model of the task's vocabulary, otherwise of the same size.
@@ -62,12 +65,16 @@ class ModelMaker:
             "bos_token_id": task.BOS_ID,
             "eos_token_id": None,
         }
-        fields |= self.entry.recall_overrides
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.comparison.seed)
-            return _build(
-                self.entry, self.size, self.comparison, fields, max_tokens=task.window_tokens
-            )
+        return draw_model(
+            lambda: _build(
+                self.entry,
+                self.size,
+                self.comparison,
+                fields | self.entry.recall_overrides,
+                max_tokens=task.window_tokens,
+            ),
+            self.comparison.seed,
+        )
 
 
 def plan_models(comparison: Comparison) -> list[ModelMaker]:
@@ -89,9 +96,7 @@ def plan_models(comparison: Comparison) -> list[ModelMaker]:
 
 def _require_automaton(name: str, entry: ModelEntry) -> None:
     """Raise unless a model whose automaton is carried has one."""
-    if not entry.carried_automaton or entry.preset is None:
-        return
-    path = UniMatrixConfig.preset(entry.preset, **entry.overrides).residual_path
+    path = _configure(entry).residual_path if entry.carried_automaton else "suffix_automaton"
     if path != "suffix_automaton":
         raise InputError(
             f"model {name!r} has no suffix automaton (residual_path is {path!r}); leave "
@@ -102,62 +107,55 @@ def _require_automaton(name: str, entry: ModelEntry) -> None:
 def count_first(comparison: Comparison) -> int:
     """Return the parameters of the first model as its recipe has it."""
     first = next(iter(comparison.models.values()))
-    if first.peer is not None:
-        size = Size(64, max(NARROWEST_INNER, round(64 * PEERS[first.peer].inner_ratio)))
-    else:
-        size = _read_size(first)
-    return _count(first, size, comparison)
+    return _count(first, _read_size(first), comparison)
 
 
 def _find_size(name: str, entry: ModelEntry, comparison: Comparison, target: int) -> Size:
     """Return the size at which a model has ``target`` parameters, to within one per cent.
 
-    Args:
-        name: of the model, for a message.
-        entry: what it is.
-        comparison: layers and heads.
-        target: parameters wanted.
-
     Raises:
-        InputError: if there is no such size.
+        InputError: if there is no such size; it names the model.
     """
-    ratio, multiple = _describe_shape(entry, comparison)
 
     def count(hidden_size: int, inner_size: int) -> int:
         return _count(entry, Size(hidden_size, inner_size), comparison)
 
+    if entry.peer is not None:
+        peer = PEERS[entry.peer]
+        ratio, multiple = peer.inner_ratio, peer.width_multiple * comparison.num_heads
+    else:
+        config = _configure(entry)
+        ratio = config.intermediate_size / config.hidden_size
+        multiple = config.num_attention_heads
     size = find_size(count, target, ratio=ratio, multiple=multiple)
-    found = count(size.hidden_size, size.inner_size)
-    if abs(found - target) > PARAMETER_TOLERANCE * target:
+    nearest = count(size.hidden_size, size.inner_size)
+    if abs(nearest - target) > PARAMETER_TOLERANCE * target:
         raise InputError(
-            f"model {name!r} has no size with {target:,} parameters (nearest: {found:,} at width "
+            f"model {name!r} has no size with {target:,} parameters (nearest: {nearest:,} at width "
             f"{size.hidden_size}); change num_layers or num_heads, or make the first model larger"
         )
     return size
 
 
-def _describe_shape(entry: ModelEntry, comparison: Comparison) -> tuple[float, int]:
-    """Return the usual inner width over D, and what D is a multiple of."""
-    if entry.peer is not None:
-        peer = PEERS[entry.peer]
-        return peer.inner_ratio, peer.width_multiple * comparison.num_heads
+def _configure(entry: ModelEntry) -> UniMatrixConfig:
+    """Return the configuration that one of ours states."""
     assert entry.preset is not None
-    config = UniMatrixConfig.preset(entry.preset, **entry.overrides)
-    return config.intermediate_size / config.hidden_size, config.num_attention_heads
+    return UniMatrixConfig.preset(entry.preset, **entry.overrides)
 
 
 def _read_size(entry: ModelEntry) -> Size:
-    """Return the size that the configuration of one of ours states."""
-    if entry.preset is None:
-        return Size(64, max(NARROWEST_INNER, round(64 * PEERS[str(entry.peer)].inner_ratio)))
-    config = UniMatrixConfig.preset(entry.preset, **entry.overrides)
+    """Return the size of the first model: what ours states, and a usual one of a peer."""
+    if entry.peer is not None:
+        inner_ratio = PEERS[entry.peer].inner_ratio
+        return Size(_PEER_WIDTH, max(NARROWEST_INNER, round(_PEER_WIDTH * inner_ratio)))
+    config = _configure(entry)
     return Size(config.hidden_size, config.intermediate_size)
 
 
 def _count(entry: ModelEntry, size: Size, comparison: Comparison) -> int:
     """Return the parameters of a model of bytes, without drawing its weights."""
     with torch.device("meta"):
-        model = _build(entry, size, comparison, {})
+        model = _build(entry, size, comparison)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -165,18 +163,15 @@ def _build(
     entry: ModelEntry,
     size: Size,
     comparison: Comparison,
-    fields: dict[str, Any],
+    fields: Mapping[str, Any] = MappingProxyType({}),
     *,
     max_tokens: int | None = None,
 ) -> PreTrainedModel:
     """Return a model; nothing drops out, and none of ours has a position table."""
     if entry.preset is not None:
         shape = {"hidden_size": size.hidden_size, "intermediate_size": size.inner_size}
-        config = UniMatrixConfig.preset(
-            entry.preset,
-            **(entry.overrides | shape | _COMMON_FIELDS | fields),
-        )
-        return UniMatrixForCausalLM(config)
+        changes = {**entry.overrides, **shape, **_COMMON_FIELDS, **fields}
+        return UniMatrixForCausalLM(UniMatrixConfig.preset(entry.preset, **changes))
     assert entry.peer is not None
     config = UniMatrixConfig(
         hidden_size=size.hidden_size,

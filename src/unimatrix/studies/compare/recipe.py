@@ -1,6 +1,5 @@
 """A comparison as data, read from TOML; loads neither torch nor transformers."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -8,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from unimatrix.errors import InputError, suggest
-from unimatrix.train.field_types import convert_value, parse_toml
-from unimatrix.train.recipe import Recipe, TrainSection
+from unimatrix.studies.sections import build_section
+from unimatrix.train.field_types import parse_toml
+from unimatrix.train.recipe import TrainSection
 
 DEFAULT_COMPARISON = "small"
 TABLES = ("parameters", "time", "recall")
@@ -100,6 +100,13 @@ class RecallSection:
     """Examples of each test by length."""
 
 
+_SECTIONS: Mapping[str, type] = {
+    "text": TextSection,
+    "sweep": SweepSection,
+    "recall": RecallSection,
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """Everything that decides a comparison, apart from the machine it runs on."""
@@ -146,11 +153,8 @@ class Comparison:
         )
         if self.text.window_tokens % 2:
             raise InputError(f"text.window_tokens is {self.text.window_tokens}; it must be even")
-        for name, minutes in (
-            ("text", self.text.minutes),
-            ("sweep", self.sweep.minutes),
-            ("recall", self.recall.minutes),
-        ):
+        for name in _SECTIONS:
+            minutes = getattr(self, name).minutes
             if not 0 < minutes <= MOST_MINUTES:
                 raise InputError(
                     f"{name}.minutes is {minutes}; it must be above 0 and at most {MOST_MINUTES:g}"
@@ -205,27 +209,14 @@ def build_comparison(name: str, values: Mapping[str, Any]) -> Comparison:
     Raises:
         InputError: for an unknown key (with the nearest valid name), or an unusable value.
     """
-    sections: dict[str, Any] = {
-        "text": TextSection,
-        "sweep": SweepSection,
-        "recall": RecallSection,
-    }
-    plain = {}
-    for key, content in values.items():
-        if key in sections:
-            plain[key] = _build(sections[key], content, f"{key}.")
-        elif key == "models":
-            plain[key] = _build_models(content)
-        elif key == "train":
-            plain[key] = _build_train(content)
-        else:
-            plain |= {key: content}
-    scalars = {k: v for k, v in plain.items() if k not in (*sections, "models", "train")}
-    own = ("name", "only")
-    hints = {f.name: f.type for f in dataclasses.fields(Comparison) if f.name not in own}
-    _require_known(scalars, hints, "")
-    converted = {k: convert_value(k, v, hints[k]) for k, v in scalars.items()}
-    return Comparison(**({"name": name, "models": {}} | plain | converted))
+    fields = {"models": {}, **values}
+    for key, section in _SECTIONS.items():
+        if key in fields:
+            fields[key] = build_section(section, fields[key], f"{key}.")
+    fields["models"] = _build_models(fields["models"])
+    if "train" in fields:
+        fields["train"] = _build_train(fields["train"])
+    return build_section(Comparison, fields, name=name, only=())
 
 
 def shorten(comparison: Comparison) -> Comparison:
@@ -295,42 +286,17 @@ def _check_entry(name: str, entry: ModelEntry) -> None:
 def _build_models(content: Any) -> dict[str, ModelEntry]:
     if not isinstance(content, Mapping):
         raise InputError(f"models is {content!r}; it must be sections, [models.NAME]")
-    models = {}
-    for name, fields in content.items():
-        entry = _build(ModelEntry, fields, f"models.{name}.")
-        models[name] = replace(
-            entry,
-            overrides=_convert_overrides(entry.overrides),
-            recall_overrides=_convert_overrides(entry.recall_overrides),
-        )
-    return models
-
-
-def _convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return configuration fields with the types that a recipe gives them."""
-    return Recipe.from_dict({"model": {"overrides": dict(overrides)}}).model.overrides
+    return {
+        name: build_section(ModelEntry, fields, f"models.{name}.")
+        for name, fields in content.items()
+    }
 
 
 def _build_train(content: Any) -> TrainSection:
     for key in _DECIDED:
         if isinstance(content, Mapping) and key in content:
             raise InputError(f"train.{key} is each cell's own; leave it out of the comparison")
-    section: TrainSection = _build(TrainSection, content, "train.")
-    return section
-
-
-def _build(section: Any, content: Any, prefix: str) -> Any:
-    if not isinstance(content, Mapping):
-        raise InputError(f"{prefix[:-1]} is {content!r}; it must be a section, [{prefix[:-1]}]")
-    hints = {f.name: f.type for f in dataclasses.fields(section)}
-    _require_known(content, hints, prefix)
-    return section(**{k: convert_value(prefix + k, v, hints[k]) for k, v in content.items()})
-
-
-def _require_known(content: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> None:
-    for key in content:
-        if key not in known:
-            raise InputError(f"unknown key {prefix + key!r}.{suggest(key, known)}")
+    return build_section(TrainSection, content, "train.")
 
 
 def _require_at_least(least: int, section: object, prefix: str, *names: str) -> None:

@@ -9,8 +9,8 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from unimatrix.errors import InputError, suggest
-from unimatrix.train.field_types import convert_value, parse_toml
-from unimatrix.train.recipe import Recipe
+from unimatrix.studies.sections import build_section
+from unimatrix.train.field_types import parse_toml
 
 GROUPS = ("lm", "recall", "slots", "triple", "throughput")
 REPRODUCED, BETTER, NOT_REPRODUCED = "reproduced", "better", "not reproduced"
@@ -94,13 +94,11 @@ def load_claims() -> tuple[Mapping[str, ClaimCell], tuple[Claim, ...]]:
     """Return the cells by folder and all claims, in the order of the tables."""
     path = resources.files("unimatrix") / "studies" / "reproduce" / "claims.toml"
     values = parse_toml(path.read_text(encoding="utf-8"), path.name)
-    cells = {}
-    for folder, content in values["cells"].items():
-        cell = _build(ClaimCell, {"folder": folder} | content)
-        # A recipe knows the types of configuration fields.
-        typed = Recipe.from_dict({"model": {"overrides": cell.overrides}}).model.overrides
-        cells[folder] = dataclasses.replace(cell, overrides=typed)
-    claims = tuple(_build(Claim, content) for content in values["claims"])
+    cells = {
+        folder: build_section(ClaimCell, content, f"cells.{folder}.", folder=folder)
+        for folder, content in values["cells"].items()
+    }
+    claims = tuple(build_section(Claim, content, "claims.") for content in values["claims"])
     for claim in claims:
         assert claim.cell in cells, claim
     # A claim stands in its cell's table unless it says otherwise.
@@ -202,8 +200,3 @@ def _read(run: Mapping[str, Any], claim: Claim) -> float | None:
 
 def _read_seconds(run: Mapping[str, Any]) -> float:
     return float(run["train_s"] if "train_s" in run else run["results"]["train_s"])
-
-
-def _build(section: Any, content: Mapping[str, Any]) -> Any:
-    hints = {f.name: f.type for f in dataclasses.fields(section)}
-    return section(**{k: convert_value(k, value, hints[k]) for k, value in content.items()})
