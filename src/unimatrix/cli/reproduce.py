@@ -59,10 +59,11 @@ def run(
         return
 
     from unimatrix.reports.claims_report import write_claims_report
-    from unimatrix.studies.reproduce.run import Plan, StoppedError, reproduce
+    from unimatrix.studies.engine import StoppedError
+    from unimatrix.studies.reproduce.run import ReproductionPlan, reproduce
     from unimatrix.train.run_folder import write_file
 
-    plan = Plan(
+    plan = ReproductionPlan(
         groups=groups,
         quick=quick,
         data=tuple(data or ("wikitext2",)),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -120,6 +120,9 @@ class StudyCell(ABC):
     def is_finished(self, record: Record) -> bool:
         """Return whether nothing is left to do; a failure may be a result too."""
         return bool(record["status"] == "done")
+
+
+Cell = TypeVar("Cell", bound=StudyCell)
 
 
 class Store(ABC):
@@ -270,6 +273,23 @@ def run_cell(
             say=say,
         )
         return store.write(cell, cell.measure(attempt))
+
+
+def split_finished(cells: Iterable[Cell], store: Store) -> tuple[dict[str, Record], list[Cell]]:
+    """Return the records of the finished cells by name, and the cells that are not finished.
+
+    Raises:
+        InputError: as in ``Store.read``.
+    """
+    records: dict[str, Record] = {}
+    missing = []
+    for cell in cells:
+        record = store.read(cell)
+        if record is not None and cell.is_finished(record):
+            records[cell.name] = record
+        else:
+            missing.append(cell)
+    return records, missing
 
 
 def run_cells(

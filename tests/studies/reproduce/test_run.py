@@ -7,9 +7,11 @@ import pytest
 
 from tests.train.small_training import one_thread
 from unimatrix.errors import InputError
+from unimatrix.studies import engine
+from unimatrix.studies.engine import StoppedError
 from unimatrix.studies.reproduce import run
 from unimatrix.studies.reproduce.claims import load_claims, name_run
-from unimatrix.studies.reproduce.run import Plan, StoppedError, count_parameters, reproduce
+from unimatrix.studies.reproduce.run import ReproductionPlan, count_parameters, reproduce
 from unimatrix.studies.reproduce.throughput import measure_throughput
 from unimatrix.train.callbacks import StopOnSignal
 
@@ -46,7 +48,7 @@ def short(monkeypatch, tmp_path):
     )
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    return Plan(groups=("lm",), quick=True, data=(str(path),))
+    return ReproductionPlan(groups=("lm",), quick=True, data=(str(path),))
 
 
 def keep_cells(monkeypatch, *folders: str) -> None:
@@ -90,7 +92,7 @@ def test_what_is_recorded_is_not_run_again(monkeypatch, tmp_path, short) -> None
     out, said = tmp_path / "out", []
     first = reproduce(short, out, say=said.append)
     assert said == ["recall/transformer/seed-19 (1 left)"]
-    monkeypatch.setattr(run, "train_model", None)
+    monkeypatch.setattr(engine, "train_model", None)
     assert reproduce(short, out, say=said.append) == first
     assert len(said) == 1
 
