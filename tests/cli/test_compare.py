@@ -4,7 +4,6 @@ import pytest
 
 from tests.cli.command import assert_refused, run_command
 from tests.studies.compare.small import write_corpus
-from unimatrix.studies import engine
 from unimatrix.studies.compare import trained_cell
 from unimatrix.train.plan import StepPlan
 
@@ -57,7 +56,7 @@ def test_tables_report_and_a_second_run(recipe, tmp_path, monkeypatch) -> None:
     assert (folder / "report.html").is_file()
     record = json.loads((folder / "time/words/theirs/record.json").read_text())
 
-    monkeypatch.setattr(engine, "train_model", None)
+    monkeypatch.setattr(trained_cell, "train_model", None)
     again = run_command(*options, "--report", "other.html", "--json")
     assert again.exit_code == 0, again
     assert again.result["cells"]["time/words/theirs"]["results"] == record["results"]

@@ -51,11 +51,11 @@ def test_cells_run_in_order_and_once(tmp_path) -> None:
     said: list[str] = []
     store = FolderStore(tmp_path)
     cells = [make("a"), make("b/c", 2)]
-    first = run_cells(cells, store, records={}, num_cells=2, say=said.append)
+    first = run_cells(cells, store, Attempt(say=said.append), records={}, num_cells=2)
     assert said == ["a (2 left)", "b/c (1 left)"]
     assert {name: record["sum"] for name, record in first.items()} == {"a": 1, "b/c": 2}
     again = [make("a", end=interrupt), make("b/c", 2, end=interrupt)]
-    assert run_cells(again, store, records={}) == first == read_records(tmp_path)
+    assert run_cells(again, store, Attempt(), records={}) == first == read_records(tmp_path)
     assert select_records(first, "b/") == {"c": first["b/c"]}
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["record.json", "weights"]
 
@@ -67,7 +67,7 @@ def test_a_later_cell_may_depend_on_an_earlier_record(tmp_path) -> None:
         yield make("a", 3)
         yield make("b", records["a"]["sum"] + 1)
 
-    run_cells(list_cells(), FolderStore(tmp_path), records=records)
+    run_cells(list_cells(), FolderStore(tmp_path), Attempt(), records=records)
     assert records["b"]["sum"] == 4
 
 
@@ -75,10 +75,10 @@ def test_a_later_cell_may_depend_on_an_earlier_record(tmp_path) -> None:
 def test_an_interrupted_cell_goes_on_or_starts_anew(tmp_path, records_only, total) -> None:
     store = FolderStore(tmp_path, records_only=records_only)
     with pytest.raises(StoppedError, match=r"^b$"):
-        run_cells([make("a"), make("b", end=interrupt), make("c")], store, records={})
+        run_cells([make("a"), make("b", end=interrupt), make("c")], store, Attempt(), records={})
     assert (tmp_path / "b").exists() != records_only
     assert not (tmp_path / "c").exists()
-    records = run_cells([make("a"), make("b"), make("c")], store, records={})
+    records = run_cells([make("a"), make("b"), make("c")], store, Attempt(), records={})
     assert {name: record["sum"] for name, record in records.items()} == {"a": 1, "b": total, "c": 1}
     left = {path.name for path in (tmp_path / "b").iterdir()}
     assert left == ({"record.json"} if records_only else {"record.json", "weights"})
@@ -92,7 +92,7 @@ def test_a_stop_asked_for_ends_the_study_after_the_cell(tmp_path) -> None:
 
     cells = [make("a", end=ask), make("b")]
     with pytest.raises(StoppedError, match=r"^a$"):
-        run_cells(cells, FolderStore(tmp_path), records={}, stop=stop)
+        run_cells(cells, FolderStore(tmp_path), Attempt(), records={}, stop=stop)
     assert json.loads((tmp_path / "a" / "record.json").read_text())["status"] == "done"
     assert not (tmp_path / "b").exists()
 
@@ -126,10 +126,10 @@ def test_a_list_of_cells_is_one_record(tmp_path) -> None:
         record = json.loads(path.read_text()) if path.is_file() else {"seed": 7, "cells": []}
         return ListStore(tmp_path, record, lambda cell: cell["key"])
 
-    run_cells([Entry(name="1")], open_store(), records={})
+    run_cells([Entry(name="1")], open_store(), Attempt(), records={})
     cells = [Entry(name="1", end=interrupt), Entry(name="2"), Entry(name="3", end=interrupt)]
     with pytest.raises(StoppedError, match=r"^3$"):
-        run_cells(cells, open_store(), records={})
+        run_cells(cells, open_store(), Attempt(), records={})
     record = json.loads((tmp_path / "record.json").read_text())
     assert (record["seed"], [cell["key"] for cell in record["cells"]]) == (7, ["1", "2"])
 

@@ -10,7 +10,7 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -24,7 +24,7 @@ from unimatrix.studies.records import Record, find_change
 from unimatrix.train.callbacks import StopOnSignal
 from unimatrix.train.recipe import TrainSection
 from unimatrix.train.run_folder import RECORD_FILE, read_record, write_record
-from unimatrix.train.trainer import TrainResult, train_model
+from unimatrix.train.trainer import train_model
 
 OnMetrics = Callable[[dict[str, float]], None]
 Say = Callable[[str], None]
@@ -40,44 +40,23 @@ class Attempt:
     """What a cell is measured with.
 
     Attributes:
-        folder: of the cell; ``None`` where nothing but the record is kept, or nothing at all.
-        record: what an interrupted attempt left; ``None`` where there was none.
-        write: writes how far the cell is, and returns the record as it will be read back.
         device: cpu, cuda or mps.
         callbacks, on_metrics: as in ``train_model``.
         say: called with a sentence on what happens.
+        folder: of the cell; ``None`` where nothing is kept.
+        record: what an interrupted attempt left; ``None`` where there was none.
+        write: writes how far the cell is, and returns the record as it will be read back.
     """
 
-    folder: Path | None
-    record: Record | None
-    write: Callable[[Record], Record]
-    device: str
-    callbacks: Sequence[TrainerCallback]
-    on_metrics: OnMetrics | None
-    say: Say
+    device: str = "cpu"
+    callbacks: Sequence[TrainerCallback] = ()
+    on_metrics: OnMetrics | None = None
+    say: Say = lambda _: None
+    folder: Path | None = None
+    record: Record | None = None
+    write: Callable[[Record], Record] = lambda record: record
 
     def train(
-        self,
-        model: PreTrainedModel,
-        dataset: Dataset[dict[str, Tensor]],
-        settings: TrainSection,
-        out: Path | None = None,
-        *,
-        checkpoint: Path | None = None,
-    ) -> TrainResult:
-        """Train a model in place, as ``train_model`` does; a stop asked for ends it early."""
-        return train_model(
-            model,
-            dataset,
-            settings,
-            out,
-            checkpoint=checkpoint,
-            callbacks=self.callbacks,
-            device=self.device,
-            on_metrics=self.on_metrics,
-        )
-
-    def train_to_end(
         self,
         model: PreTrainedModel,
         dataset: Dataset[dict[str, Tensor]],
@@ -89,7 +68,15 @@ class Attempt:
         Raises:
             StoppedError: if the user asked to stop.
         """
-        trained = self.train(model, dataset, settings, out)
+        trained = train_model(
+            model,
+            dataset,
+            settings,
+            out,
+            callbacks=self.callbacks,
+            device=self.device,
+            on_metrics=self.on_metrics,
+        )
         if trained.interrupted:
             raise StoppedError
         model.to(self.device)
@@ -125,28 +112,7 @@ class StudyCell(ABC):
 Cell = TypeVar("Cell", bound=StudyCell)
 
 
-class Store(ABC):
-    """Where the records of a study's cells lie."""
-
-    @abstractmethod
-    def read(self, cell: StudyCell) -> Record | None:
-        """Return the record of a cell; ``None`` if it was never begun.
-
-        Raises:
-            InputError: if it is damaged, or of other settings.
-        """
-
-    @abstractmethod
-    def write(self, cell: StudyCell, record: Record) -> Record:
-        """Write a record, whole or not at all; return it as it will be read back."""
-
-    @contextlib.contextmanager
-    def attempt(self, cell: StudyCell) -> Iterator[Path | None]:
-        """Yield the folder for what an attempt writes besides the record, if it may write any."""
-        yield None
-
-
-class FolderStore(Store):
+class FolderStore:
     """A folder a cell, below that of the study, with its ``record.json``.
 
     Args:
@@ -159,31 +125,33 @@ class FolderStore(Store):
         self.records_only = records_only
 
     def read(self, cell: StudyCell) -> Record | None:
-        """Return the record in the cell's folder; see ``Store``."""
+        """Return the record of a cell; ``None`` if it was never begun.
+
+        Raises:
+            InputError: if it is damaged, or of other settings.
+        """
         if self.out is None or not (self.out / cell.name / RECORD_FILE).is_file():
             return None
         path = self.out / cell.name
-        needed = ("status", *cell.needed) if cell.settings is None else ("status", "asked")
-        record = read_record(path, f"delete {path} to run it again", *needed, *cell.needed)
-        if cell.settings is not None:
-            changed = find_change(record["asked"], json.loads(json.dumps(cell.settings)))
-            if changed is not None:
-                raise InputError(
-                    f"{path} was made with another {changed}; choose another --out, or delete it"
-                )
+        needed = [*cell.needed, *([] if cell.settings is None else ["asked"])]
+        record = read_record(path, f"delete {path} to run it again", "status", *needed)
+        settings = json.loads(json.dumps(cell.settings))
+        changed = None if settings is None else find_change(record["asked"], settings)
+        if changed is not None:
+            raise InputError(
+                f"{path} was made with another {changed}; choose another --out, or delete it"
+            )
         return record
 
     def write(self, cell: StudyCell, record: Record) -> Record:
-        """Write the record into the cell's folder; see ``Store``."""
-        if self.out is None:
-            written: Record = json.loads(json.dumps(record))
-            return written
-        write_record(self.out / cell.name, record)
-        return read_record(self.out / cell.name, "run it again")
+        """Write a record, whole or not at all; return it as it will be read back."""
+        if self.out is not None:
+            write_record(self.out / cell.name, record)
+        return self.read(cell) or json.loads(json.dumps(record))
 
     @contextlib.contextmanager
-    def attempt(self, cell: StudyCell) -> Iterator[Path | None]:
-        """Yield the cell's folder; delete what is not to be kept, before and after."""
+    def begin(self, cell: StudyCell) -> Iterator[Path | None]:
+        """Yield the folder for what a cell writes; delete what is not kept, before and after."""
         if self.out is None:
             yield None
             return
@@ -204,103 +172,71 @@ class FolderStore(Store):
                 part.unlink()
 
 
-class ListStore(Store):
+class ListStore(FolderStore):
     """All cells in the list ``cells`` of one record, which is written after each of them.
 
     Args:
         out: folder of the record, which the caller holds; ``None`` keeps it in memory alone.
-        record: to go on with; gets the cells.
+        study: the record to go on with; gets the cells.
         name_cell: returns the name of a cell in the list.
     """
 
-    def __init__(
-        self, out: Path | None, record: Record, name_cell: Callable[[Record], str]
-    ) -> None:
-        self.out = out
-        self.record = record
-        self._cells = {name_cell(cell): cell for cell in record["cells"]}
+    def __init__(self, out: Path | None, study: Record, name_cell: Callable[[Record], str]) -> None:
+        super().__init__(None)
+        self.file = out
+        self.study = study
+        self.cells = {name_cell(cell): cell for cell in study["cells"]}
 
     def read(self, cell: StudyCell) -> Record | None:
-        """Return the cell of the list; see ``Store``."""
-        return self._cells.get(cell.name)
+        """Return the cell of the list, if it is there."""
+        return self.cells.get(cell.name)
 
     def write(self, cell: StudyCell, record: Record) -> Record:
-        """Append the cell to the list; see ``Store``."""
-        self._cells[cell.name] = record
-        self.record["cells"].append(record)
+        """Append a cell to the list and write the record of the study."""
+        self.cells[cell.name] = record
+        self.study["cells"].append(record)
         self.save()
         return record
 
     def save(self) -> None:
         """Write the record of the study."""
-        if self.out is not None:
-            write_record(self.out, self.record)
+        if self.file is not None:
+            write_record(self.file, self.study)
 
 
-def run_cell(
-    cell: StudyCell,
-    store: Store,
-    *,
-    device: str = "cpu",
-    callbacks: Sequence[TrainerCallback] = (),
-    on_metrics: OnMetrics | None = None,
-    say: Say = lambda _: None,
-) -> Record:
+def run_cell(cell: StudyCell, store: FolderStore, attempt: Attempt | None = None) -> Record:
     """Return the record of a cell: read back, gone on with, or made.
 
     Args:
         cell: what to measure.
         store: of its record.
-        device: cpu, cuda or mps.
-        callbacks, on_metrics: as in ``train_model``.
-        say: called with a sentence on what happens.
+        attempt: device, callbacks and who listens; the rest is the engine's.
 
     Raises:
-        InputError: as in ``Store.read``.
+        InputError: as in ``FolderStore.read``.
         StoppedError: if a callback ended its training.
     """
     record = store.read(cell)
     if record is not None and cell.is_finished(record):
         return record
-    with store.attempt(cell) as folder:
-        attempt = Attempt(
+    with store.begin(cell) as folder:
+        attempt = replace(
+            attempt or Attempt(),
             folder=folder,
             record=store.read(cell),
             write=partial(store.write, cell),
-            device=device,
-            callbacks=callbacks,
-            on_metrics=on_metrics,
-            say=say,
         )
         return store.write(cell, cell.measure(attempt))
 
 
-def split_finished(cells: Iterable[Cell], store: Store) -> tuple[dict[str, Record], list[Cell]]:
-    """Return the records of the finished cells by name, and the cells that are not finished.
-
-    Raises:
-        InputError: as in ``Store.read``.
-    """
-    records: dict[str, Record] = {}
-    missing = []
-    for cell in cells:
-        record = store.read(cell)
-        if record is not None and cell.is_finished(record):
-            records[cell.name] = record
-        else:
-            missing.append(cell)
-    return records, missing
-
-
 def run_cells(
     cells: Iterable[StudyCell],
-    store: Store,
+    store: FolderStore,
+    attempt: Attempt,
     *,
     records: dict[str, Record],
     num_cells: int | None = None,
     stop: StopOnSignal | None = None,
-    device: str = "cpu",
-    say: Say = lambda _: None,
     watch: Watch = lambda: ((), None),
 ) -> dict[str, Record]:
     """Measure cells one after the other; return all records by the names of their cells.
@@ -308,33 +244,45 @@ def run_cells(
     Args:
         cells: in order; a generator may make later cells of what ``records`` says of earlier ones.
         store: of their records.
+        attempt: as in ``run_cell``.
         records: those that are there; gets every further one as soon as its cell is finished.
         num_cells: of the whole study; with it, a sentence a cell says how many are left.
         stop: ends the study after the present cell, and a training after the present step;
             ``None`` lets Ctrl-C end it at once.
-        device: cpu, cuda or mps.
-        say: called with a sentence on what happens.
         watch: called before each cell, for callbacks and a listener to the log of its training.
 
     Raises:
-        InputError: as in ``Store.read``.
+        InputError: as in ``FolderStore.read``.
         StoppedError: if the user stopped it.
     """
     for cell in cells:
         callbacks, on_metrics = watch()
+        if stop is not None:
+            callbacks = [*callbacks, stop]
         if num_cells is not None:
-            say(f"{cell.name} ({num_cells - len(records)} left)")
+            attempt.say(f"{cell.name} ({num_cells - len(records)} left)")
         try:
-            records[cell.name] = run_cell(
-                cell,
-                store,
-                device=device,
-                callbacks=[*callbacks, *([] if stop is None else [stop])],
-                on_metrics=on_metrics,
-                say=say,
-            )
+            watched = replace(attempt, callbacks=callbacks, on_metrics=on_metrics)
+            records[cell.name] = run_cell(cell, store, watched)
         except (KeyboardInterrupt, StoppedError):
             raise StoppedError(cell.name) from None
         if stop is not None and stop.requested:
             raise StoppedError(cell.name)
     return records
+
+
+def split_finished(
+    cells: Sequence[Cell], store: FolderStore
+) -> tuple[dict[str, Record], list[Cell]]:
+    """Return the records of the finished cells by name, and the cells that are not finished.
+
+    Raises:
+        InputError: as in ``FolderStore.read``.
+    """
+    found = {cell.name: (cell, store.read(cell)) for cell in cells}
+    records = {
+        name: record
+        for name, (cell, record) in found.items()
+        if record is not None and cell.is_finished(record)
+    }
+    return records, [cell for cell in cells if cell.name not in records]

@@ -19,7 +19,6 @@ from unimatrix.evaluation.byte_costs import measure_byte_costs
 from unimatrix.evaluation.compressors import xz_bits_per_byte
 from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.studies import engine
 from unimatrix.studies.compare import cells, trained_cell
 from unimatrix.studies.compare.cells import (
     average_by_position,
@@ -30,7 +29,7 @@ from unimatrix.studies.compare.models import plan_models
 from unimatrix.studies.compare.recipe import choose_models
 from unimatrix.studies.compare.run import count_cells, run_comparison
 from unimatrix.studies.compare.texts import open_text
-from unimatrix.studies.engine import FolderStore, StoppedError, run_cell
+from unimatrix.studies.engine import Attempt, FolderStore, StoppedError, run_cell
 from unimatrix.train.plan import StepPlan
 from unimatrix.train.run_folder import CHECKPOINT_FOLDER
 
@@ -134,7 +133,7 @@ def test_finished_cells_are_read_back(tmp_path, planned, monkeypatch) -> None:
     corpus = write_corpus(tmp_path / "words")
     comparison = choose_models(make_comparison(corpus, tables=["parameters"]), ["theirs"])
     first = run_comparison(comparison, tmp_path / "out")
-    monkeypatch.setattr(engine, "train_model", None)
+    monkeypatch.setattr(trained_cell, "train_model", None)
     monkeypatch.setattr(cells, "measure_compressors", None)
     assert run_comparison(comparison, tmp_path / "out") == first
     with hold_elsewhere(tmp_path / "out"), pytest.raises(InputError, match="is in use"):
@@ -162,7 +161,7 @@ def test_an_interrupted_cell_continues_to_the_same_end(tmp_path, planned, name) 
     cell = build_text_cell(maker, "time", open_text(str(corpus)), 1e-3)
     unbroken = run_cell(cell, FolderStore(tmp_path / "one"))
     with pytest.raises(StoppedError, match=f"time/words/{name}"):
-        run_cell(cell, FolderStore(tmp_path / "two"), callbacks=[StopAfter(2)])
+        run_cell(cell, FolderStore(tmp_path / "two"), Attempt(callbacks=[StopAfter(2)]))
     path = tmp_path / "two" / cell.name / "record.json"
     stopped = json.loads(path.read_text())
     assert (stopped["status"], stopped["num_optim_steps"]) == ("interrupted", 4)
@@ -182,7 +181,7 @@ def test_a_stop_between_training_and_judging_trains_no_more(tmp_path, planned) -
 
     with pytest.raises(KeyboardInterrupt):
         run_cell(replace(cell, judge=fail), FolderStore(tmp_path / "two"))
-    resumed = run_cell(cell, FolderStore(tmp_path / "two"), callbacks=[StopAfter(1)])
+    resumed = run_cell(cell, FolderStore(tmp_path / "two"), Attempt(callbacks=[StopAfter(1)]))
     assert strip(resumed) == strip(unbroken)
 
 

@@ -14,7 +14,7 @@ from unimatrix.studies.compare.cells import (
 from unimatrix.studies.compare.models import ModelMaker, plan_models
 from unimatrix.studies.compare.recipe import Comparison
 from unimatrix.studies.compare.texts import Text, open_texts
-from unimatrix.studies.engine import FolderStore, Say, StudyCell, Watch, run_cells
+from unimatrix.studies.engine import Attempt, FolderStore, Say, StudyCell, Watch, run_cells
 from unimatrix.studies.records import Record
 from unimatrix.train.callbacks import StopOnSignal
 from unimatrix.train.run_folder import hold_results, require_unicode_path
@@ -52,11 +52,10 @@ def run_comparison(
         return run_cells(
             _list_cells(comparison, texts, makers, records),
             FolderStore(out),
+            Attempt(device=device, say=say),
             records=records,
             num_cells=count_cells(comparison),
             stop=stop,
-            device=device,
-            say=say,
             watch=watch,
         )
 

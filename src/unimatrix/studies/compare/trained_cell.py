@@ -26,6 +26,7 @@ from unimatrix.train.run_folder import (
     describe_run,
     trim_metrics,
 )
+from unimatrix.train.trainer import train_model
 
 # More than any budget buys.
 _TRIAL_STEPS = 10**6
@@ -105,7 +106,16 @@ class TrainedCell(StudyCell):
         trim_metrics(folder, 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
         dataset = self.make_dataset(num_steps * self.train.batch_size)
         settings = replace(self.train, steps=num_steps)
-        trained = attempt.train(model, dataset, settings, folder, checkpoint=checkpoint)
+        trained = train_model(
+            model,
+            dataset,
+            settings,
+            folder,
+            checkpoint=checkpoint,
+            callbacks=attempt.callbacks,
+            device=attempt.device,
+            on_metrics=attempt.on_metrics,
+        )
         record = record | {"train_s": round(record["train_s"] + trained.train_s, 3)}
         if trained.interrupted:
             attempt.write(record | {"status": "interrupted"})

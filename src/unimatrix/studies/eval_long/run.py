@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,11 +74,8 @@ class LongContextPlan:
                 raise InputError(
                     f"unknown task {name!r}; choose from {', '.join(TASKS)}.{suggest(name, TASKS)}"
                 )
-        for option, values in (
-            ("task", self.tasks),
-            ("length", self.lengths),
-            ("model", self.models),
-        ):
+        named = {"task": self.tasks, "length": self.lengths, "model": self.models}
+        for option, values in named.items():
             if not values or len(set(values)) < len(values):
                 found = ", ".join(map(str, values)) or "nothing"
                 raise InputError(f"{option} names {found}; name at least one, and each once")
@@ -131,43 +129,32 @@ class LongContextCell(StudyCell):
 
     def measure(self, attempt: Attempt) -> Record:
         """Return results; what a model cannot read is not run, with the reason."""
-        self.on_start(f"{self.model}  {self.task}  {self.total_bytes:,} bytes", self._count_units())
-        record = {
-            "model": self.model,
-            "task": self.task,
-            "total_bytes": self.total_bytes,
-            "asked": self.settings,
-        }
+        place = {"model": self.model, "task": self.task, "total_bytes": self.total_bytes}
+        measure = {BOOK: self._measure_book, CODE: self._measure_code}.get(self.task, self._measure)
+        units = {BOOK: 1, CODE: self.plan.num_examples * (_LINES_PER_EXAMPLE + _NAMES_PER_EXAMPLE)}
+        self.on_start(
+            f"{self.model}  {self.task}  {self.total_bytes:,} bytes",
+            units.get(self.task, self.plan.num_examples),
+        )
         try:
-            results = self._measure_task()
+            found = {"status": "done", "reason": None, "results": measure()}
         except (InputError, TooLongError) as error:
-            return record | {"status": "not run", "reason": str(error), "results": None}
-        return record | {"status": "done", "reason": None, "results": results}
-
-    def _count_units(self) -> int:
-        if self.task == BOOK:
-            return 1
-        if self.task == CODE:
-            return self.plan.num_examples * (_LINES_PER_EXAMPLE + _NAMES_PER_EXAMPLE)
-        return self.plan.num_examples
+            found = {"status": "not run", "reason": str(error), "results": None}
+        return {**place, "asked": self.settings, **found}
 
     def _count_from(self, first: int) -> Callable[[], None]:
         """Return what tells of one more unit done, each time that it is called."""
         numbers = itertools.count(first)
         return lambda: self.on_example(next(numbers))
 
-    def _measure_task(self) -> Record:
-        if self.task == BOOK:
-            return measure_positions(self.reader, self.material.text, self.total_bytes)
-        if self.task == CODE:
-            return self._measure_code()
-        return measure_task(
-            self.reader,
-            build_task(self.task, self.total_bytes, self.material.essay),
-            self.plan.num_examples,
-            self.plan.seed,
-            on_example=self._count_from(1),
-        )
+    def _measure(self) -> Record:
+        """Return what the model makes of one of RULER's tasks."""
+        task = build_task(self.task, self.total_bytes, self.material.essay)
+        num_examples, seed = self.plan.num_examples, self.plan.seed
+        return measure_task(self.reader, task, num_examples, seed, on_example=self._count_from(1))
+
+    def _measure_book(self) -> Record:
+        return measure_positions(self.reader, self.material.text, self.total_bytes)
 
     def _measure_code(self) -> Record:
         """Return what both measures of code completion find."""
@@ -212,38 +199,34 @@ def run_long_context(
         StoppedError: by Ctrl-C; what was measured is recorded.
     """
     material = _open_material(plan)
-    readers = {
-        label: open_reader(name, device=device) for name, label in _label(plan.models).items()
-    }
+    readers = {label: open_reader(name, device=device) for name, label in _label(plan.models)}
     settings = {
         label: _describe_settings(plan, reader.model, material) for label, reader in readers.items()
     }
+    build = partial(
+        LongContextCell, plan=plan, material=material, on_start=on_start, on_example=on_example
+    )
+    cells = [
+        build(
+            name=f"{model}/{task}/{total_bytes}",
+            settings=settings[model],
+            reader=reader,
+            model=model,
+            task=task,
+            total_bytes=total_bytes,
+        )
+        for model, reader in readers.items()
+        for task, total_bytes in _list_tasks(plan)
+    ]
     _open_record(plan, out, settings, device)
     with hold_results(out):
         # Once more: who held the folder before may have measured some.
-        record = _open_record(plan, out, settings, device)
-        record["models"] |= {label: _describe(reader) for label, reader in readers.items()}
-        store = ListStore(out, record, _name_cell)
-        cells = (
-            LongContextCell(
-                name=f"{model}/{task}/{total_bytes}",
-                settings=settings[model],
-                reader=reader,
-                model=model,
-                task=task,
-                total_bytes=total_bytes,
-                plan=plan,
-                material=material,
-                on_start=on_start,
-                on_example=on_example,
-            )
-            for model, reader in readers.items()
-            for task, total_bytes in _list_tasks(plan)
-        )
-        run_cells(cells, store, records={}, device=device)
-        record["status"] = "done"
+        store = ListStore(out, _open_record(plan, out, settings, device), _name_cell)
+        store.study["models"] |= {label: _describe(reader) for label, reader in readers.items()}
+        run_cells(cells, store, Attempt(device=device), records={})
+        store.study["status"] = "done"
         store.save()
-    return record
+    return store.study
 
 
 def _open_material(plan: LongContextPlan) -> Material:
@@ -260,13 +243,13 @@ def _open_material(plan: LongContextPlan) -> Material:
     return Material(text, essay, sources)
 
 
-def _label(models: Sequence[str]) -> dict[str, str]:
-    """Return a short name for each model: the last part of its path where that tells them apart."""
+def _label(models: Sequence[str]) -> list[tuple[str, str]]:
+    """Return each model with a short name: the last part of its path where none shares it."""
     short = [Path(name).name or name for name in models]
-    return {
-        name: label if short.count(label) == 1 else name
+    return [
+        (name, label if short.count(label) == 1 else name)
         for name, label in zip(models, short, strict=True)
-    }
+    ]
 
 
 def _describe_settings(plan: LongContextPlan, model: PreTrainedModel, material: Material) -> Record:

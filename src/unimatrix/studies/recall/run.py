@@ -90,11 +90,9 @@ def run_recall(
     cell = RecallCell.prepare("", recipe, on_test)
     if out is not None:
         require_unicode_path(out)
+    attempt = Attempt(device=device, callbacks=callbacks, on_metrics=on_metrics)
     with contextlib.nullcontext() if out is None else create_folder(out):
-        record = run_cell(
-            cell, FolderStore(out), device=device, callbacks=callbacks, on_metrics=on_metrics
-        )
-    results: dict[str, Any] = record["results"]
+        results: dict[str, Any] = run_cell(cell, FolderStore(out), attempt)["results"]
     return results
 
 
@@ -143,7 +141,7 @@ class RecallCell(StudyCell):
             first=slices.first,
             num_first=round(slices.first_fraction * recipe.steps),
         )
-        train_s = attempt.train_to_end(model, examples, train, attempt.folder)
+        train_s = attempt.train(model, examples, train, attempt.folder)
         results = _test(model, recipe, slices, self.on_test) | {
             "train_s": train_s,
             "recipe": dataclasses.asdict(recipe),

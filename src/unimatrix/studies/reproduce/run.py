@@ -132,15 +132,8 @@ def reproduce(
     with hold_results(out), StopOnSignal() as stop:
         # Once more: who held the folder before may have finished some.
         records, missing = split_finished(runs, store)
-        return run_cells(
-            missing,
-            store,
-            records=records,
-            num_cells=len(runs),
-            stop=stop,
-            device=device,
-            say=say,
-        )
+        attempt = Attempt(device=device, say=say)
+        return run_cells(missing, store, attempt, records=records, num_cells=len(runs), stop=stop)
 
 
 def build_recipe(cell: ClaimCell, seed: int) -> RecallRecipe:
@@ -213,7 +206,7 @@ def _run_transformer_pilot(run: ClaimRun, attempt: Attempt) -> Record:
         leading_bos=recipe.data.leading_bos,
     )
     model = _draw_transformer(UniMatrixConfig.preset("core"), window_tokens, run.seed)
-    train_s = attempt.train_to_end(model, windows, recipe.train)
+    train_s = attempt.train(model, windows, recipe.train)
     num_windows = recipe.eval.prefix_bytes // window_tokens
     judged = ConsecutiveWindows(corpus.valid, window_tokens, num_windows)
     score = measure_consecutive_windows(model, judged, batch_size=recipe.eval.batch_size)
@@ -239,7 +232,7 @@ def _run_transformer_recall(run: ClaimRun, attempt: Attempt) -> Record:
     model = _draw_transformer(config, task.window_tokens, run.seed)
     num_examples = recipe.steps * recipe.batch_size
     examples = RotatingDataset(slices.train, run.seed, num_examples, recipe.batch_size)
-    train_s = attempt.train_to_end(model, examples, recipe.to_train_section())
+    train_s = attempt.train(model, examples, recipe.to_train_section())
     test_seed = run.seed + TEST_SEED_OFFSET
     results = {
         "task": recipe.task,
@@ -273,7 +266,7 @@ def _run_triple(run: ClaimRun, attempt: Attempt) -> Record:
         task, seed = TripleInteraction(rule), run.seed + 1000 * stage
         examples = RotatingDataset((task,), seed, recipe.steps * recipe.batch_size, 32)
         section = replace(recipe.to_train_section(), seed=seed)
-        train_s += attempt.train_to_end(model, examples, section)
+        train_s += attempt.train(model, examples, section)
         accuracy[rule] = measure_recall(model, task, _TRIPLE_EXAMPLES, seed + TEST_SEED_OFFSET)
     results = {
         "task": "triple",
