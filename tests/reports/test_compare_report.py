@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.reports.test_recall_report import Page
 from unimatrix.errors import InputError
-from unimatrix.reports import compare_plots
+from unimatrix.reports import compare_plots, figures
 from unimatrix.reports.compare_report import write_compare_report
 from unimatrix.reports.compare_results import (
     tabulate_compressors,
@@ -82,7 +82,7 @@ def test_recall_has_a_column_where_it_was_asked_for() -> None:
 @pytest.mark.parametrize("table", ["time", "parameters"])
 def test_one_table_fills_both_panels(table) -> None:
     records = {f"{table}/text/a": make_cell("a")}
-    styles = compare_plots.list_styles(["a"])
+    styles = figures.list_styles(["a"])
     panels = compare_plots.plot_training(records, "text", styles).axes
     ends = [axes.lines[0].get_xdata()[-1] for axes in panels]
     assert ends == pytest.approx([61.4, 5000])
@@ -90,13 +90,13 @@ def test_one_table_fills_both_panels(table) -> None:
 
 def test_ours_stands_out_whatever_the_order(tmp_path, monkeypatch) -> None:
     seen: list[list[str]] = []
-    kept = compare_plots.list_styles
+    kept = figures.list_styles
 
     def watch(models):
         seen.append(list(models))
         return kept(seen[-1])
 
-    monkeypatch.setattr(compare_plots, "list_styles", watch)
+    monkeypatch.setattr(figures, "list_styles", watch)
     peer = make_cell("a")
     peer["asked"]["entry"] = {"preset": None, "peer": "llama", "overrides": {}}
     peer["asked"]["entry"]["recall_overrides"] = {}

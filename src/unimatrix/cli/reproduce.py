@@ -16,6 +16,7 @@ from unimatrix.train.recipe import describe_key
 SUMMARY_FILE = "reproduce.json"
 MARKDOWN_FILE = "reproduce.md"
 REPORT_FILE = "reproduce.html"
+_SHOWN_COLUMNS = ("claim", "published", "mean", "verdict")
 
 
 def run(
@@ -97,11 +98,10 @@ def _read(out: Path) -> dict[str, dict[str, Any]]:
 
 def _write_tables(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Return the summary and the Markdown tables of all claims by file name."""
-    from unimatrix.reports.claims_report import TITLES, summarize_claims
-    from unimatrix.reports.tables import tabulate_claims_group
+    from unimatrix.reports.claims_report import TITLES, format_claims_group, summarize_claims
 
     summary = summarize_claims(judge_claims(records))
-    tables = [f"## {TITLES[group]}\n\n{tabulate_claims_group(records, group)}" for group in GROUPS]
+    tables = [f"## {TITLES[group]}\n\n{format_claims_group(records, group)}" for group in GROUPS]
     return {
         SUMMARY_FILE: json.dumps(summary, indent=2) + "\n",
         MARKDOWN_FILE: f"{summary['rule']}\n\n" + "\n\n".join(tables) + "\n",
@@ -144,8 +144,8 @@ def _render(records: dict[str, dict[str, Any]], groups: tuple[str, ...], out: Pa
     lines = []
     for group in groups:
         lines += [TITLES[group], ""]
-        for row in tabulate_claims([one for one in outcomes if one.claim.group == group]):
-            name, published, _, _, mean, verdict, *_rest = row
+        table = tabulate_claims([o for o in outcomes if o.claim.group == group])
+        for name, published, mean, verdict in table.select(_SHOWN_COLUMNS).rows:
             lines.append(f"  {name:<44}{published:>12}{mean or '-':>12}  {verdict}")
         lines.append("")
     counts = ", ".join(

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.reports.figures import render_png
+from unimatrix.reports.figures import INK, collect_labels, render_png, set_frame, start_figure
 from unimatrix.train.run_folder import write_file
 
 Row = Mapping[str, Any]
@@ -44,7 +43,6 @@ _NAMES = {
     "gla": "GLA",
     "gated-deltanet": "Gated DeltaNet",
 }
-_INK, _GRID = "#222222", "#e6e6e6"
 _PANEL_INCHES = (6.1, 4.6)
 _MOST_COLUMNS = 3
 
@@ -86,20 +84,17 @@ def plot_bytes(rows: Sequence[Row]) -> Figure:
     Args:
         rows: those that were timed, at least one.
     """
-    modes = [
-        mode
-        for mode in dict.fromkeys(row["mode"] for row in rows)
-        if mode in ("train", "forward", "prefill")
-        and any(row["mode"] == mode and row["peak_bytes"] for row in rows)
-    ]
-    figure, panels = _start_figure(1 + len(modes), "Bytes against length")
+    peaks: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["mode"] in ("train", "forward", "prefill") and row["peak_bytes"]:
+            peaks.setdefault(row["mode"], []).append(row)
+    figure, panels = _start_figure(1 + len(peaks), "Bytes against length")
     states = [row for row in rows if row["state_bytes"]]
     _draw_lines(panels[0], states, "state_bytes")
     _set_axes(panels[0], states or rows, "State or cache of one sequence")
-    for mode, axes in zip(modes, panels[1:], strict=True):
-        chosen = [row for row in rows if row["mode"] == mode and row["peak_bytes"]]
-        _draw_lines(axes, chosen, "peak_bytes")
-        _set_axes(axes, chosen, f"Peak of a process: {_TITLES[mode].lower()}")
+    for (mode, measured), axes in zip(peaks.items(), panels[1:], strict=True):
+        _draw_lines(axes, measured, "peak_bytes")
+        _set_axes(axes, measured, f"Peak of a process: {_TITLES[mode].lower()}")
     for axes in panels:
         _set_byte_ticks(axes)
     _finish(figure, panels, rows, "bytes")
@@ -111,13 +106,13 @@ def _start_figure(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
     columns = 2 if num_panels == 4 else min(num_panels, _MOST_COLUMNS)
     lines = math.ceil(num_panels / columns)
     size = (max(1.6, columns) * _PANEL_INCHES[0], lines * _PANEL_INCHES[1] + 1.3)
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure = start_figure(*size)
     figure.get_layout_engine().set(hspace=0.07, wspace=0.03)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(lines, columns, squeeze=False)
     panels = list(grid.flat)
     for axes in panels[num_panels:]:
         axes.remove()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=22, color=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=22, color=INK)
     return figure, panels[:num_panels]
 
 
@@ -172,23 +167,18 @@ def _set_axes(axes: Axes, rows: Sequence[Row], title: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_length(value)))
     axes.set_xlim(lengths[0] / 1.6, lengths[-1] * 1.6)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(title, loc="left", fontsize=17, color=_INK, pad=10)
-    axes.set_xlabel("length in tokens", fontsize=14, color=_INK)
-    axes.tick_params(labelsize=13, colors=_INK)
-    axes.grid(color=_GRID, linewidth=0.9)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#8c8c8c")
+    axes.set_title(title, loc="left", fontsize=17, color=INK, pad=10)
+    axes.set_xlabel("length in tokens", fontsize=14, color=INK)
+    set_frame(axes)
 
 
 def _thin_out(lengths: Sequence[int]) -> list[int]:
     """Return lengths at least 1.9 times apart, so that their labels do not touch."""
-    kept: list[int] = []
+    shown: list[int] = []
     for length in lengths:
-        if not kept or length >= 1.9 * kept[-1]:
-            kept.append(length)
-    return kept
+        if not shown or length >= 1.9 * shown[-1]:
+            shown.append(length)
+    return shown
 
 
 def _set_byte_ticks(axes: Axes) -> None:
@@ -208,21 +198,18 @@ def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], label: 
     """Label y in the first column and draw one legend, models in the order of the rows."""
     for axes in panels:
         if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
-            axes.set_ylabel(label, fontsize=14, color=_INK)
-    found: dict[str, Artist] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    order = [_name_line(name) for name in dict.fromkeys(row["model"] for row in rows)]
-    labels = [label for label in order if label in found]
+            axes.set_ylabel(label, fontsize=14, color=INK)
+    handles = collect_labels(panels)
+    names = map(_name_line, dict.fromkeys(row["model"] for row in rows))
+    labels = [name for name in names if name in handles]
     figure.legend(
-        [found[label] for label in labels],
+        [handles[label] for label in labels],
         labels,
         loc="outside lower left",
         ncols=min(len(labels), 6),
         frameon=False,
         fontsize=15,
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=2.8,
     )
 

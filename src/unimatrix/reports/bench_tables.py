@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unimatrix.evaluation.units import format_bytes
+from unimatrix.reports.text import Table, tabulate
 
 Row = Mapping[str, Any]
 
@@ -37,7 +38,7 @@ SHORT_HEADER = (
     "peak",
     "state",
 )
-_SUMMARY_MODES = ("train", "decode")
+_SUMMARY_MODES = {"train": "train step", "decode": "decoding a token"}
 _NOT_SUMMARIZED = ("mamba2", "rwkv", "gla", "gated-deltanet")
 
 
@@ -68,55 +69,48 @@ def _describe_row(row: Row) -> list[str]:
         _format_ms(row["floor_ms"]),
         f"{100 * row['peak_share']:.2g} %",
         f"{100 * row['bandwidth_share']:.2g} %" if "bandwidth_share" in row else "",
-        _format_bytes(row["peak_bytes"]),
-        _format_bytes(row["state_bytes"]),
+        "" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),
+        "" if row["state_bytes"] is None else format_bytes(row["state_bytes"]),
     ]
 
 
-def describe_automaton(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of what ``time_automaton`` returns."""
-    header = ["text", "tokens", "ms", "range", "n", "M bytes/s", "bytes a token"]
-    lines = [
-        [
-            row["text"],
-            f"{row['num_tokens']:,}",
-            _format_ms(row["median_ms"]),
-            f"{_format_ms(row['fastest_ms'])}-{_format_ms(row['slowest_ms'])}",
-            str(row["rounds"]),
-            f"{row['bytes_per_s'] / 1e6:.3g}",
-            f"{row['state_bytes_per_token']:.1f}",
-        ]
+def describe_automaton(rows: Sequence[Row]) -> Table:
+    """Return the table of what ``time_automaton`` returns."""
+    return tabulate(
+        {
+            "text": row["text"],
+            "tokens": f"{row['num_tokens']:,}",
+            "ms": _format_ms(row["median_ms"]),
+            "range": f"{_format_ms(row['fastest_ms'])}-{_format_ms(row['slowest_ms'])}",
+            "n": str(row["rounds"]),
+            "M bytes/s": f"{row['bytes_per_s'] / 1e6:.3g}",
+            "bytes a token": f"{row['state_bytes_per_token']:.1f}",
+        }
         for row in rows
-    ]
-    return header, lines
+    )
 
 
-def describe_starts(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of what ``time_starts`` returns."""
-    header = ["model", "libraries", "1st token", "range", "n", "2nd token", "1st, first ever"]
-    header.append("2nd, first ever")
-    lines = [
-        [row["model"], "skipped", *[""] * (len(header) - 2)]
+def describe_starts(rows: Sequence[Row]) -> Table:
+    """Return the table of what ``time_starts`` returns."""
+    return tabulate(
+        {"model": row["model"], "libraries": "skipped"}
         if row.get("skipped") is not None
-        else [
-            row["model"],
-            f"{row['libraries_s']:.2f}",
-            f"{row['first_token_s']:.2f}",
-            f"{row['fastest_s']:.2f}-{row['slowest_s']:.2f}",
-            str(row["rounds"]),
-            f"{row['second_token_s']:.2f}",
-            f"{row['first_ever_first_token_s']:.2f}",
-            f"{row['first_ever_second_token_s']:.2f}",
-        ]
+        else {
+            "model": row["model"],
+            "libraries": f"{row['libraries_s']:.2f}",
+            "1st token": f"{row['first_token_s']:.2f}",
+            "range": f"{row['fastest_s']:.2f}-{row['slowest_s']:.2f}",
+            "n": str(row["rounds"]),
+            "2nd token": f"{row['second_token_s']:.2f}",
+            "1st, first ever": f"{row['first_ever_first_token_s']:.2f}",
+            "2nd, first ever": f"{row['first_ever_second_token_s']:.2f}",
+        }
         for row in rows
-    ]
-    return header, lines
+    )
 
 
-def tabulate_mode(
-    runs: Mapping[str, Sequence[Row]], mode: str
-) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of one mode over all recorded runs, columns nobody fills left out.
+def tabulate_mode(runs: Mapping[str, Sequence[Row]], mode: str) -> Table:
+    """Return the rows of one mode over all recorded runs, columns nobody fills left out.
 
     Args:
         runs: rows by the name of their run.
@@ -124,42 +118,39 @@ def tabulate_mode(
     """
     rows = []
     for name, members in runs.items():
-        chosen = [row for row in members if row["mode"] == mode]
-        for row, cells in zip(chosen, describe_rows(chosen), strict=True):
-            if row["skipped"] is not None:
-                cells[2] = f"skipped: {row['skipped']}"
-            rows.append([name, *cells])
+        for row in members:
+            if row["mode"] == mode:
+                cells = _describe_row(row)
+                if row["skipped"] is not None:
+                    cells[2] = f"skipped: {row['skipped']}"
+                rows.append([name, *cells])
     return drop_empty_columns(["run", *HEADER], rows)
 
 
-def drop_empty_columns(
-    header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
+def drop_empty_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return header and rows without the columns that no row fills."""
     filled = [i for i in range(len(header)) if not rows or any(cells[i] for cells in rows)]
-    return [header[i] for i in filled], [[cells[i] for i in filled] for cells in rows]
+    return Table([header[i] for i in filled], [[cells[i] for i in filled] for cells in rows])
 
 
-def summarize_speed(runs: Mapping[str, Sequence[Row]]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of what a reader wants first: our speed beside Llama's.
+def summarize_speed(runs: Mapping[str, Sequence[Row]]) -> Table:
+    """Return what a reader wants first: our speed beside Llama's.
 
     Args:
         runs: rows by the name of their run.
     """
     rows = [
-        [
-            {"train": "train step", "decode": "decoding a token"}[row["mode"]],
-            name,
-            *(cells[i] for i in (0, 1, 2, 6, 12)),
-        ]
+        {"what": _SUMMARY_MODES[row["mode"]], "run": name}
+        | dict(zip(HEADER, _describe_row(row), strict=True))
         for name, members in runs.items()
-        for row, cells in zip(members, describe_rows(members), strict=True)
+        for row in members
         if row["mode"] in _SUMMARY_MODES
         and row["skipped"] is None
         and row["ratio_to_llama"] is not None
         and row["model"] not in _NOT_SUMMARIZED
     ]
-    return ["what", "run", "model", "tokens x batch", "ms", "ratio to Llama", "state bytes"], rows
+    header = ("what", "run", "model", "tokens x batch", "ms", "ratio to Llama", "state bytes")
+    return tabulate(rows).select(header)
 
 
 def _format_ms(value: float) -> str:
@@ -170,7 +161,3 @@ def _format_ms(value: float) -> str:
 def _format_ratio(value: float | None) -> str:
     """Return a ratio with three digits; nothing where there is none."""
     return "" if value is None else f"{value:.3g}"
-
-
-def _format_bytes(value: int | None) -> str:
-    return "" if value is None else format_bytes(value)

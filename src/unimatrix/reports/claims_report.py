@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from unimatrix.errors import InputError
 from unimatrix.reports.page import (
-    render_page,
+    render_note,
     render_picture,
     render_table,
     require_report_path,
+    write_report,
 )
+from unimatrix.reports.text import Table, format_markdown, format_percent, tabulate
+from unimatrix.studies.records import Records
 from unimatrix.studies.reproduce.claims import (
     BETTER,
     GROUPS,
@@ -20,12 +23,10 @@ from unimatrix.studies.reproduce.claims import (
     REPRODUCED,
     VERDICT_RULE,
     Outcome,
-    Records,
     judge_claims,
     list_cells,
     name_run,
 )
-from unimatrix.train.run_folder import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,46 +38,41 @@ TITLES = {
     "triple": "Triple interactions (per cent)",
     "throughput": "Throughput by length",
 }
-CLAIMS_HEADER = (
-    "claim",
-    "published",
-    "published code, causal",
-    "ours, each seed",
-    "mean",
-    "verdict",
-    "training s",
-    "note",
-)
+_TITLE = "The paper, run again"
 _LEDE = (
     "Every table of the paper (arXiv:2604.25930) that concerns this architecture, run again by the "
     "paper's recipes with a causal model."
 )
-_NAMED_COLOURS = {REPRODUCED: "blue", BETTER: "green", NOT_REPRODUCED: "orange"}
+# Colour and its name, by verdict.
+_COLOURS = {
+    REPRODUCED: ("#0072B2", "blue"),
+    BETTER: ("#009E73", "green"),
+    NOT_REPRODUCED: ("#D55E00", "orange"),
+}
 _PER_CENT_GROUPS = ("recall", "slots", "triple")
+_DRAWN_GROUPS = ("lm", *_PER_CENT_GROUPS)
 
 
-def tabulate_claims(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """Return a row a claim, in the columns of ``CLAIMS_HEADER``."""
-    rows = []
-    for outcome in outcomes:
-        claim, values = outcome.claim, outcome.values
-        bound = "below " if claim.is_upper_bound else ""
-        rows.append(
-            [
-                claim.name,
-                bound + _format(outcome, claim.published),
-                "" if claim.causal_code is None else _format(outcome, claim.causal_code),
-                ", ".join(_format(outcome, value) for value in values),
-                _format(outcome, statistics.mean(values)) if values else "",
-                outcome.verdict,
-                "" if outcome.seconds is None else f"{outcome.seconds:.0f}",
-                claim.note,
-            ]
-        )
-    return rows
+def tabulate_claims(outcomes: Sequence[Outcome]) -> Table:
+    """Return a row a claim."""
+    return tabulate(
+        {
+            "claim": claim.name,
+            "published": ("below " if claim.is_upper_bound else "")
+            + _format(outcome, claim.published),
+            "published code, causal": _format(outcome, claim.causal_code),
+            "ours, each seed": ", ".join(_format(outcome, value) for value in outcome.values),
+            "mean": _format(outcome, statistics.mean(outcome.values) if outcome.values else None),
+            "verdict": outcome.verdict,
+            "training s": "" if outcome.seconds is None else f"{outcome.seconds:.0f}",
+            "note": claim.note,
+        }
+        for outcome in outcomes
+        for claim in [outcome.claim]
+    )
 
 
-def tabulate_throughput(records: Records) -> tuple[list[str], list[list[str]]]:
+def tabulate_throughput(records: Records) -> Table:
     """Return tokens a second by model and length: the median over the runs."""
     runs = [
         records[name]["results"]["tokens_per_s"]
@@ -84,14 +80,26 @@ def tabulate_throughput(records: Records) -> tuple[list[str], list[list[str]]]:
         for seed in cell.seeds
         if (name := name_run(cell, seed)) in records
     ]
-    if not runs:
-        return ["model"], []
-    lengths = list(next(iter(runs[0].values())))
-    rows = [
-        [model, *(f"{statistics.median(run[model][n] for run in runs):,.0f}" for n in lengths)]
-        for model in runs[0]
-    ]
-    return ["tokens a second", *(f"{length} tokens" for length in lengths)], rows
+    return tabulate(
+        {"tokens a second": model}
+        | {
+            f"{length} tokens": f"{statistics.median(run[model][length] for run in runs):,.0f}"
+            for length in by_length
+        }
+        for model, by_length in (runs[0] if runs else {}).items()
+    )
+
+
+def format_claims_group(records: Records, group: str) -> str:
+    """Return the claims of one of the paper's tables in Markdown, with our values and verdicts.
+
+    Args:
+        records: by folder.
+        group: one of the groups of ``unimatrix reproduce``.
+    """
+    text = format_markdown(tabulate_claims(judge_claims(records, [group])))
+    speeds = tabulate_throughput(records)
+    return f"{text}\n\n{format_markdown(speeds)}" if group == "throughput" and speeds.rows else text
 
 
 def count_verdicts(outcomes: Sequence[Outcome]) -> dict[str, int]:
@@ -141,24 +149,23 @@ def write_claims_report(records: Records, path: Path, groups: Sequence[str] = GR
         raise InputError("no claim was run; run some first")
     from unimatrix.reports.figures import render_png
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in count_verdicts(outcomes).items())
     body = [
-        "<h1>The paper, run again</h1>",
+        f"<h1>{_TITLE}</h1>",
         f'<p class="lede">{_LEDE} {html.escape(counts)}.</p>',
-        f'<p class="note">{VERDICT_RULE}</p>',
+        render_note(VERDICT_RULE),
     ]
+    pictures = {}
     if any(map(_is_drawn, outcomes)):
-        png = render_png(plot_claims(outcomes))
-        write_file(path.with_suffix(".png"), png)
-        body.append(render_picture(png, "Published values and ours"))
+        pictures[""] = render_png(plot_claims(outcomes))
+        body.append(render_picture(pictures[""], "Published values and ours"))
     for group in groups:
-        rows = tabulate_claims([one for one in outcomes if one.claim.group == group])
-        body += [f"<h2>{TITLES[group]}</h2>", render_table(CLAIMS_HEADER, rows)]
-    header, speeds = tabulate_throughput(records)
-    if speeds and "throughput" in groups:
-        body.append(render_table(header, speeds))
-    write_file(path, render_page("The paper, run again", body))
+        rows = tabulate_claims([o for o in outcomes if o.claim.group == group])
+        body += [f"<h2>{TITLES[group]}</h2>", render_table(*rows)]
+    speeds = tabulate_throughput(records)
+    if speeds.rows and "throughput" in groups:
+        body.append(render_table(*speeds))
+    write_report(path, _TITLE, body, pictures)
 
 
 def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
@@ -170,40 +177,34 @@ def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
     Returns:
         A figure that belongs to no window and no global state.
     """
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    from unimatrix.reports.figures import INK, set_look
+    from unimatrix.reports.figures import INK, set_look, start_figure
 
-    colours = {REPRODUCED: "#0072B2", BETTER: "#009E73", NOT_REPRODUCED: "#D55E00"}
-    panels = [
-        (group, shown)
-        for group in ("lm", *_PER_CENT_GROUPS)
-        if (shown := [one for one in outcomes if one.claim.group == group and _is_drawn(one)])
-    ]
-    heights = [len(shown) for _, shown in panels]
-    figure = Figure(
-        figsize=(12.8, 1.4 * len(panels) + 0.42 * sum(heights) + 0.8),
-        layout=ConstrainedLayoutEngine(h_pad=0.14),
-        facecolor="white",
-    )
+    panels = {
+        group: [o for o in reversed(outcomes) if o.claim.group == group and _is_drawn(o)]
+        for group in _DRAWN_GROUPS
+    }
+    panels = {group: drawn for group, drawn in panels.items() if drawn}
+    heights = [len(drawn) for drawn in panels.values()]
+    figure = start_figure(12.8, 1.4 * len(panels) + 0.42 * sum(heights) + 0.8)
+    figure.set_layout_engine(ConstrainedLayoutEngine(h_pad=0.14))
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for (group, shown), axes in zip(panels, grid[:, 0], strict=True):
+    for (group, drawn), axes in zip(panels.items(), grid[:, 0], strict=True):
         scale = 100 if group in _PER_CENT_GROUPS else 1
-        for row, one in enumerate(reversed(shown)):
-            colour = colours.get(one.verdict, "#8c8c8c")
-            ours = [scale * value for value in one.values]
+        for row, outcome in enumerate(drawn):
+            colour, _ = _COLOURS.get(outcome.verdict, ("#8c8c8c", ""))
+            ours = [scale * value for value in outcome.values]
             axes.plot(ours, [row] * len(ours), "o", color=colour, markersize=8, alpha=0.8)
-            published = [scale * one.claim.published]
+            published = [scale * outcome.claim.published]
             axes.plot(published, [row], "D", color=INK, markersize=9, fillstyle="none", mew=1.8)
-        axes.set_yticks(range(len(shown)), [one.claim.name for one in reversed(shown)])
-        axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.grid(axis="x", color="#e6e6e6", linewidth=0.9)
+        axes.set_yticks(range(len(drawn)), [outcome.claim.name for outcome in drawn])
+        axes.set_ylim(-0.7, len(drawn) - 0.3)
         axes.set_title(TITLES[group], loc="left", fontsize=15, color=INK)
         if scale == 100:
             axes.set_xlim(-2, 102)
-        set_look(axes)
-    names = ", ".join(f"{name}: {colour}" for name, colour in _NAMED_COLOURS.items())
+        set_look(axes, grid="x")
+    names = ", ".join(f"{verdict}: {name}" for verdict, (_, name) in _COLOURS.items())
     title = f"Diamonds: published. Dots: ours by seed ({names})"
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, color=INK)
     return figure
@@ -211,16 +212,15 @@ def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
 
 def _is_drawn(outcome: Outcome) -> bool:
     """Return whether a claim was run and lies on its group's scale: sizes and ratios do not."""
-    claim = outcome.claim
-    is_size = claim.metric.startswith("parameters")
-    return bool(outcome.values) and not is_size and claim.group in ("lm", *_PER_CENT_GROUPS)
+    is_size = outcome.claim.metric.startswith("parameters")
+    return bool(outcome.values) and not is_size and outcome.claim.group in _DRAWN_GROUPS
 
 
-def _format(outcome: Outcome, value: float) -> str:
-    """Return a value in the unit of its table."""
-    claim = outcome.claim
-    if claim.metric.startswith("parameters"):
+def _format(outcome: Outcome, value: float | None) -> str:
+    """Return a value in the unit of its table; nothing for ``None``."""
+    group = outcome.claim.group
+    if value is None or group in _PER_CENT_GROUPS:
+        return format_percent(value)
+    if outcome.claim.metric.startswith("parameters"):
         return f"{value:,.0f}"
-    if claim.group in _PER_CENT_GROUPS:
-        return f"{100 * value:.1f}" if value == 1 or value < 0.9995 else "> 99.9"
-    return f"{value:.3f}" if claim.group == "lm" else f"{value:.2f}"
+    return f"{value:.3f}" if group == "lm" else f"{value:.2f}"

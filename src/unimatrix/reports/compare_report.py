@@ -1,15 +1,12 @@
 """A comparison as one HTML file that needs nothing but itself, its plots beside it as PNG."""
 
 import html
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unimatrix.errors import InputError
 from unimatrix.reports.compare_results import (
     TABLE_TITLES,
-    Records,
-    Table,
     list_corpora,
     list_text_tables,
     tabulate_compressors,
@@ -19,12 +16,13 @@ from unimatrix.reports.compare_results import (
     tabulate_text,
 )
 from unimatrix.reports.page import (
-    render_page,
+    render_note,
     render_picture,
     render_table,
     require_report_path,
+    write_report,
 )
-from unimatrix.train.run_folder import write_file
+from unimatrix.studies.records import Records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,61 +75,48 @@ def write_compare_report(records: Records, path: Path) -> None:
     finished = {n: r for n, r in records.items() if r["status"] in ("done", "failed")}
     if not finished:
         raise InputError("no cell of the comparison is finished; let it run first")
-    path.parent.mkdir(parents=True, exist_ok=True)
     pictures = _plot(finished)
-    for name, png in pictures.items():
-        write_file(path.with_name(f"{path.stem}-{name}.png"), png)
     body = [
         "<h1>Every model in the same harness</h1>",
         f'<p class="lede">{PROTOCOL}</p>',
         *_render_text(finished, pictures),
         *_render_rest(finished, pictures),
     ]
-    write_file(path, render_page("Comparison", body))
+    write_report(path, "Comparison", body, {f"-{name}": png for name, png in pictures.items()})
 
 
 def _plot(records: Records) -> dict[str, bytes]:
     """Return the plots as PNG by name."""
     # Loaded here: whoever writes no report does not wait for matplotlib.
-    from unimatrix.reports.compare_plots import (
-        list_styles,
-        plot_positions,
-        plot_recall,
-        plot_state,
-        plot_training,
-    )
-    from unimatrix.reports.figures import render_png
+    from unimatrix.reports import compare_plots
+    from unimatrix.reports.figures import list_styles, render_png
 
-    asked = [record["asked"] for record in records.values() if "model" in record["asked"]]
+    trained = [record["asked"] for record in records.values() if "model" in record["asked"]]
     # The first stands out in the figures: ours, whatever the order of the records.
-    asked.sort(key=lambda each: each["entry"]["preset"] is None)
-    styles = list_styles(dict.fromkeys(each["model"] for each in asked))
-    per_corpus: dict[str, Callable[..., Figure]] = {
-        "training": plot_training,
-        "position": plot_positions,
-        "state": plot_state,
-    }
-    pictures = {
-        f"{name}-{corpus}": render_png(plot(records, corpus, styles))
-        for corpus in list_corpora(records)
-        for name, plot in per_corpus.items()
-    }
+    trained.sort(key=lambda settings: settings["entry"]["preset"] is None)
+    styles = list_styles(dict.fromkeys(settings["model"] for settings in trained))
+    figures: dict[str, Figure] = {}
+    for corpus in list_corpora(records):
+        figures |= {
+            f"training-{corpus}": compare_plots.plot_training(records, corpus, styles),
+            f"position-{corpus}": compare_plots.plot_positions(records, corpus, styles),
+            f"state-{corpus}": compare_plots.plot_state(records, corpus, styles),
+        }
     if tabulate_recall(records).rows:
-        pictures["recall"] = render_png(plot_recall(records, styles))
-    return pictures
+        figures["recall"] = compare_plots.plot_recall(records, styles)
+    return {name: render_png(figure) for name, figure in figures.items()}
 
 
 def _render_text(records: Records, pictures: dict[str, bytes]) -> list[str]:
     """Return the sections of language modelling, one a corpus."""
     parts = []
-    tables = list_text_tables(records)
     for corpus in list_corpora(records):
         title = html.escape(corpus)
         parts.append(f"<h2>Bits per byte, {title}</h2>")
-        for table in (table for table, of in tables if of == corpus):
+        for table in (table for table, other in list_text_tables(records) if other == corpus):
             parts.append(f"<h3>{TABLE_TITLES[table]}</h3>")
-            parts.append(_render(tabulate_text(records, table, corpus)))
-        parts.append(f'<p class="note">{_TEXT_NOTE}</p>')
+            parts.append(render_table(*tabulate_text(records, table, corpus)))
+        parts.append(render_note(_TEXT_NOTE))
         parts += [
             render_picture(pictures[f"{name}-{corpus}"], f"{name} of models on {title}")
             for name in ("training", "position", "state")
@@ -140,26 +125,17 @@ def _render_text(records: Records, pictures: dict[str, bytes]) -> list[str]:
 
 
 def _render_rest(records: Records, pictures: dict[str, bytes]) -> list[str]:
-    """Return the sections on compressors, recall and learning rates, as far as there are any."""
+    """Return the sections on compressors, recall, learning rates and models that are not empty."""
     parts = []
-    sections = (
+    sweep_note = "Validation bits per byte after the sweep's steps."
+    for title, note, table, picture in (
         ("Compressors", _COMPRESSOR_NOTE, tabulate_compressors(records), None),
         ("Associative recall", _RECALL_NOTE, tabulate_recall(records), pictures.get("recall")),
-        (
-            "Learning rates",
-            "Validation bits per byte after the sweep's steps.",
-            tabulate_sweep(records),
-            None,
-        ),
+        ("Learning rates", sweep_note, tabulate_sweep(records), None),
         ("Models", _MODELS_NOTE, tabulate_models(records), None),
-    )
-    for title, note, table, picture in sections:
+    ):
         if table.rows:
-            parts += [f"<h2>{title}</h2>", f'<p class="note">{note}</p>', _render(table)]
+            parts += [f"<h2>{title}</h2>", render_note(note), render_table(*table)]
             if picture is not None:
                 parts.append(render_picture(picture, title))
     return parts
-
-
-def _render(table: Table) -> str:
-    return render_table(table.header, table.rows)

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from unimatrix.presets import PRESETS
+from unimatrix.reports.text import Table
+from unimatrix.studies.records import Records, select_records
 from unimatrix.train.recipe import load_recipe
 
-HEADER = ["question", "ours", "beside it", "state bytes", "parts of the preset that are off"]
 _PRESET = PRESETS["unimatrix"]
 _OFF = {
     "matrix state": ("update_rules", "none"),
@@ -15,8 +16,6 @@ _OFF = {
     "automaton": ("residual_path", "none"),
 }
 _WIRING = ("slot_key_patterns", "slot_read_offsets", "slot_source")
-
-Records = Mapping[str, dict[str, Any]]
 
 
 def list_parts_off(overrides: Mapping[str, Any]) -> str:
@@ -34,100 +33,94 @@ def list_parts_off(overrides: Mapping[str, Any]) -> str:
     return ", ".join(off) or "none"
 
 
-def tabulate_headline(records: Records) -> list[list[str]]:
-    """Return the rows of ``HEADER``.
+def tabulate_headline(records: Records) -> Table:
+    """Return the rows that the README shows.
 
     Args:
         records: by folder below ``results/``.
     """
-    return [
-        *_tabulate_language(records),
-        *_tabulate_recall(records),
-        *_tabulate_speed(records),
-    ]
+    rows = [*_list_language(records), *_list_recall(records), *_list_speed(records)]
+    header = ["question", "ours", "beside it", "state bytes", "parts of the preset that are off"]
+    return Table(header, rows)
 
 
-def _tabulate_language(records: Records) -> list[list[str]]:
+def _list_language(records: Records) -> list[list[str]]:
     default = records["train/default"]["results"]
     bounded = records["books/middlemarch-bounded"]["results"]
-    compressors = records["books/middlemarch"]["results"]["compressors"]
+    ppmd = records["books/middlemarch"]["results"]["compressors"]["PPMd"]
     ours, peer = (
         records[f"compare/small/parameters/pystdlib/{name}"]
         for name in ("unimatrix", "gated-deltanet")
     )
+    steps = f"{peer['num_optim_steps']} of {ours['num_optim_steps']} steps"
     return [
         [
             "two minutes of training on Python's sources, bits per byte",
             f"{default['bits_per_byte']:.3f}",
             f"xz {default['xz_bits_per_byte']:.3f}",
             f"{default['state_bytes']:,}",
-            list_parts_off(_read_overrides("default")),
+            list_parts_off(load_recipe("default").model.overrides),
         ],
         [
             "the same text, equal parameters and steps as a Gated DeltaNet, bits per byte",
             f"{ours['results']['test_bits_per_byte']:.3f}",
-            f"{peer['results']['test_bits_per_byte']:.3f} ({peer['num_optim_steps']} of "
-            f"{ours['num_optim_steps']} steps)",
+            f"{peer['results']['test_bits_per_byte']:.3f} ({steps})",
             f"{max(ours['results']['state_bytes'].values()):,}",
             list_parts_off(ours["asked"]["entry"]["overrides"]),
         ],
         [
             "Middlemarch after training on ten other novels, bits per byte",
             f"{bounded['bits_per_byte']:.3f}",
-            f"PPMd {compressors['PPMd']['plain']:.3f}, primed with the ten "
-            f"{compressors['PPMd']['primed']:.3f}",
+            f"PPMd {ppmd['plain']:.3f}, primed with the ten {ppmd['primed']:.3f}",
             f"{bounded['state_bytes']:,}",
-            list_parts_off(_read_overrides("books")),
+            list_parts_off(load_recipe("books").model.overrides),
         ],
     ]
 
 
-def _tabulate_recall(records: Records) -> list[list[str]]:
+def _list_recall(records: Records) -> list[list[str]]:
+    needle = "a number in a megabyte of a novel, trained on 1,024 bytes, per cent"
     rows = []
-    for question, prefix, tests in (
+    for question, run, tests in (
         (
             "associative recall, 8 bindings in 8 slots, per cent",
-            "lab/associative/slots/",
+            "associative/slots",
             ["8 in 8 slots"],
         ),
-        ("MQAR, zoology's grid B, per cent", "lab/mqar/mqar-b/", None),
-        (
-            "a number in a megabyte of a novel, trained on 1,024 bytes, per cent",
-            "lab/others/needle/",
-            ["1048576"],
-        ),
+        ("MQAR, zoology's grid B, per cent", "mqar/mqar-b", None),
+        (needle, "others/needle", ["1048576"]),
     ):
-        members = [record["results"] for name, record in records.items() if name.startswith(prefix)]
-        found = [r["accuracy"][test] for r in members for test in tests or r["accuracy"]]
+        seeds = [record["results"] for record in select_records(records, f"lab/{run}/").values()]
+        shares = [seed["accuracy"][test] for seed in seeds for test in tests or seed["accuracy"]]
         rows.append(
             [
                 question,
-                f"{100 * sum(found) / len(found):.2f} (worst {100 * min(found):.2f})",
-                f"{len(members)} seeds",
-                f"{members[0]['state_bytes']:,}",
-                list_parts_off(members[0]["recipe"]["overrides"]),
+                f"{100 * sum(shares) / len(shares):.2f} (worst {100 * min(shares):.2f})",
+                f"{len(seeds)} seeds",
+                f"{seeds[0]['state_bytes']:,}",
+                list_parts_off(seeds[0]["recipe"]["overrides"]),
             ]
         )
     return rows
 
 
-def _tabulate_speed(records: Records) -> list[list[str]]:
+def _list_speed(records: Records) -> list[list[str]]:
     rows = []
-    for question, run, mode, length in (
-        ("decoding a token after 1,024, ms", "streams", "decode", 1024),
-        ("train step of 16,384 tokens, ms", "train", "train", 16384),
+    for question, run, place in (
+        ("decoding a token after 1,024, ms", "streams", ("decode", 1024)),
+        ("train step of 16,384 tokens, ms", "train", ("train", 16384)),
     ):
         timed = {
             row["model"]: row
             for row in records[f"bench/{run}"]["results"]["rows"]
-            if (row["mode"], row["num_tokens"]) == (mode, length)
+            if (row["mode"], row["num_tokens"]) == place
         }
         ours, llama = timed["unimatrix"], timed["llama"]
         rows.append(
             [
                 question,
-                _show_ms(ours["median_ms"]),
-                f"Llama {_show_ms(llama['median_ms'])}",
+                _format_ms(ours["median_ms"]),
+                f"Llama {_format_ms(llama['median_ms'])}",
                 f"{ours['state_bytes']:,} (Llama {llama['state_bytes']:,})",
                 list_parts_off({}),
             ]
@@ -135,9 +128,5 @@ def _tabulate_speed(records: Records) -> list[list[str]]:
     return rows
 
 
-def _show_ms(value: float) -> str:
+def _format_ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _read_overrides(recipe: str) -> Mapping[str, Any]:
-    return load_recipe(recipe).model.overrides

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unimatrix.reports.compare_results import Table
 from unimatrix.reports.long_context_results import (
     list_reasons,
     tabulate_code,
@@ -14,14 +13,14 @@ from unimatrix.reports.long_context_results import (
     tabulate_tasks,
 )
 from unimatrix.reports.page import (
-    render_page,
+    render_note,
     render_picture,
     render_table,
     require_report_path,
+    write_report,
 )
 from unimatrix.studies.eval_long.run import BOOK
 from unimatrix.tasks.ruler import RULER_TASKS
-from unimatrix.train.run_folder import write_file
 
 Record = Mapping[str, Any]
 
@@ -63,23 +62,22 @@ def write_long_context_report(record: Record, path: Path) -> None:
         InputError: if the path cannot be written.
     """
     require_report_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     pictures = _plot(record)
-    for name, png in pictures.items():
-        write_file(path.with_name(f"{path.stem}-{name}.png"), png)
-    sections = (
+    body = ["<h1>Long contexts</h1>", f'<p class="lede">{_LEDE}</p>', _describe(record)]
+    for title, note, table, picture in (
         ("RULER over bytes", _TASKS_NOTE, tabulate_tasks(record), "tasks"),
         ("A text by position, bits per byte", _BOOK_NOTE, tabulate_positions(record), "positions"),
         ("Code completion, per cent", _CODE_NOTE, tabulate_code(record), ""),
-    )
-    body = ["<h1>Long contexts</h1>", f'<p class="lede">{_LEDE}</p>', _describe(record)]
-    for title, note, table, picture in sections:
+    ):
         if table.rows:
-            body += [f"<h2>{title}</h2>", f'<p class="note">{note}</p>']
+            body += [f"<h2>{title}</h2>", render_note(note)]
             body += [render_picture(pictures[picture], title)] if picture in pictures else []
-            body.append(_render(table))
-    body += ["<h2>Models</h2>", _render(tabulate_models(record)), *_render_reasons(record)]
-    write_file(path, render_page("Long contexts", body))
+            body.append(render_table(*table))
+    body += ["<h2>Models</h2>", render_table(*tabulate_models(record))]
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in list_reasons(record))
+    if reasons:
+        body += ["<h2>Not run</h2>", f'<ul class="note">{reasons}</ul>']
+    write_report(path, "Long contexts", body, {f"-{name}": png for name, png in pictures.items()})
 
 
 def _plot(record: Record) -> dict[str, bytes]:
@@ -101,21 +99,7 @@ def _describe(record: Record) -> str:
     """Return what the figures rest on."""
     plan = record["plan"]
     text = html.escape(", ".join(plan["data"]))
-    return (
-        f'<p class="note">{plan["num_examples"]} examples of a task at a length, seed '
-        f"{record['seed']}; essays and text from {text}; on {html.escape(record['device'])}, "
-        f"{html.escape(record['started'])}.</p>"
+    return render_note(
+        f"{plan['num_examples']} examples of a task at a length, seed {record['seed']}; essays and "
+        f"text from {text}; on {html.escape(record['device'])}, {html.escape(record['started'])}."
     )
-
-
-def _render_reasons(record: Record) -> list[str]:
-    """Return what was not run, and why."""
-    reasons = list_reasons(record)
-    if not reasons:
-        return []
-    lines = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons)
-    return ["<h2>Not run</h2>", f'<ul class="note">{lines}</ul>']
-
-
-def _render(table: Table) -> str:
-    return render_table(table.header, table.rows)

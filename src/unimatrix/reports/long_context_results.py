@@ -1,10 +1,10 @@
-"""Rows of the tables of a long-context evaluation, from its record."""
+"""Tables of a long-context evaluation, from its record as ``run_long_context`` returns it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.reports.compare_results import Table
+from unimatrix.reports.text import Table, tabulate
 from unimatrix.studies.eval_long.run import BOOK, CODE
 from unimatrix.tasks.ruler import RULER_TASKS
 
@@ -18,9 +18,6 @@ def tabulate_tasks(record: Record) -> Table:
     """Return the scores of RULER's tasks times 100, a row a task and model, a column a length.
 
     The mean comes last and stands only where every task that fits the length was run.
-
-    Args:
-        record: as ``run_long_context`` returns it.
     """
     cells = {
         (cell["task"], cell["model"], cell["total_bytes"]): cell
@@ -33,96 +30,92 @@ def tabulate_tasks(record: Record) -> Table:
     rows = []
     for task in tasks:
         for model in models:
-            found = [cells.get((task, model, length)) for length in lengths]
-            rows.append([task, model, *map(_write_score, found)])
+            row = [cells.get((task, model, length)) for length in lengths]
+            rows.append([task, model, *map(_format_score, row)])
     for model in models if len(tasks) > 1 else []:
-        means = [
-            _write_mean([cells.get((task, model, length)) for task in tasks]) for length in lengths
-        ]
-        rows.append(["mean", model, *means])
+        columns = ([cells.get((task, model, length)) for task in tasks] for length in lengths)
+        rows.append(["mean", model, *map(_format_mean, columns)])
     return Table(["task", "model", *map(format_bytes, lengths)], rows)
 
 
-def tabulate_positions(record: Record) -> Table:
-    """Return bits per byte of the text by position, a column a model.
+def tabulate_answered(record: Record) -> Table:
+    """Return the scores of RULER's tasks; those that no model answered share rows."""
+    header, rows = tabulate_tasks(record)
+    by_task: dict[str, list[list[str]]] = {}
+    for row in rows:
+        by_task.setdefault(row[0], []).append(row[2:])
+    unanswered: dict[tuple[str, ...], list[str]] = {}
+    for task, scores in by_task.items():
+        columns = [set(column) - {"", NOT_RUN} for column in zip(*scores, strict=True)]
+        if task != "mean" and any(columns) and all(column <= {"0.0"} for column in columns):
+            pattern = tuple("0.0" if column else NOT_RUN for column in columns)
+            unanswered.setdefault(pattern, []).append(task)
+    hidden = {task for tasks in unanswered.values() for task in tasks}
+    shared = [
+        [", ".join(tasks), "all that can read it", *pattern]
+        for pattern, tasks in unanswered.items()
+    ]
+    return Table(header, [*shared, *(row for row in rows if row[0] not in hidden)])
 
-    Args:
-        record: as ``run_long_context`` returns it.
-    """
-    results = _select(record, BOOK)
-    if not results:
-        return Table(["bytes before"], [])
+
+def tabulate_positions(record: Record) -> Table:
+    """Return bits per byte of the text by position, a column a model."""
+    results = select_results(record, BOOK)
     by_model = {
         model: {first: bits for first, _, bits in result["by_position"]}
         for model, result in results.items()
     }
-    firsts = sorted({int(first) for bins in by_model.values() for first in bins})
     rows = [
-        [
-            f"{first:,} and more" if first else "fewer than 128",
-            *(_write_bits(bins.get(first)) for bins in by_model.values()),
-        ]
-        for first in firsts
+        {"bytes before": f"{first:,} and more" if first else "fewer than 128"}
+        | {model: f"{bins[first]:.3f}" for model, bins in by_model.items() if first in bins}
+        for first in sorted({int(first) for bins in by_model.values() for first in bins})
     ]
-    rows.append(["all", *(_write_bits(result["bits_per_byte"]) for result in results.values())])
-    rows.append(["bytes", *(f"{result['bytes']:,}" for result in results.values())])
-    rows.append(["each sees", *(result["context"] for result in results.values())])
-    return Table(["bytes before", *results], rows)
+    if results:
+        bits = {model: f"{result['bits_per_byte']:.3f}" for model, result in results.items()}
+        read = {model: f"{result['bytes']:,}" for model, result in results.items()}
+        context = {model: result["context"] for model, result in results.items()}
+        rows += [{"bytes before": "all"} | bits, {"bytes before": "bytes"} | read]
+        rows.append({"bytes before": "each sees"} | context)
+    return tabulate(rows).select(["bytes before", *results])
 
 
 def tabulate_code(record: Record) -> Table:
-    """Return code completion, a row a model.
-
-    Args:
-        record: as ``run_long_context`` returns it.
-    """
-    rows = []
-    for model, result in _select(record, CODE).items():
-        lines, names = result["lines"], result["names"]
-        rows.append(
-            [
-                model,
-                f"{100 * lines['exact_match']:.1f}",
-                f"{lines['examples']:,}",
-                f"{lines['context_bytes']:,}",
-                _write_percent(names["accuracy"]),
-                f"{names['examples']:,}",
-                _write_percent(names["rest_accuracy"]),
-                f"{names['rest_examples']:,}",
-                names["context"],
-            ]
-        )
-    header = ["model", "next line", "lines", "bytes above", "far names", "names"]
-    return Table([*header, "from byte 4", "such names", "each byte sees"], rows)
+    """Return code completion, a row a model."""
+    return tabulate(
+        {
+            "model": model,
+            "next line": f"{100 * lines['exact_match']:.1f}",
+            "lines": f"{lines['examples']:,}",
+            "bytes above": f"{lines['context_bytes']:,}",
+            "far names": _format_accuracy(names["accuracy"]),
+            "names": f"{names['examples']:,}",
+            "from byte 4": _format_accuracy(names["rest_accuracy"]),
+            "such names": f"{names['rest_examples']:,}",
+            "each byte sees": names["context"],
+        }
+        for model, result in select_results(record, CODE).items()
+        for lines, names in [(result["lines"], result["names"])]
+    )
 
 
 def tabulate_models(record: Record) -> Table:
-    """Return what the models are, a row each.
-
-    Args:
-        record: as ``run_long_context`` returns it.
-    """
-    rows = [
-        [
-            label,
-            model["name"],
-            model["type"],
-            f"{model['parameters']:,}",
-            model["reads"],
-            "any" if model["limit_tokens"] is None else f"{model['limit_tokens']:,}",
-        ]
+    """Return what the models are, a row each."""
+    return tabulate(
+        {
+            "model": label,
+            "given as": model["name"],
+            "type": model["type"],
+            "parameters": f"{model['parameters']:,}",
+            "reads": model["reads"],
+            "most tokens": "any" if model["limit_tokens"] is None else f"{model['limit_tokens']:,}",
+        }
         for label, model in record["models"].items()
-    ]
-    return Table(["model", "given as", "type", "parameters", "reads", "most tokens"], rows)
+    )
 
 
 def list_reasons(record: Record) -> list[str]:
-    """Return why cells were not run, those with the same reason in one sentence.
-
-    Args:
-        record: as ``run_long_context`` returns it.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    """Return why cells were not run, those with the same reason in one sentence."""
+    groups: dict[str, list[Record]] = {}
     for cell in record["cells"]:
         if cell["status"] != "done":
             groups.setdefault(cell["reason"], []).append(cell)
@@ -139,23 +132,21 @@ def list_reasons(record: Record) -> list[str]:
     return sentences
 
 
-def _select(record: Record, task: str) -> dict[str, dict[str, Any]]:
-    """Return the results of a task by model, at the greatest length run."""
-    found = sorted(
-        (cell for cell in record["cells"] if cell["task"] == task and cell["status"] == "done"),
-        key=lambda cell: int(cell["total_bytes"]),
-    )
-    by_model = {cell["model"]: cell["results"] for cell in found}
+def select_results(record: Record, task: str) -> dict[str, dict[str, Any]]:
+    """Return the results of a task by model, at the greatest length that was run."""
+    cells = [cell for cell in record["cells"] if (cell["task"], cell["status"]) == (task, "done")]
+    cells.sort(key=lambda cell: int(cell["total_bytes"]))
+    by_model = {cell["model"]: cell["results"] for cell in cells}
     return {model: by_model[model] for model in record["models"] if model in by_model}
 
 
-def _write_score(cell: Mapping[str, Any] | None) -> str:
+def _format_score(cell: Record | None) -> str:
     if cell is None:
         return ""
     return NOT_RUN if cell["status"] != "done" else f"{100 * cell['results']['score']:.1f}"
 
 
-def _write_mean(cells: list[Mapping[str, Any] | None]) -> str:
+def _format_mean(cells: list[Record | None]) -> str:
     """Return the mean of the cells that were run, and of how many where some were not."""
     scores = [cell["results"]["score"] for cell in cells if cell and cell["status"] == "done"]
     if not scores:
@@ -164,9 +155,5 @@ def _write_mean(cells: list[Mapping[str, Any] | None]) -> str:
     return mean if len(scores) == len(cells) else f"{mean} of {len(scores)}"
 
 
-def _write_bits(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _write_percent(fraction: float | None) -> str:
+def _format_accuracy(fraction: float | None) -> str:
     return NOT_RUN if fraction is None else f"{100 * fraction:.1f}"

@@ -3,10 +3,11 @@
 import base64
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unimatrix.errors import InputError
+from unimatrix.train.run_folder import write_file
 
 _STYLE = """
 body{font:17px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#fff;
@@ -40,20 +41,28 @@ def require_report_path(path: Path) -> None:
         raise InputError(f"the report cannot go into {str(parent)!r}; give it another folder")
 
 
-def render_page(title: str, body: Sequence[str]) -> str:
-    """Return a whole page.
+def write_report(
+    path: Path, title: str, body: Sequence[str], pictures: Mapping[str, bytes]
+) -> None:
+    """Write a page, and its pictures beside it as PNG.
 
     Args:
+        path: of the HTML file; missing folders are made.
         title: of the window, as text.
         body: parts of HTML, in order.
+        pictures: bytes of PNG by what follows the page's stem in the name of their file.
     """
-    return (
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        write_file(path.with_name(f"{path.stem}{name}.png"), png)
+    page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
+    write_file(path, page)
 
 
 def render_picture(png: bytes, text: str) -> str:
@@ -65,6 +74,11 @@ def render_picture(png: bytes, text: str) -> str:
     """
     image = base64.b64encode(png).decode("ascii")
     return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"></figure>'
+
+
+def render_note(text: str) -> str:
+    """Return a paragraph of HTML in small print."""
+    return f'<p class="note">{text}</p>'
 
 
 def render_table(

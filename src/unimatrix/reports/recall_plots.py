@@ -13,7 +13,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.reports.figures import INK, set_look, wrap_label
+from unimatrix.reports.figures import (
+    INK,
+    set_byte_axis,
+    set_look,
+    set_title,
+    start_figure,
+    wrap_label,
+)
 from unimatrix.reports.recall_results import (
     INFORMATION_LIMIT_BYTES,
     PUBLISHED_MQAR_B,
@@ -50,35 +57,30 @@ def plot_state_against_accuracy(configurations: Sequence[Configuration]) -> Figu
 
     Args:
         configurations: of task mqar-b, at least one.
-
-    Returns:
-        A figure that belongs to no window and no global state.
     """
-    num_slices = len(list_slices(configurations))
-    figure = Figure(figsize=(12.8, 7.2), layout="constrained", facecolor="white")
+    figure = start_figure(12.8, 7.2)
     axes = figure.add_subplot()
     ours = [_draw_ours(axes, one, index) for index, one in enumerate(configurations)]
     rules = _draw_rule_lines(axes, configurations)
     published = _draw_published(axes)
     _set_state_axis(axes, [one.state_bytes for one in configurations])
-    lowest = min(min(one.mean_accuracies) for one in configurations)
-    _set_stretched_axis(axes, min(lowest, 0.5))
+    _set_stretched_axis(axes, min(0.5, *(min(one.mean_accuracies) for one in configurations)))
     axes.set_xlabel("state of one sequence (log scale)")
+    num_slices = len(list_slices(configurations))
     axes.set_ylabel(f"accuracy, mean of {num_slices} slices (stretched towards 1)")
-    axes.set_title(
-        "Exact recall against the state that holds it", loc="left", pad=16, fontsize=20, color=INK
-    )
-    axes.grid(color="#e6e6e6", linewidth=0.9)
+    set_title(axes, "Exact recall against the state that holds it")
     _draw_limit(axes)
     if len(configurations) == 1:
         _draw_reached(axes, configurations[0])
     set_look(axes)
-    groups: dict[str, Sequence[Artist]] = {
-        "This project": ours,
-        "Copy rules, no parameters": rules,
-        "Published, at 1,024 tokens": published,
-    }
-    _draw_legend(axes, groups)
+    _draw_legend(
+        axes,
+        {
+            "This project": ours,
+            "Copy rules, no parameters": rules,
+            "Published, at 1,024 tokens": published,
+        },
+    )
     return figure
 
 
@@ -88,36 +90,30 @@ def plot_slices(configurations: Sequence[Configuration], slice_label: str) -> Fi
     Args:
         configurations: of one task, at least one.
         slice_label: what the names of its slices say.
-
-    Returns:
-        A figure that belongs to no window and no global state.
     """
-    slices = list_slices(configurations)
-    num_bars = len(configurations) + len(list_copy_rules(configurations))
-    inches = (max(11.0, 5.5 + 0.3 * num_bars * len(slices)), 5.6)
-    figure = Figure(figsize=inches, layout="constrained", facecolor="white")
+    slices, rules = list_slices(configurations), list_copy_rules(configurations)
+    num_bars = len(configurations) + len(rules)
+    figure = start_figure(max(11.0, 5.5 + 0.3 * num_bars * len(slices)), 5.6)
     axes = figure.add_subplot()
     width = 0.84 / num_bars
     offsets = [(index + 0.5) * width - 0.42 for index in range(num_bars)]
     ours: list[Artist] = []
-    for index, one in enumerate(configurations):
+    for index, configuration in enumerate(configurations):
         colour = _OUR_COLOURS[index % len(_OUR_COLOURS)]
-        _draw_our_bars(axes, one, slices, offset=offsets[index], width=width, colour=colour)
-        ours.append(Patch(color=colour, label=wrap_label(one.name)))
-    copied = [
-        _draw_copied_bars(axes, configurations, index, offset, width)
-        for index, offset in enumerate(offsets[len(configurations) :])
-    ]
+        _draw_our_bars(axes, configuration, slices, offsets[index], width, colour)
+        ours.append(Patch(color=colour, label=wrap_label(configuration.name)))
+    copied: list[Artist] = []
+    for index, rule in enumerate(rules):
+        grey = _RULE_GREYS[index % len(_RULE_GREYS)]
+        copied.append(Patch(color=grey, label=wrap_label(name_rule(rule))))
+        for x, name in enumerate(slices, start=0):
+            height = average_copy_rule(configurations, rule, [name])
+            if height is not None:  # None where it was not measured.
+                _draw_bar(axes, x + offsets[len(ours) + index], height, width, grey)
     _set_slice_axes(axes, slices)
     axes.set_xlabel(slice_label)
-    axes.set_title(
-        "Recall by slice, beside what copying alone reaches",
-        loc="left",
-        pad=16,
-        fontsize=20,
-        color=INK,
-    )
-    set_look(axes)
+    set_title(axes, "Recall by slice, beside what copying alone reaches")
+    set_look(axes, grid="y")
     _draw_legend(
         axes, {"This project, mean and worst run": ours, "Copy rules, no parameters": copied}
     )
@@ -233,11 +229,10 @@ def _set_state_axis(axes: Axes, ours: Sequence[int]) -> None:
     left = min(*ours, INFORMATION_LIMIT_BYTES) / 2
     published = 1024 * max(kibibytes for model in PUBLISHED_MQAR_B for kibibytes, _ in model.points)
     right = 1.7 * max(*ours, published)
-    axes.set_xscale("log", base=2)
+    set_byte_axis(axes)
     axes.set_xlim(left, right)
     axes.xaxis.set_major_locator(FixedLocator([4**power for power in range(20)]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
 
 
 def _set_stretched_axis(axes: Axes, lowest: float) -> None:
@@ -261,34 +256,20 @@ def _unstretch(height: ArrayLike) -> NDArray[np.float64]:
 
 def _draw_our_bars(
     axes: Axes,
-    one: Configuration,
+    configuration: Configuration,
     slices: Sequence[str],
-    *,
     offset: float,
     width: float,
     colour: str,
 ) -> None:
     """Draw a bar a slice, with a whisker down to the worst run."""
-    for name in one.slices:
-        found = one.accuracies(name)
-        mean, x = statistics.mean(found), slices.index(name) + offset
+    for name in configuration.slices:
+        accuracies = configuration.accuracies(name)
+        mean, worst, x = statistics.mean(accuracies), min(accuracies), slices.index(name) + offset
         _draw_bar(axes, x, mean, width, colour)
-        if min(found) < mean:
-            axes.plot([x, x], [min(found), mean], color=INK, linewidth=1.8, zorder=4)
-            axes.plot([x], [min(found)], color=INK, marker="_", markersize=9, zorder=4)
-
-
-def _draw_copied_bars(
-    axes: Axes, configurations: Sequence[Configuration], index: int, offset: float, width: float
-) -> Artist:
-    """Draw a bar a slice for one copy rule; none where it was not measured."""
-    rule = list_copy_rules(configurations)[index]
-    grey = _RULE_GREYS[index % len(_RULE_GREYS)]
-    for place, name in enumerate(list_slices(configurations)):
-        height = average_copy_rule(configurations, rule, [name])
-        if height is not None:
-            _draw_bar(axes, place + offset, height, width, grey)
-    return Patch(color=grey, label=wrap_label(name_rule(rule)))
+        if worst < mean:
+            axes.plot([x, x], [worst, mean], color=INK, linewidth=1.8, zorder=4)
+            axes.plot([x], [worst], color=INK, marker="_", markersize=9, zorder=4)
 
 
 def _draw_bar(axes: Axes, x: float, height: float, width: float, colour: str) -> None:
@@ -319,7 +300,6 @@ def _set_slice_axes(axes: Axes, slices: Sequence[str]) -> None:
     axes.set_ylim(0, 1.04)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set_ylabel("accuracy")
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.9)
 
 
 def _draw_legend(axes: Axes, groups: Mapping[str, Sequence[Artist]]) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from unimatrix.reports.page import (
-    render_page,
+    render_note,
     render_picture,
     render_table,
     require_report_path,
+    write_report,
 )
 from unimatrix.reports.recall_results import (
     INFORMATION_LIMIT_BYTES,
@@ -23,7 +24,6 @@ from unimatrix.reports.recall_results import (
     list_copy_rules,
     name_rule,
 )
-from unimatrix.train.run_folder import write_file
 
 # The task whose state and accuracy others have published.
 _MAIN_TASK = "mqar-b"
@@ -75,12 +75,15 @@ def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> Non
     tasks = group_results(results)
     plots = {task: _plot(task, configurations) for task, configurations in tasks.items()}
     main_task = _MAIN_TASK if _MAIN_TASK in plots else next(iter(plots))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path.with_suffix(".png"), plots[main_task])
     # The main task leads; the others keep their order.
     ordered = sorted(tasks, key=lambda task: task != main_task)
-    sections = [_render_task(task, tasks[task], plots[task]) for task in ordered]
-    write_file(path, _render_page(sections, len(results)))
+    runs = "1 run" if len(results) == 1 else f"{len(results)} runs"
+    body = [
+        "<h1>Exact recall in constant state</h1>",
+        f'<p class="lede">{_LEDE} From {runs}.</p>',
+        *(_render_task(task, tasks[task], plots[task]) for task in ordered),
+    ]
+    write_report(path, "Exact recall", body, {"": plots[main_task]})
 
 
 def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:
@@ -94,18 +97,6 @@ def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:
     return render_png(plot_slices(configurations, _SLICE_LABELS.get(task, _SHAPE_LABEL)))
 
 
-def _render_page(sections: Sequence[str], num_runs: int) -> str:
-    runs = "1 run" if num_runs == 1 else f"{num_runs} runs"
-    return render_page(
-        "Exact recall",
-        [
-            "<h1>Exact recall in constant state</h1>",
-            f'<p class="lede">{_LEDE} From {runs}.</p>',
-            *sections,
-        ],
-    )
-
-
 def _render_task(task: str, configurations: Sequence[Configuration], png: bytes) -> str:
     """Return the section of a task: its plot, then the tables of each configuration."""
     title = html.escape(_TITLES.get(task, task))
@@ -115,59 +106,56 @@ def _render_task(task: str, configurations: Sequence[Configuration], png: bytes)
     ]
     if task == _MAIN_TASK:
         parts.append(_render_published())
-    parts += [_render_configuration(task, one) for one in configurations]
-    notes = [_COPY_NOTE, *([_NEEDLE_NOTE] if task == "needle" else [])]
-    parts.append(f'<p class="note">{" ".join(notes)}</p>\n</section>')
-    return "\n".join(parts)
+    parts += [_render_configuration(task, configuration) for configuration in configurations]
+    note = f"{_COPY_NOTE} {_NEEDLE_NOTE}" if task == "needle" else _COPY_NOTE
+    return "\n".join([*parts, render_note(note), "</section>"])
 
 
-def _render_configuration(task: str, one: Configuration) -> str:
-    recipe = one.runs[0]["recipe"]
-    seeds = ", ".join(str(run["recipe"].get("seed", "not stated")) for run in one.runs)
-    seconds = [float(run["train_s"]) for run in one.runs]
-    spread = f" ({min(seconds):.1f} to {max(seconds):.1f})" if len(seconds) > 1 else ""
+def _render_configuration(task: str, configuration: Configuration) -> str:
+    run, num_runs = configuration.runs[0], len(configuration.runs)
+    seeds = (str(run["recipe"].get("seed", "not stated")) for run in configuration.runs)
+    seconds = [float(run["train_s"]) for run in configuration.runs]
+    spread = f" ({min(seconds):.1f} to {max(seconds):.1f})" if num_runs > 1 else ""
     facts = [
-        ["parameters", f"{one.runs[0]['parameters']:,}"],
-        ["state", f"{one.state_bytes:,} bytes"],
+        ["parameters", f"{run['parameters']:,}"],
+        ["state", f"{configuration.state_bytes:,} bytes"],
         ["training", f"{statistics.mean(seconds):.1f} s{spread}"],
-        ["seed" if len(one.runs) == 1 else "seeds", seeds],
+        ["seed" if num_runs == 1 else "seeds", ", ".join(seeds)],
     ]
-    by_part = [
-        [part.replace("_", " "), f"{count:,}"]
-        for part, count in one.runs[0]["state_bytes_by_part"].items()
-    ]
-    by_part.append(["all", f"{one.state_bytes:,}"])
-    settings = ", ".join(f"{field}={value}" for field, value in recipe.items() if field != "seed")
+    by_part = {part.replace("_", " "): n for part, n in run["state_bytes_by_part"].items()}
+    by_part["all"] = configuration.state_bytes
+    parts = [[part, f"{num_bytes:,}"] for part, num_bytes in by_part.items()]
+    settings = ", ".join(f"{k}={value}" for k, value in run["recipe"].items() if k != "seed")
     return "\n".join(
         [
-            f"<h3>{html.escape(one.name)}</h3>",
-            _render_accuracies(task, one),
+            f"<h3>{html.escape(configuration.name)}</h3>",
+            _render_accuracies(task, configuration),
             '<div class="tables">',
             render_table(["run", ""], facts),
-            render_table(["state by part", "bytes"], by_part, last_is_total=True),
+            render_table(["state by part", "bytes"], parts, last_is_total=True),
             "</div>",
             f"<details><summary>Recipe</summary><code>{html.escape(settings)}</code></details>",
         ]
     )
 
 
-def _render_accuracies(task: str, one: Configuration) -> str:
+def _render_accuracies(task: str, configuration: Configuration) -> str:
     """Return the table of slices: our mean and worst run, then every copy rule."""
-    rules = list_copy_rules([one])
+    rules = list_copy_rules([configuration])
     header = [_SLICE_LABELS.get(task, _SHAPE_LABEL), "ours, mean", "ours, worst run"]
+    slices = configuration.slices
+    lines = [(name, [name], configuration.accuracies(name)) for name in slices]
+    lines.append((f"mean of {len(slices)}", slices, configuration.mean_accuracies))
     rows, classes = [], []
-    lines = [(name, [name], one.accuracies(name)) for name in one.slices]
-    lines.append((f"mean of {len(one.slices)}", one.slices, one.mean_accuracies))
-    for name, slices, found in lines:
-        mean = statistics.mean(found)
-        copied = [average_copy_rule([one], rule, slices) for rule in rules]
+    for name, averaged, ours in lines:
+        mean = statistics.mean(ours)
+        copied = [average_copy_rule([configuration], rule, averaged) for rule in rules]
         cells = ["not measured" if value is None else format_fraction(value) for value in copied]
-        rows.append([name, format_fraction(mean), format_fraction(min(found)), *cells])
+        rows.append([name, format_fraction(mean), format_fraction(min(ours)), *cells])
         wins = ["wins" if value is not None and value >= mean else "" for value in copied]
         classes.append(["", "ours", "", *wins])
-    return render_table(
-        [*header, *map(name_rule, rules)], rows, classes=classes, last_is_total=True
-    )
+    header += map(name_rule, rules)
+    return render_table(header, rows, classes=classes, last_is_total=True)
 
 
 def _render_published() -> str:

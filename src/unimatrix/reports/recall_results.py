@@ -109,7 +109,7 @@ def group_results(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Config
 
 def list_slices(configurations: Sequence[Configuration]) -> list[str]:
     """Return the tests of any configuration, in the order in which they are first met."""
-    return list(dict.fromkeys(name for one in configurations for name in one.slices))
+    return list(dict.fromkeys(name for each in configurations for name in each.slices))
 
 
 def list_copy_rules(configurations: Sequence[Configuration]) -> list[str]:

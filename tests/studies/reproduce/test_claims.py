@@ -10,7 +10,6 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.presets import PRESETS
 from unimatrix.reports.claims_report import (
-    CLAIMS_HEADER,
     summarize_claims,
     tabulate_claims,
     tabulate_throughput,
@@ -109,11 +108,12 @@ def test_records_become_outcomes() -> None:
     (core,) = [one for one in outcomes if one.claim.cell == "recall/core"]
     assert (core.values, core.seeds) == ([0.13, 0.15], cell.seeds[:2])
     assert (core.seconds, core.verdict) == (10.0, REPRODUCED)
-    rows = {row[0]: row for row in tabulate_claims(outcomes)}
-    row = dict(zip(CLAIMS_HEADER, rows["core, dropout 0.1"], strict=True))
+    table = tabulate_claims(outcomes)
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+    row = rows["core, dropout 0.1"]
     assert (row["published"], row["ours, each seed"]) == ("13.4", "13.0, 15.0")
     assert (row["mean"], row["verdict"], row["training s"]) == ("14.0", REPRODUCED, "10")
-    assert rows["rosa, dropout 0.1"][5] == "not run"
+    assert rows["rosa, dropout 0.1"]["verdict"] == "not run"
     summary = summarize_claims(outcomes)
     assert summary["verdicts"] == {"not run": len(outcomes) - 1, REPRODUCED: 1}
 
@@ -133,7 +133,7 @@ def test_throughput_is_tabulated() -> None:
         ["tokens a second", "64 tokens", "512 tokens"],
         [["core", "1,000", "2,000"]],
     )
-    assert tabulate_throughput({}) == (["model"], [])
+    assert tabulate_throughput({}).rows == []
 
 
 def test_the_page_holds_every_claim(tmp_path) -> None:

@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.studies.records import Records
 from unimatrix.studies.sections import build_section
 from unimatrix.train.field_types import parse_toml
 
@@ -19,8 +20,6 @@ VERDICT_RULE = (
     "by the tolerance at most. Otherwise better or not reproduced, by our mean. A bound is "
     "reproduced when our mean keeps it and better when it does not."
 )
-
-Records = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
