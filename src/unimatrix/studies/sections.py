@@ -1,7 +1,7 @@
 """Sections of a study's TOML, built as dataclasses; loads neither torch nor transformers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from unimatrix.errors import InputError, suggest
@@ -14,12 +14,12 @@ Section = TypeVar("Section")
 def build_section(
     section: type[Section], content: Any, prefix: str = "", **decided: Any
 ) -> Section:
-    """Return a section from its fields in TOML; fields left out keep their defaults.
+    """Return a dataclass from its fields in TOML; fields left out keep their defaults.
 
     Args:
-        section: a dataclass; fields whose names end with ``overrides`` are configuration fields.
+        section: the dataclass; names that end with ``overrides`` hold configuration fields.
         content: as TOML has it.
-        prefix: of the names of the fields in a message, such as ``text.``.
+        prefix: of the names in a message, such as ``text.``.
         decided: fields that TOML must not name, with their values.
 
     Raises:
@@ -27,11 +27,8 @@ def build_section(
     """
     if not isinstance(content, Mapping):
         raise InputError(f"{prefix[:-1]} is {content!r}; it must be a section, [{prefix[:-1]}]")
-    types = {
-        field.name: field.type
-        for field in dataclasses.fields(section)  # type: ignore[arg-type]
-        if field.name not in decided
-    }
+    every: Any = section
+    types = {f.name: f.type for f in dataclasses.fields(every) if f.name not in decided}
     fields = dict(decided)
     for key, value in content.items():
         if key not in types:
@@ -41,3 +38,19 @@ def build_section(
             # A recipe knows the types of configuration fields.
             fields[key] = Recipe.from_dict({"model": {"overrides": fields[key]}}).model.overrides
     return section(**fields)
+
+
+def require_known(
+    what: str, name: str, known: Collection[str], choose: str = "choose from"
+) -> None:
+    """Raise ``InputError``, which says what is known, unless ``name`` is."""
+    if name not in known:
+        raise InputError(f"{what} {name!r}; {choose} {', '.join(known)}.{suggest(name, known)}")
+
+
+def require_at_least(least: int, section: object, prefix: str, *names: str) -> None:
+    """Raise ``InputError`` unless each of the named fields is ``least`` or more."""
+    for name in names:
+        value = getattr(section, name)
+        if value < least:
+            raise InputError(f"{prefix}{name} is {value}; it must be at least {least}")

@@ -17,7 +17,7 @@ from unimatrix.evaluation.footprint import measure_carried_bytes
 from unimatrix.evaluation.long_context import bin_by_position
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.studies.compare.models import ModelMaker
-from unimatrix.studies.compare.recipe import Comparison, SweepSection, TextSection
+from unimatrix.studies.compare.recipe import PER_CELL, Comparison, SweepSection, TextSection
 from unimatrix.studies.compare.texts import Text
 from unimatrix.studies.compare.trained_cell import TrainedCell
 from unimatrix.studies.engine import Attempt, StudyCell
@@ -30,8 +30,6 @@ STATE_TOKENS = (1024, 65_536)
 """Lengths at which the bytes carried are counted."""
 _TOKENS_PER_BATCH = 2**15
 _MOST_PER_BATCH = 64
-# What a cell decides itself of the settings that train it.
-_PER_CELL = ("minutes", "steps", "learning_rate", "seed")
 
 
 def list_trials(maker: ModelMaker, text: Text) -> Iterator[TrainedCell]:
@@ -272,5 +270,5 @@ def _describe_model(maker: ModelMaker, learning_rate: float) -> dict[str, Any]:
         "num_heads": comparison.num_heads,
         "seed": comparison.seed,
         "learning_rate": learning_rate,
-        "train": {key: value for key, value in train.items() if key not in _PER_CELL},
+        "train": {key: value for key, value in train.items() if key not in PER_CELL},
     }

@@ -1,8 +1,6 @@
 """The models of a comparison, made equally large."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.studies.compare.recipe import Comparison, ModelEntry
+from unimatrix.studies.recall.run import describe_vocabulary
 from unimatrix.studies.seeds import draw_model
 from unimatrix.tasks import AssociativeRecall
 
@@ -49,9 +48,8 @@ class ModelMaker:
 
     def build_for_text(self) -> PreTrainedModel:
         """Return the model of bytes with weights drawn from the comparison's seed."""
-        return draw_model(
-            lambda: _build(self.entry, self.size, self.comparison), self.comparison.seed
-        )
+        window_tokens = self.comparison.text.window_tokens
+        return draw_model(lambda: self._build(window_tokens), self.comparison.seed)
 
     def build_for_recall(self, task: AssociativeRecall) -> PreTrainedModel:
         """Return the model of the task's vocabulary, otherwise of the same size.
@@ -59,22 +57,31 @@ class ModelMaker:
         Args:
             task: decides vocabulary and the length of a position table.
         """
-        fields: dict[str, Any] = {
-            "vocab_size": task.vocab_size,
-            "pad_token_id": task.PAD_ID,
-            "bos_token_id": task.BOS_ID,
-            "eos_token_id": None,
-        }
-        return draw_model(
-            lambda: _build(
-                self.entry,
-                self.size,
-                self.comparison,
-                fields | self.entry.recall_overrides,
-                max_tokens=task.window_tokens,
-            ),
-            self.comparison.seed,
+        fields = describe_vocabulary(task) | self.entry.recall_overrides
+        return draw_model(lambda: self._build(task.window_tokens, **fields), self.comparison.seed)
+
+    def count(self) -> int:
+        """Return the parameters of the model of bytes, without drawing its weights."""
+        with torch.device("meta"):
+            model = self._build(self.comparison.text.window_tokens)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def _build(self, max_tokens: int, **fields: Any) -> PreTrainedModel:
+        """Return a model; nothing drops out, and none of ours has a position table."""
+        entry, size = self.entry, self.size
+        if entry.preset is not None:
+            shape = {"hidden_size": size.hidden_size, "intermediate_size": size.inner_size}
+            changes = {**entry.overrides, **shape, **_COMMON_FIELDS, **fields}
+            return UniMatrixForCausalLM(UniMatrixConfig.preset(entry.preset, **changes))
+        assert entry.peer is not None
+        config = UniMatrixConfig(
+            hidden_size=size.hidden_size,
+            num_hidden_layers=self.comparison.num_layers,
+            num_attention_heads=self.comparison.num_heads,
+            dropout=0.0,
+            **fields,
         )
+        return PEERS[entry.peer].build(config, max_tokens=max_tokens, inner_size=size.inner_size)
 
 
 def plan_models(comparison: Comparison) -> list[ModelMaker]:
@@ -84,19 +91,65 @@ def plan_models(comparison: Comparison) -> list[ModelMaker]:
         InputError: for an unusable configuration, or if a model cannot have that many parameters to
             within one per cent.
     """
-    first = next(iter(comparison.models.values()))
-    target = count_first(comparison)
-    makers = []
+    first, target = _make_first(comparison), count_first(comparison)
     for name, entry in comparison.chosen.items():
-        _require_automaton(name, entry)
-        size = _read_size(entry) if entry is first else _find_size(name, entry, comparison, target)
-        makers.append(ModelMaker(name, entry, size, comparison))
-    return makers
+        if entry.carried_automaton:
+            _require_automaton(name, entry)
+    return [
+        first
+        if name == first.name
+        else _fit(ModelMaker(name, entry, first.size, comparison), target)
+        for name, entry in comparison.chosen.items()
+    ]
+
+
+def count_first(comparison: Comparison) -> int:
+    """Return the parameters of the first model as its recipe has it."""
+    return _make_first(comparison).count()
+
+
+def _make_first(comparison: Comparison) -> ModelMaker:
+    """Return the first model, at the size that ours states, or at a usual one of a peer."""
+    name, entry = next(iter(comparison.models.items()))
+    if entry.peer is not None:
+        inner_size = round(_PEER_WIDTH * PEERS[entry.peer].inner_ratio)
+        size = Size(_PEER_WIDTH, max(NARROWEST_INNER, inner_size))
+    else:
+        config = _configure(entry)
+        size = Size(config.hidden_size, config.intermediate_size)
+    return ModelMaker(name, entry, size, comparison)
+
+
+def _fit(maker: ModelMaker, target: int) -> ModelMaker:
+    """Return a model at the size at which it has ``target`` parameters, to within one per cent.
+
+    Raises:
+        InputError: if there is no such size.
+    """
+
+    def count(hidden_size: int, inner_size: int) -> int:
+        return replace(maker, size=Size(hidden_size, inner_size)).count()
+
+    if maker.entry.peer is not None:
+        peer = PEERS[maker.entry.peer]
+        ratio, multiple = peer.inner_ratio, peer.width_multiple * maker.comparison.num_heads
+    else:
+        config = _configure(maker.entry)
+        ratio = config.intermediate_size / config.hidden_size
+        multiple = config.num_attention_heads
+    size = find_size(count, target, ratio=ratio, multiple=multiple)
+    nearest = count(size.hidden_size, size.inner_size)
+    if abs(nearest - target) > PARAMETER_TOLERANCE * target:
+        raise InputError(
+            f"model {maker.name!r} has no size with {target:,} parameters (nearest: {nearest:,} at "
+            f"width {size.hidden_size}); change num_layers or num_heads, or make the first model "
+            "larger"
+        )
+    return replace(maker, size=size)
 
 
 def _require_automaton(name: str, entry: ModelEntry) -> None:
-    """Raise unless a model whose automaton is carried has one."""
-    path = _configure(entry).residual_path if entry.carried_automaton else "suffix_automaton"
+    path = _configure(entry).residual_path
     if path != "suffix_automaton":
         raise InputError(
             f"model {name!r} has no suffix automaton (residual_path is {path!r}); leave "
@@ -104,84 +157,7 @@ def _require_automaton(name: str, entry: ModelEntry) -> None:
         )
 
 
-def count_first(comparison: Comparison) -> int:
-    """Return the parameters of the first model as its recipe has it."""
-    first = next(iter(comparison.models.values()))
-    return _count(first, _read_size(first), comparison)
-
-
-def _find_size(name: str, entry: ModelEntry, comparison: Comparison, target: int) -> Size:
-    """Return the size at which a model has ``target`` parameters, to within one per cent.
-
-    Raises:
-        InputError: if there is no such size; it names the model.
-    """
-
-    def count(hidden_size: int, inner_size: int) -> int:
-        return _count(entry, Size(hidden_size, inner_size), comparison)
-
-    if entry.peer is not None:
-        peer = PEERS[entry.peer]
-        ratio, multiple = peer.inner_ratio, peer.width_multiple * comparison.num_heads
-    else:
-        config = _configure(entry)
-        ratio = config.intermediate_size / config.hidden_size
-        multiple = config.num_attention_heads
-    size = find_size(count, target, ratio=ratio, multiple=multiple)
-    nearest = count(size.hidden_size, size.inner_size)
-    if abs(nearest - target) > PARAMETER_TOLERANCE * target:
-        raise InputError(
-            f"model {name!r} has no size with {target:,} parameters (nearest: {nearest:,} at width "
-            f"{size.hidden_size}); change num_layers or num_heads, or make the first model larger"
-        )
-    return size
-
-
 def _configure(entry: ModelEntry) -> UniMatrixConfig:
     """Return the configuration that one of ours states."""
     assert entry.preset is not None
     return UniMatrixConfig.preset(entry.preset, **entry.overrides)
-
-
-def _read_size(entry: ModelEntry) -> Size:
-    """Return the size of the first model: what ours states, and a usual one of a peer."""
-    if entry.peer is not None:
-        inner_ratio = PEERS[entry.peer].inner_ratio
-        return Size(_PEER_WIDTH, max(NARROWEST_INNER, round(_PEER_WIDTH * inner_ratio)))
-    config = _configure(entry)
-    return Size(config.hidden_size, config.intermediate_size)
-
-
-def _count(entry: ModelEntry, size: Size, comparison: Comparison) -> int:
-    """Return the parameters of a model of bytes, without drawing its weights."""
-    with torch.device("meta"):
-        model = _build(entry, size, comparison)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _build(
-    entry: ModelEntry,
-    size: Size,
-    comparison: Comparison,
-    fields: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    max_tokens: int | None = None,
-) -> PreTrainedModel:
-    """Return a model; nothing drops out, and none of ours has a position table."""
-    if entry.preset is not None:
-        shape = {"hidden_size": size.hidden_size, "intermediate_size": size.inner_size}
-        changes = {**entry.overrides, **shape, **_COMMON_FIELDS, **fields}
-        return UniMatrixForCausalLM(UniMatrixConfig.preset(entry.preset, **changes))
-    assert entry.peer is not None
-    config = UniMatrixConfig(
-        hidden_size=size.hidden_size,
-        num_hidden_layers=comparison.num_layers,
-        num_attention_heads=comparison.num_heads,
-        dropout=0.0,
-        **fields,
-    )
-    return PEERS[entry.peer].build(
-        config,
-        max_tokens=comparison.text.window_tokens if max_tokens is None else max_tokens,
-        inner_size=size.inner_size,
-    )

@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from unimatrix.errors import InputError, suggest
-from unimatrix.studies.sections import build_section
+from unimatrix.errors import InputError
+from unimatrix.studies.sections import build_section, require_at_least, require_known
 from unimatrix.train.field_types import parse_toml
 from unimatrix.train.recipe import TrainSection
 
@@ -24,8 +24,9 @@ PEER_NAMES = (
 )
 MOST_MINUTES = 120.0
 """A cell trains for so long at most."""
-# Of a comparison's [train] section: what each kind of cell decides for itself.
-_DECIDED = ("minutes", "steps", "learning_rate", "seed")
+PER_CELL = ("minutes", "steps", "learning_rate", "seed")
+"""Settings of training that each kind of cell decides for itself."""
+_SHIPPED = resources.files("unimatrix") / "studies" / "compare"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,11 +101,7 @@ class RecallSection:
     """Examples of each test by length."""
 
 
-_SECTIONS: Mapping[str, type] = {
-    "text": TextSection,
-    "sweep": SweepSection,
-    "recall": RecallSection,
-}
+_SECTIONS = {"text": TextSection, "sweep": SweepSection, "recall": RecallSection}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,17 +137,12 @@ class Comparison:
         for name, entry in self.models.items():
             _check_entry(name, entry)
         for table in self.tables:
-            if table not in TABLES:
-                raise InputError(
-                    f"unknown table {table!r}; choose from {', '.join(TABLES)}."
-                    f"{suggest(table, TABLES)}"
-                )
-        _require_at_least(1, self, "", "num_layers", "num_heads")
-        _require_at_least(1, self.text, "text.", "window_tokens", "steps", "eval_bytes")
-        _require_at_least(1, self.sweep, "sweep.", "steps", "eval_bytes")
-        _require_at_least(
-            1, self.recall, "recall.", "steps", "batch_size", "test_examples", "length_examples"
-        )
+            require_known("unknown table", table, TABLES)
+        require_at_least(1, self, "", "num_layers", "num_heads")
+        require_at_least(1, self.text, "text.", "window_tokens", "steps", "eval_bytes")
+        require_at_least(1, self.sweep, "sweep.", "steps", "eval_bytes")
+        counts = ("steps", "batch_size", "test_examples", "length_examples")
+        require_at_least(1, self.recall, "recall.", *counts)
         if self.text.window_tokens % 2:
             raise InputError(f"text.window_tokens is {self.text.window_tokens}; it must be even")
         for name in _SECTIONS:
@@ -159,10 +151,9 @@ class Comparison:
                 raise InputError(
                     f"{name}.minutes is {minutes}; it must be above 0 and at most {MOST_MINUTES:g}"
                 )
-        if not self.sweep.learning_rates or min(self.sweep.learning_rates) <= 0:
-            raise InputError(
-                f"sweep.learning_rates is {self.sweep.learning_rates}; give at least one, above 0"
-            )
+        rates = self.sweep.learning_rates
+        if not rates or min(rates) <= 0:
+            raise InputError(f"sweep.learning_rates is {rates}; give at least one, above 0")
 
     @property
     def chosen(self) -> dict[str, ModelEntry]:
@@ -177,30 +168,22 @@ class Comparison:
 
 def list_comparisons() -> list[str]:
     """Return the names of the shipped comparisons."""
-    names = [path.name for path in (resources.files("unimatrix") / "studies" / "compare").iterdir()]
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+    return sorted(p.name.removesuffix(".toml") for p in _SHIPPED.iterdir() if ".toml" in p.name)
 
 
 def load_comparison(name_or_path: str | Path) -> Comparison:
-    """Read a shipped comparison by name, or any by its path.
-
-    Args:
-        name_or_path: a name from ``list_comparisons``, or a ``.toml`` file.
+    """Read a shipped comparison by name, or any by the path of its ``.toml`` file.
 
     Raises:
         InputError: if there is no such comparison, or it is ill-formed.
     """
-    name = str(name_or_path)
-    if name in list_comparisons():
-        shipped = resources.files("unimatrix") / "studies" / "compare" / f"{name}.toml"
-        return build_comparison(name, parse_toml(shipped.read_text(encoding="utf-8"), name))
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise InputError(
-            f"there is no comparison {name!r}; give a .toml file or one of "
-            f"{', '.join(list_comparisons())}.{suggest(name, list_comparisons())}"
-        )
-    return build_comparison(path.stem, parse_toml(path.read_text(encoding="utf-8"), name))
+    name, path = str(name_or_path), Path(name_or_path)
+    shipped = list_comparisons()
+    if name not in shipped and not path.is_file():
+        require_known("there is no comparison", name, shipped, "give a .toml file or one of")
+    source = _SHIPPED / f"{name}.toml" if name in shipped else path
+    values = parse_toml(source.read_text(encoding="utf-8"), name)
+    return build_comparison(name if name in shipped else path.stem, values)
 
 
 def build_comparison(name: str, values: Mapping[str, Any]) -> Comparison:
@@ -213,32 +196,32 @@ def build_comparison(name: str, values: Mapping[str, Any]) -> Comparison:
     for key, section in _SECTIONS.items():
         if key in fields:
             fields[key] = build_section(section, fields[key], f"{key}.")
-    fields["models"] = _build_models(fields["models"])
+    if not isinstance(fields["models"], Mapping):
+        raise InputError(f"models is {fields['models']!r}; it must be sections, [models.NAME]")
+    fields["models"] = {
+        model: build_section(ModelEntry, content, f"models.{model}.")
+        for model, content in fields["models"].items()
+    }
     if "train" in fields:
-        fields["train"] = _build_train(fields["train"])
+        for key in PER_CELL:
+            if isinstance(fields["train"], Mapping) and key in fields["train"]:
+                raise InputError(f"train.{key} is each cell's own; leave it out of the comparison")
+        fields["train"] = build_section(TrainSection, fields["train"], "train.")
     return build_section(Comparison, fields, name=name, only=())
 
 
 def shorten(comparison: Comparison) -> Comparison:
     """Return a comparison that takes a few minutes: it shows that everything runs, no more."""
+    text, sweep, recall = comparison.text, comparison.sweep, comparison.recall
+    rates = sweep.learning_rates[1:3] or sweep.learning_rates
+    tokens = recall.test_tokens[:2]
     return replace(
         comparison,
         name=f"{comparison.name}-quick",
-        text=replace(comparison.text, steps=20, minutes=0.05, eval_bytes=8192, prime_bytes=2**18),
-        sweep=replace(
-            comparison.sweep,
-            learning_rates=comparison.sweep.learning_rates[1:3] or comparison.sweep.learning_rates,
-            steps=15,
-            minutes=0.05,
-            eval_bytes=4096,
-        ),
+        text=replace(text, steps=20, minutes=0.05, eval_bytes=8192, prime_bytes=2**18),
+        sweep=replace(sweep, learning_rates=rates, steps=15, minutes=0.05, eval_bytes=4096),
         recall=replace(
-            comparison.recall,
-            steps=20,
-            minutes=0.05,
-            test_examples=64,
-            test_tokens=comparison.recall.test_tokens[:2],
-            length_examples=32,
+            recall, steps=20, minutes=0.05, test_examples=64, test_tokens=tokens, length_examples=32
         ),
     )
 
@@ -259,49 +242,19 @@ def choose_models(comparison: Comparison, names: list[str]) -> Comparison:
         InputError: for a model that it does not have.
     """
     for name in names:
-        if name not in comparison.models:
-            raise InputError(
-                f"the comparison has no model {name!r}; choose from "
-                f"{', '.join(comparison.models)}.{suggest(name, comparison.models)}"
-            )
+        require_known("the comparison has no model", name, comparison.models)
     return replace(comparison, only=tuple(names))
 
 
 def _check_entry(name: str, entry: ModelEntry) -> None:
     if (entry.preset is None) == (entry.peer is None):
         raise InputError(f"model {name!r} needs either a preset or a peer; give exactly one")
-    if entry.peer is not None and entry.peer not in PEER_NAMES:
-        raise InputError(
-            f"model {name!r} has unknown peer {entry.peer!r}; choose one of "
-            f"{', '.join(PEER_NAMES)}.{suggest(entry.peer, PEER_NAMES)}"
-        )
-    if entry.peer is not None and (entry.overrides or entry.recall_overrides):
+    if entry.peer is None:
+        return
+    require_known(f"model {name!r} has unknown peer", entry.peer, PEER_NAMES, "choose one of")
+    if entry.overrides or entry.recall_overrides:
         raise InputError(f"model {name!r} is a peer and takes no overrides; leave them out")
-    if entry.peer is not None and entry.carried_automaton:
+    if entry.carried_automaton:
         raise InputError(
             f"model {name!r} is a peer and has no automaton; leave carried_automaton out"
         )
-
-
-def _build_models(content: Any) -> dict[str, ModelEntry]:
-    if not isinstance(content, Mapping):
-        raise InputError(f"models is {content!r}; it must be sections, [models.NAME]")
-    return {
-        name: build_section(ModelEntry, fields, f"models.{name}.")
-        for name, fields in content.items()
-    }
-
-
-def _build_train(content: Any) -> TrainSection:
-    for key in _DECIDED:
-        if isinstance(content, Mapping) and key in content:
-            raise InputError(f"train.{key} is each cell's own; leave it out of the comparison")
-    return build_section(TrainSection, content, "train.")
-
-
-def _require_at_least(least: int, section: object, prefix: str, *names: str) -> None:
-    for name in names:
-        if getattr(section, name) < least:
-            raise InputError(
-                f"{prefix}{name} is {getattr(section, name)}; it must be at least {least}"
-            )

@@ -34,6 +34,12 @@ _TOKENS_PER_BATCH = 2**17
 _FEWEST_PER_BATCH, _MOST_PER_BATCH = 4, 64
 
 
+def describe_vocabulary(task: AssociativeRecall) -> dict[str, Any]:
+    """Return the configuration fields that a task's ids need."""
+    ids = {"pad_token_id": task.PAD_ID, "bos_token_id": task.BOS_ID, "eos_token_id": None}
+    return {"vocab_size": task.vocab_size} | ids
+
+
 def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrixConfig:
     """Return the configuration of the model that a recall recipe trains.
 
@@ -43,8 +49,7 @@ def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrix
     task = slices.train[0]
     fields: dict[str, Any] = {"vocab_size": task.vocab_size, "dropout": recipe.dropout}
     if isinstance(task, AssociativeRecall):
-        fields |= {"pad_token_id": task.PAD_ID, "bos_token_id": task.BOS_ID, "eos_token_id": None}
-        fields["max_position_embeddings"] = task.window_tokens
+        fields |= describe_vocabulary(task) | {"max_position_embeddings": task.window_tokens}
     elif task.vocab_size != _BYTE_VOCAB_SIZE:
         fields |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if recipe.preset == "unimatrix":
