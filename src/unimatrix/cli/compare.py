@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -114,10 +113,11 @@ def _run_visibly(comparison: Comparison, folder: Path, device: str) -> dict[str,
         bars[:] = [TrainingProgress(log, loss_scale=scale, loss_unit="bits a token")]
         return bars[:], bars[0].show_metrics
 
+    def say(text: str) -> None:
+        log.print(escape(text), highlight=False)
+
     try:
-        return run_comparison(
-            comparison, folder, device=device, say=lambda text: _say(log, text), watch=watch
-        )
+        return run_comparison(comparison, folder, device=device, say=say, watch=watch)
     except StoppedError as stop:
         log.print(
             f"[bold]interrupted[/] in {escape(str(stop))}; run the same command again to go on"
@@ -128,15 +128,11 @@ def _run_visibly(comparison: Comparison, folder: Path, device: str) -> dict[str,
             bar.close()
 
 
-def _say(log: Console, text: str) -> None:
-    log.print(escape(text), highlight=False)
-
-
 def _summarize(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return status, training seconds and results of every cell."""
-    kept = ("status", "train_s", "num_optim_steps", "tokens_per_s", "parameters", "results")
+    shown = ("status", "train_s", "num_optim_steps", "tokens_per_s", "parameters", "results")
     return {
-        name: {key: record[key] for key in kept if key in record}
+        name: {key: record[key] for key in shown if key in record}
         for name, record in records.items()
     }
 
@@ -151,21 +147,20 @@ def _render(records: dict[str, dict[str, Any]], result: dict[str, Any]) -> str:
         tabulate_text,
     )
 
-    tables = [
-        (f"{corpus}: {TABLE_TITLES[table]}, bits per byte", tabulate_text(records, table, corpus))
+    tables = {
+        f"{corpus}: {TABLE_TITLES[table]}, bits per byte": tabulate_text(records, table, corpus)
         for table, corpus in list_text_tables(records)
-    ]
-    tables.append(("associative recall, per cent", tabulate_recall(records)))
-    tables.append(("compressors, bits per byte", tabulate_compressors(records)))
+    }
+    tables["associative recall, per cent"] = tabulate_recall(records)
+    tables["compressors, bits per byte"] = tabulate_compressors(records)
     parts = []
-    for title, content in tables:
-        if not content.rows:
-            continue
-        kept = [i for i, name in enumerate(content.header) if name not in _REPORT_ONLY]
-        shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for index in kept:
-            shown.add_column(content.header[index], justify="right" if index else "left")
-        for row in content.rows:
-            shown.add_row(*(escape(row[index]) for index in kept))
-        parts.append(to_text(shown))
+    for title, table in tables.items():
+        if table.rows:
+            header, rows = table.select([n for n in table.header if n not in _REPORT_ONLY])
+            shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+            for name in header:
+                shown.add_column(name, justify="left" if name == header[0] else "right")
+            for row in rows:
+                shown.add_row(*map(escape, row))
+            parts.append(to_text(shown))
     return "\n\n".join([*parts, f"report  {result['report']}"])

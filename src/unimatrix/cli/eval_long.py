@@ -149,24 +149,21 @@ def _render(result: dict[str, Any]) -> str:
     )
 
     examples = result["plan"]["num_examples"]
-    tables = (
+    parts: list[Any] = []
+    for title, content, num_names in (
         (f"RULER over bytes, score of 100, {examples} examples each", tabulate_tasks(result), 2),
         ("bits per byte by position", tabulate_positions(result), 1),
         ("code completion, per cent", tabulate_code(result), 1),
-    )
-    parts: list[Any] = []
-    for title, content, num_names in tables:
-        if not content.rows:
-            continue
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-        for index, name in enumerate(content.header):
-            table.add_column(escape(name), justify="left" if index < num_names else "right")
-        for row in content.rows:
-            table.add_row(*map(escape, row))
-        parts += [f"[bold]{title}[/]", table, ""]
-    reasons = [f"not run: {escape(reason)}" for reason in list_reasons(result)]
-    sizes = [
-        f"{escape(label)}: {model['parameters']:,} parameters, reads {model['reads']}"
-        for label, model in result["models"].items()
-    ]
-    return to_text(*parts, *reasons, *sizes)
+    ):
+        if content.rows:
+            table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+            for index, name in enumerate(content.header):
+                table.add_column(escape(name), justify="left" if index < num_names else "right")
+            for row in content.rows:
+                table.add_row(*map(escape, row))
+            parts += [f"[bold]{title}[/]", table, ""]
+    parts += [f"not run: {escape(reason)}" for reason in list_reasons(result)]
+    for label, model in result["models"].items():
+        reads = f"{model['parameters']:,} parameters, reads {model['reads']}"
+        parts.append(f"{escape(label)}: {reads}")
+    return to_text(*parts)

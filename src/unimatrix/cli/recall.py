@@ -77,8 +77,8 @@ def run(
     *,
     preset: PresetOption = None,
     dropout: DropoutOption = None,
-    slots: SlotsOption = None,
-    pairs: PairsOption = None,
+    num_slots: SlotsOption = None,
+    num_pairs: PairsOption = None,
     steps: StepsOption = None,
     batch_size: BatchSizeOption = None,
     learning_rate: LearningRateOption = None,
@@ -89,7 +89,7 @@ def run(
     test_slots: TestSlotsOption = None,
     data: DataOption = None,
     test_data: TestDataOption = None,
-    test_window: TestWindowOption = None,
+    test_windows: TestWindowOption = None,
     assignments: SetOption = None,
     quick: QuickOption = False,
     out: OutOption = None,
@@ -103,26 +103,16 @@ def run(
     Options left out are those of the task's recipe. A published preset is trained on associative
     recall with the paper's recipe. Accuracy is a fraction in --json.
     """
+    # The parameters bear the names of the recipe's fields.
+    options = {name: value for name, value in locals().items() if name in _DOCS}
     recipe = find_recall_recipe(task, preset, quick=quick)
-    given: dict[str, Any] = {
-        "dropout": dropout,
-        "num_slots": slots,
-        "num_pairs": pairs,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "test_examples": test_examples,
-        "test_tokens": test_tokens,
-        "test_pairs": tuple(test_pairs) if test_pairs else None,
-        "test_slots": tuple(test_slots) if test_slots else None,
-        "data": tuple(data) if data else None,
-        "test_data": tuple(test_data) if test_data else None,
-        "test_windows": tuple(test_window) if test_window else None,
-        "seed": seed,
-        "overrides": {**recipe.overrides, **parse_overrides(assignments or [])},
+    changes: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if value not in (None, [])
     }
-    recipe = replace(recipe, **{name: x for name, x in given.items() if x is not None})
+    overrides = recipe.overrides | parse_overrides(assignments or [])
+    recipe = replace(recipe, **changes, overrides=overrides)
     if report is not None:
         from unimatrix.reports.page import require_report_path
         from unimatrix.reports.recall_report import write_recall_report
@@ -174,13 +164,11 @@ def _render(result: dict[str, Any]) -> str:
     for name, accuracy in result["accuracy"].items():
         copied = "".join(f"{100 * x:>15.1f}" for x in find_copy_rules(result, name).values())
         lines.append(f"{name:<{width}}  {100 * accuracy:>8.2f} {copied}")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"per cent of {recipe['test_examples']:,} examples a test; the last three columns copy "
-            "without learning",
-            f"{result['parameters']:,} parameters, {result['state_bytes']:,} state bytes, trained "
-            f"in {result['train_s']:.1f} s",
-        ]
-    )
+    lines += [
+        "",
+        f"per cent of {recipe['test_examples']:,} examples a test; the last three columns copy "
+        "without learning",
+        f"{result['parameters']:,} parameters, {result['state_bytes']:,} state bytes, trained in "
+        f"{result['train_s']:.1f} s",
+    ]
+    return "\n".join(lines)

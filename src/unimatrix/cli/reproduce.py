@@ -2,15 +2,17 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from unimatrix.cli.common import DeviceOption, JsonOption, emit, make_log, pick_device
 from unimatrix.errors import InputError
-from unimatrix.studies.reproduce.claims import GROUPS, choose_groups, judge_claims
+from unimatrix.studies.records import Records, read_records
+from unimatrix.studies.reproduce.claims import GROUPS, Outcome, choose_groups, judge_claims
 from unimatrix.train.recipe import describe_key
 
 SUMMARY_FILE = "reproduce.json"
@@ -59,44 +61,35 @@ def run(
         _check(out)
         return
 
-    from unimatrix.reports.claims_report import write_claims_report
+    from unimatrix.reports.claims_report import summarize_claims, write_claims_report
     from unimatrix.studies.engine import StoppedError
     from unimatrix.studies.reproduce.run import ReproductionPlan, reproduce
     from unimatrix.train.run_folder import write_file
 
-    plan = ReproductionPlan(
-        groups=groups,
-        quick=quick,
-        data=tuple(data or ("wikitext2",)),
-        valid_data=tuple(valid_data or ()),
-    )
+    corpus = tuple(data or ("wikitext2",))
+    plan = ReproductionPlan(groups, quick, corpus, tuple(valid_data or ()))
     log = make_log()
+
+    def say(text: str) -> None:
+        log.print(escape(text), highlight=False)
+
     try:
-        reproduce(
-            plan,
-            out,
-            device=pick_device(device),
-            say=lambda text: log.print(escape(text), highlight=False),
-        )
+        reproduce(plan, out, device=pick_device(device), say=say)
     except StoppedError as stop:
         log.print(
             f"[bold]interrupted[/] in {escape(str(stop))}; run the same command again to go on"
         )
         raise typer.Exit(1) from None
-    records = _read(out)
+    records = read_records(out)
     for name, text in _write_tables(records).items():
         write_file(out / name, text)
     write_claims_report(records, out / REPORT_FILE)
-    emit(_summarize(records, groups, out), as_json, lambda _: _render(records, groups, out))
+    outcomes = judge_claims(records, groups)
+    result = summarize_claims(outcomes) | {"report": str(out / REPORT_FILE)}
+    emit(result, as_json, lambda result: _render(outcomes, groups, result["report"]))
 
 
-def _read(out: Path) -> dict[str, dict[str, Any]]:
-    from unimatrix.studies.records import read_records
-
-    return read_records(out)
-
-
-def _write_tables(records: dict[str, dict[str, Any]]) -> dict[str, str]:
+def _write_tables(records: Records) -> dict[str, str]:
     """Return the summary and the Markdown tables of all claims by file name."""
     from unimatrix.reports.claims_report import TITLES, format_claims_group, summarize_claims
 
@@ -112,7 +105,7 @@ def _check(out: Path) -> None:
     """Exit with 1 unless the tables, and the documents beside them, are what the records give."""
     from unimatrix.reports.tables import DOCUMENTS, find_stale_documents
 
-    records, root = _read(out), out.absolute().parent
+    records, root = read_records(out), out.absolute().parent
     stale = []
     if out.name == "results" and all((root / name).is_file() for name in DOCUMENTS):
         stale += [str(path) for path in find_stale_documents(root, records)]
@@ -127,28 +120,16 @@ def _check(out: Path) -> None:
     sys.stdout.write(f"the tables in {out} are what the records say\n")
 
 
-def _summarize(
-    records: dict[str, dict[str, Any]], groups: tuple[str, ...], out: Path
-) -> dict[str, Any]:
-    from unimatrix.reports.claims_report import summarize_claims
-
-    summary = summarize_claims(judge_claims(records, groups))
-    return summary | {"report": str(out / REPORT_FILE)}
-
-
-def _render(records: dict[str, dict[str, Any]], groups: tuple[str, ...], out: Path) -> str:
+def _render(outcomes: Sequence[Outcome], groups: Sequence[str], report: str) -> str:
     """Return the verdicts for people."""
     from unimatrix.reports.claims_report import TITLES, count_verdicts, tabulate_claims
 
-    outcomes = judge_claims(records, groups)
     lines = []
     for group in groups:
-        lines += [TITLES[group], ""]
         table = tabulate_claims([o for o in outcomes if o.claim.group == group])
+        lines += [TITLES[group], ""]
         for name, published, mean, verdict in table.select(_SHOWN_COLUMNS).rows:
             lines.append(f"  {name:<44}{published:>12}{mean or '-':>12}  {verdict}")
         lines.append("")
-    counts = ", ".join(
-        f"{number} {verdict}" for verdict, number in count_verdicts(outcomes).items()
-    )
-    return "\n".join([*lines, f"{counts} (published, ours)", f"report  {out / REPORT_FILE}"])
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in count_verdicts(outcomes).items())
+    return "\n".join([*lines, f"{counts} (published, ours)", f"report  {report}"])

@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.reports.figures import INK, collect_labels, render_png, set_frame, start_figure
+from unimatrix.reports.figures import (
+    INK,
+    collect_labels,
+    render_png,
+    set_figure_title,
+    set_frame,
+    start_figure,
+)
 from unimatrix.train.run_folder import write_file
 
 Row = Mapping[str, Any]
@@ -34,7 +41,7 @@ _STYLES = {
     "gla": ("#009E73", "P"),
     "gated-deltanet": ("#7A7A7A", "X"),
 }
-_OTHER_COLORS = ("#8C564B", "#B8860B", "#6A3D9A", "#1B7837", "#A50026", "#4D4D4D")
+_OTHER_COLOURS = ("#8C564B", "#B8860B", "#6A3D9A", "#1B7837", "#A50026", "#4D4D4D")
 _OTHER_MARKERS = ("<", ">", "p", "h", "d", "H")
 _NAMES = {
     "llama": "Llama (SDPA)",
@@ -45,6 +52,7 @@ _NAMES = {
 }
 _PANEL_INCHES = (6.1, 4.6)
 _MOST_COLUMNS = 3
+_PEAK_MODES = ("train", "forward", "prefill")
 
 
 def write_bench_plots(rows: Sequence[Row], folder: Path) -> None:
@@ -66,12 +74,11 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
     Args:
         rows: those that were timed, at least one.
     """
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    figure, panels = _start_figure(len(modes), "Tokens per second against length")
-    for mode, axes in zip(modes, panels, strict=True):
-        chosen = [row for row in rows if row["mode"] == mode]
-        _draw_lines(axes, chosen, "tokens_per_s")
-        _set_axes(axes, chosen, _TITLES.get(mode, mode))
+    by_mode = _group_by_mode(rows)
+    figure, panels = _start_panels(len(by_mode), "Tokens per second against length")
+    for (mode, members), axes in zip(by_mode.items(), panels, strict=True):
+        _draw_lines(axes, members, "tokens_per_s")
+        _set_axes(axes, members, _TITLES.get(mode, mode))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_count(value)))
     _finish(figure, panels, rows, "tokens per second")
@@ -84,35 +91,39 @@ def plot_bytes(rows: Sequence[Row]) -> Figure:
     Args:
         rows: those that were timed, at least one.
     """
-    peaks: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["mode"] in ("train", "forward", "prefill") and row["peak_bytes"]:
-            peaks.setdefault(row["mode"], []).append(row)
-    figure, panels = _start_figure(1 + len(peaks), "Bytes against length")
+    measured = [row for row in rows if row["mode"] in _PEAK_MODES and row["peak_bytes"]]
+    peaks = _group_by_mode(measured)
+    figure, panels = _start_panels(1 + len(peaks), "Bytes against length")
     states = [row for row in rows if row["state_bytes"]]
     _draw_lines(panels[0], states, "state_bytes")
     _set_axes(panels[0], states or rows, "State or cache of one sequence")
-    for (mode, measured), axes in zip(peaks.items(), panels[1:], strict=True):
-        _draw_lines(axes, measured, "peak_bytes")
-        _set_axes(axes, measured, f"Peak of a process: {_TITLES[mode].lower()}")
+    for (mode, members), axes in zip(peaks.items(), panels[1:], strict=True):
+        _draw_lines(axes, members, "peak_bytes")
+        _set_axes(axes, members, f"Peak of a process: {_TITLES[mode].lower()}")
     for axes in panels:
         _set_byte_ticks(axes)
     _finish(figure, panels, rows, "bytes")
     return figure
 
 
-def _start_figure(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
+def _group_by_mode(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    by_mode: dict[str, list[Row]] = {}
+    for row in rows:
+        by_mode.setdefault(row["mode"], []).append(row)
+    return by_mode
+
+
+def _start_panels(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels in rows of at most three."""
     columns = 2 if num_panels == 4 else min(num_panels, _MOST_COLUMNS)
     lines = math.ceil(num_panels / columns)
-    size = (max(1.6, columns) * _PANEL_INCHES[0], lines * _PANEL_INCHES[1] + 1.3)
-    figure = start_figure(*size)
+    width, height = _PANEL_INCHES
+    figure = start_figure(max(1.6, columns) * width, lines * height + 1.3)
     figure.get_layout_engine().set(hspace=0.07, wspace=0.03)  # type: ignore[union-attr, call-arg]
-    grid = figure.subplots(lines, columns, squeeze=False)
-    panels = list(grid.flat)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in panels[num_panels:]:
         axes.remove()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=22, color=INK)
+    set_figure_title(figure, title, fontsize=22)
     return figure, panels[:num_panels]
 
 
@@ -122,16 +133,16 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], column: str) -> None:
         points = {row["num_tokens"]: row[column] for row in rows if row["model"] == name}
         lengths = sorted(points)
         base, _, variant = name.partition(", ")  # the same model, compiled
-        color, marker = _find_style(base)
+        colour, marker = _find_style(base)
         ours = base not in _NAMES
         axes.plot(
             lengths,
             [points[length] for length in lengths],
-            color=color,
+            color=colour,
             marker=marker,
             markersize=15 if marker == "*" else 9,
-            markerfacecolor="white" if variant else color,
-            markeredgecolor=color if variant else "white",
+            markerfacecolor="white" if variant else colour,
+            markeredgecolor=colour if variant else "white",
             markeredgewidth=1.6 if variant else 0.8,
             linewidth=3.2 if name == "unimatrix" else 2.2,
             linestyle="-" if ours else (0, (5, 2)),
@@ -147,14 +158,10 @@ def _name_line(name: str) -> str:
 
 
 def _find_style(name: str) -> tuple[str, str]:
-    """Return the color and the marker of a model, the same in every figure."""
-    if name in _STYLES:
-        return _STYLES[name]
+    """Return the colour and the marker of a model, the same in every figure."""
     number = sum(name.encode())
-    return (
-        _OTHER_COLORS[number % len(_OTHER_COLORS)],
-        _OTHER_MARKERS[number % len(_OTHER_MARKERS)],
-    )
+    other = (_OTHER_COLOURS[number % len(_OTHER_COLOURS)], _OTHER_MARKERS[number % 6])
+    return _STYLES.get(name, other)
 
 
 def _set_axes(axes: Axes, rows: Sequence[Row], title: str) -> None:
@@ -186,9 +193,8 @@ def _set_byte_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
     spacing = max(1, math.ceil((last - first) / 7))
-    axes.yaxis.set_major_locator(
-        FixedLocator([2.0**power for power in range(first, last + 1, spacing)])
-    )
+    powers = range(first, last + 1, spacing)
+    axes.yaxis.set_major_locator(FixedLocator([2.0**power for power in powers]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     axes.set_ylim(low, high)
@@ -216,15 +222,13 @@ def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], label: 
 
 def _format_length(value: float) -> str:
     """Return a length with a binary prefix where it is a whole number of them."""
-    for suffix, size in (("M", 2**20), ("k", 2**10)):
-        if value >= size and value % size == 0:
-            return f"{value / size:.0f}{suffix}"
-    return f"{value:,.0f}"
+    units = {2**20: "M", 2**10: "k"}
+    unit = next((size for size in units if value >= size and value % size == 0), 1)
+    return f"{value / unit:,.0f}{units.get(unit, '')}"
 
 
 def _format_count(value: float) -> str:
     """Return a rate with a decimal prefix."""
-    for suffix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:g}{suffix}"
-    return f"{value:g}"
+    units = {1e9: "G", 1e6: "M", 1e3: "k"}
+    unit = next((size for size in units if value >= size), 1)
+    return f"{value / unit:g}{units.get(unit, '')}"

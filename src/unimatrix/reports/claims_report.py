@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unimatrix.errors import InputError
-from unimatrix.reports.page import (
-    render_note,
-    render_picture,
-    render_table,
-    require_report_path,
-    write_report,
-)
+from unimatrix.reports.page import Page, render_note, render_table
 from unimatrix.reports.text import Table, format_markdown, format_percent, tabulate
 from unimatrix.studies.records import Records
 from unimatrix.studies.reproduce.claims import (
@@ -38,7 +32,6 @@ TITLES = {
     "triple": "Triple interactions (per cent)",
     "throughput": "Throughput by length",
 }
-_TITLE = "The paper, run again"
 _LEDE = (
     "Every table of the paper (arXiv:2604.25930) that concerns this architecture, run again by the "
     "paper's recipes with a causal model."
@@ -143,29 +136,21 @@ def write_claims_report(records: Records, path: Path, groups: Sequence[str] = GR
     Raises:
         InputError: if nothing was run, or the path cannot be written.
     """
-    require_report_path(path)
     outcomes = judge_claims(records, groups)
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in count_verdicts(outcomes).items())
+    page = Page(path, "The paper, run again", f"{_LEDE} {html.escape(counts)}.")
     if not any(outcome.values for outcome in outcomes):
         raise InputError("no claim was run; run some first")
-    from unimatrix.reports.figures import render_png
-
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in count_verdicts(outcomes).items())
-    body = [
-        f"<h1>{_TITLE}</h1>",
-        f'<p class="lede">{_LEDE} {html.escape(counts)}.</p>',
-        render_note(VERDICT_RULE),
-    ]
-    pictures = {}
+    page.add(render_note(VERDICT_RULE))
     if any(map(_is_drawn, outcomes)):
-        pictures[""] = render_png(plot_claims(outcomes))
-        body.append(render_picture(pictures[""], "Published values and ours"))
+        page.add_picture("", plot_claims(outcomes), "Published values and ours")
     for group in groups:
         rows = tabulate_claims([o for o in outcomes if o.claim.group == group])
-        body += [f"<h2>{TITLES[group]}</h2>", render_table(*rows)]
+        page.add(f"<h2>{TITLES[group]}</h2>", render_table(*rows))
     speeds = tabulate_throughput(records)
     if speeds.rows and "throughput" in groups:
-        body.append(render_table(*speeds))
-    write_report(path, _TITLE, body, pictures)
+        page.add(render_table(*speeds))
+    page.write()
 
 
 def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
@@ -179,7 +164,7 @@ def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    from unimatrix.reports.figures import INK, set_look, start_figure
+    from unimatrix.reports.figures import INK, set_figure_title, set_look, start_figure
 
     panels = {
         group: [o for o in reversed(outcomes) if o.claim.group == group and _is_drawn(o)]
@@ -206,7 +191,7 @@ def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
         set_look(axes, grid="x")
     names = ", ".join(f"{verdict}: {name}" for verdict, (_, name) in _COLOURS.items())
     title = f"Diamonds: published. Dots: ours by seed ({names})"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, color=INK)
+    set_figure_title(figure, title, fontsize=14)
     return figure
 
 

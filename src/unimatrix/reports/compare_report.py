@@ -2,30 +2,11 @@
 
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unimatrix.errors import InputError
-from unimatrix.reports.compare_results import (
-    TABLE_TITLES,
-    list_corpora,
-    list_text_tables,
-    tabulate_compressors,
-    tabulate_models,
-    tabulate_recall,
-    tabulate_sweep,
-    tabulate_text,
-)
-from unimatrix.reports.page import (
-    render_note,
-    render_picture,
-    render_table,
-    require_report_path,
-    write_report,
-)
+from unimatrix.reports import compare_results
+from unimatrix.reports.page import Page, render_note, render_table
 from unimatrix.studies.records import Records
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PROTOCOL = (
     "Every model reads bytes, is trained by the same Trainer on the same windows in the same order "
@@ -71,71 +52,40 @@ def write_compare_report(records: Records, path: Path) -> None:
     Raises:
         InputError: if no cell is finished, or the path cannot be written.
     """
-    require_report_path(path)
+    page = Page(path, "Every model in the same harness", PROTOCOL, window_title="Comparison")
     finished = {n: r for n, r in records.items() if r["status"] in ("done", "failed")}
     if not finished:
         raise InputError("no cell of the comparison is finished; let it run first")
-    pictures = _plot(finished)
-    body = [
-        "<h1>Every model in the same harness</h1>",
-        f'<p class="lede">{PROTOCOL}</p>',
-        *_render_text(finished, pictures),
-        *_render_rest(finished, pictures),
-    ]
-    write_report(path, "Comparison", body, {f"-{name}": png for name, png in pictures.items()})
-
-
-def _plot(records: Records) -> dict[str, bytes]:
-    """Return the plots as PNG by name."""
-    # Loaded here: whoever writes no report does not wait for matplotlib.
     from unimatrix.reports import compare_plots
-    from unimatrix.reports.figures import list_styles, render_png
+    from unimatrix.reports.figures import list_styles
 
-    trained = [record["asked"] for record in records.values() if "model" in record["asked"]]
+    trained = [record["asked"] for record in finished.values() if "model" in record["asked"]]
     # The first stands out in the figures: ours, whatever the order of the records.
     trained.sort(key=lambda settings: settings["entry"]["preset"] is None)
     styles = list_styles(dict.fromkeys(settings["model"] for settings in trained))
-    figures: dict[str, Figure] = {}
-    for corpus in list_corpora(records):
-        figures |= {
-            f"training-{corpus}": compare_plots.plot_training(records, corpus, styles),
-            f"position-{corpus}": compare_plots.plot_positions(records, corpus, styles),
-            f"state-{corpus}": compare_plots.plot_state(records, corpus, styles),
-        }
-    if tabulate_recall(records).rows:
-        figures["recall"] = compare_plots.plot_recall(records, styles)
-    return {name: render_png(figure) for name, figure in figures.items()}
-
-
-def _render_text(records: Records, pictures: dict[str, bytes]) -> list[str]:
-    """Return the sections of language modelling, one a corpus."""
-    parts = []
-    for corpus in list_corpora(records):
+    for corpus in compare_results.list_corpora(finished):
         title = html.escape(corpus)
-        parts.append(f"<h2>Bits per byte, {title}</h2>")
-        for table in (table for table, other in list_text_tables(records) if other == corpus):
-            parts.append(f"<h3>{TABLE_TITLES[table]}</h3>")
-            parts.append(render_table(*tabulate_text(records, table, corpus)))
-        parts.append(render_note(_TEXT_NOTE))
-        parts += [
-            render_picture(pictures[f"{name}-{corpus}"], f"{name} of models on {title}")
-            for name in ("training", "position", "state")
-        ]
-    return parts
-
-
-def _render_rest(records: Records, pictures: dict[str, bytes]) -> list[str]:
-    """Return the sections on compressors, recall, learning rates and models that are not empty."""
-    parts = []
-    sweep_note = "Validation bits per byte after the sweep's steps."
-    for title, note, table, picture in (
-        ("Compressors", _COMPRESSOR_NOTE, tabulate_compressors(records), None),
-        ("Associative recall", _RECALL_NOTE, tabulate_recall(records), pictures.get("recall")),
-        ("Learning rates", sweep_note, tabulate_sweep(records), None),
-        ("Models", _MODELS_NOTE, tabulate_models(records), None),
-    ):
-        if table.rows:
-            parts += [f"<h2>{title}</h2>", render_note(note), render_table(*table)]
-            if picture is not None:
-                parts.append(render_picture(picture, title))
-    return parts
+        page.add(f"<h2>Bits per byte, {title}</h2>")
+        for table, other in compare_results.list_text_tables(finished):
+            if other == corpus:
+                rows = compare_results.tabulate_text(finished, table, corpus)
+                page.add(f"<h3>{compare_results.TABLE_TITLES[table]}</h3>", render_table(*rows))
+        page.add(render_note(_TEXT_NOTE))
+        for name, plot in (
+            ("training", compare_plots.plot_training),
+            ("position", compare_plots.plot_positions),
+            ("state", compare_plots.plot_state),
+        ):
+            figure = plot(finished, corpus, styles)
+            page.add_picture(f"-{name}-{corpus}", figure, f"{name} of models on {title}")
+    compressors = compare_results.tabulate_compressors(finished)
+    page.add_section("Compressors", _COMPRESSOR_NOTE, compressors)
+    recall = compare_results.tabulate_recall(finished)
+    page.add_section("Associative recall", _RECALL_NOTE, recall)
+    if recall.rows:
+        figure = compare_plots.plot_recall(finished, styles)
+        page.add_picture("-recall", figure, "Associative recall")
+    sweep = compare_results.tabulate_sweep(finished)
+    page.add_section("Learning rates", "Validation bits per byte after the sweep's steps.", sweep)
+    page.add_section("Models", _MODELS_NOTE, compare_results.tabulate_models(finished))
+    page.write()

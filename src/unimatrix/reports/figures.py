@@ -79,6 +79,11 @@ def set_title(axes: Axes, text: str) -> None:
     axes.set_title(escape_formula(text), loc="left", pad=16, fontsize=20, color=INK)
 
 
+def set_figure_title(figure: Figure, text: str, *, fontsize: int = 20) -> None:
+    """Write the title of a figure of several panels."""
+    figure.suptitle(escape_formula(text), x=0.01, ha="left", fontsize=fontsize, color=INK)
+
+
 def set_look(axes: Axes, *, grid: str | None = "both") -> None:
     """Set fonts that are read from the last row, take the box away, and draw a grid behind."""
     for axis in (axes.xaxis, axes.yaxis):

@@ -12,9 +12,9 @@ from unimatrix.evaluation.units import format_bytes
 from unimatrix.reports.figures import (
     INK,
     add_legend,
-    escape_formula,
     list_styles,
     set_byte_axis,
+    set_figure_title,
     set_look,
     start_figure,
     wrap_label,
@@ -64,7 +64,7 @@ def plot_tasks(record: Mapping[str, Any]) -> Figure:
         axes.set_visible(False)
     figure.supylabel("score of 100", fontsize=15, color=INK)
     figure.supxlabel("bytes of prompt and answer", fontsize=15, color=INK)
-    _add_title(figure, f"RULER over bytes, {record['plan']['num_examples']} examples a point")
+    set_figure_title(figure, f"RULER over bytes, {record['plan']['num_examples']} examples a point")
     add_legend(figure, panels, fontsize=13)
     return figure
 
@@ -87,10 +87,6 @@ def plot_positions(record: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("bits per byte in the bin")
     set_look(axes)
     name = ", ".join(Path(source).name for source in record["plan"]["data"])
-    _add_title(figure, f"Bits per byte by position, {name}")
+    set_figure_title(figure, f"Bits per byte by position, {name}")
     add_legend(figure, [axes], fontsize=13)
     return figure
-
-
-def _add_title(figure: Figure, text: str) -> None:
-    figure.suptitle(escape_formula(text), x=0.01, ha="left", fontsize=20, color=INK)

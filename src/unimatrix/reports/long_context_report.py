@@ -12,17 +12,9 @@ from unimatrix.reports.long_context_results import (
     tabulate_positions,
     tabulate_tasks,
 )
-from unimatrix.reports.page import (
-    render_note,
-    render_picture,
-    render_table,
-    require_report_path,
-    write_report,
-)
+from unimatrix.reports.page import Page, render_note, render_table
 from unimatrix.studies.eval_long.run import BOOK
 from unimatrix.tasks.ruler import RULER_TASKS
-
-Record = Mapping[str, Any]
 
 _LEDE = (
     "What models make of contexts far longer than those they were trained on: tasks after RULER, a "
@@ -51,7 +43,7 @@ _CODE_NOTE = (
 )
 
 
-def write_long_context_report(record: Record, path: Path) -> None:
+def write_long_context_report(record: Mapping[str, Any], path: Path) -> None:
     """Write an evaluation as a self-contained HTML file and its plots as PNG beside it.
 
     Args:
@@ -61,45 +53,32 @@ def write_long_context_report(record: Record, path: Path) -> None:
     Raises:
         InputError: if the path cannot be written.
     """
-    require_report_path(path)
-    pictures = _plot(record)
-    body = ["<h1>Long contexts</h1>", f'<p class="lede">{_LEDE}</p>', _describe(record)]
-    for title, note, table, picture in (
-        ("RULER over bytes", _TASKS_NOTE, tabulate_tasks(record), "tasks"),
-        ("A text by position, bits per byte", _BOOK_NOTE, tabulate_positions(record), "positions"),
-        ("Code completion, per cent", _CODE_NOTE, tabulate_code(record), ""),
-    ):
-        if table.rows:
-            body += [f"<h2>{title}</h2>", render_note(note)]
-            body += [render_picture(pictures[picture], title)] if picture in pictures else []
-            body.append(render_table(*table))
-    body += ["<h2>Models</h2>", render_table(*tabulate_models(record))]
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in list_reasons(record))
-    if reasons:
-        body += ["<h2>Not run</h2>", f'<ul class="note">{reasons}</ul>']
-    write_report(path, "Long contexts", body, {f"-{name}": png for name, png in pictures.items()})
-
-
-def _plot(record: Record) -> dict[str, bytes]:
-    """Return the plots as PNG by name, as far as there is anything to draw."""
-    # Loaded here: whoever writes no report does not wait for matplotlib.
-    from unimatrix.reports.figures import render_png
+    page = Page(path, "Long contexts", _LEDE)
     from unimatrix.reports.long_context_plots import plot_positions, plot_tasks
 
-    done = {cell["task"] for cell in record["cells"] if cell["status"] == "done"}
-    pictures = {}
-    if done & set(RULER_TASKS):
-        pictures["tasks"] = render_png(plot_tasks(record))
-    if BOOK in done:
-        pictures["positions"] = render_png(plot_positions(record))
-    return pictures
-
-
-def _describe(record: Record) -> str:
-    """Return what the figures rest on."""
-    plan = record["plan"]
-    text = html.escape(", ".join(plan["data"]))
-    return render_note(
-        f"{plan['num_examples']} examples of a task at a length, seed {record['seed']}; essays and "
-        f"text from {text}; on {html.escape(record['device'])}, {html.escape(record['started'])}."
+    plan, place = record["plan"], f"{record['device']}, {record['started']}"
+    page.add(
+        render_note(
+            f"{plan['num_examples']} examples of a task at a length, seed {record['seed']}; essays "
+            f"and text from {html.escape(', '.join(plan['data']))}; on {html.escape(place)}."
+        )
     )
+    done = {cell["task"] for cell in record["cells"] if cell["status"] == "done"}
+    tasks = plot_tasks(record) if done & set(RULER_TASKS) else None
+    book = plot_positions(record) if BOOK in done else None
+    by_position = "A text by position, bits per byte"
+    for title, note, table, name, figure in (
+        ("RULER over bytes", _TASKS_NOTE, tabulate_tasks(record), "-tasks", tasks),
+        (by_position, _BOOK_NOTE, tabulate_positions(record), "-positions", book),
+    ):
+        if table.rows:
+            page.add(f"<h2>{title}</h2>", render_note(note))
+            if figure is not None:
+                page.add_picture(name, figure, title)
+            page.add(render_table(*table))
+    page.add_section("Code completion, per cent", _CODE_NOTE, tabulate_code(record))
+    page.add("<h2>Models</h2>", render_table(*tabulate_models(record)))
+    lines = "".join(f"<li>{html.escape(reason)}</li>" for reason in list_reasons(record))
+    if lines:
+        page.add("<h2>Not run</h2>", f'<ul class="note">{lines}</ul>')
+    page.write()

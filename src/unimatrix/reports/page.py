@@ -1,13 +1,18 @@
-"""The parts of a self-contained HTML page: its frame, tables, and pictures inside the file."""
+"""Reports: self-contained HTML pages of tables and pictures, the pictures beside them as PNG."""
 
 import base64
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unimatrix.errors import InputError
+from unimatrix.reports.text import Table
 from unimatrix.train.run_folder import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 body{font:17px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:#222;background:#fff;
@@ -26,6 +31,64 @@ details{margin:.4rem 0}code{font-size:.85rem;overflow-wrap:anywhere}
 """
 
 
+class Page:
+    """A report in the making; nothing is written before ``write``.
+
+    Args:
+        path: of the HTML file; missing folders are made.
+        title: of the window and above the page, as text.
+        lede: what the page is about, as HTML.
+        window_title: of the window, where it differs.
+
+    Raises:
+        InputError: if no report can go there.
+    """
+
+    def __init__(self, path: Path, title: str, lede: str, *, window_title: str = "") -> None:
+        require_report_path(path)
+        self.path = path
+        self.title = window_title or title
+        self.body = [f"<h1>{title}</h1>", f'<p class="lede">{lede}</p>']
+        self.pictures: dict[str, bytes] = {}
+
+    def add(self, *parts: str) -> None:
+        """Add parts of HTML, in order."""
+        self.body += parts
+
+    def add_section(self, title: str, note: str, table: Table) -> None:
+        """Add a heading, a note and a table, all of them as text or HTML; nothing without rows."""
+        if table.rows:
+            self.add(f"<h2>{title}</h2>", render_note(note), render_table(*table))
+
+    def add_picture(self, name: str | None, figure: "Figure", text: str) -> None:
+        """Add a figure, in the page and as a file of its own.
+
+        Args:
+            name: what follows the page's stem in the name of the file; ``None`` writes no file.
+            figure: becomes a PNG.
+            text: what a reader hears who cannot see it, as HTML.
+        """
+        # Loaded here: whoever writes no report does not wait for matplotlib.
+        from unimatrix.reports.figures import render_png
+
+        png = render_png(figure)
+        self.pictures |= {} if name is None else {name: png}
+        image = base64.b64encode(png).decode("ascii")
+        self.add(f'<figure><img alt="{text}" src="data:image/png;base64,{image}"></figure>')
+
+    def write(self) -> None:
+        """Write the page, and its pictures beside it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for name, png in self.pictures.items():
+            write_file(self.path.with_name(f"{self.path.stem}{name}.png"), png)
+        head = (
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{html.escape(self.title)}</title>\n<style>{_STYLE}</style>\n</head>"
+        )
+        write_file(self.path, "\n".join([head, "<body>", *self.body, "</body>", "</html>", ""]))
+
+
 def require_report_path(path: Path) -> None:
     """Raise ``InputError`` unless a report can go there: a file ending in .html, in a folder.
 
@@ -39,41 +102,6 @@ def require_report_path(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"the report cannot go into {str(parent)!r}; give it another folder")
-
-
-def write_report(
-    path: Path, title: str, body: Sequence[str], pictures: Mapping[str, bytes]
-) -> None:
-    """Write a page, and its pictures beside it as PNG.
-
-    Args:
-        path: of the HTML file; missing folders are made.
-        title: of the window, as text.
-        body: parts of HTML, in order.
-        pictures: bytes of PNG by what follows the page's stem in the name of their file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, png in pictures.items():
-        write_file(path.with_name(f"{path.stem}{name}.png"), png)
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-    write_file(path, page)
-
-
-def render_picture(png: bytes, text: str) -> str:
-    """Return a picture that lies in the page itself.
-
-    Args:
-        png: the bytes of the picture.
-        text: what a reader hears who cannot see it, as HTML.
-    """
-    image = base64.b64encode(png).decode("ascii")
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{image}"></figure>'
 
 
 def render_note(text: str) -> str:

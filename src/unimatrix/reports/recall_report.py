@@ -6,13 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimatrix.reports.page import (
-    render_note,
-    render_picture,
-    render_table,
-    require_report_path,
-    write_report,
-)
+from unimatrix.reports.page import Page, render_note, render_table
 from unimatrix.reports.recall_results import (
     INFORMATION_LIMIT_BYTES,
     PUBLISHED_MQAR_B,
@@ -71,44 +65,29 @@ def write_recall_report(results: Sequence[Mapping[str, Any]], path: Path) -> Non
     Raises:
         InputError: if there is no result, one lacks a field, or the path cannot be written.
     """
-    require_report_path(path)
-    tasks = group_results(results)
-    plots = {task: _plot(task, configurations) for task, configurations in tasks.items()}
-    main_task = _MAIN_TASK if _MAIN_TASK in plots else next(iter(plots))
-    # The main task leads; the others keep their order.
-    ordered = sorted(tasks, key=lambda task: task != main_task)
-    runs = "1 run" if len(results) == 1 else f"{len(results)} runs"
-    body = [
-        "<h1>Exact recall in constant state</h1>",
-        f'<p class="lede">{_LEDE} From {runs}.</p>',
-        *(_render_task(task, tasks[task], plots[task]) for task in ordered),
-    ]
-    write_report(path, "Exact recall", body, {"": plots[main_task]})
-
-
-def _plot(task: str, configurations: Sequence[Configuration]) -> bytes:
-    """Return the plot of a task as PNG."""
-    # Loaded here: whoever writes no report does not wait for matplotlib.
-    from unimatrix.reports.figures import render_png
     from unimatrix.reports.recall_plots import plot_slices, plot_state_against_accuracy
 
-    if task == _MAIN_TASK:
-        return render_png(plot_state_against_accuracy(configurations))
-    return render_png(plot_slices(configurations, _SLICE_LABELS.get(task, _SHAPE_LABEL)))
-
-
-def _render_task(task: str, configurations: Sequence[Configuration], png: bytes) -> str:
-    """Return the section of a task: its plot, then the tables of each configuration."""
-    title = html.escape(_TITLES.get(task, task))
-    parts = [
-        f"<section>\n<h2>{title} <code>{html.escape(task)}</code></h2>",
-        render_picture(png, f"Plot of {title}"),
-    ]
-    if task == _MAIN_TASK:
-        parts.append(_render_published())
-    parts += [_render_configuration(task, configuration) for configuration in configurations]
-    note = f"{_COPY_NOTE} {_NEEDLE_NOTE}" if task == "needle" else _COPY_NOTE
-    return "\n".join([*parts, render_note(note), "</section>"])
+    runs = "1 run" if len(results) == 1 else f"{len(results)} runs"
+    lede = f"{_LEDE} From {runs}."
+    page = Page(path, "Exact recall in constant state", lede, window_title="Exact recall")
+    tasks = group_results(results)
+    main_task = _MAIN_TASK if _MAIN_TASK in tasks else next(iter(tasks))
+    # The main task leads, and its plot is a file of its own; the others keep their order.
+    for task in sorted(tasks, key=lambda task: task != main_task):
+        configurations, title = tasks[task], html.escape(_TITLES.get(task, task))
+        figure = (
+            plot_state_against_accuracy(configurations)
+            if task == _MAIN_TASK
+            else plot_slices(configurations, _SLICE_LABELS.get(task, _SHAPE_LABEL))
+        )
+        page.add("<section>", f"<h2>{title} <code>{html.escape(task)}</code></h2>")
+        page.add_picture("" if task == main_task else None, figure, f"Plot of {title}")
+        if task == _MAIN_TASK:
+            page.add(_render_published())
+        page.add(*(_render_configuration(task, configuration) for configuration in configurations))
+        note = f"{_COPY_NOTE} {_NEEDLE_NOTE}" if task == "needle" else _COPY_NOTE
+        page.add(render_note(note), "</section>")
+    page.write()
 
 
 def _render_configuration(task: str, configuration: Configuration) -> str:
