@@ -18,12 +18,13 @@ from unimatrix.data import load_corpus
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.corpora import choose_split
 from unimatrix.data.sources import find_standard_library
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import InputError
 from unimatrix.evaluation.code_completion import measure_far_names, measure_lines
 from unimatrix.evaluation.long_context import measure_positions, measure_task
 from unimatrix.evaluation.readers import Reader, TooLongError, open_reader
 from unimatrix.studies.engine import Attempt, ListStore, StudyCell, run_cells
 from unimatrix.studies.records import Record, find_change
+from unimatrix.studies.sections import require_known
 from unimatrix.tasks.ruler import RULER_TASKS, build_task
 from unimatrix.train.run_folder import (
     RECORD_FILE,
@@ -70,15 +71,12 @@ class LongContextPlan:
 
     def __post_init__(self) -> None:
         for name in self.tasks:
-            if name not in TASKS:
-                raise InputError(
-                    f"unknown task {name!r}; choose from {', '.join(TASKS)}.{suggest(name, TASKS)}"
-                )
+            require_known("unknown task", name, TASKS)
         named = {"task": self.tasks, "length": self.lengths, "model": self.models}
         for option, values in named.items():
             if not values or len(set(values)) < len(values):
-                found = ", ".join(map(str, values)) or "nothing"
-                raise InputError(f"{option} names {found}; name at least one, and each once")
+                names = ", ".join(map(str, values)) or "nothing"
+                raise InputError(f"{option} names {names}; name at least one, and each once")
         if min(self.lengths) < 1 or self.num_examples < 1:
             raise InputError(
                 f"lengths are {self.lengths} and examples {self.num_examples}; give at least 1"

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import InputError
+from unimatrix.studies.sections import require_known
 from unimatrix.train.recipe import TrainSection
 
 DEFAULT_PRESET = "unimatrix"
@@ -197,10 +198,7 @@ def find_recall_recipe(
     Raises:
         InputError: for an unknown task, or a published preset on another task than associative.
     """
-    if task not in RECIPES:
-        raise InputError(
-            f"unknown task {task!r}; choose one of {', '.join(TASKS)}.{suggest(task, TASKS)}"
-        )
+    require_known("unknown task", task, TASKS, "choose one of")
     recipe = RECIPES[task]
     if preset is not None and preset != DEFAULT_PRESET:
         if task != "associative":

@@ -8,9 +8,8 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-from unimatrix.errors import InputError, suggest
 from unimatrix.studies.records import Records
-from unimatrix.studies.sections import build_section
+from unimatrix.studies.sections import build_section, require_known
 from unimatrix.train.field_types import parse_toml
 
 GROUPS = ("lm", "recall", "slots", "triple", "throughput")
@@ -117,10 +116,7 @@ def choose_groups(names: Sequence[str]) -> tuple[str, ...]:
     """
     wanted = [name.strip() for text in names for name in text.split(",") if name.strip()]
     for name in wanted:
-        if name not in GROUPS:
-            raise InputError(
-                f"unknown part {name!r}; choose from {', '.join(GROUPS)}.{suggest(name, GROUPS)}"
-            )
+        require_known("unknown part", name, GROUPS)
     return tuple(group for group in GROUPS if group in (wanted or GROUPS))
 
 
@@ -149,23 +145,14 @@ def judge_claims(records: Records, groups: Sequence[str] = GROUPS) -> list[Outco
         if claim.group not in groups:
             continue
         cell = cells[claim.cell]
-        found = {
-            seed: records[name_run(cell, seed)]
-            for seed in cell.seeds
-            if name_run(cell, seed) in records
-        }
-        runs = {seed: record for seed, record in found.items() if record["status"] == "done"}
+        by_seed = {seed: records.get(name_run(cell, seed)) for seed in cell.seeds}
+        runs = {seed: run for seed, run in by_seed.items() if run and run["status"] == "done"}
         values = [value for run in runs.values() if (value := _read(run, claim)) is not None]
-        seconds = [_read_seconds(run) for run in runs.values()]
-        outcomes.append(
-            Outcome(
-                claim,
-                values,
-                list(runs),
-                statistics.mean(seconds) if seconds else None,
-                decide(claim, values),
-            )
-        )
+        seconds = [
+            (run if "train_s" in run else run["results"])["train_s"] for run in runs.values()
+        ]
+        mean = statistics.mean(map(float, seconds)) if seconds else None
+        outcomes.append(Outcome(claim, values, list(runs), mean, decide(claim, values)))
     return outcomes
 
 
@@ -195,7 +182,3 @@ def _read(run: Mapping[str, Any], claim: Claim) -> float | None:
             return None
         value = value[key]
     return float(value)
-
-
-def _read_seconds(run: Mapping[str, Any]) -> float:
-    return float(run["train_s"] if "train_s" in run else run["results"]["train_s"])

@@ -44,33 +44,26 @@ def measure_throughput(seed: int, *, num_rounds: int = _ROUNDS) -> dict[str, Any
         }
         models["transformer"] = build_gelu_transformer(UniMatrixConfig(), max_tokens=max(LENGTHS))
         ids = torch.randint(0, 256, (BATCH_SIZE, max(LENGTHS)))
-    seconds: dict[str, dict[int, list[float]]] = {
-        name: {length: [] for length in LENGTHS} for name in models
-    }
-    for index in range(num_rounds + _UNTIMED_ROUNDS):
-        for length in LENGTHS:
-            for name, model in models.items():
-                found = _time_forward(model, ids[:, :length].contiguous())
-                if index >= _UNTIMED_ROUNDS:
-                    seconds[name][length].append(found)
+    cells = [(length, name) for length in LENGTHS for name in models]
+    rounds = [
+        {(n, name): _time_forward(models[name], ids[:, :n].contiguous()) for n, name in cells}
+        for _ in range(num_rounds + _UNTIMED_ROUNDS)
+    ][_UNTIMED_ROUNDS:]
     tokens_per_s = {
         name: {
-            str(length): round(BATCH_SIZE * length / statistics.median(times), 1)
-            for length, times in by_length.items()
+            str(n): round(BATCH_SIZE * n / statistics.median(each[n, name] for each in rounds), 1)
+            for n in LENGTHS
         }
-        for name, by_length in seconds.items()
+        for name in models
     }
     first, last = str(LENGTHS[0]), str(LENGTHS[-1])
     return {
         "tokens_per_s": tokens_per_s,
         "ratio_at_128": {
-            name: statistics.median(
-                theirs / ours
-                for theirs, ours in zip(seconds["transformer"][128], by_length[128], strict=True)
-            )
-            for name, by_length in seconds.items()
+            name: statistics.median(each[128, "transformer"] / each[128, name] for each in rounds)
+            for name in models
         },
-        "flatness": {name: found[last] / found[first] for name, found in tokens_per_s.items()},
+        "flatness": {name: speeds[last] / speeds[first] for name, speeds in tokens_per_s.items()},
         "threads": torch.get_num_threads(),
     }
 
