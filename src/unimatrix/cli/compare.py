@@ -35,8 +35,7 @@ def run(
     ] = DEFAULT_COMPARISON,
     *,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="A few steps everywhere: minutes, to see that all runs."),
+        bool, typer.Option("--quick", help="A few steps everywhere: minutes, to see that all runs.")
     ] = False,
     only: Annotated[
         list[str] | None,

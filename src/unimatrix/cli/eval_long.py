@@ -15,8 +15,7 @@ def run(
     model: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...",
-            help="Run folders, saved models, or names on the Hugging Face hub.",
+            metavar="MODEL...", help="Run folders, saved models, or names on the Hugging Face hub."
         ),
     ],
     *,
@@ -63,8 +62,7 @@ def run(
         typer.Option("--report", help="HTML file of the report; its plots go beside it as PNG."),
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Three lengths up to 16384 and two examples: minutes."),
+        bool, typer.Option("--quick", help="Three lengths up to 16384 and two examples: minutes.")
     ] = False,
     seed: SeedOption = None,
     device: DeviceOption = "auto",

@@ -48,8 +48,7 @@ TestSlotsOption = Annotated[
 DataOption = Annotated[list[str] | None, typer.Option("--data", help=_DOCS["data"])]
 TestDataOption = Annotated[list[str] | None, typer.Option("--test-data", help=_DOCS["test_data"])]
 TestWindowOption = Annotated[
-    list[int] | None,
-    typer.Option("--test-window", help=_DOCS["test_windows"], show_default=False),
+    list[int] | None, typer.Option("--test-window", help=_DOCS["test_windows"], show_default=False)
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -104,11 +104,7 @@ class ClaimRun(StudyCell):
 
 
 def reproduce(
-    plan: ReproductionPlan,
-    out: Path,
-    *,
-    say: Say = lambda _: None,
-    device: str = "cpu",
+    plan: ReproductionPlan, out: Path, *, say: Say = lambda _: None, device: str = "cpu"
 ) -> dict[str, Record]:
     """Run what is not yet recorded; return the records of the plan by folder.
 
