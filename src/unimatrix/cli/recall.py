@@ -21,78 +21,61 @@ from unimatrix.train.field_types import read_field_docs
 _DOCS = read_field_docs(RecallRecipe)
 
 
-TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help=f"The task: {', '.join(TASKS)}.")]
-PresetOption = Annotated[
-    str | None,
-    typer.Option("--preset", help="Preset to train; a published one as the paper trains it."),
-]
-DropoutOption = Annotated[float | None, typer.Option("--dropout", help=_DOCS["dropout"])]
-SlotsOption = Annotated[int | None, typer.Option("--slots", help=_DOCS["num_slots"])]
-PairsOption = Annotated[int | None, typer.Option("--pairs", help=_DOCS["num_pairs"])]
-StepsOption = Annotated[int | None, typer.Option("--steps", help=_DOCS["steps"])]
-BatchSizeOption = Annotated[int | None, typer.Option("--batch-size", help=_DOCS["batch_size"])]
-LearningRateOption = Annotated[float | None, typer.Option("--lr", help=_DOCS["learning_rate"])]
-WeightDecayOption = Annotated[
-    float | None, typer.Option("--weight-decay", help=_DOCS["weight_decay"])
-]
-TestExamplesOption = Annotated[
-    int | None, typer.Option("--test-examples", help=_DOCS["test_examples"])
-]
-TestTokensOption = Annotated[int | None, typer.Option("--test-tokens", help=_DOCS["test_tokens"])]
-TestPairsOption = Annotated[
-    list[int] | None, typer.Option("--test-pairs", help=_DOCS["test_pairs"], show_default=False)
-]
-TestSlotsOption = Annotated[
-    list[int] | None, typer.Option("--test-slots", help=_DOCS["test_slots"], show_default=False)
-]
-DataOption = Annotated[list[str] | None, typer.Option("--data", help=_DOCS["data"])]
-TestDataOption = Annotated[list[str] | None, typer.Option("--test-data", help=_DOCS["test_data"])]
-TestWindowOption = Annotated[
-    list[int] | None, typer.Option("--test-window", help=_DOCS["test_windows"], show_default=False)
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="FIELD=VALUE",
-        help="Change another field of the model's configuration, such as write_gate=false. "
-        "Repeatable.",
-    ),
-]
-QuickOption = Annotated[
-    bool, typer.Option("--quick", help="Fewer steps and examples: two minutes on two cores.")
-]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Folder to keep model, log and record in.")
-]
-ReportOption = Annotated[
-    Path | None,
-    typer.Option("--report", help="HTML file to write the report to; its plot goes beside as PNG."),
-]
+def _option(flag: str, field: str, **settings: Any) -> Any:
+    """Return the option of a field of the recipe, with the field's docstring as its help."""
+    return typer.Option(flag, help=_DOCS[field], **settings)
 
 
 def run(
-    task: TaskArgument = TASKS[0],
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help=f"The task: {', '.join(TASKS)}.")
+    ] = TASKS[0],
     *,
-    preset: PresetOption = None,
-    dropout: DropoutOption = None,
-    num_slots: SlotsOption = None,
-    num_pairs: PairsOption = None,
-    steps: StepsOption = None,
-    batch_size: BatchSizeOption = None,
-    learning_rate: LearningRateOption = None,
-    weight_decay: WeightDecayOption = None,
-    test_examples: TestExamplesOption = None,
-    test_tokens: TestTokensOption = None,
-    test_pairs: TestPairsOption = None,
-    test_slots: TestSlotsOption = None,
-    data: DataOption = None,
-    test_data: TestDataOption = None,
-    test_windows: TestWindowOption = None,
-    assignments: SetOption = None,
-    quick: QuickOption = False,
-    out: OutOption = None,
-    report: ReportOption = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Preset to train; a published one as the paper trains it."),
+    ] = None,
+    dropout: Annotated[float | None, _option("--dropout", "dropout")] = None,
+    num_slots: Annotated[int | None, _option("--slots", "num_slots")] = None,
+    num_pairs: Annotated[int | None, _option("--pairs", "num_pairs")] = None,
+    steps: Annotated[int | None, _option("--steps", "steps")] = None,
+    batch_size: Annotated[int | None, _option("--batch-size", "batch_size")] = None,
+    learning_rate: Annotated[float | None, _option("--lr", "learning_rate")] = None,
+    weight_decay: Annotated[float | None, _option("--weight-decay", "weight_decay")] = None,
+    test_examples: Annotated[int | None, _option("--test-examples", "test_examples")] = None,
+    test_tokens: Annotated[int | None, _option("--test-tokens", "test_tokens")] = None,
+    test_pairs: Annotated[
+        list[int] | None, _option("--test-pairs", "test_pairs", show_default=False)
+    ] = None,
+    test_slots: Annotated[
+        list[int] | None, _option("--test-slots", "test_slots", show_default=False)
+    ] = None,
+    data: Annotated[list[str] | None, _option("--data", "data")] = None,
+    test_data: Annotated[list[str] | None, _option("--test-data", "test_data")] = None,
+    test_windows: Annotated[
+        list[int] | None, _option("--test-window", "test_windows", show_default=False)
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change another field of the model's configuration, such as write_gate=false. "
+            "Repeatable.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps and examples: two minutes on two cores.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to keep model, log and record in.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="HTML file to write the report to; its plot goes beside as PNG."
+        ),
+    ] = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

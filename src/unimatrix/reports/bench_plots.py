@@ -10,14 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.reports.figures import (
-    INK,
-    collect_labels,
-    render_png,
-    set_figure_title,
-    set_frame,
-    start_figure,
-)
+from unimatrix.reports import figures
 from unimatrix.train.run_folder import write_file
 
 Row = Mapping[str, Any]
@@ -43,7 +36,7 @@ _STYLES = {
 }
 _OTHER_COLOURS = ("#8C564B", "#B8860B", "#6A3D9A", "#1B7837", "#A50026", "#4D4D4D")
 _OTHER_MARKERS = ("<", ">", "p", "h", "d", "H")
-_NAMES = {
+_PEERS = {
     "llama": "Llama (SDPA)",
     "mamba2": "Mamba-2",
     "rwkv": "RWKV-4",
@@ -56,24 +49,15 @@ _PEAK_MODES = ("train", "forward", "prefill")
 
 
 def write_bench_plots(rows: Sequence[Row], folder: Path) -> None:
-    """Write both figures as PNG; without a row that was timed, nothing.
-
-    Args:
-        rows: as ``run_bench`` returns them.
-        folder: where they go.
-    """
+    """Write both figures of ``run_bench``'s rows as PNG; nothing without a row that was timed."""
     timed = [row for row in rows if row["skipped"] is None]
     if timed:
-        write_file(folder / SPEED_FILE, render_png(plot_speed(timed)))
-        write_file(folder / BYTES_FILE, render_png(plot_bytes(timed)))
+        write_file(folder / SPEED_FILE, figures.render_png(plot_speed(timed)))
+        write_file(folder / BYTES_FILE, figures.render_png(plot_bytes(timed)))
 
 
 def plot_speed(rows: Sequence[Row]) -> Figure:
-    """Draw tokens a second against length, a panel a mode.
-
-    Args:
-        rows: those that were timed, at least one.
-    """
+    """Draw tokens a second against length, a panel a mode; at least one row, all of them timed."""
     by_mode = _group_by_mode(rows)
     figure, panels = _start_panels(len(by_mode), "Tokens per second against length")
     for (mode, members), axes in zip(by_mode.items(), panels, strict=True):
@@ -86,11 +70,7 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
 
 
 def plot_bytes(rows: Sequence[Row]) -> Figure:
-    """Draw what one sequence carries, and the peak of a process in each mode, against length.
-
-    Args:
-        rows: those that were timed, at least one.
-    """
+    """Draw what a sequence carries and a process's peak in each mode; rows as in ``plot_speed``."""
     measured = [row for row in rows if row["mode"] in _PEAK_MODES and row["peak_bytes"]]
     peaks = _group_by_mode(measured)
     figure, panels = _start_panels(1 + len(peaks), "Bytes against length")
@@ -118,12 +98,12 @@ def _start_panels(num_panels: int, title: str) -> tuple[Figure, list[Axes]]:
     columns = 2 if num_panels == 4 else min(num_panels, _MOST_COLUMNS)
     lines = math.ceil(num_panels / columns)
     width, height = _PANEL_INCHES
-    figure = start_figure(max(1.6, columns) * width, lines * height + 1.3)
+    figure = figures.start_figure(max(1.6, columns) * width, lines * height + 1.3)
     figure.get_layout_engine().set(hspace=0.07, wspace=0.03)  # type: ignore[union-attr, call-arg]
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in panels[num_panels:]:
         axes.remove()
-    set_figure_title(figure, title, fontsize=22)
+    figures.set_figure_title(figure, title, fontsize=22)
     return figure, panels[:num_panels]
 
 
@@ -134,7 +114,7 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], column: str) -> None:
         lengths = sorted(points)
         base, _, variant = name.partition(", ")  # the same model, compiled
         colour, marker = _find_style(base)
-        ours = base not in _NAMES
+        ours = base not in _PEERS
         axes.plot(
             lengths,
             [points[length] for length in lengths],
@@ -154,7 +134,7 @@ def _draw_lines(axes: Axes, rows: Sequence[Row], column: str) -> None:
 def _name_line(name: str) -> str:
     """Return what a model is called in the legend."""
     base = name.partition(", ")[0]
-    return name.replace(base, _NAMES.get(base, base), 1)
+    return name.replace(base, _PEERS.get(base, base), 1)
 
 
 def _find_style(name: str) -> tuple[str, str]:
@@ -174,9 +154,9 @@ def _set_axes(axes: Axes, rows: Sequence[Row], title: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _format_length(value)))
     axes.set_xlim(lengths[0] / 1.6, lengths[-1] * 1.6)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(title, loc="left", fontsize=17, color=INK, pad=10)
-    axes.set_xlabel("length in tokens", fontsize=14, color=INK)
-    set_frame(axes)
+    axes.set_title(title, loc="left", fontsize=17, color=figures.INK, pad=10)
+    axes.set_xlabel("length in tokens", fontsize=14, color=figures.INK)
+    figures.set_frame(axes)
 
 
 def _thin_out(lengths: Sequence[int]) -> list[int]:
@@ -204,8 +184,8 @@ def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], label: 
     """Label y in the first column and draw one legend, models in the order of the rows."""
     for axes in panels:
         if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
-            axes.set_ylabel(label, fontsize=14, color=INK)
-    handles = collect_labels(panels)
+            axes.set_ylabel(label, fontsize=14, color=figures.INK)
+    handles = figures.collect_labels(panels)
     names = map(_name_line, dict.fromkeys(row["model"] for row in rows))
     labels = [name for name in names if name in handles]
     figure.legend(
@@ -215,7 +195,7 @@ def _finish(figure: Figure, panels: Sequence[Axes], rows: Sequence[Row], label: 
         ncols=min(len(labels), 6),
         frameon=False,
         fontsize=15,
-        labelcolor=INK,
+        labelcolor=figures.INK,
         handlelength=2.8,
     )
 

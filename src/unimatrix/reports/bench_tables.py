@@ -43,11 +43,7 @@ _NOT_SUMMARIZED = ("mamba2", "rwkv", "gla", "gated-deltanet")
 
 
 def describe_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the cells of ``HEADER`` for every row; a skipped one has its reason in no column.
-
-    Args:
-        rows: as ``run_bench`` returns them.
-    """
+    """Return the cells of ``HEADER`` for ``run_bench``'s rows; no column has why one is skipped."""
     return [_describe_row(row) for row in rows]
 
 
@@ -110,12 +106,7 @@ def describe_starts(rows: Sequence[Row]) -> Table:
 
 
 def tabulate_mode(runs: Mapping[str, Sequence[Row]], mode: str) -> Table:
-    """Return the rows of one mode over all recorded runs, columns nobody fills left out.
-
-    Args:
-        runs: rows by the name of their run.
-        mode: such as ``train``.
-    """
+    """Return the rows of one mode of all runs, by the runs' names; empty columns are left out."""
     rows = []
     for name, members in runs.items():
         for row in members:
@@ -134,11 +125,7 @@ def drop_empty_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def summarize_speed(runs: Mapping[str, Sequence[Row]]) -> Table:
-    """Return what a reader wants first: our speed beside Llama's.
-
-    Args:
-        runs: rows by the name of their run.
-    """
+    """Return what a reader wants first: our speed beside Llama's, from rows by their run."""
     rows = [
         {"what": _SUMMARY_MODES[row["mode"]], "run": name}
         | dict(zip(HEADER, _describe_row(row), strict=True))

@@ -2,6 +2,7 @@
 
 import html
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ _COLOURS = {
     BETTER: ("#009E73", "green"),
     NOT_REPRODUCED: ("#D55E00", "orange"),
 }
+_SUMMARIZED = ("group", "name", "source", "published", "causal_code", "tolerance")
 _PER_CENT_GROUPS = ("recall", "slots", "triple")
 _DRAWN_GROUPS = ("lm", *_PER_CENT_GROUPS)
 
@@ -84,12 +86,7 @@ def tabulate_throughput(records: Records) -> Table:
 
 
 def format_claims_group(records: Records, group: str) -> str:
-    """Return the claims of one of the paper's tables in Markdown, with our values and verdicts.
-
-    Args:
-        records: by folder.
-        group: one of the groups of ``unimatrix reproduce``.
-    """
+    """Return one of the paper's tables, by its group, in Markdown with our values and verdicts."""
     text = format_markdown(tabulate_claims(judge_claims(records, [group])))
     speeds = tabulate_throughput(records)
     return f"{text}\n\n{format_markdown(speeds)}" if group == "throughput" and speeds.rows else text
@@ -97,8 +94,7 @@ def format_claims_group(records: Records, group: str) -> str:
 
 def count_verdicts(outcomes: Sequence[Outcome]) -> dict[str, int]:
     """Return how many claims have each verdict."""
-    found = [outcome.verdict for outcome in outcomes]
-    return {verdict: found.count(verdict) for verdict in dict.fromkeys(found)}
+    return dict(Counter(outcome.verdict for outcome in outcomes))
 
 
 def summarize_claims(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -107,13 +103,8 @@ def summarize_claims(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "rule": VERDICT_RULE,
         "verdicts": count_verdicts(outcomes),
         "claims": [
-            {
-                "group": outcome.claim.group,
-                "name": outcome.claim.name,
-                "source": outcome.claim.source,
-                "published": outcome.claim.published,
-                "causal_code": outcome.claim.causal_code,
-                "tolerance": outcome.claim.tolerance,
+            {name: getattr(outcome.claim, name) for name in _SUMMARIZED}
+            | {
                 "values": outcome.values,
                 "seeds": outcome.seeds,
                 "train_s": outcome.seconds,
@@ -154,13 +145,9 @@ def write_claims_report(records: Records, path: Path, groups: Sequence[str] = GR
 
 
 def plot_claims(outcomes: Sequence[Outcome]) -> "Figure":
-    """Draw a row a claim of accuracy or bits: the published value, and ours by seed.
+    """Draw a row a claim of accuracy or bits, at least one: the published value, and ours by seed.
 
-    Args:
-        outcomes: of any groups, at least one of accuracy or bits; other scales are left out.
-
-    Returns:
-        A figure that belongs to no window and no global state.
+    Claims on other scales are left out.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -8,16 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from unimatrix.reports import figures
 from unimatrix.reports.compare_results import select_text_cells
-from unimatrix.reports.figures import (
-    INK,
-    add_legend,
-    set_byte_axis,
-    set_look,
-    set_title,
-    start_figure,
-    wrap_label,
-)
 from unimatrix.studies.records import Record, Records, select_records
 
 Styles = Mapping[str, Mapping[str, Any]]
@@ -37,7 +29,7 @@ def plot_training(records: Records, corpus: str, styles: Styles) -> Figure:
         corpus: its name.
         styles: of its models.
     """
-    figure = start_figure(14.0, 6.4)
+    figure = figures.start_figure(14.0, 6.4)
     panels = figure.subplots(1, 2, sharey=True)
     labels = {"time": "seconds of training", "parameters": "tokens of training"}
     for axes, (table, label) in zip(panels, labels.items(), strict=True):
@@ -46,25 +38,27 @@ def plot_training(records: Records, corpus: str, styles: Styles) -> Figure:
             last = cell["train_s"] if table == "time" else cell["tokens"]
             steps = [step * last / cell["num_optim_steps"] for step, _ in cell["loss_curve"]]
             bits = _smooth([nats / math.log(2) for _, nats in cell["loss_curve"]])
-            axes.plot(steps, bits, label=wrap_label(model), **{**styles[model], "marker": ""})
+            axes.plot(
+                steps, bits, label=figures.wrap_label(model), **{**styles[model], "marker": ""}
+            )
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
-        set_look(axes)
+        figures.set_look(axes)
     panels[0].set_ylabel("bits per byte of training windows")
-    set_title(panels[0], f"Learning curves, {corpus}")
-    add_legend(figure, panels)
+    figures.set_title(panels[0], f"Learning curves, {corpus}")
+    figures.add_legend(figure, panels)
     return figure
 
 
 def plot_positions(records: Records, corpus: str, styles: Styles) -> Figure:
     """Draw bits per byte against the position in the validation text; as in ``plot_training``."""
-    figure = start_figure(*_SIZE)
+    figure = figures.start_figure(*_SIZE)
     axes = figure.add_subplot()
     for model, cell in _choose_cells(records, corpus).items():
         ends, bits = zip(*cell["results"]["by_position"], strict=True)
-        axes.plot(ends, bits, label=wrap_label(model), **styles[model])
-    set_byte_axis(axes)
+        axes.plot(ends, bits, label=figures.wrap_label(model), **styles[model])
+    figures.set_byte_axis(axes)
     axes.set_xlabel("bytes read before (ends of bins that double)")
     axes.set_ylabel("bits per byte in the bin")
     _draw_compressors(axes, records, corpus)
@@ -76,7 +70,7 @@ def plot_state(records: Records, corpus: str, styles: Styles) -> Figure:
 
     As in ``plot_training``.
     """
-    figure = start_figure(*_SIZE)
+    figure = figures.start_figure(*_SIZE)
     axes = figure.add_subplot()
     longest = 0
     for model, cell in _choose_cells(records, corpus).items():
@@ -86,8 +80,8 @@ def plot_state(records: Records, corpus: str, styles: Styles) -> Figure:
         bits = results["valid_bits_per_byte"]
         axes.plot([min(sizes.values()), sizes[longest]], [bits, bits], alpha=0.35, **style)
         style["linestyle"] = "none"
-        axes.plot([sizes[longest]], [bits], label=wrap_label(model), **style)
-    set_byte_axis(axes)
+        axes.plot([sizes[longest]], [bits], label=figures.wrap_label(model), **style)
+    figures.set_byte_axis(axes)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"bytes carried after {longest:,} tokens (pale: after 1,024)")
     axes.set_ylabel("bits per byte, validation")
@@ -97,14 +91,16 @@ def plot_state(records: Records, corpus: str, styles: Styles) -> Figure:
 
 def plot_recall(records: Records, styles: Styles) -> Figure:
     """Draw the accuracy of associative recall against the length; as in ``plot_training``."""
-    figure = start_figure(*_SIZE)
+    figure = figures.start_figure(*_SIZE)
     axes = figure.add_subplot()
     for model, cell in select_records(records, "recall/").items():
         if cell["status"] == "done":
             by_length = cell["results"]["accuracy_by_tokens"]
             lengths = [int(length) for length in by_length]
-            axes.plot(lengths, list(by_length.values()), label=wrap_label(model), **styles[model])
-    axes.axhline(_CHANCE, color=INK, linewidth=1.5, linestyle=":", label="chance")
+            axes.plot(
+                lengths, list(by_length.values()), label=figures.wrap_label(model), **styles[model]
+            )
+    axes.axhline(_CHANCE, color=figures.INK, linewidth=1.5, linestyle=":", label="chance")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_ylim(0, 1.04)
@@ -141,7 +137,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _finish(figure: Figure, axes: Axes, title: str) -> Figure:
-    set_look(axes)
-    set_title(axes, title)
-    add_legend(figure, [axes])
+    figures.set_look(axes)
+    figures.set_title(axes, title)
+    figures.add_legend(figure, [axes])
     return figure

@@ -30,15 +30,12 @@ def list_corpora(records: Records) -> list[str]:
 
 
 def select_text_cells(records: Records, table: str, corpus: str) -> dict[str, Record]:
-    """Return the records of a table by model, the best on validation text first.
+    """Return the finished cells of a table by model, the best on validation text first.
 
     Args:
         records: of one comparison.
         table: ``parameters`` or ``time``.
         corpus: its name.
-
-    Returns:
-        finished cells; those that diverged stand last.
     """
     cells = _select_finished(records, f"{table}/{corpus}/")
     return dict(sorted(cells.items(), key=lambda item: _rank(item[1]["results"])))
@@ -47,7 +44,7 @@ def select_text_cells(records: Records, table: str, corpus: str) -> dict[str, Re
 def tabulate_text(records: Records, table: str, corpus: str) -> Table:
     """Return a table of language modelling, the best on validation text first.
 
-    With a column of recall where any model was asked for it.
+    With a column of recall where any model learned it.
     """
     has_recall = any(name.startswith("recall/") for name in records)
     rows = []

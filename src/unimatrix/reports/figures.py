@@ -3,13 +3,16 @@
 import io
 import textwrap
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from unimatrix.evaluation.units import format_bytes
+
+Grid = Literal["x", "y", "both"]
+"""The axes across which lines are drawn."""
 
 INK = "#222222"
 """Colour of text."""
@@ -18,16 +21,8 @@ _DPI = 200
 _LEGEND_CHARACTERS = 34
 # Okabe and Ito's palette, which the colour-blind can tell apart, and a few more; shapes differ too.
 _COLOURS = (
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#444444",
-    "#8C6D31",
-    "#6A3D9A",
-    "#A8A800",
+    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"),
+    *("#56B4E9", "#444444", "#8C6D31", "#6A3D9A", "#A8A800"),
 )
 _MARKERS = ("*", "o", "s", "D", "^", "v", "P", "X", "<", ">")
 
@@ -84,7 +79,7 @@ def set_figure_title(figure: Figure, text: str, *, fontsize: int = 20) -> None:
     figure.suptitle(escape_formula(text), x=0.01, ha="left", fontsize=fontsize, color=INK)
 
 
-def set_look(axes: Axes, *, grid: str | None = "both") -> None:
+def set_look(axes: Axes, *, grid: Grid = "both") -> None:
     """Set fonts that are read from the last row, take the box away, and draw a grid behind."""
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set_fontsize(14)
@@ -93,15 +88,9 @@ def set_look(axes: Axes, *, grid: str | None = "both") -> None:
     set_frame(axes, grid=grid)
 
 
-def set_frame(axes: Axes, *, grid: str | None = "both") -> None:
-    """Take the box away and draw a grid behind; the labels stay as they are.
-
-    Args:
-        axes: the panel.
-        grid: x, y or both; ``None`` draws none.
-    """
-    if grid is not None:
-        axes.grid(axis=grid, color=_GRID, linewidth=0.9)  # type: ignore[arg-type]
+def set_frame(axes: Axes, *, grid: Grid = "both") -> None:
+    """Take the box away and draw a grid behind; the labels stay as they are."""
+    axes.grid(axis=grid, color=_GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=13, colors=INK)
     for side, spine in axes.spines.items():

@@ -19,11 +19,7 @@ _WIRING = ("slot_key_patterns", "slot_read_offsets", "slot_source")
 
 
 def list_parts_off(overrides: Mapping[str, Any]) -> str:
-    """Return which parts of the preset ``unimatrix`` an experiment switched off or wired anew.
-
-    Args:
-        overrides: configuration fields that differ from the preset.
-    """
+    """Return which parts of the preset ``unimatrix`` configuration fields switch off or rewire."""
     off = [part for part, (name, value) in _OFF.items() if overrides.get(name) == value]
     if "matrix state" in off:
         off.insert(1, "its convolution")
@@ -34,11 +30,7 @@ def list_parts_off(overrides: Mapping[str, Any]) -> str:
 
 
 def tabulate_headline(records: Records) -> Table:
-    """Return the rows that the README shows.
-
-    Args:
-        records: by folder below ``results/``.
-    """
+    """Return the rows that the README shows, from the records by folder below ``results/``."""
     rows = [*_list_language(records), *_list_recall(records), *_list_speed(records)]
     header = ["question", "ours", "beside it", "state bytes", "parts of the preset that are off"]
     return Table(header, rows)

@@ -14,14 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from unimatrix.evaluation.units import format_bytes
-from unimatrix.reports.figures import (
-    INK,
-    set_byte_axis,
-    set_look,
-    set_title,
-    start_figure,
-    wrap_label,
-)
+from unimatrix.reports import figures
 from unimatrix.reports.recall_results import (
     INFORMATION_LIMIT_BYTES,
     PUBLISHED_MQAR_B,
@@ -55,12 +48,8 @@ _ACCURACY_TICKS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.9
 
 
 def plot_state_against_accuracy(configurations: Sequence[Configuration]) -> Figure:
-    """Draw mean accuracy against bytes of state, with the published points of MQAR grid B.
-
-    Args:
-        configurations: of task mqar-b, at least one.
-    """
-    figure = start_figure(12.8, 7.2)
+    """Draw mean accuracy of mqar-b against bytes of state, with the published points of grid B."""
+    figure = figures.start_figure(12.8, 7.2)
     axes = figure.add_subplot()
     groups = {
         "This project": [_draw_ours(axes, each, i) for i, each in enumerate(configurations)],
@@ -72,11 +61,11 @@ def plot_state_against_accuracy(configurations: Sequence[Configuration]) -> Figu
     axes.set_xlabel("state of one sequence (log scale)")
     num_slices = len(list_slices(configurations))
     axes.set_ylabel(f"accuracy, mean of {num_slices} slices (stretched towards 1)")
-    set_title(axes, "Exact recall against the state that holds it")
+    figures.set_title(axes, "Exact recall against the state that holds it")
     _draw_limit(axes)
     if len(configurations) == 1:
         _draw_reached(axes, configurations[0])
-    set_look(axes)
+    figures.set_look(axes)
     _draw_legend(axes, groups)
     return figure
 
@@ -100,24 +89,24 @@ def plot_slices(configurations: Sequence[Configuration], slice_label: str) -> Fi
         means = {name: average_copy_rule(configurations, rule, [name]) for name in slices}
         accuracies = {name: [mean] for name, mean in means.items() if mean is not None}
         series.append((copied, name_rule(rule), _RULE_GREYS[index % len(_RULE_GREYS)], accuracies))
-    figure = start_figure(max(11.0, 5.5 + 0.3 * len(series) * len(slices)), 5.6)
+    figure = figures.start_figure(max(11.0, 5.5 + 0.3 * len(series) * len(slices)), 5.6)
     axes = figure.add_subplot()
     width = 0.84 / len(series)
     groups: dict[str, list[Artist]] = {ours: [], copied: []}
     for index, (group, label, colour, accuracies) in enumerate(series):
-        groups[group].append(Patch(color=colour, label=wrap_label(label)))
-        for name, found in accuracies.items():
+        groups[group].append(Patch(color=colour, label=figures.wrap_label(label)))
+        for name, runs in accuracies.items():
             x = slices.index(name) + (index + 0.5) * width - 0.42
-            _draw_bar(axes, x, statistics.mean(found), min(found), width, colour)
-    axes.set_xticks(range(len(slices)), [wrap_label(name) for name in slices])
+            _draw_bar(axes, x, statistics.mean(runs), min(runs), width, colour)
+    axes.set_xticks(range(len(slices)), [figures.wrap_label(name) for name in slices])
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(slices) - 0.4)
     axes.set_ylim(0, 1.04)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     axes.set_ylabel("accuracy")
     axes.set_xlabel(slice_label)
-    set_title(axes, "Recall by slice, beside what copying alone reaches")
-    set_look(axes, grid="y")
+    figures.set_title(axes, "Recall by slice, beside what copying alone reaches")
+    figures.set_look(axes, grid="y")
     _draw_legend(axes, groups)
     return figure
 
@@ -139,10 +128,10 @@ def _draw_ours(axes: Axes, configuration: Configuration, index: int) -> Artist:
         [mean],
         marker=marker,
         markersize=24 if marker == "*" else 15,
-        markeredgecolor=INK,
+        markeredgecolor=figures.INK,
         markeredgewidth=1.2,
         linestyle="none",
-        label=f"{wrap_label(configuration.name)}\n{reached}",
+        label=f"{figures.wrap_label(configuration.name)}\n{reached}",
         **style,
     )
     return points
@@ -172,7 +161,7 @@ def _draw_rule_lines(axes: Axes, configurations: Sequence[Configuration]) -> lis
         accuracy = average_copy_rule(configurations, rule, slices)
         if accuracy is None:
             continue
-        label = f"{wrap_label(name_rule(rule))} {format_fraction(accuracy)}"
+        label = f"{figures.wrap_label(name_rule(rule))} {format_fraction(accuracy)}"
         line = axes.axhline(accuracy, linewidth=2, zorder=1.5, label=label)
         line.set_color(_RULE_INKS[index % len(_RULE_INKS)])
         # Shifted against each other, so that two rules at one height both show.
@@ -194,16 +183,16 @@ def _draw_published(axes: Axes) -> list[Artist]:
 
 def _draw_limit(axes: Axes) -> None:
     """Draw the fewest bytes that list all bindings of the longest slice."""
-    axes.axvline(INFORMATION_LIMIT_BYTES, color=INK, linewidth=1.5, linestyle=":", zorder=1)
+    axes.axvline(INFORMATION_LIMIT_BYTES, color=figures.INK, linewidth=1.5, linestyle=":", zorder=1)
     text = f"{INFORMATION_LIMIT_BYTES} bytes list 256 pairs of 12 + 12 bits"
     foot, units = (INFORMATION_LIMIT_BYTES, 0.02), ("data", "axes fraction")
-    axes.annotate(text, foot, (-6, 0), units, ha="right", color=INK, **_UPRIGHT)
+    axes.annotate(text, foot, (-6, 0), units, ha="right", color=figures.INK, **_UPRIGHT)
 
 
 def _set_state_axis(axes: Axes, ours: Sequence[int]) -> None:
     """Make x logarithmic in bytes, with room for the limit's label and every point."""
     published = 1024 * max(kibibytes for model in PUBLISHED_MQAR_B for kibibytes, _ in model.points)
-    set_byte_axis(axes)
+    figures.set_byte_axis(axes)
     axes.set_xlim(min(*ours, INFORMATION_LIMIT_BYTES) / 2, 1.7 * max(*ours, published))
     axes.xaxis.set_major_locator(FixedLocator([4**power for power in range(20)]))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -234,13 +223,13 @@ def _draw_bar(axes: Axes, x: float, height: float, worst: float, width: float, c
     is_short = height < 0.25
     red, green, blue = to_rgb(colour)
     is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.56
-    ink = "white" if is_dark and not is_short else INK
+    ink = "white" if is_dark and not is_short else figures.INK
     foot = (x, height if is_short else 0)
     text = format_fraction(height)
     axes.annotate(text, foot, (0, 7), ha="center", color=ink, zorder=5, **_UPRIGHT)
     if worst < height:
-        axes.plot([x, x], [worst, height], color=INK, linewidth=1.8, zorder=4)
-        axes.plot([x], [worst], color=INK, marker="_", markersize=9, zorder=4)
+        axes.plot([x, x], [worst, height], color=figures.INK, linewidth=1.8, zorder=4)
+        axes.plot([x], [worst], color=figures.INK, marker="_", markersize=9, zorder=4)
 
 
 def _draw_legend(axes: Axes, groups: Mapping[str, Sequence[Artist]]) -> None:
@@ -256,7 +245,7 @@ def _draw_legend(axes: Axes, groups: Mapping[str, Sequence[Artist]]) -> None:
         bbox_to_anchor=(1.01, 1.02),
         frameon=False,
         fontsize=12,
-        labelcolor=INK,
+        labelcolor=figures.INK,
         labelspacing=0.55,
         handlelength=2.6,
         markerscale=0.7,

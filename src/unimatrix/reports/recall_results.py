@@ -117,8 +117,8 @@ def list_copy_rules(configurations: Sequence[Configuration]) -> list[str]:
     return list(
         dict.fromkeys(
             rule
-            for one in configurations
-            for run in one.runs
+            for configuration in configurations
+            for run in configuration.runs
             for rules in run["copy_rules"].values()
             for rule in rules
         )
@@ -151,15 +151,15 @@ def average_copy_rule(
     """
     by_slice = []
     for name in slices:
-        found = [
+        shares = [
             float(rules[rule])
-            for one in configurations
-            for run in one.runs
+            for configuration in configurations
+            for run in configuration.runs
             if rule in (rules := find_copy_rules(run, name))
         ]
-        if not found:
+        if not shares:
             return None
-        by_slice.append(statistics.mean(found))
+        by_slice.append(statistics.mean(shares))
     return statistics.mean(by_slice)
 
 
@@ -205,13 +205,14 @@ def _name_groups(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[Configur
         for field in fields
         if len({json.dumps(recipe.get(field), default=str) for recipe in recipes}) > 1
     ]
-    found: list[Configuration] = []
-    for recipe, group in zip(recipes, groups, strict=True):
+    names: list[str] = []
+    for recipe in recipes:
         parts = [str(recipe.get("preset", "model"))]
         if recipe.get("num_slots") is not None:
             parts.append(f"{recipe['num_slots']} slots")
         parts += [f"{field.replace('_', ' ')} {recipe.get(field)}" for field in differing]
-        name = ", ".join(parts)
-        same = sum(one.name.partition(" #")[0] == name for one in found)
-        found.append(Configuration(f"{name} #{same + 1}" if same else name, tuple(group)))
-    return found
+        names.append(", ".join(parts))
+    return [
+        Configuration(f"{name} #{same + 1}" if (same := names[:i].count(name)) else name, tuple(g))
+        for i, (name, g) in enumerate(zip(names, groups, strict=True))
+    ]

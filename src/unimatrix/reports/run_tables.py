@@ -1,4 +1,4 @@
-"""Tables of single trainings and of the recall lab, from their records below ``results/``."""
+"""Tables of trainings, of the recall lab and of clients, from their records below ``results/``."""
 
 import re
 import statistics
@@ -175,6 +175,22 @@ def tabulate_books(records: Records) -> Table:
             scores = results.get("compressors", {}).get(compressor, {}).values()
             row[f"{compressor}, plain / primed"] = " / ".join(f"{score:.3f}" for score in scores)
         rows.append(row | {"parameters": f"{results['parameters']:,}"})
+    return tabulate(rows)
+
+
+def tabulate_clients(record: Record) -> Table:
+    """Return a row for every use that a test shows, each library and version named once."""
+    versions = {name.replace("_", "-"): version for name, version in record["versions"].items()}
+    rows = []
+    named: set[str] = set()
+    for use in sorted(
+        record["results"]["uses"], key=lambda use: (use["library"].lower(), use["use"])
+    ):
+        library = {"library": use["library"], "version": versions[use["library"].lower()]}
+        row = library if use["library"] not in named else {}
+        named.add(use["library"])
+        reason = "" if use["sentence"] is None else f": {use['sentence']}"
+        rows.append({**row, "use": use["use"], "result": f"{use['outcome']}{reason}"})
     return tabulate(rows)
 
 

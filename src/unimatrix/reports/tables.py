@@ -12,7 +12,6 @@ from typing import Any
 from unimatrix.errors import InputError, suggest
 from unimatrix.reports import bench_tables, compare_results, long_context_results, run_tables
 from unimatrix.reports.claims_report import format_claims_group
-from unimatrix.reports.client_tables import tabulate_clients
 from unimatrix.reports.headline import tabulate_headline
 from unimatrix.reports.text import Table, format_markdown, join
 from unimatrix.studies.compare.recipe import DEFAULT_COMPARISON
@@ -31,11 +30,7 @@ Write = Callable[[Records], str]
 
 
 def render_document(text: str, records: Records) -> str:
-    """Return a document with every marked table made anew.
-
-    Args:
-        text: the document.
-        records: by folder, from ``read_records``.
+    """Return the text of a document with every marked table made anew from ``read_records``.
 
     Raises:
         InputError: if a mark names no table.
@@ -51,12 +46,7 @@ def render_document(text: str, records: Records) -> str:
 
 
 def find_stale_documents(root: Path, records: Records) -> dict[Path, str]:
-    """Return the documents of a checkout that the records give another text, with that text.
-
-    Args:
-        root: of the checkout.
-        records: by folder, from ``read_records``.
-    """
+    """Return the documents of a checkout that the records give another text, with that text."""
     texts = {root / name: (root / name).read_text(encoding="utf-8") for name in DOCUMENTS}
     rendered = {document: render_document(text, records) for document, text in texts.items()}
     return {document: text for document, text in rendered.items() if text != texts[document]}
@@ -149,7 +139,7 @@ TABLES: dict[str, Write] = {
         lambda records: bench_tables.summarize_speed(_read_bench_runs(records))
     ),
     **{f"claims-{group}": partial(format_claims_group, group=group) for group in GROUPS},
-    "clients": _write(lambda records: tabulate_clients(records["clients"])),
+    "clients": _write(lambda records: run_tables.tabulate_clients(records["clients"])),
     **{
         f"compare-{table}": _write_comparisons(partial(_join_corpora, kind=table))
         for table in compare_results.TABLE_TITLES

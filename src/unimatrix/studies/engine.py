@@ -209,8 +209,8 @@ def run_cell(cell: StudyCell, store: FolderStore, attempt: Attempt | None = None
 
     Args:
         cell: what to measure.
-        store: of its record.
-        attempt: device, callbacks and who listens; the rest is the engine's.
+        store: holds its record.
+        attempt: device, callbacks and listeners; the engine adds the rest.
 
     Raises:
         InputError: as in ``FolderStore.read``.
@@ -220,13 +220,9 @@ def run_cell(cell: StudyCell, store: FolderStore, attempt: Attempt | None = None
     if record is not None and cell.is_finished(record):
         return record
     with store.begin(cell) as folder:
-        attempt = replace(
-            attempt or Attempt(),
-            folder=folder,
-            record=store.read(cell),
-            write=partial(store.write, cell),
-        )
-        return store.write(cell, cell.measure(attempt))
+        begun, write = store.read(cell), partial(store.write, cell)
+        whole = replace(attempt or Attempt(), folder=folder, record=begun, write=write)
+        return store.write(cell, cell.measure(whole))
 
 
 def run_cells(
@@ -243,9 +239,8 @@ def run_cells(
 
     Args:
         cells: in order; a generator may make later cells of what ``records`` says of earlier ones.
-        store: of their records.
-        attempt: as in ``run_cell``.
-        records: those that are there; gets every further one as soon as its cell is finished.
+        store, attempt: as in ``run_cell``.
+        records: those that are there; every further one is added as soon as its cell is finished.
         num_cells: of the whole study; with it, a sentence a cell says how many are left.
         stop: ends the study after the present cell, and a training after the present step;
             ``None`` lets Ctrl-C end it at once.
@@ -274,15 +269,10 @@ def run_cells(
 def split_finished(
     cells: Sequence[Cell], store: FolderStore
 ) -> tuple[dict[str, Record], list[Cell]]:
-    """Return the records of the finished cells by name, and the cells that are not finished.
-
-    Raises:
-        InputError: as in ``FolderStore.read``.
-    """
-    found = {cell.name: (cell, store.read(cell)) for cell in cells}
-    records = {
-        name: record
-        for name, (cell, record) in found.items()
-        if record is not None and cell.is_finished(record)
-    }
+    """Return the records of the finished cells by name, and the cells that are not finished."""
+    records: dict[str, Record] = {}
+    for cell in cells:
+        record = store.read(cell)
+        if record is not None and cell.is_finished(record):
+            records[cell.name] = record
     return records, [cell for cell in cells if cell.name not in records]

@@ -52,11 +52,7 @@ class ModelMaker:
         return draw_model(lambda: self._build(window_tokens), self.comparison.seed)
 
     def build_for_recall(self, task: AssociativeRecall) -> PreTrainedModel:
-        """Return the model of the task's vocabulary, otherwise of the same size.
-
-        Args:
-            task: decides vocabulary and the length of a position table.
-        """
+        """Return the model of the task's vocabulary and length, otherwise of the same size."""
         fields = describe_vocabulary(task) | self.entry.recall_overrides
         return draw_model(lambda: self._build(task.window_tokens, **fields), self.comparison.seed)
 

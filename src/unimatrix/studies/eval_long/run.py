@@ -135,10 +135,10 @@ class LongContextCell(StudyCell):
             units.get(self.task, self.plan.num_examples),
         )
         try:
-            found = {"status": "done", "reason": None, "results": measure()}
+            outcome = {"status": "done", "reason": None, "results": measure()}
         except (InputError, TooLongError) as error:
-            found = {"status": "not run", "reason": str(error), "results": None}
-        return {**place, "asked": self.settings, **found}
+            outcome = {"status": "not run", "reason": str(error), "results": None}
+        return {**place, "asked": self.settings, **outcome}
 
     def _count_from(self, first: int) -> Callable[[], None]:
         """Return what tells of one more unit done, each time that it is called."""
@@ -156,20 +156,15 @@ class LongContextCell(StudyCell):
 
     def _measure_code(self) -> Record:
         """Return what both measures of code completion find."""
+        reader, sources, length = self.reader, self.material.sources, self.total_bytes
+        num_names = self.plan.num_examples * _NAMES_PER_EXAMPLE
+        num_lines = self.plan.num_examples * _LINES_PER_EXAMPLE
         names = measure_far_names(
-            self.reader,
-            self.material.sources,
-            self.plan.num_examples * _NAMES_PER_EXAMPLE,
-            most_bytes=self.total_bytes,
-            on_source=self.on_example,
+            reader, sources, num_names, most_bytes=length, on_source=self.on_example
         )
+        count, seed = self._count_from(names["examples"] + 1), self.plan.seed
         lines = measure_lines(
-            self.reader,
-            self.material.sources,
-            self.plan.num_examples * _LINES_PER_EXAMPLE,
-            self.plan.seed,
-            context_bytes=self.total_bytes,
-            on_example=self._count_from(names["examples"] + 1),
+            reader, sources, num_lines, seed, context_bytes=length, on_example=count
         )
         return {"lines": lines, "names": names}
 
@@ -190,7 +185,7 @@ def run_long_context(
             in memory alone.
         device: cpu, cuda or mps.
         on_start: called before each cell with what it is and how many units it has.
-        on_example: called with the units of the cell done.
+        on_example: called with how many units of the cell are done.
 
     Raises:
         InputError: for an unusable plan, model, text or folder; nothing is written.

@@ -147,10 +147,8 @@ class RecallCell(StudyCell):
             num_first=round(slices.first_fraction * recipe.steps),
         )
         train_s = attempt.train(model, examples, train, attempt.folder)
-        results = _test(model, recipe, slices, self.on_test) | {
-            "train_s": train_s,
-            "recipe": dataclasses.asdict(recipe),
-        }
+        results = _test(model, recipe, slices, self.on_test)
+        results |= {"train_s": train_s, "recipe": dataclasses.asdict(recipe)}
         if attempt.folder is not None:
             save_model(model, attempt.folder)
         return record | {"status": "done", "results": results}
@@ -225,7 +223,7 @@ def _count_tokens(task: SeededTask) -> int:
 
 
 def _list_slots(recipe: RecallRecipe, task: SeededTask) -> list[tuple[str, int | None]]:
-    """Return what to add to a test's name, and its number of slots, for each number asked for."""
+    """Return what follows a test's name, and its number of slots, for each number in the recipe."""
     if not recipe.test_slots:
         return [("", None)]
     numbers = dict.fromkeys(number or count_pairs(task) for number in recipe.test_slots)

@@ -133,12 +133,7 @@ def name_run(cell: ClaimCell, seed: int) -> str:
 
 
 def judge_claims(records: Records, groups: Sequence[str] = GROUPS) -> list[Outcome]:
-    """Return every claim of some groups beside what the records say.
-
-    Args:
-        records: by folder; others than those of the cells do not matter.
-        groups: which tables.
-    """
+    """Return every claim of some groups beside what the records say, by folder."""
     cells, claims = load_claims()
     outcomes = []
     for claim in claims:
@@ -157,12 +152,7 @@ def judge_claims(records: Records, groups: Sequence[str] = GROUPS) -> list[Outco
 
 
 def decide(claim: Claim, values: Sequence[float]) -> str:
-    """Return the verdict on a claim, by ``VERDICT_RULE``.
-
-    Args:
-        claim: what was published.
-        values: ours, one a seed; none is ``not run``.
-    """
+    """Return the verdict on a claim, by ``VERDICT_RULE``, of our values by seed."""
     if not values:
         return "not run"
     mean = statistics.mean(values)
