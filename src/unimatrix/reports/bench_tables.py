@@ -8,36 +8,23 @@ from unimatrix.reports.text import Table, tabulate
 
 Row = Mapping[str, Any]
 
-HEADER = (
-    "model",
-    "tokens x batch",
-    "ms",
-    "range",
-    "rounds",
-    "tokens/s",
-    "ratio to Llama",
-    "ratio to the first length",
-    "floor ms",
-    "share of peak",
-    "share of bandwidth",
-    "peak bytes",
-    "state bytes",
-)
-SHORT_HEADER = (
-    "model",
-    "tokens",
-    "ms",
-    "range",
-    "n",
-    "tokens/s",
-    "/Llama",
-    "/first",
-    "floor",
-    "of peak",
-    "of copy",
-    "peak",
-    "state",
-)
+# What documents call each column, and what a terminal has room for.
+_COLUMNS = {
+    "model": "model",
+    "tokens x batch": "tokens",
+    "ms": "ms",
+    "range": "range",
+    "rounds": "n",
+    "tokens/s": "tokens/s",
+    "ratio to Llama": "/Llama",
+    "ratio to the first length": "/first",
+    "floor ms": "floor",
+    "share of peak": "of peak",
+    "share of bandwidth": "of copy",
+    "peak bytes": "peak",
+    "state bytes": "state",
+}
+HEADER, SHORT_HEADER = tuple(_COLUMNS), tuple(_COLUMNS.values())
 _SUMMARY_MODES = {"train": "train step", "decode": "decoding a token"}
 _NOT_SUMMARIZED = ("mamba2", "rwkv", "gla", "gated-deltanet")
 

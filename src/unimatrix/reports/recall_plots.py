@@ -172,12 +172,12 @@ def _draw_rule_lines(axes: Axes, configurations: Sequence[Configuration]) -> lis
 
 def _draw_published(axes: Axes) -> list[Artist]:
     lines: list[Artist] = []
-    styles = zip(PUBLISHED_MQAR_B, _PUBLISHED_COLOURS, _PUBLISHED_MARKERS, strict=True)
-    for model, colour, marker in styles:
-        kibibytes, accuracies = zip(*model.points, strict=True)
+    styles = zip(PUBLISHED_MQAR_B.items(), _PUBLISHED_COLOURS, _PUBLISHED_MARKERS, strict=True)
+    for (model, points), colour, marker in styles:
+        kibibytes, accuracies = zip(*points, strict=True)
         sizes = [1024 * value for value in kibibytes]
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 8}
-        lines += axes.plot(sizes, accuracies, linewidth=1.8, zorder=3, label=model.name, **style)
+        lines += axes.plot(sizes, accuracies, linewidth=1.8, zorder=3, label=model, **style)
     return lines
 
 
@@ -191,7 +191,7 @@ def _draw_limit(axes: Axes) -> None:
 
 def _set_state_axis(axes: Axes, ours: Sequence[int]) -> None:
     """Make x logarithmic in bytes, with room for the limit's label and every point."""
-    published = 1024 * max(kibibytes for model in PUBLISHED_MQAR_B for kibibytes, _ in model.points)
+    published = 1024 * max(size for points in PUBLISHED_MQAR_B.values() for size, _ in points)
     figures.set_byte_axis(axes)
     axes.set_xlim(min(*ours, INFORMATION_LIMIT_BYTES) / 2, 1.7 * max(*ours, published))
     axes.xaxis.set_major_locator(FixedLocator([4**power for power in range(20)]))

@@ -140,8 +140,8 @@ def _render_accuracies(task: str, configuration: Configuration) -> str:
 def _render_published() -> str:
     """Return the published points as a table that stays closed until asked for."""
     rows = [
-        [model.name, ", ".join(f"{accuracy:g} at {size:g} KiB" for size, accuracy in model.points)]
-        for model in PUBLISHED_MQAR_B
+        [model, ", ".join(f"{accuracy:g} at {size:g} KiB" for size, accuracy in points)]
+        for model, points in PUBLISHED_MQAR_B.items()
     ]
     return (
         '<p class="note">Lines with small markers are published accuracies: '

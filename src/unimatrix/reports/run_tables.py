@@ -2,7 +2,6 @@
 
 import re
 import statistics
-from collections.abc import Iterable
 
 from unimatrix.reports.recall_results import find_copy_rules
 from unimatrix.reports.text import Table, format_percent, tabulate
@@ -86,7 +85,8 @@ def tabulate_recall(records: Records) -> Table:
 def tabulate_lab(records: Records, prefix: str) -> Table:
     """Return the recall lab below a folder, a row a test: mean and worst over seeds."""
     rows = []
-    for group, seeds in _list_results(records, prefix):
+    for group, members in _group_seeds(records, prefix).items():
+        seeds = [member["results"] for member in members]
         recipe = seeds[0]["recipe"]
         for test in seeds[0]["accuracy"]:
             shares = [seed["accuracy"][test] for seed in seeds]
@@ -111,7 +111,8 @@ def tabulate_lab(records: Records, prefix: str) -> Table:
 def summarize_lab(records: Records) -> Table:
     """Return the mean of all tests of each run of the lab, a row a run."""
     rows = []
-    for group, seeds in _list_results(records, "lab/"):
+    for group, members in _group_seeds(records, "lab/").items():
+        seeds = [member["results"] for member in members]
         if group.startswith(("hindsight/", "options/")):
             continue
         shares = [
@@ -200,12 +201,6 @@ def _group_seeds(records: Records, prefix: str) -> dict[str, list[Record]]:
     for name, record in sorted(select_records(records, prefix).items()):
         groups.setdefault(name.rpartition("/")[0], []).append(record)
     return groups
-
-
-def _list_results(records: Records, prefix: str) -> Iterable[tuple[str, list[Record]]]:
-    """Yield the results of every group, a list of its seeds'."""
-    for group, seeds in _group_seeds(records, prefix).items():
-        yield group, [seed["results"] for seed in seeds]
 
 
 def _find_claim(cell: str) -> Claim | None:

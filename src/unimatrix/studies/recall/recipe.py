@@ -112,24 +112,23 @@ _MQAR: dict[str, Any] = _COSINE | {
 # equals sign, then the equals sign and what of the value is known with one letter of the key.
 _NOISY_PATTERNS = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [0, 1, 2], [0, 1, 3]]
 
-RECIPES: Mapping[str, RecallRecipe] = {
-    "associative": RecallRecipe(
-        preset=DEFAULT_PRESET, num_slots=8, steps=400, learning_rate=1e-3, overrides=_BY_TOKEN
-    ),
-    "mqar-a": RecallRecipe(task="mqar-a", **_MQAR),
-    "mqar-b": RecallRecipe(task="mqar-b", **_MQAR),
-    "mqar-forgetting": RecallRecipe(task="mqar-forgetting", **_MQAR),
-    "mqar-compositional": RecallRecipe(
-        task="mqar-compositional",
-        **(_MQAR | {"overrides": _SLOTS_ALONE | {"slot_key_patterns": [[0, 1]]}}),
-    ),
-    "mqar-chained": RecallRecipe(
-        task="mqar-chained", **(_MQAR | {"overrides": _SLOTS_ALONE | {"slot_hops": 2}})
-    ),
-    "noisy-keys": RecallRecipe(
-        task="noisy-keys",
-        **(_COSINE | {"steps": 300}),
-        overrides=_BY_TOKEN
+_FIELDS: dict[str, dict[str, Any]] = {
+    "associative": {
+        "preset": DEFAULT_PRESET,
+        "num_slots": 8,
+        "steps": 400,
+        "learning_rate": 1e-3,
+        "overrides": _BY_TOKEN,
+    },
+    "mqar-a": _MQAR,
+    "mqar-b": _MQAR,
+    "mqar-forgetting": _MQAR,
+    "mqar-compositional": _MQAR | {"overrides": _SLOTS_ALONE | {"slot_key_patterns": [[0, 1]]}},
+    "mqar-chained": _MQAR | {"overrides": _SLOTS_ALONE | {"slot_hops": 2}},
+    "noisy-keys": _COSINE
+    | {
+        "steps": 300,
+        "overrides": _BY_TOKEN
         | {
             "slot_key_patterns": _NOISY_PATTERNS,
             "slot_read_offsets": [0],
@@ -137,14 +136,14 @@ RECIPES: Mapping[str, RecallRecipe] = {
             # The gate asks for the place inside a key and its value, a few letters each.
             "longest_retention": 8,
         },
-    ),
-    "needle": RecallRecipe(
-        task="needle",
-        **(_COSINE | {"steps": 250}),
-        batch_size=16,
-        test_examples=100,
+    },
+    "needle": _COSINE
+    | {
+        "steps": 250,
+        "batch_size": 16,
+        "test_examples": 100,
         # Slots do the work; a small stream is enough to tell the gate where a number stands.
-        overrides=_BY_TOKEN
+        "overrides": _BY_TOKEN
         | {
             "hidden_size": 32,
             "head_dim": 8,
@@ -154,20 +153,17 @@ RECIPES: Mapping[str, RecallRecipe] = {
             "slot_read_offsets": [0],
             "slot_source": "hidden",
         },
-    ),
-    "triple": RecallRecipe(
-        task="triple",
-        preset=DEFAULT_PRESET,
-        dropout=0.0,
-        steps=6000,
-        batch_size=128,
-        learning_rate=4e-3,
-        schedule="cosine",
-        warmup_fraction=0.03,
+    },
+    "triple": _COSINE
+    | {
+        "num_slots": None,
+        "steps": 6000,
+        "batch_size": 128,
+        "learning_rate": 4e-3,
         # A record reaches over seven tokens, and so does the convolution that ties its values to
         # their tag, which slots of one key cannot. One depth step reads all three, and the
         # feed-forward has to hold the rules.
-        overrides=_BY_TOKEN
+        "overrides": _BY_TOKEN
         | {
             "associative_memory": "none",
             "pointer": False,
@@ -176,7 +172,10 @@ RECIPES: Mapping[str, RecallRecipe] = {
             "conv_kernel": 7,
             "intermediate_size": 256,
         },
-    ),
+    },
+}
+RECIPES: Mapping[str, RecallRecipe] = {
+    task: RecallRecipe(task=task, **fields) for task, fields in _FIELDS.items()
 }
 TASKS = tuple(RECIPES)
 
