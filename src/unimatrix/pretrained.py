@@ -13,7 +13,7 @@ from unimatrix.cache import UniMatrixCache, require_own_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.hub.checkpointing import Checkpoint, checkpoint_nested
-from unimatrix.hub.weights_origin import WeightsOrigin
+from unimatrix.hub.weights_origin import HasOrigin
 from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.kernels.backends import name_backends, set_backend
@@ -26,7 +26,7 @@ from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.nn.token_modulation import TokenModulation
 
 
-class UniMatrixPreTrainedModel(PreTrainedModel):
+class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
     """What the models share with the rest of Hugging Face."""
 
     config_class = UniMatrixConfig
@@ -38,22 +38,7 @@ class UniMatrixPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__(config)
-        self.origin = WeightsOrigin(self)
         self.passes_backend = "auto"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "origin"}
-
-    def __setstate__(self, values: dict[str, Any]) -> None:
-        """Make a copy, or what was read from a file, a model of its own."""
-        super().__setstate__(values)
-        self.origin = WeightsOrigin(self)
-
-    def __del__(self) -> None:
-        """Leave digests to the caches that outlive the model."""
-        origin = vars(self).get("origin")
-        if origin is not None:
-            origin.keep_digests(self)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Wide ones first: what a model of one type made, a copy of it in a narrower one may go on with.
+# Wide types first: a copy of a model in a narrower type may go on with the caches of the model.
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -16,12 +16,13 @@ _DTYPES = {
 
 
 class WeightsOrigin:
-    """The weights that made a cache; its model's own caches share one object.
+    """The weights that made a cache; all caches of one model share one object.
 
-    Nothing is computed until somebody asks: a cache remembers its model by this object alone.
+    Two caches of one model are told by the identity of this object. Digests are computed only to
+    compare the weights of two models, or for a cache that is saved or outlives its model.
 
     Args:
-        model: refers to it weakly; ``None`` where only digests are left.
+        model: held weakly; ``None`` if only digests are left.
         digests: of the weights in their own type and every narrower one, by name of the type.
     """
 
@@ -30,18 +31,16 @@ class WeightsOrigin:
         self._digests = digests or {}
 
     def list_digests(self) -> dict[str, str]:
-        """Return the digests, of the weights as they are now; empty where there can be none."""
+        """Return the digests, of the weights as they are now; empty if there are none."""
         model = None if self._model is None else self._model()
         return self._digests if model is None else _list_digests(model)
 
     def keep_digests(self, model: nn.Module) -> None:
-        """Take the digests of a model that is about to end, if any cache of it is left."""
-        # The model's own reference, the caller's argument list and the count's.
-        if sys.getrefcount(self) > 3 and not sys.is_finalizing():
-            self._model, self._digests = None, _list_digests(model)
+        """Replace a model that is about to end by the digests of its weights."""
+        self._model, self._digests = None, _list_digests(model)
 
     def is_of(self, model: nn.Module) -> bool | None:
-        """Return whether the weights are those of a model, ``None`` if nobody can tell.
+        """Return whether the weights are those of a model; ``None`` if they cannot be compared.
 
         Weights of different types are compared in the narrower one.
         """
@@ -63,12 +62,41 @@ class WeightsOrigin:
         return WeightsOrigin, (None, self.list_digests())
 
 
-def digest_weights(model: nn.Module, dtype: torch.dtype) -> str | None:
-    """Return a hash of all parameters by name, ``None`` if they are not all here.
+class HasOrigin:
+    """Base of a model whose caches know which weights made them.
 
-    Args:
-        model: any.
-        dtype: floating parameters are rounded to it.
+    The model refers to its ``WeightsOrigin`` weakly, so that caches alone keep the object alive. At
+    its end the model therefore knows whether any cache needs digests of its weights.
+    """
+
+    _origin: "weakref.ref[WeightsOrigin] | None" = None
+
+    @property
+    def origin(self: Any) -> WeightsOrigin:
+        """The object that all caches of this model share, made for the first of them."""
+        origin: WeightsOrigin | None = self._find_origin()
+        if origin is None:
+            origin = WeightsOrigin(self)
+            self._origin = weakref.ref(origin)
+        return origin
+
+    def _find_origin(self) -> WeightsOrigin | None:
+        return None if self._origin is None else self._origin()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the origin out: a copy is another model."""
+        return {name: value for name, value in vars(self).items() if name != "_origin"}
+
+    def __del__(self: Any) -> None:
+        origin = self._find_origin()
+        if origin is not None and not sys.is_finalizing():
+            origin.keep_digests(self)
+
+
+def digest_weights(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Return a hash of all parameters by name; ``None`` unless all of them are in this process.
+
+    Floating parameters are rounded to ``dtype``.
 
     Cost:
         Reads every parameter, about a second for a gigabyte.
@@ -76,12 +104,12 @@ def digest_weights(model: nn.Module, dtype: torch.dtype) -> str | None:
     total = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         tensor: Tensor = parameter.data
-        # Sharded, packed or kept elsewhere.
+        # Sharded, quantised or offloaded.
         if tensor.is_meta or type(tensor) is not Tensor or "_fsdp_wrapped_module" in name:
             return None
         if tensor.is_floating_point() and tensor.dtype != dtype:
             tensor = tensor.to(torch.float32).to(dtype)
-        # What a compiler puts around a module is no other module.
+        # torch.compile wraps modules, which changes their names.
         total.update(f"{name.replace('_orig_mod.', '')} {list(tensor.shape)}".encode())
         total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
