@@ -274,10 +274,6 @@ class UniMatrixConfig(PreTrainedConfig):
     def preset(cls, name: str, **overrides: Any) -> Self:
         """Return the configuration of a preset, with any field overridden.
 
-        Args:
-            name: a key of ``PRESETS``.
-            overrides: configuration fields, as in the constructor.
-
         Raises:
             InputError: for an unknown preset or field.
         """
@@ -335,12 +331,7 @@ class UniMatrixConfig(PreTrainedConfig):
             setattr(self, name, value)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the configuration beside the file that its ``auto_map`` names.
-
-        Args:
-            save_directory: made if it is not there.
-            kwargs: as in ``PreTrainedConfig.save_pretrained``.
-        """
+        """Save the configuration beside the file that its ``auto_map`` names."""
         save_loader(save_directory)
         super().save_pretrained(save_directory, **kwargs)
 

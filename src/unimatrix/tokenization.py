@@ -31,8 +31,8 @@ EOS_TOKEN = "<|eos|>"
 SPECIAL_TOKENS = {PAD_TOKEN: PAD_ID, BOS_TOKEN: BOS_ID, EOS_TOKEN: EOS_ID}
 
 NO_LENGTH_LIMIT = 2**50
-"""``model_max_length``: no text is as long. lm-eval takes 10**30 for "unknown", cuts to 2,048, and
-asks with this one how many rows fit a device: what torch counts in bytes must not overflow."""
+"""``model_max_length``: no text is as long. lm-eval would read 10**30 as "unknown" and cut to 2,048
+tokens. With this length it asks how many rows fit a device, whose bytes torch can still count."""
 
 
 class UniMatrixTokenizer(PreTrainedTokenizerFast):
@@ -67,7 +67,7 @@ class UniMatrixTokenizer(PreTrainedTokenizerFast):
             *args, **kwargs
         )
         if length == NO_LENGTH_LIMIT:
-            # As transformers does where there is no limit; to this one it would fill the device.
+            # As transformers does without a limit; padding to this one would fill the device.
             length, truncation = None, TruncationStrategy.DO_NOT_TRUNCATE
             if padding is PaddingStrategy.MAX_LENGTH:
                 padding = PaddingStrategy.DO_NOT_PAD
@@ -109,8 +109,8 @@ class UniMatrixTokenizer(PreTrainedTokenizerFast):
     def _copy(self, split_special_tokens: bool) -> Self:
         """Return a tokenizer that parses special tokens, or does not.
 
-        The Rust object has one switch for all calls: turned for one text, it would let another
-        thread's text through.
+        The Rust object has one switch for all calls. Turning it for one text would parse special
+        tokens in the text of another thread too.
         """
         made = copy.copy(self)
         made._tokenizer = copy.deepcopy(self._tokenizer)
@@ -147,14 +147,7 @@ def build_tokenizer(*, split_special_tokens: bool = True) -> UniMatrixTokenizer:
 
 
 def encode_bytes(data: bytes | bytearray | memoryview) -> NDArray[np.int64]:
-    """Return the ids of any bytes, without BOS.
-
-    Args:
-        data: any bytes, valid UTF-8 or not.
-
-    Returns:
-        [T] int64 in 0..255, a copy.
-    """
+    """Return the ids of any bytes, valid UTF-8 or not, without BOS: [T] int64 in 0..255, a copy."""
     return np.frombuffer(data, dtype=np.uint8).astype(np.int64)
 
 
@@ -187,9 +180,9 @@ def decode_bytes(ids: ArrayLike) -> bytes:
 
 
 def _warn_of_eos(text: Any) -> None:
-    """Warn if a text ends with what looks like an EOS that a program has appended."""
-    for given in (text,) if isinstance(text, str) else text:
-        if isinstance(given, str) and given.endswith(EOS_TOKEN) and given != EOS_TOKEN:
+    """Warn if a text ends with an EOS that a program seems to have appended."""
+    for one in (text,) if isinstance(text, str) else text:
+        if isinstance(one, str) and one.endswith(EOS_TOKEN) and one != EOS_TOKEN:
             warnings.warn(
                 f"a text ends with {EOS_TOKEN!r}, which stays {len(EOS_TOKEN)} bytes. If a program "
                 "such as TRL has appended it, use build_tokenizer(split_special_tokens=False), or "
@@ -199,16 +192,16 @@ def _warn_of_eos(text: Any) -> None:
             return
 
 
-def _refuse_special_tokens(given: Any) -> None:
-    """Raise if a string anywhere inside holds a special token."""
-    if isinstance(given, dict):
-        given = [value for name, value in given.items() if name != "chat_template"]
-    if isinstance(given, (list, tuple)):
-        for part in given:
+def _refuse_special_tokens(content: Any) -> None:
+    """Raise ``InputError`` if a string anywhere inside holds a special token."""
+    if isinstance(content, dict):
+        content = [value for name, value in content.items() if name != "chat_template"]
+    if isinstance(content, (list, tuple)):
+        for part in content:
             _refuse_special_tokens(part)
-    elif isinstance(given, str):
+    elif isinstance(content, str):
         for token in SPECIAL_TOKENS:
-            if token in given:
+            if token in content:
                 raise InputError(
                     f"a message holds {token!r}, which would become a special token; take it out, "
                     "or leave out return_assistant_tokens_mask, without which it stays text"
@@ -219,7 +212,7 @@ def _list_byte_letters() -> Sequence[str]:
     """Return the letter that the ByteLevel parts use for each byte 0..255.
 
     A printable Latin-1 character stands for itself; the others take code points from 256 on, in
-    order. Only their order is ours to state: it makes the id of a letter its byte.
+    order. The position in this list is the id of the letter, and the byte that it stands for.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters, next_code = [], 256

@@ -53,9 +53,6 @@ def make_log() -> Console:
 def pick_device(name: str) -> str:
     """Return the device that a ``--device`` name stands for here.
 
-    Args:
-        name: one of ``DEVICES``; ``auto`` is CUDA where there is one, else MPS, else the CPU.
-
     Raises:
         InputError: for an unknown name, or a device that this machine does not have.
     """
@@ -88,22 +85,13 @@ def open_prime(texts: list[str] | None) -> "ByteStream | None":
 
 
 def emit(result: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], str]) -> None:
-    """Print a result on stdout.
-
-    Args:
-        result: what the verb found; JSON types only.
-        as_json: print it as one line of JSON; else as text.
-        render: makes the text.
-    """
+    """Print a result on stdout."""
     sys.stdout.write((json.dumps(result) if as_json else render(result)) + "\n")
     sys.stdout.flush()
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:
     """Return configuration fields by name, of the types that the configuration declares.
-
-    Args:
-        assignments: ``FIELD=VALUE``, or ``model.FIELD=VALUE`` as ``unimatrix train`` has it.
 
     Raises:
         InputError: for an assignment without ``=``, an unknown field or an unusable value.

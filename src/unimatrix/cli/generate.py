@@ -139,11 +139,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:
 
 
 class _Writer:
-    """Writes new bytes to stdout as they come: shown on a terminal, exact elsewhere.
-
-    Args:
-        silent: write nothing.
-    """
+    """Writes new bytes to stdout as they come: shown on a terminal, exact elsewhere."""
 
     def __init__(self, *, silent: bool) -> None:
         self._silent = silent

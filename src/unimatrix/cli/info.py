@@ -42,10 +42,6 @@ def run(
 def describe_model(name: str, device: str) -> dict[str, Any]:
     """Return what a model consists of, as JSON types.
 
-    Args:
-        name: run folder, saved model or preset; weights are not needed.
-        device: where its cache is made.
-
     Raises:
         InputError: if there is no such model.
     """

@@ -33,11 +33,7 @@ _INTERRUPTED = 130
 
 
 class _PassedOnError(Exception):
-    """Carries an error past typer, which has an end of its own for it.
-
-    Args:
-        error: what to raise behind typer.
-    """
+    """Carries an error past typer, which has an end of its own for it."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()

@@ -49,9 +49,6 @@ def find_standard_library(root: Path | None = None) -> dict[str, Path]:
     The rule: every ``*.py`` below ``sysconfig.get_paths()["stdlib"]``, unless a folder on the way
     is called ``test``, ``tests``, ``idle_test``, ``site-packages`` or ``dist-packages``.
 
-    Args:
-        root: another folder than the running Python's.
-
     Returns:
         Files by POSIX path relative to the root, ordered by the SHA-256 of that path.
 

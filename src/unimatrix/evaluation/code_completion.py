@@ -46,9 +46,6 @@ def list_lines(sources: Mapping[str, bytes]) -> list[Place]:
 
     They stand ``FAR_BYTES`` or more below the start of their source, are no comment, and have 8 to
     120 bytes besides indentation and line end.
-
-    Args:
-        sources: bytes by name.
     """
     places = []
     for name, data in sources.items():
@@ -67,9 +64,6 @@ def list_far_names(data: bytes) -> list[tuple[int, int]]:
 
     A name is an identifier of 4 bytes or more that is no keyword and no builtin; an occurrence is a
     whole word anywhere above, comments and strings included.
-
-    Args:
-        data: a source; one that does not tokenize has no names.
 
     Returns:
         first byte and end of each, in order.

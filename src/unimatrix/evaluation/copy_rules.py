@@ -1,4 +1,4 @@
-"""What copying reaches without a parameter: the baseline beside every figure of exact recall."""
+"""Copying without a parameter: the baseline beside every figure of exact recall."""
 
 from collections.abc import Callable
 
@@ -15,11 +15,7 @@ from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
 def predict_after_last_match(input_ids: Tensor) -> Tensor:
     """Predict the token that followed the last earlier occurrence of each token.
 
-    Args:
-        input_ids: [B, T] int64 on the CPU.
-
-    Returns:
-        [B, T] int64, -1 where a token is new.
+    Ids and result are [B, T] int64 on the CPU; the result is -1 where a token is new.
     """
     order, is_new = _group_equal(input_ids)
     previous = np.roll(order, 1, axis=1)
@@ -27,14 +23,7 @@ def predict_after_last_match(input_ids: Tensor) -> Tensor:
 
 
 def predict_after_first_match(input_ids: Tensor) -> Tensor:
-    """Predict the token that followed the first earlier occurrence of each token.
-
-    Args:
-        input_ids: [B, T] int64 on the CPU.
-
-    Returns:
-        [B, T] int64, -1 where a token is new.
-    """
+    """Predict the token that followed the first earlier occurrence of each token; as above."""
     order, is_new = _group_equal(input_ids)
     starts = np.maximum.accumulate(np.where(is_new, np.arange(order.shape[1]), 0), axis=1)
     first = np.take_along_axis(order, starts, axis=1)
@@ -42,14 +31,7 @@ def predict_after_first_match(input_ids: Tensor) -> Tensor:
 
 
 def predict_by_suffix_automaton(input_ids: Tensor) -> Tensor:
-    """Predict what followed the longest suffix that occurred before; see ``predict_from_suffix``.
-
-    Args:
-        input_ids: [B, T] int64, >= 0.
-
-    Returns:
-        [B, T] int64, -1 where a token is new.
-    """
+    """Predict the token that followed the longest suffix that occurred before; as above."""
     (predicted_ids, _), _ = predict_from_suffix(input_ids)
     found: Tensor = predicted_ids
     return found

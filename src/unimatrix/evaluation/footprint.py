@@ -44,11 +44,7 @@ _CONSTANT_TYPES = ("linear_attention_peer", "mamba2", "rwkv")
 
 
 def count_parameters(model: UniMatrixForCausalLM) -> dict[str, int]:
-    """Return the parameters of each part that the model has; a tied head counts once.
-
-    Args:
-        model: any preset.
-    """
+    """Return the parameters of each part that the model has; a tied head counts once."""
     counts = {part: 0 for _, part in _PARTS}
     for name, parameter in model.named_parameters():
         part = next((part for start, part in _PARTS if name.startswith(start)), None)

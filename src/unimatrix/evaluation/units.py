@@ -15,11 +15,7 @@ def to_bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 def format_bytes(value: float) -> str:
-    """Return bytes in the largest unit that keeps the number at 1 or more.
-
-    Args:
-        value: bytes.
-    """
+    """Return bytes in the largest unit that keeps the number at 1 or more."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -1,9 +1,9 @@
-"""Registration with transformers: the Auto classes, and the tables that it looks names up in.
+"""Registration with transformers: the Auto classes, and the tables of names behind them.
 
 ``import unimatrix`` loads neither torch nor transformers. ``register_when_loaded`` therefore writes
-names alone, into each table as soon as transformers has made it; ``transformers.models.unimatrix``,
-where transformers then looks for a name, is this package, and loading a class from it registers all
-of them.
+only names, into each table as soon as transformers has made the table. transformers then looks for
+a name in ``transformers.models.unimatrix``, which is this package; loading one class from it
+registers all of them.
 """
 
 import importlib
@@ -19,8 +19,8 @@ _TABLES = {
     f"{_AUTO}.configuration_auto": {"CONFIG_MAPPING_NAMES": "UniMatrixConfig"},
     f"{_AUTO}.modeling_auto": {
         "MODEL_MAPPING_NAMES": "UniMatrixModel",
-        # Trainer shifts labels, and pipelines, lm-eval and model cards take a model for a
-        # language model, where they find its class or type in this table.
+        # Trainer shifts labels, and pipelines, lm-eval and model cards accept a language model, if
+        # its class or type is in this table.
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "UniMatrixForCausalLM",
     },
     f"{_AUTO}.tokenization_auto": {"TOKENIZER_MAPPING_NAMES": "UniMatrixTokenizer"},
@@ -44,8 +44,9 @@ def register() -> None:
     transformers.AutoTokenizer.register(
         UniMatrixConfig, fast_tokenizer_class=UniMatrixTokenizer, exist_ok=True
     )
-    # `transformers serve` and TRL look here for the "architectures" of config.json. The class of
-    # the module keeps them: transformers imports itself again, and both module objects are in use.
+    # `transformers serve` and TRL look for the "architectures" of config.json in the module
+    # `transformers`. They are set on its class, since transformers replaces the module object while
+    # the first one stays in use.
     for model_class in (UniMatrixModel, UniMatrixForCausalLM):
         setattr(type(transformers), model_class.__name__, model_class)
 
@@ -66,7 +67,7 @@ def _write_names(module: ModuleType) -> None:
 
 
 class _TableFinder(MetaPathFinder):
-    """Finds the modules with tables as Python does, and writes our names once they are loaded."""
+    """Finds the modules with tables as Python does, and adds our names once they are loaded."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname not in _TABLES:

@@ -1,4 +1,4 @@
-"""What compiled code may rely on in a cache that comes from a file or was put together by hand."""
+"""Checks of a cache from a file, or put together by hand, before compiled code reads it."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from unimatrix.errors import InputError
 from unimatrix.ops.checks import require_dtype, require_shape
 from unimatrix.ops.suffix_automaton import AutomatonState, keep_text
 
-# The end of a tensor's name -> its shape; what is not here is read by torch alone.
+# The end of a tensor's name -> its shape. Other tensors are read by torch alone.
 _SHAPES = {
     "num_tokens": "B",
     "last_token_ids": "B",
@@ -35,13 +35,7 @@ _ADVICE = "pass a cache that this model has made, or that UniMatrixCache.save ha
 def require_sound(
     tensors: Mapping[str, Tensor], num_depth_steps: int, config: UniMatrixConfig
 ) -> None:
-    """Raise ``InputError`` unless shapes, types and ids are those of the model.
-
-    Args:
-        tensors: of the cache, by name.
-        num_depth_steps: that it holds.
-        config: of the model.
-    """
+    """Raise ``InputError`` unless shapes, types and ids are those of the model."""
     if num_depth_steps != config.num_hidden_layers:
         raise InputError(
             f"this cache holds {num_depth_steps} depth steps and the model has "
@@ -67,9 +61,9 @@ def require_sound(
 
 
 def read_anew(automaton: AutomatonState | None, config: UniMatrixConfig) -> AutomatonState | None:
-    """Return the automaton with its text alone, from which the rest is built when it is read on.
+    """Return the automaton without its index, which is built again from its text.
 
-    Its index is full of numbers of places, and no check of them is shorter than building it.
+    The index consists of positions in the text, and checking them all takes as long as building it.
 
     Raises:
         InputError: if the text is not one of the model's tokens, or does not fit its window.
@@ -82,7 +76,7 @@ def read_anew(automaton: AutomatonState | None, config: UniMatrixConfig) -> Auto
 
 
 def _list_sizes(config: UniMatrixConfig) -> dict[str, int]:
-    """Return the sizes that the letters of the shapes stand for."""
+    """Return the size of each letter in the shapes."""
     farthest = max((max(pattern) for pattern in config.slot_key_patterns), default=0)
     return {
         "H": config.num_attention_heads,

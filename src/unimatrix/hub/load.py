@@ -1,4 +1,4 @@
-"""Finding the model that a name stands for: a run folder, a saved model or a preset."""
+"""Load and save models by name: a run folder, a saved model or a preset."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import InputError, explain, suggest
 from unimatrix.hub.auto import register
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.presets import PRESETS
@@ -28,6 +28,7 @@ from unimatrix.tokenization import (
 from unimatrix.train.checkpoints import SCRATCH_FOLDER, list_checkpoints
 from unimatrix.train.run_folder import (
     CHECKPOINT_FOLDER,
+    RECIPE_FILE,
     RECORD_FILE,
     is_in_use,
     require_unicode_path,
@@ -53,10 +54,10 @@ def load_model(
     """Load what ``unimatrix train`` or ``save_pretrained`` wrote, or build a preset.
 
     Args:
-        name_or_path: a run folder, a saved model or one of its checkpoints; a preset's name if
-            weights are not required. A saved model rules over a preset of the same name.
+        name_or_path: a run folder, a saved model or a checkpoint; or a preset, if weights are not
+            required. A folder comes before a preset of the same name.
         device: where to put it.
-        weights_required: refuse what has no trained weights instead of drawing fresh ones.
+        weights_required: refuse a model without trained weights; otherwise it gets fresh ones.
 
     Returns:
         the model in the dtype it was saved in, and the tokenizer (``None`` if ids are no bytes).
@@ -96,12 +97,7 @@ def load_config(name_or_path: Name) -> UniMatrixConfig:
 
 
 def require_byte_level(model: UniMatrixForCausalLM, name_or_path: Name) -> None:
-    """Raise ``InputError`` unless the model's ids are bytes, PAD, BOS and EOS.
-
-    Args:
-        model: what was loaded.
-        name_or_path: what the user called it.
-    """
+    """Raise ``InputError`` unless the model's ids are bytes, PAD, BOS and EOS."""
     if not is_byte_level(model.config):
         raise InputError(
             f"{os.fspath(name_or_path)!r} has a vocabulary of {model.config.vocab_size} ids that "
@@ -110,10 +106,10 @@ def require_byte_level(model: UniMatrixForCausalLM, name_or_path: Name) -> None:
 
 
 def find_run_recipe(name_or_path: Name) -> Path | None:
-    """Return the recipe that a run folder, or the run of a checkpoint, was trained with, if any."""
+    """Return the path of the recipe of a run folder, or of a checkpoint, if there is one."""
     folder = Path(name_or_path).expanduser().absolute()
-    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
-    path = run / "recipe.json"
+    run = folder.parents[1] if folder.parent.name == CHECKPOINT_FOLDER else folder
+    path = run / RECIPE_FILE
     return path if path.is_file() else None
 
 
@@ -147,13 +143,12 @@ def _check_config(folder: Path) -> None:
 
 
 def _load_weights(folder: Path) -> UniMatrixForCausalLM:
-    """Load a saved model; unlike ``from_pretrained``, refuse weights that do not fit."""
+    """Load a saved model; refuse weights that do not fit, which ``from_pretrained`` would not."""
     try:
         with hide_progress():
             model, report = UniMatrixForCausalLM.from_pretrained(folder, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot load the weights in {str(folder)!r}: {reason}") from error
+        raise InputError(f"cannot load the weights in {str(folder)!r}: {explain(error)}") from error
     unfit = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if unfit:
         raise InputError(

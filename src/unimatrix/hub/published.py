@@ -80,10 +80,7 @@ _HANDLED_NAMES = {
 
 
 def convert_config(config: Mapping[str, Any]) -> UniMatrixConfig:
-    """Return our configuration for the authors' fields.
-
-    Args:
-        config: the published field names and values; fields left out take our defaults.
+    """Return our configuration for the authors' fields; fields left out take our defaults.
 
     Raises:
         InputError: for a field that is not published, with the nearest one that is.
@@ -98,7 +95,7 @@ def convert_config(config: Mapping[str, Any]) -> UniMatrixConfig:
     uses_slots = bool(config.get("use_sparse_pointer"))
     uses_dense = bool(config.get("use_assoc_memory")) and not uses_slots
     if not (uses_slots or uses_dense):
-        # Ours would reject an unusable combination that the published code never reads.
+        # The published code ignores these fields without a memory; ours would reject them.
         for name in ("slot_key_size", "identity_lookup", "identity_values"):
             fields.pop(name, None)
     vocab_size = fields.get("vocab_size", UniMatrixConfig().vocab_size)
@@ -118,11 +115,7 @@ def convert_config(config: Mapping[str, Any]) -> UniMatrixConfig:
 
 
 def convert_name(name: str, config: UniMatrixConfig) -> str:
-    """Return our name of a published parameter.
-
-    Args:
-        name: for instance ``block.q_proj.weight``.
-        config: decides whether associations are slots or dense.
+    """Return our name of a published parameter, such as ``block.q_proj.weight``.
 
     Raises:
         InputError: for a name that is not published.

@@ -1,6 +1,7 @@
-"""The file beside saved models by which transformers finds this package where nobody imports it.
+"""The file beside a saved model that loads this package in a program that does not import it.
 
-A saved configuration or tokenizer names it in its ``auto_map``; ``trust_remote_code=True`` runs it.
+A saved configuration or tokenizer names the file in its ``auto_map``, and transformers runs it with
+``trust_remote_code=True``.
 """
 
 import os
@@ -15,8 +16,8 @@ AUTO_MAP = {
 """``auto_map`` of a saved configuration: the class behind each Auto class."""
 TOKENIZER_AUTO_MAP = {"AutoTokenizer": [None, f"{_NAME}.UniMatrixTokenizer"]}
 """``auto_map`` of a saved tokenizer: a slow class, which there is not, and a fast one."""
-# The import stands inside `try`, where transformers does not look for packages that are missing: it
-# would take the name of the module for that of the package.
+# transformers checks for missing packages before it runs the file, and would ask for a package
+# called `unimatrix`. It does not look inside `try`.
 _TEXT = '''"""Takes the classes of this model from the installed package unimatrix-lm."""
 
 try:

@@ -1,8 +1,9 @@
 """Callers that split a causal model into a base model and the weights of its head.
 
-``lm_head(base_model(x).last_hidden_state)`` is the whole of most causal models. A pointer or a
-mixture is no product with ``lm_head.weight``, so the same split drops it: the hidden states refuse
-that product, and the fused head of TRL, which is told apart where it is set, reads our logits.
+Most causal models are ``lm_head(base_model(x).last_hidden_state)``. A pointer or a mixture is no
+product with ``lm_head.weight``, so a caller that splits the model so would drop it. Our hidden
+states therefore refuse that product; and the fused head of TRL, which is recognised when TRL sets
+it, is given our own logits.
 """
 
 import functools
@@ -29,10 +30,10 @@ _PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "addmm", "bmm", "baddbmm", 
 class PointedHidden(Tensor):
     """Hidden states of a model that does not predict from them and its head alone.
 
-    A product with weights [V, D] or [D, V] is refused, because it would be another model's
-    prediction. They are ordinary otherwise, and what has another width is a plain tensor. Code
-    compiled by ``torch.compile`` does not look; with ahead-of-time back ends such as Inductor it
-    takes ``hidden.as_subclass(torch.Tensor)`` only, as PyTorch supports no such class there.
+    A product with weights [V, D] or [D, V] is refused, because it would be the prediction of
+    another model. Every other operation works, and its results of another width are plain tensors.
+    Code compiled by ``torch.compile`` does not check; ahead-of-time back ends such as Inductor
+    support no subclasses, and take ``hidden.as_subclass(torch.Tensor)`` only.
 
     Attributes:
         sizes: V and D.
@@ -43,7 +44,7 @@ class PointedHidden(Tensor):
     @staticmethod
     def mark(hidden: Tensor, vocab_size: int) -> "PointedHidden":
         """Return the same hidden states [..., D], marked."""
-        return hidden.as_subclass(_mark_of(vocab_size, hidden.shape[-1]))
+        return hidden.as_subclass(_make_class(vocab_size, hidden.shape[-1]))
 
     @classmethod
     def __torch_function__(
@@ -63,13 +64,13 @@ class PointedHidden(Tensor):
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Features on disk are read without this library.
+        # Saved features must load without this library.
         plain = self.as_subclass(Tensor)
         return plain.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
-def _mark_of(vocab_size: int, width: int) -> type[PointedHidden]:
+def _make_class(vocab_size: int, width: int) -> type[PointedHidden]:
     """Return the class of hidden states [..., D] of a model of V tokens."""
     return type("PointedHidden", (PointedHidden,), {"sizes": (vocab_size, width)})
 
@@ -86,7 +87,7 @@ def _list_tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _refuse_head_weights(given: list[Tensor], sizes: set[int]) -> None:
-    """Raise if one of the factors has the sizes of a head's weights."""
+    """Raise ``InputError`` if one of the factors has the shape of a head's weights."""
     for factor in given:
         if (
             factor.dim() == 2
@@ -103,23 +104,24 @@ def _refuse_head_weights(given: list[Tensor], sizes: set[int]) -> None:
 
 
 def splits_truly(config: UniMatrixConfig) -> bool:
-    """Return whether the head's weights alone predict from the hidden states."""
+    """Return whether hidden states and the head's weights alone make the prediction."""
     return not (config.uses_pointer or config.uses_mixture)
 
 
 def keep_pointer(model: "UniMatrixForCausalLM", forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what to set as a model's ``forward``: ``forward``, or the same without the split.
+    """Return the function to set as a model's ``forward``, in place of one that splits the model.
 
-    TRL's trainers replace ``forward`` by one that computes, under ``fused_lm_head=True``, what
-    they train on from hidden states and head. Here the model's own logits take their place, and
-    the gate that learns in hindsight learns from what the trainer makes of them.
+    TRL's trainers replace ``forward`` by a function that computes, with ``fused_lm_head=True``,
+    what they train on from hidden states and head. The function returned here computes the same
+    from the model's own logits, and lets the gate that learns in hindsight learn from the trainer's
+    loss.
 
     Args:
         model: the model that ``forward`` is set on.
-        forward: anything that a caller sets.
+        forward: what a caller sets; returned as it is unless it splits the model.
 
     Raises:
-        InputError: if a fused forward is not one that is known.
+        InputError: if ``forward`` is a fused forward of another release of TRL.
     """
     fused = getattr(forward, "__func__", forward)
     learns = model.config.associative_memory == "selective" and model.config.hindsight != "none"
@@ -158,12 +160,12 @@ def keep_pointer(model: "UniMatrixForCausalLM", forward: Callable[..., Any]) -> 
 
 
 class _Reading(NamedTuple):
-    """What a fused forward of TRL was made with.
+    """The settings of a fused forward of TRL.
 
     Attributes:
-        temperature: what the logits are divided by.
+        temperature: divides the logits.
         fields: names of the fields wanted beside ``log_probs``.
-        output_class: what holds them.
+        output_class: class of the output.
     """
 
     temperature: float
@@ -172,7 +174,7 @@ class _Reading(NamedTuple):
 
 
 def _read_fused(function: Any) -> _Reading:
-    """Return what a fused forward was made with; raise if it does not say."""
+    """Return the settings of a fused forward, read from its closure."""
     known = inspect.getclosurevars(function)
     try:
         given = known.nonlocals["temperature"], known.nonlocals["outputs"]
@@ -186,17 +188,17 @@ def _read_fused(function: Any) -> _Reading:
 
 
 def _takes_fused_head(function: Any) -> bool:
-    """Return whether a function, not what it wraps, takes ``fused_lm_head``."""
+    """Return whether a function itself, not one that it wraps, takes ``fused_lm_head``."""
     if not inspect.isfunction(function):
         return False
     return "fused_lm_head" in inspect.signature(function, follow_wrapped=False).parameters
 
 
 def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[Tensor, bool, Any]:
-    """Return a model's logits [B, T, V] in float32 or wider, and the scale of hindsight.
+    """Return logits [B, T, V] in float32 or wider, whether they are normalised, and the scale.
 
-    Between them stands whether the logits are ln of probabilities: those of a mixture are, and
-    normalised again, they would share the worth of a read among all that were not taken.
+    The logits of a mixture are ln of probabilities. To normalise them again would spread the worth
+    of a read over tokens that the read has not voted for.
     """
     given = {name: value for name, value in kwargs.items() if value is not None}
     given |= {"use_cache": False, "return_dict": True}
@@ -212,14 +214,9 @@ def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[
 def _score(
     logits: Tensor, log_vocab: Tensor, targets: Tensor, names: tuple[str, ...], scale: Any
 ) -> dict[str, Tensor]:
-    """Return what TRL's trainers read of every position, 0 where the target is ignored.
+    """Return ``log_probs`` and the fields of ``names`` [B, T], 0 where the target is ignored.
 
-    Args:
-        logits: [B, T, V], divided by the temperature.
-        log_vocab: [B, T, V], the same, normalised.
-        targets: [B, T] int64, -100 ignored.
-        names: of the fields wanted beside ``log_probs``.
-        scale: from ``watch_reads``, or ``None``.
+    ``logits`` [B, T, V] are divided by the temperature, ``log_vocab`` are the same, normalised.
     """
     mask = targets != IGNORED_LABEL
     targets = targets.masked_fill(~mask, 0)
@@ -241,11 +238,11 @@ def _score(
 
 
 class _Scale(torch.autograd.Function):
-    """Identity on log probabilities that tells ``ops.hindsight`` what a nat of them is worth.
+    """Identity on log probabilities whose backward pass tells ``ops.hindsight`` the loss's scale.
 
-    ``add_scale`` says it of a loss that is their mean. Here the trainer makes the loss, so it is
-    read off the gradient: only what a loss wants likelier teaches the gate, since the reads of a
-    text to be avoided deserve no slot.
+    ``add_scale`` does so for a loss that is their mean. Here the trainer makes the loss, so that
+    the scale is read off the gradient. Only tokens that the loss makes likelier count, since the
+    reads behind a text to be avoided deserve no slot.
     """
 
     @staticmethod

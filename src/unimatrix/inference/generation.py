@@ -26,7 +26,7 @@ PREFILL_TOKENS = 2048
 """Prompt tokens read in one forward pass."""
 _SMALL_PARAMETERS = 5_000_000
 _LOCK = threading.Lock()
-# For each call that limits its threads now, how many there were before.
+# The number of threads before any limit, once for each call that has limited it.
 _limited: list[int] = []
 
 
@@ -44,11 +44,7 @@ class Continuation:
 
 @dataclass
 class ByteStreamer(BaseStreamer):
-    """Hands on every new byte as ``generate`` makes it; the prompt and special ids are not bytes.
-
-    Args:
-        on_bytes: called with each byte, if at all.
-    """
+    """Passes every new byte on as ``generate`` makes it, but neither prompt nor special ids."""
 
     on_bytes: Callable[[bytes], None] | None
     new_ids: list[int] = field(default_factory=list)
@@ -83,23 +79,21 @@ def generate_bytes(
     on_bytes: Callable[[bytes], None] | None = None,
     ends_at: Callable[[bytes], bool] | None = None,
 ) -> Continuation:
-    """Continue a prompt, with BOS in front, until the model ends the text or a limit is there.
+    """Continue a prompt, with BOS in front, until the model ends the text or reaches the limit.
 
     Args:
         model: a byte-level model; its mode (dropout) is restored afterwards.
-        prompt: any bytes, none included.
-        max_new_bytes: at most so many new bytes; ``None`` is 256, or what fits a position table.
-        prime: read first (``read_first``): the prompt goes on where it ends, without BOS.
-        sampling: how bytes are chosen.
-        on_bytes: called with every new byte as it comes.
-        ends_at: called with all new bytes after each; the text ends where it says so.
-
-    Returns:
-        the new bytes (PAD and BOS are never chosen), why they end and how long they took.
+        prompt: any bytes, or none.
+        max_new_bytes: the most to write; ``None`` is 256, or what fits a position table.
+        prime: a text that is read first (``read_first``), and that the prompt continues without
+            BOS.
+        sampling: how bytes are chosen; PAD and BOS never are.
+        on_bytes: called with every new byte.
+        ends_at: called with all new bytes after each of them; ends the text where it returns true.
 
     Raises:
-        InputError: if prompt and new bytes do not fit the model's position table, or something is
-            to be read first by a model that has one.
+        InputError: if prompt and new bytes do not fit the model's position table, or ``prime`` is
+            given to a model that has one.
     """
     if prime is not None:
         require_state(model)
@@ -110,7 +104,7 @@ def generate_bytes(
         cache, first_id = (None, BOS_ID) if prime is None else read_first(model, prime)
         start = time.perf_counter()
         input_ids = _encode_prompt(prompt, first_id).to(model.device)  # [1, T]
-        # The last id is read by `generate`, which needs its logits.
+        # `generate` reads the last id, since it needs the logits.
         cache = read_prompt(model, input_ids[:, :-1], cache, gives_up_cache=True)
         with _limit_threads(model):
             model.generate(
@@ -134,20 +128,17 @@ def resolve_new_bytes(
 ) -> int:
     """Return how many bytes may follow a prompt.
 
-    Args:
-        model: has a position table or not.
-        prompt_bytes: length of the prompt.
-        max_new_bytes: what the user asked for; ``None`` is the default, cut to the table.
+    Without ``max_new_bytes`` it is the default, or less if a position table ends before.
 
     Raises:
-        InputError: if the number is below 1 or does not fit the table; it says what does.
+        InputError: if the number is below 1, or does not fit the position table.
     """
     if max_new_bytes is not None and max_new_bytes < 1:
         raise InputError(f"max-new-bytes is {max_new_bytes}; it must be at least 1")
     num_positions = model.config.max_position_embeddings
     if num_positions is None:
         return DEFAULT_NEW_BYTES if max_new_bytes is None else max_new_bytes
-    # BOS takes a position, and the last new byte is never read.
+    # BOS takes a position that the last new byte, which is never read, does not need.
     room = num_positions - prompt_bytes
     if room < 1:
         raise InputError(
@@ -173,10 +164,10 @@ def read_prompt(
     """Read tokens in parts of ``PREFILL_TOKENS``, so that peak bytes do not grow with them.
 
     Args:
-        model: computes without gradients; its mode is the caller's (``suspend_training``).
+        model: computes without gradients; the caller sets its mode (``suspend_training``).
         input_ids: [B, T] int64, without padding.
-        cache: what to continue from; ``None`` is an empty stream.
-        gives_up_cache: alter ``cache`` where that spares a copy; otherwise it is left as it was.
+        cache: to continue from; ``None`` is an empty stream.
+        gives_up_cache: allow ``cache`` to be altered, which saves a copy.
 
     Returns:
         the cache after all tokens; ``cache`` where T is 0.
@@ -220,7 +211,7 @@ def _choose_options(sampling: Sampling, vocab_size: int) -> dict[str, Any]:
 
 
 def _list_criteria(ends_at: Callable[[bytes], bool] | None) -> StoppingCriteriaList:
-    """Return what makes ``generate`` stop where ``ends_at`` says so of all but the first id."""
+    """Return criteria that stop ``generate`` where ``ends_at`` is true of the new bytes."""
     if ends_at is None:
         return StoppingCriteriaList()
 
@@ -233,10 +224,10 @@ def _list_criteria(ends_at: Callable[[bytes], bool] | None) -> StoppingCriteriaL
 
 @contextmanager
 def _limit_threads(model: UniMatrixForCausalLM) -> Iterator[None]:
-    """Give small models one thread: waking another takes longer than its share of a byte.
+    """Give small models one thread: waking a second one takes longer than it saves.
 
-    What a caller's thread reads as the number of threads may be the limit that another has set;
-    all of them put back what the first found.
+    A call may start while another has limited the number of threads; all of them restore the number
+    that the first found.
     """
     if model.num_parameters() >= _SMALL_PARAMETERS:
         yield

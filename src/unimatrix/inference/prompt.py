@@ -1,4 +1,4 @@
-"""What ``generate`` reads first: tokens that a cache has not read, in parts if they are many."""
+"""The prompt of ``generate``: which tokens a cache has not read, and how they are read."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def choose_new_tokens(
     cache: UniMatrixCache,
     continues: bool | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what of ``input_ids`` the cache has not read, and which of that is real.
+    """Return the columns of ``input_ids`` that the cache has not read, and their mask.
 
     Args:
         input_ids: [B, T] int64: new tokens alone, or the whole text.
@@ -30,8 +30,8 @@ def choose_new_tokens(
         [B, T'] ids and [B, T'] mask; ``None`` where all are real.
 
     Raises:
-        InputError: if mask, ids and cache do not fit each other, ``continues`` is not true, nobody
-            can tell, or the whole text holds nothing new.
+        InputError: if mask, ids and cache do not fit each other, ``continues`` is wrong or missing
+            where the cache has no hash, or the whole text holds nothing new.
     """
     padding = find_padding(attention_mask, input_ids, cache.num_columns)
     if attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]:
@@ -81,7 +81,7 @@ def _begins_with_read(input_ids: Tensor, padding: Padding | None, cache: UniMatr
 
 
 def _require_beginning(begins: Tensor, cache: UniMatrixCache) -> None:
-    """Raise unless every row is the whole text that it is said to be."""
+    """Raise ``InputError`` unless every row begins with what the cache has read."""
     if not bool(begins.all()):
         row = int((~begins).nonzero()[0])
         raise InputError(
@@ -113,15 +113,11 @@ def prepare_prompt(
 ) -> dict[str, Any]:
     """Return the arguments of the forward pass that reads the prompt.
 
-    Args:
-        model: a ``UniMatrixForCausalLM``.
-        input_ids: [B, T] int64, as ``generate`` has prepared it.
-        generation_config: likewise.
-        model_kwargs: likewise.
+    ``model`` is a ``UniMatrixForCausalLM``; the other arguments are as ``generate`` has prepared
+    them.
 
     Raises:
-        InputError: as ``prepare_inputs_for_generation``, or for an argument of ``generate`` that
-            cannot be followed.
+        InputError: as ``prepare_inputs_for_generation``, or for options that exclude each other.
     """
     if generation_config.output_attentions and generation_config.return_dict_in_generate:
         raise InputError("output_attentions is True and nothing here is attention; leave it out")
@@ -131,7 +127,7 @@ def prepare_prompt(
             f"num_beams is {generation_config.num_beams}, and beams are sampled from the global "
             "generator alone; leave out generator, or beams"
         )
-    # `generate` drops a mask of ones and notes how long it was.
+    # `generate` drops a mask of ones and keeps its length.
     length = vars(generation_config).get("_mask_length", input_ids.shape[1])
     if model_kwargs.get("attention_mask") is None and length != input_ids.shape[1]:
         mask = input_ids.new_ones(input_ids.shape[0], length)

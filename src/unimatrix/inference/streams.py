@@ -1,4 +1,4 @@
-"""Reading one text on and on: any causal model that carries a state from one call to the next."""
+"""Reading a text in parts, with any causal model that carries a state from part to part."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,10 +21,10 @@ from unimatrix.tokenization import BOS_ID
 CHUNK_TOKENS = 2048
 """Tokens of one forward pass; moves a result by rounding only."""
 PRIME_TOKENS = 65_536
-"""Of a text read first, a model whose only long memory is the suffix automaton reads the last so
-many bytes, and the automaton alone those before: matrix states do not remember that far."""
+"""A model whose only long memory is the suffix automaton reads this many bytes at the end of a text
+that is read first. The automaton alone reads the bytes before, which matrix states would forget."""
 
-# What a model calls its state, as an argument and in its output.
+# The name of a model's state, as an argument and in its output, by model type.
 _STATE_NAMES = {
     "unimatrix": "past_key_values",
     "linear_attention_peer": "past_key_values",
@@ -34,11 +34,11 @@ _STATE_NAMES = {
 
 
 def name_state(model: PreTrainedModel) -> str | None:
-    """Return what a model calls the state it can carry on; ``None`` for a model of windows.
+    """Return the name of the state that a model carries; ``None`` for a model that reads windows.
 
     Args:
-        model: ours, a linear attention, Mamba-2, RWKV, or a Transformer; ours with a position table
-            reads windows too.
+        model: ours, a linear attention, Mamba-2, RWKV, or a Transformer. Transformers read windows,
+            and so do ours with a position table.
     """
     config = model.config
     if isinstance(model, UniMatrixForCausalLM) and config.max_position_embeddings is not None:
@@ -49,10 +49,7 @@ def name_state(model: PreTrainedModel) -> str | None:
 def carry_state(model: PreTrainedModel, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Read ids [B, T] on from a state; return the logits [B, T, V] and the state after them.
 
-    Args:
-        model: one with state.
-        ids: what comes next.
-        state: from the call before; ``None`` at the start. It may be altered.
+    ``state`` is ``None`` at the start, and may be altered. The model has state (``name_state``).
     """
     name = name_state(model)
     assert name is not None, model.config.model_type
@@ -63,7 +60,7 @@ def carry_state(model: PreTrainedModel, ids: Tensor, state: Any) -> tuple[Tensor
 
 
 def require_state(model: PreTrainedModel) -> None:
-    """Raise ``InputError`` unless the model can read something before a text."""
+    """Raise ``InputError`` unless the model can read one text before another."""
     if name_state(model) is None:
         raise InputError(
             "the model reads windows and nothing before them; give it no text to read first"
@@ -71,10 +68,10 @@ def require_state(model: PreTrainedModel) -> None:
 
 
 def read_first(model: PreTrainedModel, text: ByteStream) -> tuple[Any, int]:
-    """Read a text before the one that matters, which goes on where this one ends.
+    """Read a text before the one that is measured or written, which continues it.
 
-    The last ``PRIME_TOKENS`` bytes are read by all of the model; those before by its suffix
-    automaton alone, if it has one and no associative memory beside it.
+    The whole model reads the last ``PRIME_TOKENS`` bytes. A suffix automaton without an associative
+    memory beside it reads the bytes before them alone; other models read all bytes.
 
     Args:
         model: computes without gradients; its mode is the caller's (``suspend_training``).
@@ -94,7 +91,7 @@ def read_first(model: PreTrainedModel, text: ByteStream) -> tuple[Any, int]:
     if len(text) > PRIME_TOKENS and _only_automaton_lasts(model):
         start = len(text) - PRIME_TOKENS
         state = _remember(model, text, start)
-    # Token i is BOS or the byte before place i: the last is left to be read.
+    # Token 0 is BOS and token i is byte i - 1, so that the last byte is left to be read.
     for first in range(start, len(text), CHUNK_TOKENS):
         tokens = text.read_tokens(first, min(first + CHUNK_TOKENS, len(text)))
         _, state = carry_state(model, torch.from_numpy(tokens)[None].to(model.device), state)
@@ -109,7 +106,7 @@ def read_on(
     Args:
         model: as in ``read_first``.
         ids: [n] int64, the tokens to predict.
-        state: what stands before them; ``None`` at the start. It may be altered.
+        state: after the tokens before them; ``None`` at the start. It may be altered.
         first_id: the token before them, which the state has not read.
     """
     for start in range(0, len(ids), CHUNK_TOKENS):
@@ -139,16 +136,15 @@ def shift_right(model: PreTrainedModel, targets: NDArray[np.int64], first_id: in
 
 
 def name_context(prime: ByteStream | None) -> str:
-    """Return what every byte of a text sees that was read on from ``prime``, in words."""
+    """Return, in words, what the bytes of a text are predicted from that continues ``prime``."""
     return "carried" if prime is None else f"carried, after {len(prime):,} bytes"
 
 
 def _only_automaton_lasts(model: PreTrainedModel) -> bool:
-    """Return whether nothing but a suffix automaton remembers what is far back."""
+    """Return whether nothing but a suffix automaton has a long memory."""
     if not isinstance(model, UniMatrixForCausalLM):
         return False
-    config = model.config
-    parts = (config.residual_path, config.associative_memory)
+    parts = (model.config.residual_path, model.config.associative_memory)
     return parts == ("suffix_automaton", "none")
 
 

@@ -1,4 +1,4 @@
-"""What the suffix automaton says of every token of a whole stream, for windows cut from it."""
+"""Predictions of a suffix automaton for a whole stream, for windows that are cut from it."""
 
 from collections.abc import Iterator
 
@@ -16,14 +16,14 @@ _CHUNK_TOKENS = 2**20
 
 
 def match_stream(stream: ByteStream, window: int | None) -> StreamMatches:
-    """Read a stream once with a suffix automaton.
+    """Return what a suffix automaton predicts after every token of a stream.
 
     Args:
         stream: what to read, from BOS on.
         window: the automaton's bound, as in ``predict_from_suffix``; ``None`` is none.
 
     Cost:
-        6 bytes a token for the result, and what the automaton takes while it reads.
+        6 bytes a token for the result, and the automaton itself while it reads.
     """
     predicted = np.empty(stream.num_tokens, np.int16)
     lengths = np.empty(stream.num_tokens, np.int32)
@@ -36,13 +36,7 @@ def match_stream(stream: ByteStream, window: int | None) -> StreamMatches:
 def read_with_automaton(
     stream: ByteStream, num_tokens: int, window: int | None
 ) -> AutomatonState | None:
-    """Return the automaton after the first tokens of a stream, BOS included; ``None`` after none.
-
-    Args:
-        stream: what to read.
-        num_tokens: how far.
-        window: as in ``match_stream``.
-    """
+    """Return the automaton after the first tokens of a stream, BOS included, if there are any."""
     last: AutomatonState | None = None
     for _, _, automaton in _scan_chunks(stream, num_tokens, window):
         last = automaton

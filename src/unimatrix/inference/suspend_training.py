@@ -1,4 +1,4 @@
-"""Measuring leaves a model as it was."""
+"""Switch a model to evaluation without gradients, and back."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 _LOCK = threading.Lock()
-# Models that are measured now: by how many, and the modules that were in training mode before.
+# The models in use now: by how many threads, and which modules were in training mode before.
 _suspended: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
 
 
@@ -16,10 +16,7 @@ _suspended: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
 def suspend_training(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and gradients; every module gets its mode back afterwards.
 
-    Where several threads measure one model, the last to end puts the modes back.
-
-    Args:
-        model: whatever is measured.
+    If several threads use one model, the last of them restores the modes.
     """
     with _LOCK:
         trained = [module for module in model.modules() if module.training]

@@ -91,10 +91,6 @@ def list_random_states(checkpoint: Path) -> list[str]:
 def write_checkpoint(folder: Path, optim_step: int) -> Iterator[Path]:
     """Yield a scratch folder to write a checkpoint in; it is deleted if that fails.
 
-    Args:
-        folder: of the run's checkpoints.
-        optim_step: the step.
-
     Raises:
         WriteError: if it cannot be written; the message names the checkpoint that is left.
     """

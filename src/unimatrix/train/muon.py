@@ -23,10 +23,8 @@ class MuonWithAdamW(Optimizer):
     Args:
         model: whose parameters are trained.
         decayed: names of the parameters that weight decay applies to.
-        lr: learning rate of both.
-        weight_decay: of both.
-        betas: AdamW's.
-        fused: AdamW in one kernel.
+        lr, weight_decay: of both optimisers.
+        betas, fused: AdamW's.
 
     Raises:
         InputError: as in ``require_muon``.

@@ -26,11 +26,7 @@ _LONGEST_WARMUP_S = 4.0
 
 
 class StepTimer(TrainerCallback):
-    """Time steps after the first few, then stop the training.
-
-    Args:
-        seconds: how long to time.
-    """
+    """Time steps after the first few, then stop the training."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -84,7 +80,7 @@ def plan_steps(
     Args:
         model: left as it is.
         dataset: items to train the copies on, more than a trial can use up.
-        settings: ``minutes`` must be given.
+        settings: with ``minutes``.
         device: cpu, cuda or mps.
     """
     assert settings.minutes is not None

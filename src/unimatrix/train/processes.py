@@ -13,11 +13,7 @@ T = TypeVar("T")
 
 
 def join_processes(device: str) -> None:
-    """Meet the other processes that torchrun started, if it did; the first alone warns.
-
-    Args:
-        device: processes on a ``cpu`` talk through gloo, on others through their own back end.
-    """
+    """Meet the other processes that torchrun started, if it did; the first alone warns."""
     PartialState(cpu=device == "cpu")
     if not is_main_process():
         logging.getLogger("unimatrix").setLevel(logging.ERROR)

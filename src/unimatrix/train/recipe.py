@@ -248,10 +248,7 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Read a shipped recipe by name, or any recipe by its path.
-
-    Args:
-        name_or_path: a name from ``list_recipes``, or a ``.toml`` or ``.json`` file.
+    """Read a shipped recipe by name, or any ``.toml`` or ``.json`` file.
 
     Raises:
         InputError: if there is no such recipe, or it is ill-formed.
@@ -281,11 +278,9 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     ``model.init``. A new preset drops all overrides but ``max_position_embeddings``, and new
     ``data.data`` drops ``data.valid_data``.
 
-    Args:
-        recipe: what to change.
-        assignments: ``key=value``: a dotted field (``train.learning_rate=3e-4``) or a configuration
-            field of the model (``model.hidden_size=128``), with ``none`` for no value and a list as
-            ``["a", "b"]``.
+    An assignment is ``key=value`` of a dotted field (``train.learning_rate=3e-4``) or of a
+    configuration field of the model (``model.hidden_size=128``), with ``none`` for no value and a
+    list as ``["a", "b"]``.
 
     Raises:
         InputError: for an assignment without ``=``, an unknown key (with the nearest valid name) or

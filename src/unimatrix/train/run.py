@@ -97,10 +97,7 @@ class TrainingRun:
 def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
     """Check a new run to its last detail; nothing is written.
 
-    Args:
-        recipe: what to do.
-        out: the folder wanted; ``None`` leaves the name to ``start_run``.
-        device: cpu, cuda or mps.
+    Without ``out``, ``start_run`` chooses the name of the folder.
 
     Raises:
         InputError: for a budget, corpus, model, batch or folder that would stop the run later.
@@ -129,9 +126,7 @@ def prepare_run(recipe: Recipe, out: Path | None, device: str) -> TrainingRun:
 def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
     """Check an interrupted run and set its number of threads; nothing is written.
 
-    Args:
-        run: its folder, which the caller holds until the run ends (``hold_run``).
-        device: cpu, cuda or mps.
+    The caller holds the folder ``run`` until the run ends (``hold_run``).
 
     Raises:
         InputError: if there is no such run, it is finished, or its corpus has changed.
@@ -166,9 +161,7 @@ def prepare_resumed_run(run: Path, device: str) -> TrainingRun:
 def start_run(run: TrainingRun, say: Callable[[str], None]) -> None:
     """Turn a budget in minutes into steps, then create the run folder with recipe and record.
 
-    Args:
-        run: from ``prepare_run``; its number of steps, path and record are set.
-        say: called with a sentence on the plan.
+    Sets number of steps, path and record of ``run``; ``say`` is called with sentences on the plan.
     """
     train, seconds_per_step = run.recipe.train, None
     if train.num_threads is not None:
@@ -236,9 +229,8 @@ def train_run(
 
     Args:
         run: started or resumed.
-        callbacks: as in ``train_model``.
-        on_metrics: as in ``train_model``.
-        say: called with a sentence on where it begins.
+        callbacks, on_metrics: as in ``train_model``.
+        say: called with sentences on where the training begins.
 
     Raises:
         InputError: if its folder is in use, or has checkpoints and none is whole; or if the text
@@ -302,9 +294,7 @@ def _train(
 def build_model(section: ModelSection, seed: int) -> UniMatrixForCausalLM:
     """Build a preset with fresh weights, or load the weights to start from.
 
-    Args:
-        section: what to build.
-        seed: of fresh weights; the global generator is left as it was.
+    Fresh weights depend on ``seed`` alone; the global generator is left as it was.
 
     Raises:
         InputError: for an unusable preset, override or saved model, or one that is not byte-level.

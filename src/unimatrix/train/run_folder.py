@@ -60,9 +60,8 @@ def is_vacant(path: Path) -> bool:
 def require_new_folder(path: Path, *, resumable: bool = False) -> None:
     """Raise ``InputError`` unless ``path`` is missing or an empty folder that nobody writes to.
 
-    Args:
-        path: the folder wanted.
-        resumable: suggest ``--resume`` if the folder holds an unfinished run.
+    The message suggests ``--resume`` if the folder holds an unfinished run and ``resumable`` is
+    set.
     """
     if is_in_use(path):
         raise InputError(
@@ -89,11 +88,7 @@ def create_folder(path: Path) -> Iterator[None]:
 
 
 def create_numbered_folder(title: str) -> Path:
-    """Create and return ``runs/TITLE-N`` with the lowest free N.
-
-    Args:
-        title: such as preset and corpus; made fit for a file name.
-    """
+    """Create and return ``runs/TITLE-N`` with the lowest free N."""
     DEFAULT_PARENT.mkdir(exist_ok=True)
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", title).strip("-.")[:60] or "run"
     number = 1
@@ -163,12 +158,7 @@ def is_in_use(path: Path) -> bool:
 
 @contextlib.contextmanager
 def writing(what: Path | str, folder: Path) -> Iterator[None]:
-    """Turn errors of writers, such as on a full disk, into a ``WriteError`` of one sentence.
-
-    Args:
-        what: the file, or what is written where.
-        folder: on the same disk.
-    """
+    """Turn errors of writers, such as on a full disk, into a ``WriteError`` of one sentence."""
     from safetensors import SafetensorError
 
     try:
@@ -190,9 +180,7 @@ def writing(what: Path | str, folder: Path) -> Iterator[None]:
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, whenever the process or the machine stops.
 
-    Args:
-        path: the file; a reader finds either the old content or the new.
-        content: text is written as UTF-8.
+    A reader finds either the old content or the new. Text is written as UTF-8.
 
     Raises:
         WriteError: if it cannot be written; the old content stays.
@@ -243,15 +231,11 @@ def read_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
 
 
 def read_record(folder: Path, advice: str, *needed: str) -> dict[str, Any]:
-    """Return the record of a folder.
-
-    Args:
-        folder: holds a ``record.json``.
-        advice: what to do about a damaged one.
-        needed: the fields that must be there.
+    """Return the content of a folder's ``record.json``.
 
     Raises:
-        InputError: if it cannot be read, or lacks a field.
+        InputError: if it cannot be read, or lacks a field of ``needed``; the message ends with
+            ``advice``.
     """
     path = folder / RECORD_FILE
     try:
@@ -273,13 +257,7 @@ def trim_metrics(run: Path, optim_step: int) -> None:
 
 
 def start_record(recipe: Recipe, config: dict[str, Any], device: str) -> dict[str, Any]:
-    """Return what is known of a run before its first step.
-
-    Args:
-        recipe: the resolved recipe.
-        config: the model's configuration as a JSON object.
-        device: where it trains.
-    """
+    """Return what is known of a run before its first step."""
     return {
         "status": "training",
         "seed": recipe.train.seed,
@@ -289,11 +267,7 @@ def start_record(recipe: Recipe, config: dict[str, Any], device: str) -> dict[st
 
 
 def describe_run(device: str) -> dict[str, Any]:
-    """Return when, where and with which code something runs.
-
-    Args:
-        device: cpu, cuda or mps.
-    """
+    """Return when, where and with which code something runs."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": describe_commit(),

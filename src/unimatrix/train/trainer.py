@@ -62,12 +62,7 @@ class TrainResult:
 
 
 class SequentialTrainer(Trainer):
-    """A Trainer that reads items in their order, whatever the number of processes.
-
-    Args:
-        settings: which parameters decay.
-        kwargs: passed on to ``Trainer``.
-    """
+    """A Trainer that reads items in their order, whatever the number of processes."""
 
     def __init__(self, settings: TrainSection, **kwargs: Any) -> None:
         self.settings = settings
@@ -86,11 +81,7 @@ class SequentialTrainer(Trainer):
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the optimiser of ``settings``, made once.
-
-        Args:
-            model: passed by later releases of transformers only.
-        """
+        """Return the optimiser of ``settings``, made once."""
         if self.settings.optimizer == "muon" and self.optimizer is None:
             trained = self.model if model is None else model
             self.optimizer = MuonWithAdamW(
@@ -296,12 +287,6 @@ def build_arguments(
     settings: TrainSection, folder: Path, device: str, *, saves: bool
 ) -> TrainingArguments:
     """Return the Trainer's own settings.
-
-    Args:
-        settings: ours; ``steps`` must be given.
-        folder: where checkpoints go.
-        device: cpu, cuda or mps.
-        saves: write checkpoints.
 
     Raises:
         InputError: if the batch does not divide over processes and accumulation steps.

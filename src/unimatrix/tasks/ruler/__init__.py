@@ -54,7 +54,7 @@ def build_task(name: str, total_bytes: int, text: Text) -> LongTask:
     Args:
         name: one of ``RULER_TASKS``.
         total_bytes: of prompt and answer.
-        text: [bytes] uint8, what essays are cut from.
+        text: [bytes] uint8, from which essays are cut.
 
     Raises:
         InputError: for an unknown name, or a length too short for the task.

@@ -53,10 +53,6 @@ class LongTask(ABC):
     def build(self, seed: int, index: int) -> LongExample:
         """Build one example, a pure function of (task, seed, index).
 
-        Args:
-            seed: >= 0.
-            index: >= 0.
-
         Raises:
             InputError: ``seed`` is negative.
         """
@@ -78,10 +74,6 @@ class LongTask(ABC):
 
 class Draws:
     """Random numbers of one example, as many as are asked for; the same on every machine.
-
-    Args:
-        seed: >= 0.
-        index: of the example.
 
     Raises:
         InputError: ``seed`` is negative.
@@ -110,13 +102,7 @@ class Draws:
 
 
 def choose_depths(draws: Draws, index: int, count: int) -> list[int]:
-    """Return distinct depths 0..39 of needles: the first by the example's index, others drawn.
-
-    Args:
-        draws: of the example.
-        index: of the example.
-        count: needles.
-    """
+    """Return distinct depths 0..39 of needles: the first by the example's index, others drawn."""
     first = index * _DEPTH_STRIDE % NUM_DEPTHS
     others = [depth for depth in range(NUM_DEPTHS) if depth != first]
     return [first, *(others[place] for place in draws.distinct(len(others), count - 1))]
@@ -126,10 +112,6 @@ def score_references(answer: bytes, references: Sequence[bytes]) -> float:
     """Return the share of references that the answer holds, whatever their case.
 
     Source: RULER ``eval/synthetic/constants.py``, ``string_match_all``.
-
-    Args:
-        answer: what the model wrote.
-        references: at least one.
     """
     lowered = answer.lower()
     return sum(reference.lower() in lowered for reference in references) / len(references)

@@ -158,11 +158,6 @@ def scatter(hay: bytes, depths: Sequence[int], needles: Sequence[bytes]) -> byte
 
     A needle stands at the start of the line at its depth, or else of the word, at most 200 bytes
     back.
-
-    Args:
-        hay: the text.
-        depths: of the needles.
-        needles: lines of their own.
     """
     places = [_find_place(hay, depth) for depth in depths]
     parts, last = [], 0
