@@ -64,8 +64,7 @@ BatchSizeOption = Annotated[
 PresetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--preset",
-        help=f"Preset to time, or none. Repeatable. [default: {', '.join(_PRESETS)}]",
+        "--preset", help=f"Preset to time, or none. Repeatable. [default: {', '.join(_PRESETS)}]"
     ),
 ]
 PeerOption = Annotated[
@@ -139,8 +138,7 @@ QuickOption = Annotated[
     ),
 ]
 OutOption = Annotated[
-    Path | None,
-    typer.Option("--out", help="New folder to write record.json and plots as PNG to."),
+    Path | None, typer.Option("--out", help="New folder to write record.json and plots as PNG to.")
 ]
 
 

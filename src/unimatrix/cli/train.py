@@ -9,14 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from unimatrix.cli.common import (
-    DeviceOption,
-    JsonOption,
-    SeedOption,
-    emit,
-    make_log,
-    pick_device,
-)
+from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, make_log, pick_device
 from unimatrix.cli.terminal import show_bytes
 from unimatrix.errors import InputError
 from unimatrix.train.recipe import (

@@ -48,13 +48,7 @@ _FORMATS = (
         (".bz2",),
         bz2.BZ2File,
     ),
-    _Format(
-        "an xz file",
-        "unxz -k",
-        (b"\xfd7zXZ\0", b"]\0\0"),
-        (".xz", ".lzma"),
-        lzma.LZMAFile,
-    ),
+    _Format("an xz file", "unxz -k", (b"\xfd7zXZ\0", b"]\0\0"), (".xz", ".lzma"), lzma.LZMAFile),
     _Format("a Zstandard file", "zstd -d", (b"\x28\xb5\x2f\xfd",), (".zst", ".zstd")),
     _Format(
         "a zip archive (as .docx, .epub, .jar and .npz are)",

@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unimatrix.data.byte_stream import ByteStream
-from unimatrix.data.files import (
-    FileKey,
-    LeftOut,
-    drop_repeats,
-    find_file,
-    find_files,
-    identify,
-)
+from unimatrix.data.files import FileKey, LeftOut, drop_repeats, find_file, find_files, identify
 from unimatrix.data.sources import (
     ARCHIVES,
     fetch_archive,

@@ -149,9 +149,7 @@ def _cut(
 
 
 def _score_carried(
-    model: PreTrainedModel,
-    prime: ByteStream | None,
-    chunks: Iterable[NDArray[np.int64]],
+    model: PreTrainedModel, prime: ByteStream | None, chunks: Iterable[NDArray[np.int64]]
 ) -> Iterator[_Score]:
     """Yield nats, bytes and the cache of chunks [1, T] of one stream."""
     cache, last_id = (None, BOS_ID) if prime is None else read_first(model, prime)

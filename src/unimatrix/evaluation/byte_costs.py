@@ -137,11 +137,7 @@ def score_tokens(
 
 
 def _read_windows(
-    model: PreTrainedModel,
-    data: NDArray[np.int64],
-    first_id: int,
-    window_tokens: int,
-    score: Score,
+    model: PreTrainedModel, data: NDArray[np.int64], first_id: int, window_tokens: int, score: Score
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the scores of the tokens that each window adds; whole windows several at a time."""
     half = window_tokens // 2

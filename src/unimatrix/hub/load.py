@@ -18,13 +18,7 @@ from unimatrix.errors import InputError, explain, suggest
 from unimatrix.hub.auto import register
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.presets import PRESETS
-from unimatrix.tokenization import (
-    BOS_ID,
-    EOS_ID,
-    VOCAB_SIZE,
-    UniMatrixTokenizer,
-    build_tokenizer,
-)
+from unimatrix.tokenization import BOS_ID, EOS_ID, VOCAB_SIZE, UniMatrixTokenizer, build_tokenizer
 from unimatrix.train.checkpoints import SCRATCH_FOLDER, list_checkpoints
 from unimatrix.train.run_folder import (
     CHECKPOINT_FOLDER,

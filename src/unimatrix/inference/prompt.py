@@ -12,10 +12,7 @@ from unimatrix.ops.text_hash import START, hash_text
 
 
 def choose_new_tokens(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    cache: UniMatrixCache,
-    continues: bool | None,
+    input_ids: Tensor, attention_mask: Tensor | None, cache: UniMatrixCache, continues: bool | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the columns of ``input_ids`` that the cache has not read, and their mask.
 

@@ -6,11 +6,7 @@ import numpy as np
 import torch
 
 from unimatrix.data import ByteStream, StreamMatches
-from unimatrix.ops.suffix_automaton import (
-    AutomatonState,
-    SuffixPrediction,
-    predict_from_suffix,
-)
+from unimatrix.ops.suffix_automaton import AutomatonState, SuffixPrediction, predict_from_suffix
 
 _CHUNK_TOKENS = 2**20
 

@@ -34,13 +34,7 @@ class FiniteGuard(TrainerCallback):
     """
 
     def on_pre_optimizer_step(
-        self,
-        args: Arguments,
-        state: State,
-        control: Control,
-        *,
-        model: PreTrainedModel,
-        **_: Any,
+        self, args: Arguments, state: State, control: Control, *, model: PreTrainedModel, **_: Any
     ) -> None:
         """Raise ``NonFiniteError`` unless every gradient is finite."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -88,12 +82,7 @@ class MetricsLog(TrainerCallback):
         self._last = (state.global_step, self._start_s)
 
     def on_log(
-        self,
-        args: Arguments,
-        state: State,
-        control: Control,
-        logs: dict[str, float],
-        **_: Any,
+        self, args: Arguments, state: State, control: Control, logs: dict[str, float], **_: Any
     ) -> None:
         """Write and pass on an entry that has a loss."""
         if "loss" not in logs or not is_main_process():

@@ -332,9 +332,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
 
     section, init = recipe.data, recipe.model.init
     data = dataclasses.replace(
-        section,
-        data=make_absolute(section.data),
-        valid_data=make_absolute(section.valid_data),
+        section, data=make_absolute(section.data), valid_data=make_absolute(section.valid_data)
     )
     if init is not None:
         init = str(Path.cwd() / Path(init).expanduser())

@@ -11,13 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.data import (
-    ConsecutiveWindows,
-    Corpus,
-    StreamMatches,
-    WindowDataset,
-    load_corpus,
-)
+from unimatrix.data import ConsecutiveWindows, Corpus, StreamMatches, WindowDataset, load_corpus
 from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
 from unimatrix.errors import InputError
 from unimatrix.hub.load import load_config, load_model, require_byte_level, save_model

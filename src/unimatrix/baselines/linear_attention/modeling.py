@@ -256,7 +256,5 @@ class LinearAttentionForCausalLM(PreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=tuple(carries) if use_cache else None,
+            loss=loss, logits=logits, past_key_values=tuple(carries) if use_cache else None
         )

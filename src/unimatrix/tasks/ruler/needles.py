@@ -11,13 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unimatrix.errors import InputError, require_choice
-from unimatrix.tasks.ruler.example import (
-    NUM_DEPTHS,
-    Draws,
-    LongExample,
-    LongTask,
-    choose_depths,
-)
+from unimatrix.tasks.ruler.example import NUM_DEPTHS, Draws, LongExample, LongTask, choose_depths
 from unimatrix.tasks.ruler.words import (
     LONGEST_KEY,
     NUM_DIGITS,
