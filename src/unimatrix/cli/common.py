@@ -34,6 +34,9 @@ SeedOption = Annotated[
     int | None, typer.Option("--seed", min=0, help="Seed of everything random; a whole number.")
 ]
 
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
+]
 PrimeOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -88,6 +91,14 @@ def emit(result: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]
     """Print a result on stdout."""
     sys.stdout.write((json.dumps(result) if as_json else render(result)) + "\n")
     sys.stdout.flush()
+
+
+def compare_with_xz(bits_per_byte: float, xz: float, *, is_primed: bool) -> str:
+    """Return a line with the bits per byte of a model and of xz, which reads nothing before."""
+    verdict = "beaten" if bits_per_byte < xz else "not beaten"
+    if is_primed:
+        verdict = "which read nothing before"
+    return f"bits per byte  {bits_per_byte:.4f}   (xz -9e: {xz:.4f}, {verdict})"
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, Any]:

@@ -12,14 +12,16 @@ from rich.markup import escape
 from unimatrix.cli.common import (
     DeviceOption,
     JsonOption,
+    ModelArgument,
     PrimeOption,
     SeedOption,
+    compare_with_xz,
     emit,
     make_log,
     open_prime,
     pick_device,
 )
-from unimatrix.errors import InputError, suggest
+from unimatrix.errors import InputError, require_choice
 
 if TYPE_CHECKING:
     from unimatrix.data import ByteStream, Corpus
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
-]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,11 +95,8 @@ def run(
     read it in independent windows of their length, and "context" says so. Nothing is random: --seed
     is taken so that every verb has it, and moves nothing.
     """
-    if split is not None and split not in SPLITS:
-        raise InputError(
-            f"there is no split {split!r}; choose one of {', '.join(SPLITS)}."
-            f"{suggest(split, SPLITS)}"
-        )
+    if split is not None:
+        require_choice("there is no split", split, SPLITS)
     if limit_bytes is not None and limit_bytes < 1:
         raise InputError(f"limit-bytes is {limit_bytes}; it must be at least 1")
     place = pick_device(device)
@@ -136,15 +132,11 @@ def open_corpus(
 ) -> "tuple[Corpus, str]":
     """Open the corpus to evaluate on and choose the split of it that is measured.
 
-    Args:
-        model: a run folder, whose recipe names the corpus where nothing else does.
-        data: corpus, files, folders or globs.
-        valid_data: validation text; alone, it is the whole corpus.
-        split: what the user asked for; ``None`` leaves it open.
+    Without ``data`` and ``valid_data`` the recipe of the run folder names the corpus.
 
     Returns:
-        the corpus and ``train``, ``valid`` or ``test``; or ``all``, of files that the model was not
-        trained on, with all bytes as the validation split.
+        the corpus and ``train``, ``valid`` or ``test``; or ``all`` for files that the model was not
+        trained on, whose bytes are all in the validation split.
 
     Raises:
         InputError: if there is nothing to evaluate on, or it cannot be opened.
@@ -181,11 +173,11 @@ def open_corpus(
 
 @dataclass(frozen=True)
 class _TrainingText:
-    """What a model was trained on, as far as its run folder tells.
+    """The text that a model was trained on.
 
     Attributes:
-        section: the recipe's; ``None`` outside a run folder.
-        sha256: of the corpus; ``None`` where no record says it.
+        section: of the recipe; ``None`` without a run folder.
+        sha256: of the corpus; ``None`` without a record.
     """
 
     section: "DataSection | None" = None
@@ -193,7 +185,7 @@ class _TrainingText:
 
     @classmethod
     def find(cls, model: str) -> "_TrainingText":
-        """Return what the run folder, or that of the checkpoint, says."""
+        """Return what the model's run folder, or that of its checkpoint, says."""
         from unimatrix.hub.load import find_run_recipe
         from unimatrix.train.recipe import load_recipe
         from unimatrix.train.run_folder import RECORD_FILE, read_run
@@ -208,7 +200,7 @@ class _TrainingText:
         return cls(section, record.get("corpus", {}).get("sha256"))
 
     def is_same(self, corpus: "Corpus", data: list[str]) -> bool:
-        """Whether the model was trained on these bytes without their end, wherever they lie now."""
+        """Whether the model was trained on these bytes but their end, wherever they lie now."""
         from unimatrix.data.corpora import HELD_OUT_ONE_IN, find_corpus_files, hold_out_end
 
         if self.section is None or self.section.valid_data or len(corpus.train) < HELD_OUT_ONE_IN:
@@ -218,7 +210,7 @@ class _TrainingText:
         return self._list_files().keys() == find_corpus_files(data).keys()
 
     def warn_if_changed(self, corpus: "Corpus") -> None:
-        """Say so where the text is not what the run was trained on."""
+        """Warn of a text that has changed since the run was trained on it."""
         if self.sha256 is not None and corpus.sha256 != self.sha256:
             make_log().print(
                 f"the text of {escape(corpus.name)} has changed since the run was trained on it: "
@@ -226,7 +218,7 @@ class _TrainingText:
             )
 
     def warn_of_overlap(self, specs: list[str]) -> None:
-        """Say so where files are measured that the run was trained on."""
+        """Warn of files that the run was trained on."""
         from unimatrix.data.corpora import find_corpus_files, name_shared
 
         if shared := name_shared(find_corpus_files(specs), self._list_files()):
@@ -240,7 +232,7 @@ class _TrainingText:
         try:
             return find_corpus_files(name_explicitly(self.section.data))
         except InputError:
-            return {}  # They are gone, so none of them is measured.
+            return {}  # Files that are gone are not measured either.
 
 
 def _measure(
@@ -295,7 +287,7 @@ def _measure(
 def _compress(
     stream: "ByteStream", num_bytes: int, prime: "ByteStream | None"
 ) -> dict[str, dict[str, float]]:
-    """Return bits per byte of the bytes judged, plain and primed, by compressor."""
+    """Return the bits per byte of each compressor on the same bytes, plain and primed."""
     from unimatrix.evaluation.compressors import list_missing_compressors, measure_compressors
 
     first = b"" if prime is None else prime.read(0, len(prime)).tobytes()
@@ -311,23 +303,17 @@ def _compress(
 
 def _choose_stream(corpus: "Corpus", split: str) -> "ByteStream":
     """Return the bytes of a split, or raise ``InputError`` if the corpus has none."""
-    streams = {"train": corpus.train, "valid": corpus.valid, "test": corpus.test}
-    streams["all"] = corpus.valid
-    stream = streams[split]
+    stream = {"train": corpus.train, "test": corpus.test}.get(split, corpus.valid)
     if stream is None:
-        there = ", ".join(name for name in SPLITS if streams[name] is not None)
-        raise InputError(f"corpus {corpus.name!r} has no {split} split; choose one of {there}")
+        raise InputError(f"corpus {corpus.name!r} has no test split; choose one of train, valid")
     return stream
 
 
 def _render(result: dict[str, Any]) -> str:
     """Return the result for people."""
     ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
-    verdict = "beaten" if ours < xz else "not beaten"
-    if result["prime"] is not None:
-        verdict = "which read nothing before"
-    whole = result["bytes"] == result["split_bytes"]
-    extent = "all" if whole else "the first"
+    verdict = compare_with_xz(ours, xz, is_primed=result["prime"] is not None)
+    extent = "all" if result["bytes"] == result["split_bytes"] else "the first"
     others = [
         f"{name:<13}  {score['plain']:.4f}"
         + (f"   (primed: {score['primed']:.4f})" if "primed" in score else "")
@@ -335,7 +321,7 @@ def _render(result: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {verdict})",
+            verdict,
             *others,
             f"text           {extent} {result['bytes']:,} bytes of {result['text']}",
             f"context        {result['context']}, {result['state_bytes']:,} bytes of state",

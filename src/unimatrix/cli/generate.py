@@ -14,6 +14,7 @@ from rich.text import Text
 from unimatrix.cli.common import (
     DeviceOption,
     JsonOption,
+    ModelArgument,
     PrimeOption,
     SeedOption,
     emit,
@@ -22,7 +23,7 @@ from unimatrix.cli.common import (
     pick_device,
 )
 from unimatrix.cli.terminal import ByteDisplay, show_bytes
-from unimatrix.errors import InputError
+from unimatrix.errors import InputError, explain
 from unimatrix.inference.sampling import DEFAULT_NEW_BYTES, DEFAULT_SAMPLING, Sampling
 from unimatrix.train.field_types import read_field_docs
 
@@ -34,9 +35,6 @@ _ECHOED_BYTES = 400
 _STOPPED = {"eos": "the model's end of text", "length": "the limit"}
 
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
-]
 PromptArgument = Annotated[
     str | None,
     typer.Argument(
@@ -128,8 +126,9 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:
         try:
             return prompt_file.read_bytes()
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise InputError(f"cannot read --prompt-file {str(prompt_file)!r}: {reason}") from error
+            raise InputError(
+                f"cannot read --prompt-file {str(prompt_file)!r}: {explain(error)}"
+            ) from error
     if prompt is not None and prompt != "-":
         # The bytes that were typed, valid UTF-8 or not.
         return os.fsencode(prompt)
@@ -139,7 +138,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> bytes:
 
 
 class _Writer:
-    """Writes new bytes to stdout as they come: shown on a terminal, exact elsewhere."""
+    """Writes new bytes to stdout as they come: as text on a terminal, exact elsewhere."""
 
     def __init__(self, *, silent: bool) -> None:
         self._silent = silent
@@ -168,7 +167,7 @@ class _Writer:
             self._show(self._display.feed(data))
 
     def finish(self) -> None:
-        """Write what was held back, and end a terminal's last line."""
+        """Write bytes that were waiting for the rest of a character; end a terminal's last line."""
         if self._silent or self._display is None:
             return
         self._show(self._display.finish())
@@ -196,7 +195,7 @@ def _describe(continuation: "Continuation", seed: int) -> dict[str, Any]:
 
 
 def _report(result: dict[str, Any], as_json: bool) -> None:
-    """Print the result as JSON; without, stdout has it already and stderr gets the figures."""
+    """Print the result as JSON; else stdout has the bytes already and stderr gets the figures."""
     if as_json:
         emit(result, True, str)
         return

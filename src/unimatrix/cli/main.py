@@ -1,7 +1,7 @@
 """The ``unimatrix`` command: its verbs, and how an error becomes one sentence and an exit code.
 
-Exit codes: 0 done, 1 failed or interrupted, 2 unusable input. Who closes the pipe that the result
-goes to, such as ``head``, has had enough of it: that ends the command, quietly and with 0.
+Exit codes: 0 done, 1 failed or interrupted, 2 unusable input. A reader of the result that closes
+its pipe, such as ``head``, ends the command quietly and with 0.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _INTERRUPTED = 130
 
 
 class _PassedOnError(Exception):
-    """Carries an error past typer, which has an end of its own for it."""
+    """Carries an error past typer, which would handle it in its own way."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class _PassedOnError(Exception):
 
 @contextlib.contextmanager
 def _pass_on() -> Iterator[None]:
-    """Hide EOFError, which typer takes for Ctrl-D at a prompt, and a closed pipe from it."""
+    """Hide closed pipes from typer, and EOFError, which typer would take for Ctrl-D at a prompt."""
     try:
         yield
     except (EOFError, BrokenPipeError) as error:

@@ -1,7 +1,7 @@
-"""The streams of a command: always open, never in the way of what it does.
+"""The streams of a command: always open, and never a reason to stop.
 
-A result with characters that the terminal's encoding lacks is printed with replacements, a stream
-that the shell has closed takes everything, and a log that nobody reads any more stops no work.
+Characters that the terminal's encoding lacks are replaced, what is written to a stream that the
+shell has closed is dropped, and so is a log that nobody reads any more.
 """
 
 import codecs
@@ -15,12 +15,13 @@ _ERRORS = "unimatrix-show"
 def open_streams() -> None:
     """Make ``sys.stdin``, ``sys.stdout`` and ``sys.stderr`` safe to use."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # Python has none where the shell closed it. In this order each gets its own number, which
-        # the next file that is opened would have had, and with it what goes to the stream.
+        # Python has no object for a stream that the shell has closed. In this order each stream
+        # gets its own number; otherwise the next file that is opened would get the number, and the
+        # output.
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     codecs.register_error(_ERRORS, _replace)
-    # A log shows such characters by their numbers, as Python's own does.
+    # A log shows characters that the encoding lacks by their numbers.
     for stream, errors in ((sys.stdout, _ERRORS), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
@@ -36,7 +37,7 @@ def open_streams() -> None:
 
 
 def give_up_stdout() -> None:
-    """Send what stdout still holds nowhere if nobody takes it; Python's end would complain."""
+    """Drop what stdout still holds if its reader is gone, lest Python complain when it ends."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -46,7 +47,7 @@ def give_up_stdout() -> None:
 
 
 class _LogFile(io.FileIO):
-    """Takes everything, also when the reader is gone or the disk is full: a log is no result."""
+    """A log that drops what it cannot write, as when the reader is gone or the disk is full."""
 
     def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
         try:
@@ -56,7 +57,7 @@ class _LogFile(io.FileIO):
 
 
 def _replace(error: UnicodeError) -> tuple[bytes, int]:
-    """Return the bytes that a name was made of where they are no text, and ? for the rest."""
+    """Return the bytes that surrogates in a name stand for, and ? for other characters."""
     assert isinstance(error, UnicodeEncodeError)
     part = error.object[error.start : error.end]
     shown = (bytes([ord(c) - 0xDC00]) if 0xDC80 <= ord(c) <= 0xDCFF else b"?" for c in part)

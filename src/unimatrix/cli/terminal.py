@@ -14,8 +14,8 @@ _PIPE_COLUMNS = 100
 class ByteDisplay:
     """Turn bytes, as they come, into text that is safe to show.
 
-    A character cut between two calls waits for its rest. Bytes that are no UTF-8 become U+FFFD, and
-    control characters, which could steer the terminal, the pictures of them (Escape is ␛).
+    A character that is cut between two calls waits for its rest. Bytes that are no UTF-8 become
+    U+FFFD. Control characters, which could steer the terminal, become pictures (Escape is ␛).
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class ByteDisplay:
         return "".join(map(_picture, self._decoder.decode(data)))
 
     def finish(self) -> str:
-        """Return what was waiting for the rest of a character."""
+        """Return what still waits for the rest of a character."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -37,7 +37,7 @@ def show_bytes(data: bytes) -> str:
 
 
 def to_text(*parts: RenderableType) -> str:
-    """Return what rich makes of tables and text: coloured on a terminal only, no wider than it."""
+    """Return what rich renders: no wider than the terminal, and coloured on a terminal only."""
     is_terminal = sys.stdout.isatty()
     columns = shutil.get_terminal_size().columns if is_terminal else _PIPE_COLUMNS
     file = StringIO()

@@ -9,7 +9,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, make_log, pick_device
+from unimatrix.cli.common import (
+    DeviceOption,
+    JsonOption,
+    SeedOption,
+    compare_with_xz,
+    emit,
+    make_log,
+    pick_device,
+)
 from unimatrix.cli.terminal import show_bytes
 from unimatrix.errors import InputError
 from unimatrix.train.recipe import (
@@ -223,12 +231,9 @@ def _render_result(result: dict[str, Any]) -> str:
     """Return the end of a training for people."""
     ours, xz = result["bits_per_byte"], result["xz_bits_per_byte"]
     folder = shlex.quote(result["run"])
-    verdict = "beaten" if ours < xz else "not beaten"
-    if result["prime_bytes"]:
-        verdict = "which read nothing before"
     name = ", ".join(result["data"])
     lines = [
-        f"bits per byte  {ours:.4f}   (xz -9e: {xz:.4f}, {verdict})",
+        compare_with_xz(ours, xz, is_primed=result["prime_bytes"] > 0),
         f"  on the first {result['valid_bytes']:,} validation bytes of {name}, "
         f"context {result['context']}",
         f"trained        {result['optim_steps']:,} steps, {result['tokens']:,} tokens, "
