@@ -1,4 +1,4 @@
-"""Corpora by one name: what ``--data`` means, and how each is split."""
+"""Corpora by name: the meaning of ``--data``, and how each corpus is split."""
 
 import glob
 import hashlib

@@ -19,11 +19,11 @@ from unimatrix.evaluation.readers import Reader, Tokens, TooLongError
 from unimatrix.tasks.ruler.example import Draws
 
 FAR_BYTES = 2000
-"""How far above the last earlier occurrence of a name must lie."""
+"""The least distance of a name from its last earlier occurrence."""
 MOST_LINE_BYTES = 120
 """Longer lines are not asked for."""
 KNOWN_BYTES = 3
-"""After so many bytes of a name, the rest of it is judged too."""
+"""The rest of a name after this many bytes is judged too."""
 _FEWEST_NAME_BYTES = 4
 _FEWEST_LINE_BYTES = 8
 _WORD = re.compile(rb"[A-Za-z_][A-Za-z0-9_]*")
@@ -42,7 +42,7 @@ class Place:
 
 
 def list_lines(sources: Mapping[str, bytes]) -> list[Place]:
-    """Return the lines that can be asked for, in order.
+    """Return the lines of sources that can be asked for, in order.
 
     They stand ``FAR_BYTES`` or more below the start of their source, are no comment, and have 8 to
     120 bytes besides indentation and line end.
@@ -63,7 +63,8 @@ def list_far_names(data: bytes) -> list[tuple[int, int]]:
     """Return the names in a Python source whose last earlier occurrence is far above.
 
     A name is an identifier of 4 bytes or more that is no keyword and no builtin; an occurrence is a
-    whole word anywhere above, comments and strings included.
+    whole word anywhere above, comments and strings included. A source that does not tokenize has no
+    names.
 
     Returns:
         first byte and end of each, in order.
@@ -95,17 +96,16 @@ def measure_lines(
     Args:
         reader: the model.
         sources: held-out sources by name.
-        num_examples: lines drawn, without repetition.
+        num_examples: lines drawn with ``seed``, without repetition.
         seed: of the draw.
-        context_bytes: the most that is read above a line; a model that cannot read so much reads
-            what it can.
+        context_bytes: the most to read above a line, unless the model can read less.
         on_example: called after each line.
 
     Returns:
-        ``exact_match`` over ``examples`` lines; ``context_bytes``, read above a line at most.
+        ``exact_match`` over ``examples`` lines; ``context_bytes``, the most read above a line.
 
     Raises:
-        TooLongError: not even a byte can be read above a line.
+        TooLongError: if the model cannot read a byte above a line.
         InputError: if there are too few lines.
     """
     places = list_lines(sources)
@@ -150,13 +150,13 @@ def measure_far_names(
     Args:
         reader: the model.
         sources: held-out Python sources by name.
-        num_examples: names judged at most.
-        most_bytes: read at most so much of each source.
+        num_examples: the most names to judge.
+        most_bytes: the most bytes to read of a source.
         on_source: called with the number of names done, after each source.
 
     Returns:
-        ``accuracy`` over ``examples`` names; ``rest_accuracy`` over those ``rest_examples`` that
-        go on after their first 3 bytes, judged after these; both ``None`` without names.
+        ``accuracy`` over ``examples`` names; ``rest_accuracy``, given the first 3 bytes, over those
+        ``rest_examples`` that are longer; both ``None`` without names.
     """
     start = time.perf_counter()
     whole: list[bool] = []
@@ -185,7 +185,7 @@ def measure_far_names(
 
 
 def _write_line(reader: Reader, above: bytes, context_bytes: int) -> tuple[bytes, int]:
-    """Return the next line, and the bytes of context that the model could read."""
+    """Return the next line and the bytes of context, halved until the model can read them."""
     while context_bytes > 0:
         try:
             prompt = above[-context_bytes:]
@@ -196,13 +196,13 @@ def _write_line(reader: Reader, above: bytes, context_bytes: int) -> tuple[bytes
 
 
 def _judge(tokens: Tokens, hits: NDArray[np.float32], first: int, stop: int) -> bool:
-    """Return whether all tokens that hold a byte of a name are right."""
+    """Return whether all tokens with a byte of a name are right."""
     starts = np.concatenate([[0], tokens.ends[:-1]])
     return bool(hits[(starts < stop) & (tokens.ends > first)].all())
 
 
 def _judge_rest(tokens: Tokens, hits: NDArray[np.float32], first: int, stop: int) -> bool | None:
-    """Return whether the tokens after the first bytes are right; ``None`` if none starts there."""
+    """Return whether all tokens after the first bytes are right; ``None`` if there are none."""
     starts = np.concatenate([[0], tokens.ends[:-1]])
     inside = (starts >= first + KNOWN_BYTES) & (starts < stop)
     return bool(hits[inside].all()) if inside.any() else None

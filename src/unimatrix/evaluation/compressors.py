@@ -1,4 +1,4 @@
-"""The bar that a byte-level model has to beat: a general-purpose compressor on the same bytes."""
+"""What general-purpose compressors reach on the bytes that a model is measured on."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ from unimatrix.errors import InputError
 _CHUNK_BYTES = 2**20
 _PPMD_ORDER = 8
 _PPMD_BYTES, _PPMD_PRIMED_BYTES = 256 * 2**20, 2000 * 2**20
-# A text up to here fits the smaller PPMd model, priming included.
+# The smaller PPMd model holds a text up to this size, priming included.
 _SMALL_TEXT_BYTES = 2 * 2**20
 
 Measure = Callable[[bytes], float]
@@ -22,8 +22,8 @@ class CompressorScore(NamedTuple):
     """Bits per byte of one text.
 
     Attributes:
-        plain: from an empty start, as a file of its own.
-        primed: what the text adds where the training text came before it.
+        plain: of the text alone.
+        primed: that the text adds to the training text before it.
     """
 
     plain: float
@@ -43,11 +43,7 @@ def xz_bits_per_byte(data: bytes) -> float:
 
 
 def measure_xz_bits_per_byte(stream: ByteStream, *, limit_bytes: int | None = None) -> float:
-    """Return ``xz_bits_per_byte`` of a stream, without holding it all.
-
-    Args:
-        stream: what to compress.
-        limit_bytes: compress the first so many bytes only; ``None`` is all.
+    """Return ``xz_bits_per_byte`` of a stream, or of its first ``limit_bytes``, chunk by chunk.
 
     Raises:
         InputError: there are no bytes.
@@ -82,16 +78,11 @@ def measure_compressors(
     - ``zstd -22`` (package zstandard), primed: the training text is its raw dictionary.
     - ``PPMd`` (package pyppmd; variant I, order 8, 256 MiB, primed 2,000 MiB), primed: as for xz.
 
-    Args:
-        train: what they are primed with; may be empty.
-        texts: by name, each of at least one byte.
-
     Returns:
-        scores by compressor and name of the text; ``list_missing_compressors`` names those left
-        out.
+        scores by compressor and name of the text, without those of ``list_missing_compressors``.
 
     Raises:
-        InputError: if a text has no bytes.
+        InputError: if a text has no bytes; the training text may be empty.
 
     Cost:
         About 2 minutes for 16 MB of training text; up to 2 GB.

@@ -1,4 +1,4 @@
-"""Any causal model behind one face: bytes in, bytes out, and a number for every token of a text."""
+"""One interface to any causal model: bytes in, bytes out, a number for every token of a text."""
 
 import json
 import urllib.error
@@ -29,7 +29,7 @@ from unimatrix.baselines.linear_attention.modeling import (
     LinearAttentionConfig,
     LinearAttentionForCausalLM,
 )
-from unimatrix.errors import InputError
+from unimatrix.errors import InputError, explain
 from unimatrix.evaluation.byte_costs import Score, score_tokens
 from unimatrix.hub.auto import register
 from unimatrix.hub.load import CONFIG_FILE, hide_progress, load_model, require_byte_level
@@ -55,14 +55,14 @@ _MEMORY_WORDS = ("can't allocate memory", "not enough memory")
 _GREEDY = Sampling(temperature=0)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _OUR_IDS = (VOCAB_SIZE, BOS_ID, EOS_ID)
-# Where configurations of transformers say how many tokens a model can read.
+# Fields of configurations that tell how many tokens a model can read.
 _LIMIT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 EndsAt = Callable[[bytes], bool]
 
 
 class TooLongError(Exception):
-    """The model cannot read so much; the message says why."""
+    """A text is too long for the model; the message says why."""
 
 
 class Tokens(NamedTuple):
@@ -82,9 +82,9 @@ class Reader:
     """A causal model and how it reads bytes.
 
     Attributes:
-        name: what the user called it.
+        name: its name in messages.
         model: on its device, in evaluation mode.
-        tokenizer: ``None`` where ids are the bytes, and BOS and EOS are ours.
+        tokenizer: ``None`` if ids are bytes, with our BOS and EOS.
     """
 
     name: str
@@ -93,14 +93,14 @@ class Reader:
 
     @property
     def limit_tokens(self) -> int | None:
-        """How many tokens the model can read, as its configuration says; ``None`` is any number."""
+        """How many tokens the model can read by its configuration; ``None`` is any number."""
         fields = self.model.config.to_dict()
         found = [fields[name] for name in _LIMIT_NAMES if fields.get(name) is not None]
         return int(found[0]) if found else None
 
     @property
     def first_id(self) -> int:
-        """What stands in front of every text: BOS, or EOS where there is none."""
+        """The id in front of every text: BOS, or EOS for a tokenizer without BOS."""
         if self.tokenizer is None:
             return BOS_ID
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
@@ -110,10 +110,10 @@ class Reader:
         return int(first)
 
     def encode(self, data: bytes) -> Tokens:
-        """Return the tokens of any bytes; a tokenizer of text leaves out what is no UTF-8.
+        """Return the tokens of any bytes; a tokenizer of text leaves out bytes that are no UTF-8.
 
         Raises:
-            InputError: if the tokenizer cannot say where its tokens lie.
+            InputError: if the tokenizer does not tell where its tokens lie.
         """
         if self.tokenizer is None:
             return Tokens(encode_bytes(data), np.arange(1, len(data) + 1))
@@ -140,10 +140,10 @@ class Reader:
             score: of logits and targets, such as ``cost_targets``.
 
         Returns:
-            [n] float32, and what each token sees.
+            [n] float32, and the context of the tokens as in ``ByteCosts``.
 
         Raises:
-            TooLongError: the machine's memory does not hold it.
+            TooLongError: the memory of the machine is too small.
         """
         limit = self.limit_tokens
         window = MOST_WINDOW_TOKENS if limit is None else min(limit, MOST_WINDOW_TOKENS)
@@ -159,16 +159,13 @@ class Reader:
     def complete(self, prompt: bytes, max_new_bytes: int, ends_at: EndsAt) -> bytes:
         """Continue a prompt greedily.
 
-        A model with state reads the prompt in parts, in constant memory if its state is. A
-        tokenizer of text may write as many tokens as so many bytes of the prompt have.
-
-        Args:
-            prompt: what to read.
-            max_new_bytes: how much to write at most.
-            ends_at: called with what is written after each token; ends it where true.
+        A model with state reads the prompt in parts, and in constant memory if its state is
+        constant. A model with a tokenizer writes as many tokens as ``max_new_bytes`` bytes of the
+        prompt have. ``ends_at`` is called with all that is written, after each token, and ends the
+        text where it is true.
 
         Raises:
-            TooLongError: the model's positions or the machine's memory do not hold it.
+            TooLongError: the model has too few positions, or the machine too little memory.
         """
         tokens = self.encode(prompt)
         num_new = max_new_bytes
@@ -188,7 +185,7 @@ class Reader:
                 return write(ids.to(self.model.device), num_new, ends_at)[:max_new_bytes]
 
     def _write_on(self, ids: Tensor, num_new: int, ends_at: EndsAt) -> bytes:
-        """Continue ids [1, T] with a state carried from part to part."""
+        """Continue ids [1, T], carrying a state from part to part."""
         state: Any = None
         for start in range(0, ids.shape[1], CHUNK_TOKENS):
             part = ids[:, start : start + CHUNK_TOKENS].contiguous()
@@ -260,7 +257,9 @@ def open_reader(name: str, *, device: torch.device | str = "cpu") -> Reader:
         require_byte_level(model, name)
         return Reader(name, model, None)
     register()
-    _register_peer()
+    # The one peer that transformers does not have.
+    AutoConfig.register(LinearAttentionConfig.model_type, LinearAttentionConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LinearAttentionConfig, LinearAttentionForCausalLM, exist_ok=True)
     source = folder if is_path else name
     if not is_path:
         _require_hub(name)
@@ -268,7 +267,7 @@ def open_reader(name: str, *, device: torch.device | str = "cpu") -> Reader:
         with hide_progress():
             loaded = AutoModelForCausalLM.from_pretrained(source).to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load the model {name!r}: {_say_first(error)}") from error
+        raise InputError(f"cannot load the model {name!r}: {explain(error)}") from error
     return Reader(name, loaded, _open_tokenizer(name, source, loaded))
 
 
@@ -283,25 +282,19 @@ def _read_kind(folder: Path) -> str | None:
 
 
 def _require_hub(name: str) -> None:
-    """Raise ``InputError`` at once where transformers would try for a minute to reach the hub."""
+    """Raise ``InputError`` if the hub cannot be reached, which transformers tries for a minute."""
     address = f"{ENDPOINT}/{urllib.parse.quote(name)}/resolve/main/{CONFIG_FILE}"
     request = urllib.request.Request(address, method="HEAD")
     try:
         if not isinstance(try_to_load_from_cache(name, CONFIG_FILE), str):
             urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError:
-        return  # The hub answers; transformers knows how to ask, and why it refuses.
+        return  # The hub answers, and transformers will explain why it refuses.
     except (OSError, ValueError) as error:
         raise InputError(
             f"there is no folder {name!r} here, and the Hugging Face hub cannot be reached; check "
             "the path or connect to the network"
         ) from error
-
-
-def _register_peer() -> None:
-    """Make the Auto classes know the one peer of ours that transformers does not have."""
-    AutoConfig.register(LinearAttentionConfig.model_type, LinearAttentionConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LinearAttentionConfig, LinearAttentionForCausalLM, exist_ok=True)
 
 
 def _open_tokenizer(
@@ -313,26 +306,21 @@ def _open_tokenizer(
     has_own = any((Path(source) / file).is_file() for file in _TOKENIZER_FILES)
     if is_ours and not has_own:
         return None
-    # Without files, transformers would make up a tokenizer of nothing.
+    # Without files, transformers would make an empty tokenizer.
     if isinstance(source, Path) and not has_own:
         raise InputError(f"{name!r} has no tokenizer; save it beside the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"cannot load the tokenizer of {name!r}: {_say_first(error)}; save it beside the model"
+            f"cannot load the tokenizer of {name!r}: {explain(error)}; save it beside the model"
         ) from error
     return None if isinstance(tokenizer, UniMatrixTokenizer) else tokenizer
 
 
-def _say_first(error: Exception) -> str:
-    """Return the first line of an error."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def _tell_memory() -> Iterator[None]:
-    """Raise ``TooLongError`` where the machine's memory does not do."""
+    """Raise ``TooLongError`` for errors of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

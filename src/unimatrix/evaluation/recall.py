@@ -12,7 +12,7 @@ from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tasks.seeded import IGNORED_LABEL, SeededTask
 
 STREAM_TOKENS = 2048
-"""Longer examples are read in pieces of so many tokens over all rows, the cache carried."""
+"""Tokens of all rows together in one forward pass over longer examples, whose cache is carried."""
 
 
 def measure_recall(
@@ -31,8 +31,8 @@ def measure_recall(
             A UniMatrix reads long examples in pieces, in constant memory.
         task: makes the examples.
         num_examples: examples 0..n-1 of the seed.
-        seed: not the one trained with: equal seeds make equal examples.
-        batch_size: examples in one forward pass; it does not move the result.
+        seed: another than in training, since equal seeds make equal examples.
+        batch_size: examples in one forward pass; the result does not depend on it.
         whole_answer: an example counts only if all its labels are right.
 
     Raises:
@@ -63,13 +63,13 @@ def _judge_batch(
 
 
 def _answer(model: PreTrainedModel, ids: Tensor, asked: Tensor) -> Tensor:
-    """Return the token with the largest logit at each position asked for, row by row."""
+    """Return the token with the largest logit at each position in ``asked``, row by row."""
     if not isinstance(model, UniMatrixForCausalLM):
         answers: Tensor = model(input_ids=ids, use_cache=False).logits[asked].argmax(dim=-1)
         return answers
     predicted = torch.zeros_like(ids)
     cache = None
-    # Pieces that stay in a core's cache are read half as fast again as larger ones.
+    # Pieces that fit a core's cache are read 1.5 times as fast as larger ones.
     num_tokens = max(STREAM_TOKENS // ids.shape[0], 1)
     for start in range(0, ids.shape[1], num_tokens):
         piece = slice(start, start + num_tokens)

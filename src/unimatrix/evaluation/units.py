@@ -1,4 +1,4 @@
-"""Units: the one place where nats become bits, and bytes as people read them."""
+"""Units: nats as bits per byte, which are computed nowhere else, and bytes for people."""
 
 import math
 

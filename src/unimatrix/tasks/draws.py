@@ -1,4 +1,4 @@
-"""Random words turned into what tasks draw: numbers, permutations, distinct ids, gaps."""
+"""Numbers, permutations, distinct ids and gaps, drawn from random words."""
 
 from collections.abc import Sequence
 

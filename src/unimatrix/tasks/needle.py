@@ -29,8 +29,8 @@ class Needle(SeededTask):
     Example i has depth d = i mod 10: the sentence starts at d / 9 of the room it has, rounded to a
     byte, so depth 0 is the start of the window and depth 9 ends where the question begins.
 
-    Decoys, for training: other numbers in the text, a space and 1 to 7 digits each at a random
-    place, so that digits alone do not tell what will be asked for. The sentence may cover some.
+    Decoys, for training, are other numbers at random places of the text, a space and 1 to 7 digits
+    each, so that digits alone do not tell what will be asked for. The sentence may cover some.
 
     Raises:
         InputError: ``text`` is not [bytes] uint8 of at least ``window_bytes``, or these are too

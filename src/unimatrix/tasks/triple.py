@@ -134,7 +134,7 @@ class TripleInteraction(SeededTask):
 def _scatter(
     pieces: NDArray[np.int64], filler: NDArray[np.int64], order: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Lay pieces [n, c, w] over filler [n, 45]: item j of ``order`` [n, 27] is a piece if j < c."""
+    """Write pieces [n, c, w] over filler [n, 45]; j < c in ``order`` [n, 27] stands for piece j."""
     num_rows, num_pieces, width = pieces.shape
     lengths = np.where(order < num_pieces, width, 1)
     starts = np.cumsum(lengths, axis=1) - lengths  # [n, 27]

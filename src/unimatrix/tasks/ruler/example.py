@@ -1,4 +1,4 @@
-"""What every long-context task makes: a prompt of bytes, references, room for the answer."""
+"""The base of long-context tasks: a prompt of bytes, references, and room for the answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ class LongExample:
 
     Attributes:
         prompt: what the model reads.
-        references: what a right answer holds.
-        max_new_bytes: how many bytes it may write.
-        depths: where the needles stand, 0..1 of the haystack; empty where there are none.
+        references: the parts of a right answer.
+        max_new_bytes: room for the answer.
+        depths: of the needles, 0..1 of the haystack; empty in a task without needles.
     """
 
     prompt: bytes
@@ -73,7 +73,7 @@ class LongTask(ABC):
 
 
 class Draws:
-    """Random numbers of one example, as many as are asked for; the same on every machine.
+    """A sequence of random numbers for one example, the same on every machine.
 
     Raises:
         InputError: ``seed`` is negative.

@@ -44,7 +44,7 @@ class CommonWords(LongTask):
     """Find the 10 common words of a list in which the others are rare.
 
     Common words occur 30 times and the others 3 times; below 16,384 bytes 6 times and once. A
-    worked example stands before the list. Words have 7 letters; a few longer or shorter ones, once
+    worked example precedes the list. Words have 7 letters; a few longer or shorter words, once
     each, fill the list to its exact length.
     """
 
@@ -55,7 +55,7 @@ class CommonWords(LongTask):
         word = "x" * _WORD_LETTERS
         worked = _NUM_COMMON * (sum(_WORKED_REPEATS) + 1)
         needed = len(_number([word] * worked)) + 2 * len(_COMMON_INTRO + _COMMON_QUESTION)
-        # Besides, the others at least once.
+        # The list itself, with each common word and at least one other.
         needed += len(_number([word] * (_NUM_COMMON * repeats[0] + repeats[1])))
         self.require_room(self.max_new_bytes + needed + 3 * _SHORTEST_WORD)
 
@@ -79,7 +79,7 @@ class CommonWords(LongTask):
 
 @dataclass(frozen=True, kw_only=True)
 class FrequentWords(LongTask):
-    """Find the 3 most frequent words of a coded text; rank 1 of the counts are dots, no word.
+    """Find the 3 most frequent words of a coded text, in which only dots are more frequent.
 
     The word of rank k occurs n k^-2 / zeta(2) times, rounded down, of 2,000 coded words of 6
     letters; n is what fills the length, with dots for the rest.
@@ -112,7 +112,7 @@ class FrequentWords(LongTask):
 
 
 def _draw_words(draws: Draws, count: int, taken: set[str]) -> list[str]:
-    """Draw so many words of 7 letters that are not taken, and take them."""
+    """Draw ``count`` words of 7 letters that are not in ``taken``, and add them."""
     words: list[str] = []
     while len(words) < count:
         word = spell(draws, _WORD_LETTERS)
@@ -140,7 +140,7 @@ def _work_example(words: list[str], draws: Draws) -> str:
 
 
 def _count_fitting(room: int, repeats: int, num_before: int) -> int:
-    """Return how many more words fit, each so many times, and leave room for a last item."""
+    """Return how many more words fit, ``repeats`` times each, before a last item."""
     room -= _measure_item(10**9) + _SHORTEST_WORD
     room -= sum(_measure_item(n) + _WORD_LETTERS for n in range(1, num_before + 1))
     count = 0
@@ -153,7 +153,7 @@ def _count_fitting(room: int, repeats: int, num_before: int) -> int:
 
 
 def _fill(draws: Draws, room: int, num_before: int, taken: set[str]) -> list[str]:
-    """Return words that occur once and, as items, take exactly the room."""
+    """Return words that occur once and fill the room exactly, as items of the list."""
     words: list[str] = []
     while room:
         overhead = _measure_item(num_before + len(words) + 1)

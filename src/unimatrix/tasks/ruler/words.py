@@ -59,7 +59,7 @@ def draw_letters(draws: Draws, letters: str, length: int) -> str:
 
 
 def spell(draws: Draws, length: int) -> str:
-    """Draw one word of so many letters, consonants and vowels in turn."""
+    """Draw one word of ``length`` letters, consonants and vowels in turn."""
     pairs = (length + 1) // 2
     word = ""
     for _ in range(pairs):
