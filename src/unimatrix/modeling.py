@@ -148,6 +148,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 hidden_states.append(shown)
             if self.embed_depth is not None:
                 x = x + self.embed_depth.weight[depth_step]
+            tokens = tokens._replace(is_last=depth_step + 1 == len(past.depth))
             x, states, votes = run.block(x, tokens, carry)
             carries.append(states)
         last: Tensor = run.norm(x)

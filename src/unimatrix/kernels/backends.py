@@ -8,7 +8,7 @@ import torch
 from unimatrix.errors import InputError
 from unimatrix.nn.mixer import Mixer
 from unimatrix.ops import matrix_state, selective_slots, slots
-from unimatrix.ops.backends import BACKENDS, require_backend
+from unimatrix.ops.backends import BACKENDS, compiles_native, require_backend
 
 PASSES = "fused_passes"
 
@@ -46,7 +46,7 @@ def name_backends(model: Any, num_tokens: int, device: torch.device) -> dict[str
             chosen[mixer.operator] = name
     chosen[PASSES] = model.passes_backend
     if model.passes_backend == "auto":
-        is_native = device.type == "cpu" and num_tokens > 1
+        is_native = device.type == "cpu" and num_tokens > 1 and compiles_native()
         chosen[PASSES] = "native" if is_native else "reference"
     return chosen
 
@@ -73,7 +73,8 @@ def _choose_selective_slots(mixer: Any, num_tokens: int, device: torch.device) -
 
 def _choose_fastest(mixer: Any, num_tokens: int, device: torch.device) -> str:
     """Return an operator's last back end that runs anywhere: the others come before it."""
-    return [name for name in BACKENDS[mixer.operator] if name != "triton"][-1]
+    names = [name for name in BACKENDS[mixer.operator] if name != "triton"]
+    return names[-1] if names[-1] != "native" or compiles_native() else "reference"
 
 
 _CHOICES: dict[str, Callable[[Any, int, torch.device], str]] = {

@@ -95,7 +95,7 @@ class BlockRun:
             x, h, states = self._apply_parts(x, tokens, carry, reads)
         votes = None
         for mixer in others:
-            if mixer.votes and mixer.name in reads:
+            if tokens.is_last and mixer.votes:
                 votes = mixer.vote(h, reads[mixer.name])
         x = x if tokens.modulation is None else x * tokens.modulation
         return x, states, votes

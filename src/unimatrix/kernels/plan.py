@@ -95,7 +95,7 @@ def plan(model: Any, *, like: Tensor) -> Run:
         mixers=mixers,
         reasons=reasons,
     )
-    if _logger.isEnabledFor(INFO) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _logger.isEnabledFor(INFO):
         for part, reason in reasons.items():
             _logger.info_once(f"{part} does not run compiled: {reason}")
     return run

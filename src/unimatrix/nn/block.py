@@ -70,7 +70,7 @@ class UniMatrixBlock(GradientCheckpointingLayer):
 
         Returns:
             the stream; the carry after the last real token; what a pointer adds to the logits, ids
-            and weights [B, T, K], which counts at the last depth step.
+            and weights [B, T, K], at the last depth step.
         """
         reads, states, votes = dict(tokens.reads), {}, None
         h = self.norm(x)  # E22
@@ -78,7 +78,7 @@ class UniMatrixBlock(GradientCheckpointingLayer):
             if mixer.reads_at is None:
                 read, state = mixer(h, tokens, carry.get(mixer.name))
                 reads[mixer.name], states[mixer.name] = read, state
-            if mixer.votes and mixer.name in reads:
+            if tokens.is_last and mixer.votes:
                 votes = mixer.vote(h, reads[mixer.name])  # E9
         gates = {name: gate for name, gate in self.gates.items() if name in reads}
         mixed = [torch.sigmoid(gate(h)) * reads[name].context for name, gate in gates.items()]

@@ -25,6 +25,7 @@ class Tokens(NamedTuple):
         suffix_match: [B, T, 2] int64, what the suffix automaton says of these tokens, where a
             caller knows it; ``None`` runs it.
         reads: by name, what mixers that read once have read.
+        is_last: whether this depth step is the last, whose pointer votes.
     """
 
     ids: Tensor
@@ -38,6 +39,7 @@ class Tokens(NamedTuple):
     gives_up_state: bool = False
     suffix_match: Tensor | None = None
     reads: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
+    is_last: bool = False
 
     @property
     def writable(self) -> Tensor:

@@ -19,6 +19,7 @@ from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.nn.slot_mixer import SlotMixer
 from unimatrix.nn.token_modulation import TokenModulation
+from unimatrix.ops.backends import compiles_native
 
 # Fields that the step knows with any value: sizes, numbers, and what matters in training alone.
 _ANY_VALUE = frozenset(
@@ -119,6 +120,8 @@ def explain_step(model: PreTrainedModel) -> str | None:
     ((device, dtype),) = kinds
     if device != "cpu" or dtype not in (torch.float32, torch.float64):
         return f"its parameters are {str(dtype).removeprefix('torch.')} on {device}"
+    if not compiles_native():
+        return "compiled kernels failed their check in this process"
     return None
 
 
