@@ -402,10 +402,10 @@ def _join_step(
 
 
 def can_fuse_scan(mixer: MatrixMixer, like: Tensor, num_tokens: int) -> bool:
-    """Return whether the scan binds its vectors itself: not with delta rule or norm guard."""
+    """Return whether one scan binds its vectors, too: there is one for these rules alone."""
     backend = mixer.operator_options.get("backend", "auto")
-    is_plain = not (mixer.uses_delta or mixer.norm_guard)
-    return is_plain and fuses_scan(backend, like.device, num_tokens)
+    is_known = mixer.update_rules in ("outer", "mixed") and not mixer.norm_guard
+    return is_known and fuses_scan(backend, like.device, num_tokens)
 
 
 def _name_layers(prefix: str, owner: nn.Module, layers: list[Any]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class MatrixMixer(Mixer):
         self.head_dim = config.head_dim
         self.norm_guard = config.norm_guard
         self.normalized_keys = config.normalized_keys
+        self.update_rules = config.update_rules
         self.mixes_rules = config.update_rules == "mixed"
         self.uses_delta = config.update_rules == "delta"
         width, inner = config.hidden_size, self.num_heads * self.head_dim
