@@ -41,10 +41,6 @@ class AverageMixer(Mixer):
     def gate(self) -> nn.Module:
         return self.read_gate
 
-    @property
-    def runs_operator(self) -> bool:
-        return False  # it has none: a loop of its own is enough here
-
     def forward(
         self, source: Tensor, tokens: Tokens, state: AverageState | None
     ) -> tuple[Read, AverageState]:

@@ -18,11 +18,10 @@ from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.kernels.backends import name_backends, set_backend
 from unimatrix.modeling_inputs import require_positions
-from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
+from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.padding import align_right, cut_mask, find_padding
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
-from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.nn.token_modulation import TokenModulation
 
 
@@ -44,9 +43,9 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""
         super()._init_weights(module)
-        if isinstance(module, (RetentionProjection, SelectiveMixer, ShortConvolution)):
-            for parameter, start in module.list_starts():
-                init.copy_(parameter, start)  # Loaded weights stay.
+        list_starts: Any = vars(type(module)).get("list_starts")
+        for parameter, start in list_starts(module) if list_starts else []:
+            init.copy_(parameter, start)  # Loaded weights stay.
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -67,7 +67,8 @@ class Mixer(nn.Module):
 
     Attributes:
         name: of the attribute that holds it, and of its entry among reads and carried states.
-        operator: its operator, a key of ``unimatrix.ops.backends.BACKENDS``.
+        operator: its operator, a key of ``unimatrix.ops.backends.BACKENDS``; ``None`` where there
+            are no back ends to choose from.
         operator_options: keyword arguments for its operator.
         State: named tuple of tensors, batch first, that it carries from call to call.
         state_prefix: of the tensors' names in a cache file.
@@ -79,7 +80,7 @@ class Mixer(nn.Module):
     """
 
     name: ClassVar[str]
-    operator: ClassVar[str]
+    operator: ClassVar[str | None] = None
     State: ClassVar[type[Any]]
     state_prefix: ClassVar[str]
     part: ClassVar[str]
@@ -99,8 +100,8 @@ class Mixer(nn.Module):
 
     @property
     def runs_operator(self) -> bool:
-        """Whether what it reads comes from its operator."""
-        return True
+        """Whether what it reads comes from an operator with back ends."""
+        return self.operator is not None
 
     @property
     def grows(self) -> bool:
