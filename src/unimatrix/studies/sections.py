@@ -1,7 +1,7 @@
 """Sections of a study's TOML, built as dataclasses; loads neither torch nor transformers."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from unimatrix.errors import InputError, suggest
@@ -38,14 +38,6 @@ def build_section(
             # A recipe knows the types of configuration fields.
             fields[key] = Recipe.from_dict({"model": {"overrides": fields[key]}}).model.overrides
     return section(**fields)
-
-
-def require_known(
-    what: str, name: str, known: Collection[str], choose: str = "choose from"
-) -> None:
-    """Raise ``InputError``, which says what is known, unless ``name`` is."""
-    if name not in known:
-        raise InputError(f"{what} {name!r}; {choose} {', '.join(known)}.{suggest(name, known)}")
 
 
 def require_at_least(least: int, section: object, prefix: str, *names: str) -> None:

@@ -100,6 +100,6 @@ def test_unknown_names() -> None:
     with pytest.raises(InputError, match=r"no comparison 'smal'.*Did you mean 'small'"):
         load_comparison("smal")
     comparison = build_comparison("tiny", describe_comparison(CORPUS))
-    with pytest.raises(InputError, match="no model 'their'; choose from ours, theirs"):
+    with pytest.raises(InputError, match="no model 'their'; choose one of ours, theirs"):
         choose_models(comparison, ["their"])
     assert set(comparison.models) == set(MODELS)

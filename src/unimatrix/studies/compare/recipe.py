@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from unimatrix.errors import InputError
-from unimatrix.studies.sections import build_section, require_at_least, require_known
+from unimatrix.errors import InputError, require_choice, suggest
+from unimatrix.studies.sections import build_section, require_at_least
 from unimatrix.train.field_types import parse_toml
 from unimatrix.train.recipe import TrainSection
 
@@ -137,7 +137,7 @@ class Comparison:
         for name, entry in self.models.items():
             _check_entry(name, entry)
         for table in self.tables:
-            require_known("unknown table", table, TABLES)
+            require_choice("unknown table", table, TABLES)
         require_at_least(1, self, "", "num_layers", "num_heads")
         require_at_least(1, self.text, "text.", "window_tokens", "steps", "eval_bytes")
         require_at_least(1, self.sweep, "sweep.", "steps", "eval_bytes")
@@ -180,7 +180,10 @@ def load_comparison(name_or_path: str | Path) -> Comparison:
     name, path = str(name_or_path), Path(name_or_path)
     shipped = list_comparisons()
     if name not in shipped and not path.is_file():
-        require_known("there is no comparison", name, shipped, "give a .toml file or one of")
+        raise InputError(
+            f"there is no comparison {name!r}; give a .toml file or one of {', '.join(shipped)}."
+            f"{suggest(name, shipped)}"
+        )
     source = _SHIPPED / f"{name}.toml" if name in shipped else path
     values = parse_toml(source.read_text(encoding="utf-8"), name)
     return build_comparison(name if name in shipped else path.stem, values)
@@ -242,7 +245,7 @@ def choose_models(comparison: Comparison, names: list[str]) -> Comparison:
         InputError: for a model that it does not have.
     """
     for name in names:
-        require_known("the comparison has no model", name, comparison.models)
+        require_choice("the comparison has no model", name, comparison.models)
     return replace(comparison, only=tuple(names))
 
 
@@ -251,7 +254,7 @@ def _check_entry(name: str, entry: ModelEntry) -> None:
         raise InputError(f"model {name!r} needs either a preset or a peer; give exactly one")
     if entry.peer is None:
         return
-    require_known(f"model {name!r} has unknown peer", entry.peer, PEER_NAMES, "choose one of")
+    require_choice(f"model {name!r} has unknown peer", entry.peer, PEER_NAMES)
     if entry.overrides or entry.recall_overrides:
         raise InputError(f"model {name!r} is a peer and takes no overrides; leave them out")
     if entry.carried_automaton:

@@ -18,13 +18,12 @@ from unimatrix.data import load_corpus
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.corpora import choose_split
 from unimatrix.data.sources import find_standard_library
-from unimatrix.errors import InputError
+from unimatrix.errors import InputError, require_choice
 from unimatrix.evaluation.code_completion import measure_far_names, measure_lines
 from unimatrix.evaluation.long_context import measure_positions, measure_task
 from unimatrix.evaluation.readers import Reader, TooLongError, open_reader
 from unimatrix.studies.engine import Attempt, ListStore, StudyCell, run_cells
 from unimatrix.studies.records import Record, find_change
-from unimatrix.studies.sections import require_known
 from unimatrix.tasks.ruler import RULER_TASKS, build_task
 from unimatrix.train.run_folder import (
     RECORD_FILE,
@@ -71,7 +70,7 @@ class LongContextPlan:
 
     def __post_init__(self) -> None:
         for name in self.tasks:
-            require_known("unknown task", name, TASKS)
+            require_choice("unknown task", name, TASKS)
         named = {"task": self.tasks, "length": self.lengths, "model": self.models}
         for option, values in named.items():
             if not values or len(set(values)) < len(values):

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from unimatrix.errors import InputError
-from unimatrix.studies.sections import require_known
+from unimatrix.errors import InputError, require_choice
 from unimatrix.train.recipe import TrainSection
 
 DEFAULT_PRESET = "unimatrix"
@@ -197,7 +196,7 @@ def find_recall_recipe(
     Raises:
         InputError: for an unknown task, or a published preset on another task than associative.
     """
-    require_known("unknown task", task, TASKS, "choose one of")
+    require_choice("unknown task", task, TASKS)
     recipe = RECIPES[task]
     if preset is not None and preset != DEFAULT_PRESET:
         if task != "associative":

@@ -8,8 +8,9 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
+from unimatrix.errors import require_choice
 from unimatrix.studies.records import Records
-from unimatrix.studies.sections import build_section, require_known
+from unimatrix.studies.sections import build_section
 from unimatrix.train.field_types import parse_toml
 
 GROUPS = ("lm", "recall", "slots", "triple", "throughput")
@@ -116,7 +117,7 @@ def choose_groups(names: Sequence[str]) -> tuple[str, ...]:
     """
     wanted = [name.strip() for text in names for name in text.split(",") if name.strip()]
     for name in wanted:
-        require_known("unknown part", name, GROUPS)
+        require_choice("unknown part", name, GROUPS)
     return tuple(group for group in GROUPS if group in (wanted or GROUPS))
 
 
