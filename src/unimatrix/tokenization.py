@@ -157,9 +157,6 @@ def decode_bytes(ids: ArrayLike) -> bytes:
     Args:
         ids: [T] integers in 0..258: a list, an array or a CPU tensor.
 
-    Returns:
-        As many bytes as there are ids below 256.
-
     Raises:
         InputError: ``ids`` has more than one dimension, is no integer, or leaves 0..258.
     """

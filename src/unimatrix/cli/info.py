@@ -40,11 +40,7 @@ def run(
 
 
 def describe_model(name: str, device: str) -> dict[str, Any]:
-    """Return what a model consists of, as JSON types.
-
-    Raises:
-        InputError: if there is no such model.
-    """
+    """Return what a model consists of, as JSON types."""
     from unimatrix.evaluation.footprint import (
         count_parameters,
         list_growing_parts,

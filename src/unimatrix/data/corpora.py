@@ -122,11 +122,7 @@ def list_specs(data: Spec | Sequence[Spec]) -> list[str]:
 
 
 def find_corpus_files(specs: Sequence[str]) -> dict[FileKey, Path]:
-    """Return the real files of a corpus by their keys (``identify``); none for a named corpus.
-
-    Raises:
-        InputError: as in ``load_corpus``.
-    """
+    """Return the real files of a corpus by their keys (``identify``); none for a named corpus."""
     if _is_named(specs):
         return {}
     return {identify(path): path for path in _find_paths(specs, LeftOut())}
@@ -140,11 +136,7 @@ def make_absolute(specs: Iterable[str]) -> tuple[str, ...]:
 def load_stored_corpus(
     data: Iterable[str], valid_data: Iterable[str] | None = None, *, as_before: bool = False
 ) -> Corpus:
-    """Open the data that a run stored, where a corpus's name is never a file that lies here.
-
-    Raises:
-        InputError: as in ``load_corpus``.
-    """
+    """Open the data that a run stored, where a corpus's name is never a file that lies here."""
     stored = (name_explicitly(data), name_explicitly(valid_data or ()))
     return load_corpus(stored[0], stored[1] or None, as_before=as_before)
 

@@ -55,9 +55,6 @@ def measure_copy_rules(
         seed: >= 0.
         batch_size: examples built at once; it does not move the result.
 
-    Returns:
-        A fraction for each name of ``COPY_RULES``.
-
     Raises:
         InputError: if a number is out of range.
     """

@@ -74,11 +74,7 @@ def load_model(
 
 
 def load_config(name_or_path: Name) -> UniMatrixConfig:
-    """Return the configuration of a run folder, a saved model or a preset.
-
-    Raises:
-        InputError: as in ``load_model``.
-    """
+    """Return the configuration of a run folder, a saved model or a preset."""
     folder = _find_folder(name_or_path)
     if folder is not None:
         _check_config(folder)

@@ -128,14 +128,11 @@ def convert_name(name: str, config: UniMatrixConfig) -> str:
 
 
 def from_published(config: Mapping[str, Any], params: Mapping[str, Tensor]) -> UniMatrixForCausalLM:
-    """Build our model from the authors' configuration and parameters.
+    """Build our model, in evaluation mode, from the authors' configuration and parameters.
 
     Args:
         config: published field names, as in ``convert_config``.
         params: published parameter names to tensors, float32 or float64; the tied head is absent.
-
-    Returns:
-        the model in the parameters' dtype, in evaluation mode.
 
     Raises:
         InputError: for unknown fields or names, and for missing or misshapen parameters.

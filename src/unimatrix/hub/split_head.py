@@ -8,13 +8,13 @@ it, is given our own logits.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
@@ -55,7 +55,8 @@ class PointedHidden(Tensor):
             return Tensor.__torch_function__(func, [], args, given)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunctionSubclass():
             if getattr(func, "__name__", None) in _PRODUCTS:
-                _refuse_head_weights(list(_list_tensors((args, given))), set(cls.sizes))
+                factors = [x for x in tree_leaves((args, given)) if isinstance(x, Tensor)]
+                _refuse_head_weights(factors, set(cls.sizes))
             width = cls.sizes[1:]
             return tree_map_only(
                 Tensor,
@@ -75,25 +76,11 @@ def _make_class(vocab_size: int, width: int) -> type[PointedHidden]:
     return type("PointedHidden", (PointedHidden,), {"sizes": (vocab_size, width)})
 
 
-def _list_tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of nested arguments."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for part in tree:
-            yield from _list_tensors(part)
-    elif isinstance(tree, dict):
-        yield from _list_tensors(list(tree.values()))
-
-
-def _refuse_head_weights(given: list[Tensor], sizes: set[int]) -> None:
+def _refuse_head_weights(factors: list[Tensor], sizes: set[int]) -> None:
     """Raise ``InputError`` if one of the factors has the shape of a head's weights."""
-    for factor in given:
-        if (
-            factor.dim() == 2
-            and set(factor.shape) == sizes
-            and not isinstance(factor, PointedHidden)
-        ):
+    for factor in factors:
+        is_matrix = factor.dim() == 2 and not isinstance(factor, PointedHidden)
+        if is_matrix and set(factor.shape) == sizes:
             raise InputError(
                 f"hidden states times weights {list(factor.shape)} are not what this model "
                 "predicts: its pointer is no part of lm_head. Call the model itself for logits, "

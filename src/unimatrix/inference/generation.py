@@ -103,7 +103,8 @@ def generate_bytes(
     with suspend_training(model):
         cache, first_id = (None, BOS_ID) if prime is None else read_first(model, prime)
         start = time.perf_counter()
-        input_ids = _encode_prompt(prompt, first_id).to(model.device)  # [1, T]
+        ids = np.concatenate([[first_id], encode_bytes(prompt)])
+        input_ids = torch.from_numpy(ids)[None].to(model.device)  # [1, T]
         # `generate` reads the last id, since it needs the logits.
         cache = read_prompt(model, input_ids[:, :-1], cache, gives_up_cache=True)
         with _limit_threads(model):
@@ -172,9 +173,6 @@ def read_prompt(
     Returns:
         the cache after all tokens; ``cache`` where T is 0.
 
-    Raises:
-        InputError: as in ``UniMatrixModel.forward``.
-
     Cost:
         O(T) time. Beside the ids and the cache, the bytes of one part's activations.
     """
@@ -186,11 +184,6 @@ def read_prompt(
             )
         cache, gives_up_cache = output.past_key_values, True
     return cache
-
-
-def _encode_prompt(prompt: bytes, first_id: int) -> Tensor:
-    """Return ``first_id`` and the prompt's bytes as ids [1, T]."""
-    return torch.from_numpy(np.concatenate([[first_id], encode_bytes(prompt)])).unsqueeze(0)
 
 
 def _choose_options(sampling: Sampling, vocab_size: int) -> dict[str, Any]:

@@ -41,7 +41,14 @@ def choose_new_tokens(
     if continues is None:
         continues = not _is_whole_text(input_ids, padding, cache)
     elif not continues and cache.text_hash is not None:
-        _require_beginning(_begins_with_read(input_ids, padding, cache), cache)
+        begins = _begins_with_read(input_ids, padding, cache)
+        if not bool(begins.all()):
+            row = int((~begins).nonzero()[0])
+            raise InputError(
+                f"continues=False, and row {row} of input_ids does not begin with the "
+                f"{int(cache.num_tokens[row])} tokens that the cache has read; pass the whole "
+                "text, or continues=True if these are new tokens"
+            )
     mask = None if padding is None else padding.mask
     return (input_ids, mask) if continues else _cut_read(input_ids, mask, cache)
 
@@ -75,17 +82,6 @@ def _begins_with_read(input_ids: Tensor, padding: Padding | None, cache: UniMatr
     lengths = torch.where(fits, cache.num_tokens, 0)
     start = torch.full_like(lengths, START)
     return fits & (hash_text(packed.long(), lengths, start) == cache.text_hash)
-
-
-def _require_beginning(begins: Tensor, cache: UniMatrixCache) -> None:
-    """Raise ``InputError`` unless every row begins with what the cache has read."""
-    if not bool(begins.all()):
-        row = int((~begins).nonzero()[0])
-        raise InputError(
-            f"continues=False, and row {row} of input_ids does not begin with the "
-            f"{int(cache.num_tokens[row])} tokens that the cache has read; pass the whole text, or "
-            "continues=True if these are new tokens"
-        )
 
 
 def _cut_read(

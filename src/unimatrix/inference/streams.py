@@ -80,9 +80,6 @@ def read_first(model: PreTrainedModel, text: ByteStream) -> tuple[Any, int]:
     Returns:
         the state after all bytes but the last, and the last: the id to read next.
 
-    Raises:
-        InputError: as in ``require_state``.
-
     Cost:
         Time linear in the text; an automaton without a bound grows with it.
     """

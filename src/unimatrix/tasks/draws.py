@@ -30,10 +30,7 @@ def shuffle(words: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def draw_distinct(words: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
-    """Draw k distinct numbers of 0..size-1 in random order for each row of words [n, k].
-
-    Returns:
-        [n, k] int64.
+    """Draw k distinct numbers [n, k] of 0..size-1 in random order, a row for each of words [n, k].
 
     Cost:
         The first k swaps of a Fisher-Yates shuffle: k words a row and 4 n size bytes.

@@ -100,15 +100,12 @@ class RotatingDataset(IndexedDataset):
 def label_positions(
     input_ids: NDArray[np.int64], positions: NDArray[np.int64], answers: NDArray[np.int64]
 ) -> dict[str, Tensor]:
-    """Return inputs and labels as tensors.
+    """Return ``input_ids`` and ``shift_labels`` [n, T] as tensors, -100 where there is no label.
 
     Args:
         input_ids: [n, T] int64.
         positions: [n, K] or [1, K] int64, the positions that have a label.
         answers: [n, K] int64, their labels.
-
-    Returns:
-        ``input_ids`` [n, T] int64 and ``shift_labels`` [n, T] int64, -100 elsewhere.
     """
     labels = np.full_like(input_ids, IGNORED_LABEL)
     np.put_along_axis(labels, positions, answers, axis=1)

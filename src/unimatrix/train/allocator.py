@@ -11,33 +11,27 @@ _FIRST_THRESHOLD = 1 << 17  # that of a new process
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep what is freed, for the rest of the process.
+    """Tell glibc to keep what is freed, for the rest of the process; return whether it can.
 
     A training step frees megabytes and asks for the same amount again. By default glibc returns
     them to the system every time, which then clears the pages (measured: a third of a step of 32 x
     128 tokens on the CPU).
-
-    Returns:
-        whether there is a glibc to tell; elsewhere nothing is done.
     """
     return _set_thresholds(_NEVER)
 
 
 def give_freed_memory_back() -> bool:
-    """Tell glibc to give back freed blocks of 128 KiB and more, from now on.
+    """Tell glibc to give back freed blocks of 128 KiB and more; return whether it can.
 
     That is the rule of a new process. glibc then raises its threshold to the largest block freed so
     far, which makes the peak bytes of a process depend on all that it did before.
-
-    Returns:
-        whether there is a glibc to tell.
     """
     return _set_thresholds(_FIRST_THRESHOLD)
 
 
 @functools.cache
 def _find_mallopt() -> Callable[[int, int], int] | None:
-    """Return glibc's function, ``None`` elsewhere."""
+    """Return glibc's function; ``None`` on other systems."""
     try:
         found: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # Windows has no process-wide library

@@ -140,19 +140,14 @@ def _read_through(path: Path) -> None:
     if path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
     elif path.suffix == ".safetensors":
-        _read_weights(path)
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            safe_open(path, framework="np")
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
     else:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"its part {damaged} has another checksum")
-
-
-def _read_weights(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error

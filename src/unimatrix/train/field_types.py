@@ -92,11 +92,7 @@ def _convert_strings(name: str, value: Any) -> tuple[str, ...]:
 
 @cache
 def read_field_docs(cls: type) -> Mapping[str, str]:
-    """Return the docstring under each field of a dataclass, on one line.
-
-    Raises:
-        InputError: never; a field without a docstring is our mistake and fails an assertion.
-    """
+    """Return the docstring under each field of a dataclass, on one line."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}

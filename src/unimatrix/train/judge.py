@@ -21,11 +21,7 @@ _SAMPLE_PROMPT_BYTES = 48
 
 
 def judge_run(run: TrainingRun) -> dict[str, Any]:
-    """Validate the trained model beside xz, let it write, and complete the record.
-
-    Returns:
-        the result, of JSON types: that of the record, and what ``unimatrix train`` shows besides.
-    """
+    """Validate the trained model beside xz, let it write, and complete the record."""
     assert run.path is not None
     with hold_folder(run.path):
         start = time.perf_counter()

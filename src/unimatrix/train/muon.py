@@ -25,9 +25,6 @@ class MuonWithAdamW(Optimizer):
         decayed: names of the parameters that weight decay applies to.
         lr, weight_decay: of both optimisers.
         betas, fused: AdamW's.
-
-    Raises:
-        InputError: as in ``require_muon``.
     """
 
     def __init__(

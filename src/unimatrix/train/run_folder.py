@@ -130,11 +130,7 @@ def hold_folder(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_results(path: Path | None) -> Iterator[None]:
-    """Create a folder of results unless it exists, and hold it; ``None`` holds nothing.
-
-    Raises:
-        InputError: if another process or thread holds it.
-    """
+    """Create a folder of results unless it exists, and hold it; ``None`` holds nothing."""
     if path is None:
         yield
         return

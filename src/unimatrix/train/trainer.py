@@ -171,9 +171,6 @@ def train_model(
         device: cpu, cuda or mps.
         on_metrics: called with each entry of the log.
 
-    Returns:
-        what was done; the weights are in ``model``.
-
     Raises:
         InputError: if the batch does not divide over the processes, or the dataset is too short.
         NonFiniteError: if the loss or a gradient is no longer finite; the weights in ``model`` and
@@ -286,11 +283,7 @@ def choose_collator(
 def build_arguments(
     settings: TrainSection, folder: Path, device: str, *, saves: bool
 ) -> TrainingArguments:
-    """Return the Trainer's own settings.
-
-    Raises:
-        InputError: if the batch does not divide over processes and accumulation steps.
-    """
+    """Return the Trainer's own settings."""
     assert settings.steps is not None
     schedule, schedule_options = _choose_schedule(settings, settings.steps)
     arguments = TrainingArguments(

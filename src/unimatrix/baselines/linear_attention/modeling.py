@@ -26,22 +26,12 @@ _NORM_EPS = 1e-5
 class LinearAttentionConfig(PreTrainedConfig):
     """Describe the model.
 
-    Args:
-        vocab_size: V.
-        hidden_size: D.
-        intermediate_size: F, of the gated feed-forward.
-        num_hidden_layers: L, separate layers.
-        num_attention_heads: H.
-        rule: ``gated`` (gated linear attention) or ``gated_delta`` (Gated DeltaNet).
-        key_head_dim: K.
-        value_head_dim: P.
-        conv_size: tokens under the short convolution of q, k and v; 0 is none.
-        initializer_range: standard deviation of Linear and Embedding weights at the start.
-        tie_word_embeddings: the head shares the embedding's weights.
-        kwargs: fields of ``PreTrainedConfig``.
+    Fields that transformers has too are as in ``UniMatrixConfig``, and layers are separate.
 
-    Raises:
-        InputError: for an unknown rule.
+    Args:
+        rule: ``gated`` (gated linear attention) or ``gated_delta`` (Gated DeltaNet).
+        key_head_dim, value_head_dim: K and P of a head.
+        conv_size: tokens under the short convolution of q, k and v; 0 is none.
     """
 
     model_type = "linear_attention_peer"
@@ -127,9 +117,7 @@ class LinearAttentionMixer(nn.Module):
     def forward(self, h: Tensor, carry: LayerCarry | None) -> tuple[Tensor, LayerCarry]:
         """Return the mixed stream [B, T, D] and what the next tokens need.
 
-        Args:
-            h: [B, T, D].
-            carry: what the tokens before left; ``None`` at the start.
+        ``h`` is [B, T, D]; ``carry`` is what the tokens before left, ``None`` at the start.
         """
         channels, tail = self._convolve(self.qkv_proj(h), carry)
         num_heads = self.config.num_attention_heads
@@ -187,11 +175,7 @@ class LinearAttentionLayer(nn.Module):
 
 
 class LinearAttentionForCausalLM(PreTrainedModel):
-    """Predict the next token; state of constant size carries what was read.
-
-    Args:
-        config: see ``LinearAttentionConfig``.
-    """
+    """Predict the next token; state of constant size carries what was read."""
 
     config_class = LinearAttentionConfig
     base_model_prefix = "model"

@@ -51,11 +51,7 @@ class LongTask(ABC):
 
     @abstractmethod
     def build(self, seed: int, index: int) -> LongExample:
-        """Build one example, a pure function of (task, seed, index).
-
-        Raises:
-            InputError: ``seed`` is negative.
-        """
+        """Build one example, a pure function of (task, seed, index)."""
 
     def require_room(self, needed_bytes: int) -> None:
         """Raise ``InputError`` unless the task fits ``total_bytes``."""
@@ -73,11 +69,7 @@ class LongTask(ABC):
 
 
 class Draws:
-    """A sequence of random numbers for one example, the same on every machine.
-
-    Raises:
-        InputError: ``seed`` is negative.
-    """
+    """A sequence of random numbers for one example, the same on every machine."""
 
     def __init__(self, seed: int, index: int) -> None:
         key = draw_words(seed, np.array([index], np.int64), 2)[0]
