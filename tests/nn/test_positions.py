@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from unimatrix.nn.positions import add_positions
 
 from unimatrix.errors import InputError
-from unimatrix.nn.positions import add_positions
 
 X = torch.randn(2, 4, 3, dtype=torch.float64)
 
