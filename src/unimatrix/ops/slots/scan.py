@@ -170,7 +170,7 @@ def _cast(
 
 
 def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
-    """Return the scan of a back end; Numba or Triton is imported when first asked for."""
+    """Return the scan of a back end; Numba or Triton is imported when first needed."""
     _, num_tokens, key_size = queries.shape
     if backend == "auto":
         backend = choose_backend(queries.device, num_tokens, num_slots, key_size)
@@ -191,7 +191,7 @@ def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
     if backend == "triton":
         from unimatrix.ops.slots.triton import read_triton as read
     else:
-        from unimatrix.ops.slots.native import read_native as read
+        from unimatrix.ops.slots.read_native import read_native as read
     return functools.partial(scan_by_allocation, allocate, read)
 
 
