@@ -9,8 +9,10 @@ from unimatrix.ops.numba.lanes import OPTIONS, load, plus, pointer, store, times
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.operator import declare_operator
 
-_FORM = ((0,) * 16, (0,))  # numbers handled together; those left at a row's end
-_BLOCK = 64  # tokens that share one sum for the filters' gradient
+_FORM = ((0,) * 16, (0,))
+"""Lanes, and the single lane of what is left at a row's end."""
+_BLOCK = 64
+"""Tokens that share one sum for the filters' gradient."""
 
 
 @part(**OPTIONS)
@@ -21,7 +23,11 @@ def _copy(source, target, num_numbers):
 
 @part(**OPTIONS)
 def _find_window(b, t, num_tokens, num_taps, width, h, recent, edge):
-    """Return K tokens of row b in a row, the last of them t; copied to ``edge`` at the start."""
+    """Return where the K tokens of row b up to token t lie side by side.
+
+    Those before the sequence's first token lie in ``recent``, so near the start all are copied to
+    ``edge``.
+    """
     first = t - num_taps + 1
     if first >= 0:
         return pointer(h, (b * num_tokens + first) * width)
@@ -33,7 +39,10 @@ def _find_window(b, t, num_tokens, num_taps, width, h, recent, edge):
 
 @part(**OPTIONS)
 def _find_outputs(b, t, num_tokens, num_taps, width, dy, edge):
-    """Return the gradients of K outputs from t on; zeros stand for those that do not exist."""
+    """Return where the gradients of the K outputs from token t on lie side by side.
+
+    Where some of these tokens do not exist, all are copied to ``edge``, with zeros for the missing.
+    """
     last = t + num_taps - 1
     if t >= 0 and last < num_tokens:
         return pointer(dy, (b * num_tokens + t) * width)
@@ -48,7 +57,7 @@ def _find_outputs(b, t, num_tokens, num_taps, width, dy, edge):
 
 
 @part(**OPTIONS)
-def _mix_part(lanes, j, num_taps, width, window, weight, target):
+def _mix_lanes(lanes, j, num_taps, width, window, weight, target):
     mixed = times(load(window, j, lanes), load(weight, j, lanes))
     for at in range(width + j, num_taps * width, width):
         mixed = plus(mixed, times(load(window, at, lanes), load(weight, at, lanes)))
@@ -56,23 +65,23 @@ def _mix_part(lanes, j, num_taps, width, window, weight, target):
 
 
 @part(**OPTIONS)
-def _gather_part(lanes, j, num_taps, width, outputs, weight, target):
-    """Add up what the outputs of a token and after say of it: taps in the other order."""
+def _gather_lanes(lanes, j, num_taps, width, outputs, weight, target):
+    """Set a token's gradient from those of its K outputs, which saw it with taps in turn."""
     last = (num_taps - 1) * width + j
-    total = times(load(outputs, j, lanes), load(weight, last, lanes))
+    sums = times(load(outputs, j, lanes), load(weight, last, lanes))
     for back in range(width, num_taps * width, width):
-        weighed = times(load(outputs, back + j, lanes), load(weight, last - back, lanes))
-        total = plus(total, weighed)
-    store(target, j, total)
+        product = times(load(outputs, back + j, lanes), load(weight, last - back, lanes))
+        sums = plus(sums, product)
+    store(target, j, sums)
 
 
 @part(**OPTIONS)
-def _weigh_part(lanes, j, num_taps, width, window, grad, by_weight):
-    """Add to the filters' gradient what a token saw."""
-    along = load(grad, j, lanes)
+def _add_filter_lanes(lanes, j, num_taps, width, window, dy, dfilters):
+    """Add one output's share to the gradient of the filters."""
+    dy_j = load(dy, j, lanes)
     for at in range(j, num_taps * width, width):
-        seen = times(along, load(window, at, lanes))
-        store(by_weight, at, plus(load(by_weight, at, lanes), seen))
+        product = times(dy_j, load(window, at, lanes))
+        store(dfilters, at, plus(load(dfilters, at, lanes), product))
 
 
 @kernel(**OPTIONS)
@@ -87,9 +96,9 @@ def _mix_blocks(first, last, form, num_tokens, num_taps, width, h, weight, recen
             window = _find_window(b, t, num_tokens, num_taps, width, h, recent, edge)
             target = pointer(y, (b * num_tokens + t) * width)
             for j in range(0, even, len(lanes)):
-                _mix_part(lanes, j, num_taps, width, window, filters, target)
+                _mix_lanes(lanes, j, num_taps, width, window, filters, target)
             for j in range(even, width):
-                _mix_part(one_lane, j, num_taps, width, window, filters, target)
+                _mix_lanes(one_lane, j, num_taps, width, window, filters, target)
 
 
 @kernel(**OPTIONS)
@@ -102,26 +111,26 @@ def _backward_blocks(
     filters, edge = pointer(weight, 0), np.empty(num_taps * width, dh.dtype)
     for block in range(first, last):
         b, start = block // blocks_per_row, block % blocks_per_row * _BLOCK
-        by_weight = pointer(dweight, block * num_taps * width)
+        dfilters = pointer(dweight, block * num_taps * width)
         for j in range(num_taps * width):
-            by_weight[j] = 0
+            dfilters[j] = 0
         for t in range(start if start else 1 - num_taps, min(start + _BLOCK, num_tokens)):
             outputs = _find_outputs(b, t, num_tokens, num_taps, width, dy, edge)
             target = pointer(drecent, ((b + 1) * (num_taps - 1) + t) * width)
             if t >= 0:
                 target = pointer(dh, (b * num_tokens + t) * width)
             for j in range(0, even, len(lanes)):
-                _gather_part(lanes, j, num_taps, width, outputs, filters, target)
+                _gather_lanes(lanes, j, num_taps, width, outputs, filters, target)
             for j in range(even, width):
-                _gather_part(one_lane, j, num_taps, width, outputs, filters, target)
+                _gather_lanes(one_lane, j, num_taps, width, outputs, filters, target)
             if t < 0:
                 continue
             window = _find_window(b, t, num_tokens, num_taps, width, h, recent, edge)
             grad = pointer(dy, (b * num_tokens + t) * width)
             for j in range(0, even, len(lanes)):
-                _weigh_part(lanes, j, num_taps, width, window, grad, by_weight)
+                _add_filter_lanes(lanes, j, num_taps, width, window, grad, dfilters)
             for j in range(even, width):
-                _weigh_part(one_lane, j, num_taps, width, window, grad, by_weight)
+                _add_filter_lanes(one_lane, j, num_taps, width, window, grad, dfilters)
 
 
 def _run_forward(h: Tensor, weight: Tensor, recent: Tensor) -> Tensor:

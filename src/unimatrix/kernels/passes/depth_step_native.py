@@ -1,8 +1,8 @@
 """A depth step on the CPU as one operator: its four compiled passes, one after the other.
 
-Each pass is an operator of its own too (``fused_passes``, ``matrix_state.projected``), for models
-of which only some parts run compiled. Where all four do, autograd keeps one node instead of a dozen
-with their views, and what one pass hands to the next lies as suits them both.
+Each pass is also an operator of its own, for models of which only some parts run compiled. Where
+all four do, autograd keeps one node instead of a dozen with their views, and the vectors that one
+pass writes have the row stride that the next one reads fastest.
 """
 # mypy: allow-untyped-calls
 
@@ -71,7 +71,7 @@ def _run_forward(
 def _run_backward(
     x: Tensor, recent: Tensor | None, lengths: Tensor | None, context_1: Tensor | None,
     context_2: Tensor | None, h: Tensor, vectors: Tensor, y: Tensor, checkpoints: Tensor,
-    rules: Tensor, inverses: Tensor, mixed: Tensor, gates: Tensor, projected: Tensor,
+    token_weights: Tensor, inverses: Tensor, mixed: Tensor, gates: Tensor, projected: Tensor,
     activations: Tensor, step: DepthStep, dout: Tensor | None, dh_beside: Tensor | None,
     dstate: Tensor | None, dcontext_1: Tensor | None, dcontext_2: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -86,7 +86,7 @@ def _run_backward(
         dh += dh_beside
     if dstate is None:
         dstate = y.new_zeros(y.shape[0], step.num_heads, step.head_dim, step.head_dim)
-    of_scan = (vectors, lengths, checkpoints, rules, y, inverses, step.is_mixed, step.unit)
+    of_scan = (vectors, lengths, checkpoints, token_weights, y, inverses, step.is_mixed, step.unit)
     dvectors, dcontrols, dinitial = scanning.run_backward(*of_scan, dy, dstate)
     row, panels, sizes, eps = step.projections
     dx, drecent, dprojections = projecting.run_backward(
@@ -99,7 +99,7 @@ def _run_backward(
 def _fill_gradients(
     grads: tuple[Tensor | None, ...], contexts: tuple[Tensor | None, ...]
 ) -> list[Tensor]:
-    """Return the gradients with zeros where one is missing, or nothing where all are."""
+    """Return gradients with zeros in place of a missing one, or nothing if all are missing."""
     if all(grad is None for grad in grads):
         return []
     pairs = zip(grads, contexts, strict=True)
@@ -111,7 +111,7 @@ _apply_depth_step = declare_operator(
     _run_forward,
     backward=_run_backward,
     results="out h state passed_1 passed_2",
-    saved="vectors y checkpoints rules inverses mixed gates projected activations",
+    saved="vectors y checkpoints token_weights inverses mixed gates projected activations",
     gradients="x recent initial projections mixing_weights network context_1 context_2",
 )
 
@@ -138,7 +138,7 @@ def apply_depth_step_native(
 
     Returns:
         the stream afterwards and its norm before, [B, T, D] each; the state after the last real
-        token; the contexts, to go on with (their gradients are then summed in the pass).
+        token; the contexts again. If later uses take these, the pass sums their gradients.
 
     Cost: that of the four passes.
     """

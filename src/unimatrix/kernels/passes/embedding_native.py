@@ -14,19 +14,19 @@ from unimatrix.ops.operator import declare_operator
 
 @kernel(**OPTIONS)
 def _take_spans(
-    first, last, lanes, num_spans, num_rows, width, lowest, token_ids, table, rows, num_strange
+    first, last, lanes, num_spans, num_rows, width, lowest, token_ids, table, rows, num_invalid
 ):  # fmt: skip
     num_tokens = len(table) // width
     for span in range(first, last):
-        num_strange[span] = 0
+        num_invalid[span] = 0
         for row in range(span * num_rows // num_spans, (span + 1) * num_rows // num_spans):
-            number, target = token_ids[row], pointer(rows, row * width)
+            token_id, target = token_ids[row], pointer(rows, row * width)
             for j in range(width):
                 target[j] = 0
-            if 0 <= number < num_tokens:
-                add_multiple(lanes, pointer(table, number * width), 1.0, width, target)
-            elif number < lowest or number >= num_tokens:
-                num_strange[span] += 1
+            if 0 <= token_id < num_tokens:
+                add_multiple(lanes, pointer(table, token_id * width), 1.0, width, target)
+            elif token_id < lowest or token_id >= num_tokens:
+                num_invalid[span] += 1
 
 
 @kernel(**OPTIONS)
@@ -45,13 +45,13 @@ def _run_forward(token_ids: Tensor, table: Tensor, lowest: int, num_tokens: int)
     token_ids, width, num_rows = token_ids.contiguous(), table.shape[1], token_ids.numel()
     num_spans = count_spans(-(-num_rows // TILE))
     rows = table.new_empty(*token_ids.shape, width)
-    num_strange = token_ids.new_empty(num_spans)
-    inputs = (num_spans, num_rows, width, lowest, token_ids, table, rows, num_strange)
+    num_invalid = token_ids.new_empty(num_spans)
+    inputs = (num_spans, num_rows, width, lowest, token_ids, table, rows, num_invalid)
     run_rows(_take_spans, LANES, num_spans, 8 * num_rows * width // num_spans, *inputs)
-    if num_strange.any():
-        is_strange = (token_ids < lowest) | (token_ids >= num_tokens)
+    if num_invalid.any():
+        is_invalid = (token_ids < lowest) | (token_ids >= num_tokens)
         raise InputError(
-            f"token id {int(token_ids[is_strange][0])} is not in the vocabulary; pass 0 to "
+            f"token id {int(token_ids[is_invalid][0])} is not in the vocabulary; pass 0 to "
             f"{num_tokens - 1}"
         )
     return rows

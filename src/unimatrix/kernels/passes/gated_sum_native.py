@@ -21,57 +21,60 @@ from unimatrix.ops.numba.lanes import (
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.operator import declare_operator
 
-_FORM = ((0,) * 16, (0,))  # numbers handled together; in rows that are shorter, one
+_FORM = ((0,) * 16, (0,))
+"""Lanes, and the single lane of rows that have fewer numbers."""
 
 
 @part(**OPTIONS)
-def squash(logits, ones):
+def sigmoid(logits, ones):
     """Return the sigmoid of each lane."""
     return over(ones, plus(exponential(times(logits, -1.0)), 1.0))
 
 
 @part(**OPTIONS)
-def _sum_part(lanes, j, width, num_gates, gate, parts, target):
-    mixed = zeros(target, lanes)
-    ones = plus(mixed, 1.0)
+def _sum_lanes(lanes, j, width, num_gates, gate, contexts, y):
+    sums = zeros(y, lanes)
+    ones = plus(sums, 1.0)
     for n in range(num_gates):
-        share = squash(load(gate, n * width + j, lanes), ones)
-        mixed = plus(mixed, times(share, load(parts[n], j, lanes)))
-    store(target, j, mixed)
+        share = sigmoid(load(gate, n * width + j, lanes), ones)
+        sums = plus(sums, times(share, load(contexts[n], j, lanes)))
+    store(y, j, sums)
 
 
 @part(**OPTIONS)
-def _backward_part(lanes, j, width, num_gates, gate, parts, grad, dgate, dparts):
-    along, ones = load(grad, j, lanes), plus(zeros(grad, lanes), 1.0)
+def _backward_lanes(lanes, j, width, num_gates, gate, contexts, dy, dgate, dcontexts):
+    dy_j, ones = load(dy, j, lanes), plus(zeros(dy, lanes), 1.0)
     for n in range(num_gates):
-        share = squash(load(gate, n * width + j, lanes), ones)
-        let = times(along, share)
-        slope = times(load(parts[n], j, lanes), minus(let, times(let, share)))
-        store(dgate, n * width + j, slope)
-        store(dparts[n], j, let)
+        share = sigmoid(load(gate, n * width + j, lanes), ones)
+        dcontext = times(dy_j, share)
+        dlogit = times(load(contexts[n], j, lanes), minus(dcontext, times(dcontext, share)))
+        store(dgate, n * width + j, dlogit)
+        store(dcontexts[n], j, dcontext)
 
 
 @kernel(**OPTIONS)
-def _sum_rows(first, last, form, width, num_gates, gates, one, two, three, y):
+def _sum_rows(
+    first, last, form, width, num_gates, gates, context_1, context_2, context_3, y
+):  # fmt: skip
     lanes, one_lane = form
     even = width - width % len(lanes)
     for row in range(first, last):
         at = row * width
         gate, target = pointer(gates, at * num_gates), pointer(y, at)
-        parts = (pointer(one, at), pointer(two, at), pointer(three, at))
+        contexts = (pointer(context_1, at), pointer(context_2, at), pointer(context_3, at))
         for j in range(0, even, len(lanes)):
-            _sum_part(lanes, j, width, num_gates, gate, parts, target)
-        if 0 < even < width:  # once more over the last lanes, some for the second time
-            _sum_part(lanes, width - len(lanes), width, num_gates, gate, parts, target)
+            _sum_lanes(lanes, j, width, num_gates, gate, contexts, target)
+        if 0 < even < width:  # the last lanes overlap with those before
+            _sum_lanes(lanes, width - len(lanes), width, num_gates, gate, contexts, target)
         elif even == 0:
             for j in range(width):
-                _sum_part(one_lane, j, width, num_gates, gate, parts, target)
+                _sum_lanes(one_lane, j, width, num_gates, gate, contexts, target)
 
 
 @kernel(**OPTIONS)
 def _backward_rows(
-    first, last, form, width, num_gates, gates, one, two, three, dy,
-    dgates, done, dtwo, dthree,
+    first, last, form, width, num_gates, gates, context_1, context_2, context_3, dy,
+    dgates, dcontext_1, dcontext_2, dcontext_3,
 ):  # fmt: skip
     lanes, one_lane = form
     even = width - width % len(lanes)
@@ -79,16 +82,16 @@ def _backward_rows(
         at = row * width
         gate, dgate = pointer(gates, at * num_gates), pointer(dgates, at * num_gates)
         grad = pointer(dy, at)
-        parts = (pointer(one, at), pointer(two, at), pointer(three, at))
-        dparts = (pointer(done, at), pointer(dtwo, at), pointer(dthree, at))
+        contexts = (pointer(context_1, at), pointer(context_2, at), pointer(context_3, at))
+        grads = (pointer(dcontext_1, at), pointer(dcontext_2, at), pointer(dcontext_3, at))
         for j in range(0, even, len(lanes)):
-            _backward_part(lanes, j, width, num_gates, gate, parts, grad, dgate, dparts)
-        if 0 < even < width:
-            at_end = width - len(lanes)
-            _backward_part(lanes, at_end, width, num_gates, gate, parts, grad, dgate, dparts)
+            _backward_lanes(lanes, j, width, num_gates, gate, contexts, grad, dgate, grads)
+        if 0 < even < width:  # the last lanes overlap with those before
+            j = width - len(lanes)
+            _backward_lanes(lanes, j, width, num_gates, gate, contexts, grad, dgate, grads)
         elif even == 0:
             for j in range(width):
-                _backward_part(one_lane, j, width, num_gates, gate, parts, grad, dgate, dparts)
+                _backward_lanes(one_lane, j, width, num_gates, gate, contexts, grad, dgate, grads)
 
 
 def _run_forward(

@@ -3,32 +3,34 @@
 
 from torch import Tensor
 
-from unimatrix.kernels.passes.gated_sum_native import squash
+from unimatrix.kernels.passes.gated_sum_native import sigmoid
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import OPTIONS, load, minus, plus, pointer, store, times, zeros
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.operator import declare_operator
 
-_FORM = ((0,) * 16, (0,))  # numbers handled together; in rows that are shorter, one
-_WORK = 8  # of a number, beside a multiply-add
+_FORM = ((0,) * 16, (0,))
+"""Lanes, and the single lane of rows that have fewer numbers."""
+_WORK = 8
+"""Multiply-adds in the time that a number takes."""
 
 
 @part(**OPTIONS)
-def _apply_part(lanes, j, width, source, target):
-    gate, up = load(source, j, lanes), load(source, width + j, lanes)
-    share = squash(gate, plus(zeros(source, lanes), 1.0))
-    store(target, j, times(times(gate, share), up))
+def _apply_lanes(lanes, j, width, x, y):
+    gate, up = load(x, j, lanes), load(x, width + j, lanes)
+    share = sigmoid(gate, plus(zeros(x, lanes), 1.0))
+    store(y, j, times(times(gate, share), up))
 
 
 @part(**OPTIONS)
-def _backward_part(lanes, j, width, source, grad, target):
-    gate, up, along = load(source, j, lanes), load(source, width + j, lanes), load(grad, j, lanes)
-    ones = plus(zeros(source, lanes), 1.0)
-    share = squash(gate, ones)
-    let = times(gate, share)
-    store(target, width + j, times(along, let))
-    slope = plus(share, times(let, minus(ones, share)))
-    store(target, j, times(times(along, up), slope))
+def _backward_lanes(lanes, j, width, x, dy, dx):
+    gate, up, dy_j = load(x, j, lanes), load(x, width + j, lanes), load(dy, j, lanes)
+    ones = plus(zeros(x, lanes), 1.0)
+    share = sigmoid(gate, ones)
+    silu = times(gate, share)
+    store(dx, width + j, times(dy_j, silu))
+    slope = plus(share, times(silu, minus(ones, share)))
+    store(dx, j, times(times(dy_j, up), slope))
 
 
 @kernel(**OPTIONS)
@@ -38,12 +40,12 @@ def _apply_rows(first, last, form, width, x, y):
     for row in range(first, last):
         source, target = pointer(x, 2 * row * width), pointer(y, row * width)
         for j in range(0, even, len(lanes)):
-            _apply_part(lanes, j, width, source, target)
-        if 0 < even < width:  # once more over the last lanes, some for the second time
-            _apply_part(lanes, width - len(lanes), width, source, target)
+            _apply_lanes(lanes, j, width, source, target)
+        if 0 < even < width:  # the last lanes overlap with those before
+            _apply_lanes(lanes, width - len(lanes), width, source, target)
         elif even == 0:
             for j in range(width):
-                _apply_part(one_lane, j, width, source, target)
+                _apply_lanes(one_lane, j, width, source, target)
 
 
 @kernel(**OPTIONS)
@@ -54,12 +56,12 @@ def _backward_rows(first, last, form, width, x, dy, dx):
         source, target = pointer(x, 2 * row * width), pointer(dx, 2 * row * width)
         grad = pointer(dy, row * width)
         for j in range(0, even, len(lanes)):
-            _backward_part(lanes, j, width, source, grad, target)
-        if 0 < even < width:  # once more over the last lanes, some for the second time
-            _backward_part(lanes, width - len(lanes), width, source, grad, target)
+            _backward_lanes(lanes, j, width, source, grad, target)
+        if 0 < even < width:  # the last lanes overlap with those before
+            _backward_lanes(lanes, width - len(lanes), width, source, grad, target)
         elif even == 0:
             for j in range(width):
-                _backward_part(one_lane, j, width, source, grad, target)
+                _backward_lanes(one_lane, j, width, source, grad, target)
 
 
 def _run_forward(x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Output head and cross entropy in Numba: losses and gradients in one pass over the rows.
 
-As in ``feed_forward_native``, a few rows at a time go through all of it. A sum's gradient is the
-same for every row but for a factor known only later, so the pass forward computes it too, and
-neither logits nor their gradients are ever in memory for more than the rows in hand.
+As in ``feed_forward_native``, each thread takes a few rows at a time through all layers. The
+gradient of a sum has the same factor for every row, which is known only later: the forward pass
+computes the gradients but for this factor. So logits and their gradients are in memory for a few
+rows only.
 """
 # mypy: allow-untyped-defs
 
@@ -37,11 +38,12 @@ from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.numba.tiles import TILE, count_spans, sum_spans
 from unimatrix.ops.operator import declare_operator
 
-_FAR_BELOW = -1e30  # a logit of no weight, finite in float32
+_FAR_BELOW = -1e30
+"""A logit without weight, finite in float32."""
 
 
-class _Form(NamedTuple):
-    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+class _HeadForm(NamedTuple):
+    """Options of the kernel as tuples, since Numba compiles a kernel for their lengths."""
 
     lanes: tuple[int, ...]
     mixes: tuple[int, ...]  # empty: shares are votes, added to logits
@@ -49,7 +51,7 @@ class _Form(NamedTuple):
 
 
 class HeadSizes(NamedTuple):
-    """What the row of weights holds, the head's [V, D].
+    """Sizes of the row of weights, the head's [V, D].
 
     Attributes:
         vocab: V.
@@ -68,7 +70,7 @@ def prepare_head(weight: Tensor) -> PassWeights:
 
 @part(**OPTIONS)
 def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_pointed, dshares):
-    """Return a row's loss; set its logits and shares to the gradients by them."""
+    """Return a row's loss; overwrite its logits by their gradients and set those of the shares."""
     lanes, W = form.lanes, len(form.lanes)
     if len(form.mixes) == 0:
         for k in range(num_pointed):
@@ -79,35 +81,35 @@ def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_poin
     for j in range(W, columns, W):
         tops = larger(tops, load(logits, j, lanes))
     top = largest(tops)
-    of_target, sums = logits[target] - top, zeros(logits, lanes)
+    target_logit, sums = logits[target] - top, zeros(logits, lanes)
     for j in range(0, columns, W):
-        part = exponential(plus(load(logits, j, lanes), -top))
-        store(logits, j, part)
-        sums = plus(sums, part)
-    whole = total(sums)
-    nats = math.log(whole) - of_target
-    share = whole / whole  # 1 in the type of the logits
+        powers = exponential(plus(load(logits, j, lanes), -top))
+        store(logits, j, powers)
+        sums = plus(sums, powers)
+    power_sum = total(sums)
+    nats = math.log(power_sum) - target_logit
+    share = power_sum / power_sum  # 1 in the type of the logits
     if len(form.mixes):
-        own = shares[0] - nats
-        best = own
+        log_vocab = shares[0] - nats  # ln of the vocabulary's part of the target's probability
+        best = log_vocab
         for k in range(num_pointed):
             if token_ids[k] == target:
                 best = max(best, shares[1 + k])
-        together = math.exp(own - best)
+        likelihood = math.exp(log_vocab - best)
         for k in range(num_pointed):
             if token_ids[k] == target:
-                together += math.exp(shares[1 + k] - best)
-        nats = -(best + math.log(together))
-        share = math.exp(own - best) / together
+                likelihood += math.exp(shares[1 + k] - best)
+        nats = -(best + math.log(likelihood))
+        share = math.exp(log_vocab - best) / likelihood
         if len(form.saves):
             dshares[0] = -share
             for k in range(num_pointed):
                 dshares[1 + k] = 0
                 if token_ids[k] == target:
-                    dshares[1 + k] = -math.exp(shares[1 + k] - best) / together
+                    dshares[1 + k] = -math.exp(shares[1 + k] - best) / likelihood
     if len(form.saves):
         for j in range(0, columns, W):
-            store(logits, j, times(load(logits, j, lanes), share / whole))
+            store(logits, j, times(load(logits, j, lanes), share / power_sum))
         logits[target] -= share
         if len(form.mixes) == 0:
             for k in range(num_pointed):
@@ -125,29 +127,29 @@ def _score_spans(
     V = (vocab + W - 1) // W * W
     across = pointer(panels, 0)
     matrix = at(across, D * V)
-    logits_row = V + W  # apart by no power of two
+    logits_row = V + W  # rows no power of two apart
     scratch = np.empty(TILE * logits_row, h.dtype)
     logits = pointer(scratch, 0)
     for span in range(first, last):
         if len(form.saves):
             grads[span * vocab * D : (span + 1) * vocab * D] = 0
-        nats, num_strange = 0.0, 0
+        nats, num_invalid = 0.0, 0
         end = (span + 1) * num_rows // num_spans
         for start in range(span * num_rows // num_spans, end, TILE):
             rows = min(TILE, end - start)
             source = pointer(h, start * D)
             multiply(lanes, source, D, 1, across, D * W, W, logits, logits_row, rows, V, D, False)
             for row in range(rows):
-                target, mine = targets[start + row], at(logits, row * logits_row)
+                target, row_logits = targets[start + row], at(logits, row * logits_row)
                 if 0 <= target < vocab:
                     nats += _score_row(
-                        form, mine, vocab, V, target, pointer(token_ids, (start + row) * K),
+                        form, row_logits, vocab, V, target, pointer(token_ids, (start + row) * K),
                         pointer(shares, (start + row) * S), K, pointer(dshares, (start + row) * S),
                     )  # fmt: skip
                     continue
-                num_strange += target != ignored
+                num_invalid += target != ignored
                 for j in range(0, V, W):
-                    store(mine, j, zeros(mine, lanes))
+                    store(row_logits, j, zeros(row_logits, lanes))
                 if len(form.saves):
                     dshares[(start + row) * S : (start + row + 1) * S] = 0
             if len(form.saves):
@@ -159,12 +161,12 @@ def _score_spans(
                     lanes, logits, 1, logits_row, source, W, D,
                     pointer(grads, span * vocab * D), D, vocab, D, rows, True,
                 )  # fmt: skip
-        sums[2 * span], sums[2 * span + 1] = nats, num_strange
+        sums[2 * span], sums[2 * span + 1] = nats, num_invalid
     keep(scratch)
 
 
 def _require_rows(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ``InputError`` unless the kernel finds ids of every row."""
+    """Raise ``InputError`` unless ids have the shape and type that the kernel reads."""
     if ids.shape != shape or ids.dtype != torch.int64:
         raise InputError(f"{name} is {list(ids.shape)} {ids.dtype}; pass {list(shape)} torch.int64")
 
@@ -194,7 +196,7 @@ def run_forward(
     work = (3 if saves else 1) * num_rows * row.numel() // num_spans
     num_pointed = 0 if token_ids is None else token_ids.shape[-1]
     mixes = shares is not None and shares.shape[-1] > num_pointed
-    form, none = _Form(LANES, (0,) * mixes, (0,) * saves), h.new_empty(0)
+    form, none = _HeadForm(LANES, (0,) * mixes, (0,) * saves), h.new_empty(0)
     shares = none if shares is None else shares
     token_ids = targets.new_empty(0) if token_ids is None else token_ids
     dh, dshares = (x.new_empty(x.shape) if saves else none for x in (h, shares))
@@ -203,11 +205,11 @@ def run_forward(
     counts = (num_spans, num_rows, *sizes, num_pointed, ignored)
     inputs = (h, panels, targets, token_ids, shares)
     run_rows(_score_spans, form, num_spans, work, *counts, *inputs, dh, dshares, grads, sums)
-    nats, num_strange = sums.sum(dim=0)
-    if num_strange:
-        is_strange = ((targets < 0) | (targets >= vocab)) & (targets != ignored)
+    nats, num_invalid = sums.sum(dim=0)
+    if num_invalid:
+        is_invalid = ((targets < 0) | (targets >= vocab)) & (targets != ignored)
         raise InputError(
-            f"label {int(targets[is_strange][0])} is no token of the vocabulary; pass 0 to "
+            f"label {int(targets[is_invalid][0])} is no token of the vocabulary; pass 0 to "
             f"{vocab - 1}, or {ignored} where no loss is wanted"
         )
     return nats.to(h.dtype), dh, sum_spans(grads) if saves else none, dshares

@@ -1,6 +1,6 @@
 """Readout projection, gates and gated sum of the mixers in Numba: one pass forward, one backward.
 
-As in ``feed_forward_native``, a few rows at a time go through all of it.
+As in ``feed_forward_native``, each thread takes a few rows at a time through all layers.
 """
 # mypy: allow-untyped-defs
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from unimatrix.kernels.passes.gated_sum_native import squash
+from unimatrix.kernels.passes.gated_sum_native import sigmoid
 from unimatrix.kernels.passes.weights import PassWeights, join_weights, order_panels
 from unimatrix.ops.numba.compile import kernel
 from unimatrix.ops.numba.lanes import (
@@ -32,11 +32,11 @@ from unimatrix.ops.operator import declare_operator
 
 
 class MixingSizes(NamedTuple):
-    """What the row of weights holds: the readout's projection, the gates' matrices and biases.
+    """Sizes of the row of weights: the readout's projection, the gates' matrices and biases.
 
     Attributes:
         width: D, a multiple of the kernels' lanes.
-        inner: R, likewise, of the readout before its projection.
+        inner: R, the width of the readout before its projection, likewise a multiple.
         num_gates: G.
     """
 
@@ -65,22 +65,22 @@ def prepare_mixing(
 @kernel(**OPTIONS)
 def _apply_spans(
     first, last, lanes, num_spans, num_rows, width, inner, num_gates,
-    x, h, readout, one, two, weights, panels, kept_gates, kept_readout, y,
+    x, h, readout, context_1, context_2, weights, panels, saved_gates, saved_projected, y,
 ):  # fmt: skip
     D, R, W, C = width, inner, len(lanes), num_gates * width
     gates_bias = pointer(weights, D * (R + C))
     out_across = pointer(panels, 0)
     gates_across = at(out_across, D * R)
-    scratch = np.empty(0 if len(kept_gates) else TILE * (C + D), x.dtype)
+    scratch = np.empty(0 if len(saved_gates) else TILE * (C + D), x.dtype)
     end = last * num_rows // num_spans
     for start in range(first * num_rows // num_spans, end, TILE):
         rows = min(TILE, end - start)
         source, target = pointer(x, start * D), pointer(y, start * D)
-        if len(kept_gates):
-            gates, projected = pointer(kept_gates, start * C), pointer(kept_readout, start * D)
+        if len(saved_gates):
+            gates, projected = pointer(saved_gates, start * C), pointer(saved_projected, start * D)
         else:
             gates, projected = pointer(scratch, 0), pointer(scratch, TILE * C)
-        contexts = (projected, pointer(one, start * D), pointer(two, start * D))
+        contexts = (projected, pointer(context_1, start * D), pointer(context_2, start * D))
         multiply(
             lanes, pointer(readout, start * R), R, 1, out_across, R * W, W,
             projected, D, rows, D, R, False,
@@ -92,31 +92,32 @@ def _apply_spans(
         ones = plus(zeros(source, lanes), 1.0)
         for row in range(rows):
             for j in range(0, D, W):
-                mixed = load(source, row * D + j, lanes)
+                sums = load(source, row * D + j, lanes)
                 for n in range(num_gates):
                     place = row * C + n * D + j
                     bias = load(gates_bias, n * D + j, lanes)
                     logits = plus(load(gates, place, lanes), bias)
-                    share = squash(logits, ones)
+                    share = sigmoid(logits, ones)
                     store(gates, place, share)
-                    mixed = plus(mixed, times(share, load(contexts[n], row * D + j, lanes)))
-                store(target, row * D + j, mixed)
+                    sums = plus(sums, times(share, load(contexts[n], row * D + j, lanes)))
+                store(target, row * D + j, sums)
     keep(scratch)
 
 
 @kernel(**OPTIONS)
 def _backward_spans(
     first, last, lanes, num_spans, num_rows, width, inner, num_gates,
-    h, readout, one, two, kept_gates, kept_readout, panels,
-    dy, one_elsewhere, two_elsewhere, dh, dreadout, done, dtwo, grads,
+    h, readout, context_1, context_2, saved_gates, saved_projected, panels,
+    dy, beside_1, beside_2, dh, dreadout, dcontext_1, dcontext_2, grads,
 ):  # fmt: skip
+    """Set the gradients; those of the contexts add ``beside_1`` and ``beside_2``, if not empty."""
     D, R, W, C = width, inner, len(lanes), num_gates * width
     out_panels = pointer(panels, D * (R + C))
     gates_panels = at(out_panels, D * R)
     num_grads = len(grads) // num_spans
-    slopes_row = C + W  # apart by no power of two
-    scratch = np.empty(TILE * (slopes_row + D), dy.dtype)
-    slopes, dprojected = pointer(scratch, 0), pointer(scratch, TILE * slopes_row)
+    dlogits_row = C + W  # rows no power of two apart
+    scratch = np.empty(TILE * (dlogits_row + D), dy.dtype)
+    dlogits, dprojected = pointer(scratch, 0), pointer(scratch, TILE * dlogits_row)
     for span in range(first, last):
         grads[span * num_grads : (span + 1) * num_grads] = 0
         dout = pointer(grads, span * num_grads)
@@ -124,34 +125,31 @@ def _backward_spans(
         dbias = at(dgates, C * D)
         end = (span + 1) * num_rows // num_spans
         for start in range(span * num_rows // num_spans, end, TILE):
-            rows = min(TILE, end - start)
-            source, grad = pointer(h, start * D), pointer(dy, start * D)
-            read, gates = pointer(readout, start * R), pointer(kept_gates, start * C)
-            contexts = (
-                pointer(kept_readout, start * D), pointer(one, start * D), pointer(two, start * D),
-            )  # fmt: skip
-            dcontexts = (dprojected, pointer(done, start * D), pointer(dtwo, start * D))
-            elsewhere = (
-                dprojected, pointer(one_elsewhere, start * D), pointer(two_elsewhere, start * D),
-            )  # fmt: skip
+            rows, place = min(TILE, end - start), start * D
+            source, grad = pointer(h, place), pointer(dy, place)
+            read, gates = pointer(readout, start * R), pointer(saved_gates, start * C)
+            projected = pointer(saved_projected, place)
+            contexts = (projected, pointer(context_1, place), pointer(context_2, place))
+            dcontexts = (dprojected, pointer(dcontext_1, place), pointer(dcontext_2, place))
+            beside = (dprojected, pointer(beside_1, place), pointer(beside_2, place))
             for row in range(rows):
                 for j in range(0, D, W):
-                    along = load(grad, row * D + j, lanes)
+                    dy_j = load(grad, row * D + j, lanes)
                     for n in range(num_gates):
-                        place, here = row * C + n * D + j, n * D + j
-                        share = load(gates, place, lanes)
-                        let = times(along, share)
-                        slope = minus(let, times(let, share))
-                        slope = times(slope, load(contexts[n], row * D + j, lanes))
-                        if n > 0 and len(one_elsewhere):
-                            let = plus(let, load(elsewhere[n], row * D + j, lanes))
-                        store(dcontexts[n], row * D + j, let)
-                        store(slopes, row * slopes_row + here, slope)
-                        store(dbias, here, plus(load(dbias, here, lanes), slope))
-            multiply(lanes, slopes, 1, slopes_row, source, W, D, dgates, D, C, D, rows, True)
+                        column = n * D + j
+                        share = load(gates, row * C + column, lanes)
+                        dcontext = times(dy_j, share)
+                        dlogit = minus(dcontext, times(dcontext, share))
+                        dlogit = times(dlogit, load(contexts[n], row * D + j, lanes))
+                        if n > 0 and len(beside_1):
+                            dcontext = plus(dcontext, load(beside[n], row * D + j, lanes))
+                        store(dcontexts[n], row * D + j, dcontext)
+                        store(dlogits, row * dlogits_row + column, dlogit)
+                        store(dbias, column, plus(load(dbias, column, lanes), dlogit))
+            multiply(lanes, dlogits, 1, dlogits_row, source, W, D, dgates, D, C, D, rows, True)
             multiply(
-                lanes, slopes, slopes_row, 1, gates_panels, C * W, W,
-                pointer(dh, start * D), D, rows, D, C, False,
+                lanes, dlogits, dlogits_row, 1, gates_panels, C * W, W,
+                pointer(dh, place), D, rows, D, C, False,
             )  # fmt: skip
             multiply(lanes, dprojected, 1, D, read, W, R, dout, R, D, R, rows, True)
             multiply(
@@ -162,7 +160,7 @@ def _backward_spans(
 
 
 def _plan(h: Tensor, row: Tensor, sizes: Sequence[int]) -> tuple[int, int, tuple[int, ...]]:
-    """Return spans of rows, the multiply-adds of one, and the kernels' sizes."""
+    """Return spans of rows, work of a span, and sizes of both kernels."""
     num_rows = h.numel() // h.shape[-1]
     num_spans = count_spans(-(-num_rows // TILE))
     work = num_rows * row.numel() // num_spans
@@ -199,8 +197,7 @@ def run_backward(
         h, readout, context_1, context_2, row, panels, sizes: as in ``run_forward``.
         gates, projected: its last results.
         dy: gradient of the stream.
-        dcontexts: gradients of the contexts from where they are used beside the pass; empty if
-            those are added elsewhere.
+        dcontexts: gradients of the contexts from their uses beside the pass; empty without any.
 
     Returns:
         the gradients of h, of the readout, of both contexts (empty where there is none), and of the
@@ -220,7 +217,7 @@ def run_backward(
 
 
 def _or_other(context: Tensor | None, other: Tensor) -> Tensor:
-    """Return a context, or what the kernels take in place of none."""
+    """Return a context, or a tensor to give the kernels, which read no context there."""
     return other if context is None else context
 
 

@@ -20,7 +20,8 @@ from unimatrix.ops.numba.tiles import (
 )
 from unimatrix.ops.operator import declare_operator
 
-_WORK_OF_SHARES = 1000  # multiply-adds in the time of a row's exponentials
+_WORK_OF_SHARES = 1000
+"""Multiply-adds in the time that a row's exponentials take."""
 
 
 class FoundInSlots(NamedTuple):
@@ -58,8 +59,8 @@ class FoundMatch(NamedTuple):
     match_lengths: Tensor
 
 
-class _Form(NamedTuple):
-    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+class _PointerForm(NamedTuple):
+    """Options of the kernels as tuples, since Numba compiles a kernel for their lengths."""
 
     lanes: tuple[int, ...]
     matched: tuple[int, ...]  # empty: no automaton
@@ -67,10 +68,10 @@ class _Form(NamedTuple):
 
 @part(**OPTIONS)
 def _choose_bucket(length, num_buckets):
-    """Return where the score of a match length stands: of 1, 2, 3-4, 5-8, ..., the rest last."""
-    bucket, covered = 0, 1
-    while covered < length and bucket < num_buckets - 1:
-        bucket, covered = bucket + 1, 2 * covered
+    """Return the bucket of a match length: 1, 2, 3-4, 5-8, ..., and the last for all longer."""
+    bucket, longest = 0, 1
+    while longest < length and bucket < num_buckets - 1:
+        bucket, longest = bucket + 1, 2 * longest
     return bucket
 
 
@@ -100,19 +101,19 @@ def _weigh_rows(
             if predicted_ids[row] < 0:
                 scores[1 + Q] = -math.inf
             best = max(best, scores[1 + Q])
-        total = 0.0
+        power_sum = 0.0
         for k in range(1 + K):
-            total += math.exp(scores[k] - best)
-        level = best + math.log(total)
+            power_sum += math.exp(scores[k] - best)
+        log_sum = best + math.log(power_sum)
         for k in range(1 + K):
-            scores[k] -= level
+            scores[k] -= log_sum
 
 
 @kernel(**OPTIONS)
 def _backward_spans(
     first, last, form, num_spans, num_rows, width, num_slots, num_buckets,
     h, weight, match_weight, predicted_ids, match_lengths, log_weights,
-    dstream, dlog_weights, dh, dlog_strength, delsewhere, grads,
+    dstream, dlog_weights, dh, dlog_strength, dprobe, grads,
 ):  # fmt: skip
     Q = num_slots
     K = Q + len(form.matched)
@@ -124,36 +125,36 @@ def _backward_spans(
         dby_length = at(dbias, K)
         for row in range(span * num_rows // num_spans, (span + 1) * num_rows // num_spans):
             source, target = pointer(h, row * width), pointer(dh, row * width)
-            shares = pointer(log_weights, row * (1 + K))
-            slopes = pointer(dlog_weights, row * (1 + K))
-            whole = slopes[0]
+            log_shares = pointer(log_weights, row * (1 + K))
+            dlog_shares = pointer(dlog_weights, row * (1 + K))
+            grad_sum = dlog_shares[0]
             for k in range(K):
-                whole += slopes[1 + k]
+                grad_sum += dlog_shares[1 + k]
             for j in range(width):
                 target[j] = dstream[row * width + j]
             for k in range(K):
-                slope = slopes[1 + k] - math.exp(shares[1 + k]) * whole
-                along = pointer(weight, k * width)
+                dscore = dlog_shares[1 + k] - math.exp(log_shares[1 + k]) * grad_sum
+                weight_row = pointer(weight, k * width)
                 if k < Q:
-                    dlog_strength[row * Q + k] = slope
-                    delsewhere[row * Q + k] = slopes[1 + k]
+                    dlog_strength[row * Q + k] = dscore
+                    dprobe[row * Q + k] = dlog_shares[1 + k]
                 else:
-                    along = pointer(match_weight, 0)
+                    weight_row = pointer(match_weight, 0)
                     if predicted_ids[row] < 0:
                         continue
-                    dby_length[_choose_bucket(match_lengths[row], num_buckets)] += slope
-                dbias[k] += slope
-                add_multiple(form.lanes, along, slope, width, target)
-                add_multiple(form.lanes, source, slope, width, at(dweight, k * width))
+                    dby_length[_choose_bucket(match_lengths[row], num_buckets)] += dscore
+                dbias[k] += dscore
+                add_multiple(form.lanes, weight_row, dscore, width, target)
+                add_multiple(form.lanes, source, dscore, width, at(dweight, k * width))
 
 
 def _run_forward(
-    h: Tensor, weight: Tensor, bias: Tensor, log_strength: Tensor, hindsight: Tensor | None,
+    h: Tensor, weight: Tensor, bias: Tensor, log_strength: Tensor, probe: Tensor | None,
     match_weight: Tensor, match_bias: Tensor, by_length: Tensor, token_ids: Tensor,
     predicted_ids: Tensor, match_lengths: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
-    form = _Form(LANES, (0,) * match_weight.shape[0])
+    form = _PointerForm(LANES, (0,) * match_weight.shape[0])
     num_components = num_slots + len(form.matched)
     all_ids = predicted_ids.new_empty(*h.shape[:-1], num_components, dtype=torch.int64)
     log_weights = h.new_empty(*h.shape[:-1], 1 + num_components)
@@ -169,23 +170,23 @@ def _run_backward(
     match_lengths: Tensor, log_weights: Tensor, dstream: Tensor, _: Tensor, dlog_weights: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
-    form = _Form(LANES, (0,) * match_weight.shape[0])
+    form = _PointerForm(LANES, (0,) * match_weight.shape[0])
     num_components = num_slots + len(form.matched)
     num_rows = h.numel() // width
     num_spans = count_spans(-(-num_rows // TILE))
     dh = h.new_empty(h.shape)
-    dlog_strength, dhindsight = h.new_empty(2, *h.shape[:-1], num_slots)
+    dlog_strength, dprobe = h.new_empty(2, *h.shape[:-1], num_slots)
     counts = (num_components * width, num_components, num_buckets)
     grads = h.new_empty(num_spans, sum(counts))
     work = num_rows * (_WORK_OF_SHARES + 2 * counts[0]) // num_spans
     sizes = (num_spans, num_rows, width, num_slots, num_buckets)
     inputs = (h, weight, match_weight, predicted_ids, match_lengths, log_weights)
-    results = (dstream, dlog_weights, dh, dlog_strength, dhindsight, grads)
+    results = (dstream, dlog_weights, dh, dlog_strength, dprobe, grads)
     run_rows(_backward_spans, form, num_spans, work, *sizes, *inputs, *results)
     dweights, dbiases, dby_length = sum_spans(grads).split(counts)
     of_slots = dweights[: weight.numel()].view_as(weight), dbiases[:num_slots]
     of_match = dweights[weight.numel() :].view_as(match_weight), dbiases[num_slots:]
-    return dh, *of_slots, dlog_strength, dhindsight, *of_match, dby_length
+    return dh, *of_slots, dlog_strength, dprobe, *of_match, dby_length
 
 
 _weigh_retrieved = declare_operator(
@@ -193,7 +194,7 @@ _weigh_retrieved = declare_operator(
     _run_forward,
     backward=_run_backward,
     results="stream all_ids log_weights",
-    gradients="h weight bias log_strength hindsight match_weight match_bias by_length",
+    gradients="h weight bias log_strength probe match_weight match_bias by_length",
 )
 
 

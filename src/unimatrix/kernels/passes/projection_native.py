@@ -1,7 +1,7 @@
 """Norm, short convolution and projections of a mixer in Numba: one pass forward, one backward.
 
-As in ``feed_forward_native``, a few rows at a time go through all of it. A tile lies in one
-sequence and normalises the few tokens before it once more, as the convolution sees them.
+As in ``feed_forward_native``, each thread takes a few rows at a time through all layers. These rows
+are of one sequence; the few tokens before them, which the convolution reads, are normalised again.
 """
 # mypy: allow-untyped-defs
 
@@ -46,8 +46,8 @@ from unimatrix.ops.numba.tiles import (
 from unimatrix.ops.operator import declare_operator
 
 
-class _Form(NamedTuple):
-    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+class _ProjectionForm(NamedTuple):
+    """Options of the kernels as tuples, since Numba compiles a kernel for their lengths."""
 
     lanes: tuple[int, ...]
     centred: tuple[int, ...]  # empty: the norm is RMSNorm
@@ -55,7 +55,7 @@ class _Form(NamedTuple):
 
 
 class ProjectionSizes(NamedTuple):
-    """What the row of weights holds: scale, shift, filters, vectors, controls and their bias.
+    """Sizes of the row of weights: scale, shift, filters, vectors, controls and their bias.
 
     Attributes:
         width: D.
@@ -97,14 +97,14 @@ def prepare_projections(
 
 @part(**OPTIONS)
 def _normalize_around(form, x, recent, num_taps, start, rows, width, eps, scale, shift, units, h):
-    """Normalise a tile and the tokens before it that a convolution sees.
+    """Normalise a tile, and again the tokens before the tile that its convolution reads.
 
     Args:
         x: the sequence's first row.
-        recent: rows before it.
+        recent: rows before the sequence.
         start: the tile's first token.
-        units, h: room for ``num_taps - 1`` rows and then the tile's; behind the room in ``units``
-            come the divisors' inverses, of the first row that was normalised on.
+        units, h: set to ``num_taps - 1`` rows and then the tile's. Behind the rows of ``units`` the
+            inverse norms are written, from the first row that was normalised on.
     """
     num_before = max(num_taps - 1, 0)
     for i in range(num_before):
@@ -121,35 +121,70 @@ def _normalize_around(form, x, recent, num_taps, start, rows, width, eps, scale,
 
 
 @part(**OPTIONS)
-def _convolve(lanes, h, filters, num_taps, rows, width, source):
-    """Set ``source`` to the tile's rows of h, behind ``num_taps - 1`` others, convolved."""
+def _convolve(lanes, h, filters, num_taps, rows, width, mixed):
+    """Set ``mixed`` to a tile's rows convolved; in h, ``num_taps - 1`` rows come before them."""
     for row in range(rows):
         for j in range(0, width, len(lanes)):
-            mixed = zeros(source, lanes)
+            sums = zeros(mixed, lanes)
             for k in range(num_taps):
-                part = load(h, (row + k) * width + j, lanes)
-                mixed = plus(mixed, times(part, load(filters, k * width + j, lanes)))
-            store(source, row * width + j, mixed)
+                h_j = load(h, (row + k) * width + j, lanes)
+                sums = plus(sums, times(h_j, load(filters, k * width + j, lanes)))
+            store(mixed, row * width + j, sums)
 
 
 @part(**OPTIONS)
-def _squash(lanes, vectors, count):
+def _convolve_backward(lanes, h, filters, num_taps, rows, known_rows, width, dmixed, dh, dfilters):
+    """Add a convolution's gradients to ``dh`` of a tile's rows and to ``dfilters``.
+
+    Args:
+        h: ``num_taps - 1`` rows, then the tile's.
+        known_rows: rows of ``dmixed``: the tile's, and those behind it that read the tile.
+    """
+    for k in range(num_taps):
+        delay = num_taps - 1 - k  # rows from one to the output in which this tap reads it
+        for j in range(0, width, len(lanes)):
+            tap = load(filters, k * width + j, lanes)
+            sums = load(dfilters, k * width + j, lanes)
+            for i in range(rows):
+                h_j = load(h, (i + k) * width + j, lanes)
+                sums = plus(sums, times(load(dmixed, i * width + j, lanes), h_j))
+                if i + delay < known_rows:
+                    product = times(load(dmixed, (i + delay) * width + j, lanes), tap)
+                    store(dh, i * width + j, plus(load(dh, i * width + j, lanes), product))
+            store(dfilters, k * width + j, sums)
+
+
+@part(**OPTIONS)
+def _recent_backward(lanes, filters, num_taps, known_rows, width, dmixed, drecent):
+    """Set the gradient of the rows before a sequence from that of the first convolved rows."""
+    for i in range(max(num_taps - 1, 0)):
+        for j in range(0, width, len(lanes)):
+            sums = zeros(drecent, lanes)
+            for k in range(min(i + 1, num_taps)):
+                if i - k < known_rows:
+                    tap = load(filters, k * width + j, lanes)
+                    sums = plus(sums, times(load(dmixed, (i - k) * width + j, lanes), tap))
+            store(drecent, i * width + j, sums)
+
+
+@part(**OPTIONS)
+def _apply_tanh(lanes, vectors, count):
     """Replace numbers by their tanh, exact to the last bits of 1."""
     for j in range(0, count, len(lanes)):
         x = load(vectors, j, lanes)
-        fading = exponential(times(where_negative(x, x, times(x, -1.0)), 2.0))
+        power = exponential(times(where_negative(x, x, times(x, -1.0)), 2.0))
         ones = plus(zeros(vectors, lanes), 1.0)
-        size = over(minus(ones, fading), plus(ones, fading))
+        size = over(minus(ones, power), plus(ones, power))
         store(vectors, j, where_negative(x, times(size, -1.0), size))
 
 
 @part(**OPTIONS)
-def _squash_backward(lanes, along, made, target, count):
-    """Set ``target`` to the gradient before the tanh that made ``made``."""
+def _apply_tanh_backward(lanes, dy, y, dx, count):
+    """Set ``dx`` to the gradient before the tanh."""
     for j in range(0, count, len(lanes)):
-        value = load(made, j, lanes)
-        slope = minus(plus(zeros(target, lanes), 1.0), times(value, value))
-        store(target, j, times(load(along, j, lanes), slope))
+        y_j = load(y, j, lanes)
+        slope = minus(plus(zeros(dx, lanes), 1.0), times(y_j, y_j))
+        store(dx, j, times(load(dy, j, lanes), slope))
 
 
 @kernel(**OPTIONS)
@@ -166,27 +201,27 @@ def _apply_spans(
     vectors_across = pointer(panels, 0)
     controls_across = at(vectors_across, V * D)
     num_before = max(num_taps - 1, 0)
-    per_row = (num_tokens + TILE - 1) // TILE
-    num_tiles = len(x) // (num_tokens * D) * per_row
+    tiles_per_row = (num_tokens + TILE - 1) // TILE
+    num_tiles = len(x) // (num_tokens * D) * tiles_per_row
     stride = len(vectors) // (len(x) // D)
-    room = (num_before + TILE) * (D + 1)
-    scratch = np.empty(2 * room + TILE * (D + padded), x.dtype)
-    units, around = pointer(scratch, 0), pointer(scratch, room)
-    mixed = at(around, room)
+    num_around = (num_before + TILE) * (D + 1)
+    scratch = np.empty(2 * num_around + TILE * (D + padded), x.dtype)
+    units, around = pointer(scratch, 0), pointer(scratch, num_around)
+    mixed = at(around, num_around)
     logits = at(mixed, TILE * D)
     for tile in range(first * num_tiles // num_spans, last * num_tiles // num_spans):
-        row, part = tile // per_row, tile % per_row
-        start = part * num_tokens // per_row
-        rows = (part + 1) * num_tokens // per_row - start
+        row, part = tile // tiles_per_row, tile % tiles_per_row
+        start = part * num_tokens // tiles_per_row
+        rows = (part + 1) * num_tokens // tiles_per_row - start
         position = row * num_tokens + start
         _normalize_around(
             form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
             num_taps, start, rows, D, eps[0], scale, shift, units, around,
         )  # fmt: skip
-        here = at(around, num_before * D)
-        copy_rows(lanes, here, pointer(h, position * D), rows * D)
+        source = at(around, num_before * D)
+        copy_rows(lanes, source, pointer(h, position * D), rows * D)
         multiply(
-            lanes, here, D, 1, controls_across, D * W, W,
+            lanes, source, D, 1, controls_across, D * W, W,
             logits, padded, rows, padded, D, False,
         )  # fmt: skip
         for i in range(rows):
@@ -194,14 +229,14 @@ def _apply_spans(
                 controls[(position + i) * C + j] = logits[i * padded + j] + controls_bias[j]
         if num_taps:
             _convolve(lanes, around, filters, num_taps, rows, D, mixed)
-            here = mixed
+            source = mixed
         multiply(
-            lanes, here, D, 1, vectors_across, D * W, W,
+            lanes, source, D, 1, vectors_across, D * W, W,
             pointer(vectors, position * stride), stride, rows, V, D, False,
         )  # fmt: skip
         if len(form.squashed):
             for i in range(rows):
-                _squash(lanes, pointer(vectors, (position + i) * stride), V)
+                _apply_tanh(lanes, pointer(vectors, (position + i) * stride), V)
     keep(scratch)
 
 
@@ -219,92 +254,80 @@ def _backward_spans(
     vectors_panels = pointer(panels, D * (V + padded))
     controls_panels = at(vectors_panels, V * D)
     num_before = max(num_taps - 1, 0)
-    per_row = (num_tokens + TILE - 1) // TILE
-    num_tiles = len(x) // (num_tokens * D) * per_row
+    tiles_per_row = (num_tokens + TILE - 1) // TILE
+    num_tiles = len(x) // (num_tokens * D) * tiles_per_row
     stride = len(vectors) // (len(x) // D)
     num_grads = len(grads) // num_spans
-    room = (num_before + TILE) * (D + 1)
-    # Products along rows that lie a power of two apart cost cache; such are copied.
-    scratch = np.empty(3 * room + 2 * TILE * D + (num_before + TILE) * (V + W), x.dtype)
-    units, around, dmixed = pointer(scratch, 0), pointer(scratch, room), pointer(scratch, 2 * room)
-    mixed, within = at(dmixed, room), at(dmixed, room + TILE * D)
+    num_around = (num_before + TILE) * (D + 1)
+    # Rows a power of two apart cost cache in products: copies of them are wider.
+    dsource_row = V + W
+    scratch = np.empty(3 * num_around + 2 * TILE * D + (num_before + TILE) * dsource_row, x.dtype)
+    units, around = pointer(scratch, 0), pointer(scratch, num_around)
+    dmixed = pointer(scratch, 2 * num_around)
+    mixed = at(dmixed, num_around)
+    dnormed = at(mixed, TILE * D)
+    copied = at(dnormed, TILE * D)
     inverses = at(units, (num_before + TILE) * D)
     for span in range(first, last):
         grads[span * num_grads : (span + 1) * num_grads] = 0
         dscale = pointer(grads, span * num_grads)
         dshift, dfilters = at(dscale, D), at(dscale, num_norms * D)
-        by_vectors = at(dfilters, num_taps * D)
-        by_controls = at(by_vectors, V * D)
-        by_bias = at(by_controls, C * D)
+        dvector_weights = at(dfilters, num_taps * D)
+        dcontrol_weights = at(dvector_weights, V * D)
+        dbias = at(dcontrol_weights, C * D)
         for tile in range(span * num_tiles // num_spans, (span + 1) * num_tiles // num_spans):
-            row, part = tile // per_row, tile % per_row
-            start = part * num_tokens // per_row
-            rows = (part + 1) * num_tokens // per_row - start
+            row, part = tile // tiles_per_row, tile % tiles_per_row
+            start = part * num_tokens // tiles_per_row
+            rows = (part + 1) * num_tokens // tiles_per_row - start
             position = row * num_tokens + start
             _normalize_around(
                 form, pointer(x, row * num_tokens * D), pointer(recent, row * num_before * D),
                 num_taps, start, rows, D, eps[0], scale, shift, units, around,
             )  # fmt: skip
-            here = at(around, num_before * D)
-            source = here
+            normed = at(around, num_before * D)
+            source = normed
             if num_taps:
                 _convolve(lanes, around, filters, num_taps, rows, D, mixed)
                 source = mixed
-            # Of the tokens behind the tile too, whose convolutions see it.
-            reached = min(rows + num_before, num_tokens - start)
-            by, by_row = pointer(dvectors, position * stride), stride
+            # The gradient also of the tokens behind the tile whose convolutions read the tile.
+            known_rows = min(rows + num_before, num_tokens - start)
+            dsource, dsource_stride = pointer(dvectors, position * stride), stride
             if len(form.squashed) or stride == V:
-                by, by_row = at(within, TILE * D), V + W
-                for i in range(reached):
-                    place, target = (position + i) * stride, at(by, i * by_row)
-                    along, made = pointer(dvectors, place), pointer(vectors, place)
+                dsource, dsource_stride = copied, dsource_row
+                for i in range(known_rows):
+                    place, target = (position + i) * stride, at(copied, i * dsource_row)
+                    grad = pointer(dvectors, place)
                     if len(form.squashed):
-                        _squash_backward(lanes, along, made, target, V)
+                        _apply_tanh_backward(lanes, grad, pointer(vectors, place), target, V)
                     else:
-                        copy_rows(lanes, along, target, V)
+                        copy_rows(lanes, grad, target, V)
             logits = pointer(dcontrols, position * C)
             multiply(
-                lanes, by, by_row, 1, vectors_panels, V * W, W,
-                dmixed, D, reached, D, V, False,
+                lanes, dsource, dsource_stride, 1, vectors_panels, V * W, W,
+                dmixed, D, known_rows, D, V, False,
             )  # fmt: skip
-            multiply(lanes, by, 1, by_row, source, W, D, by_vectors, D, V, D, rows, True)
-            multiply(lanes, logits, 1, C, here, W, D, by_controls, D, C, D, rows, True)
+            multiply(
+                lanes, dsource, 1, dsource_stride, source, W, D,
+                dvector_weights, D, V, D, rows, True,
+            )  # fmt: skip
+            multiply(lanes, logits, 1, C, normed, W, D, dcontrol_weights, D, C, D, rows, True)
             for i in range(rows):
                 for j in range(C):
-                    by_bias[j] += logits[i * C + j]
-            copy_rows(lanes, pointer(dh, position * D), within, rows * D)
+                    dbias[j] += logits[i * C + j]
+            copy_rows(lanes, pointer(dh, position * D), dnormed, rows * D)
             multiply(
                 lanes, logits, C, 1, controls_panels, C * W, W,
-                within, D, rows, D, C, True,
+                dnormed, D, rows, D, C, True,
             )  # fmt: skip
             if num_taps == 0:
                 for j in range(0, rows * D, W):
-                    store(within, j, plus(load(within, j, lanes), load(dmixed, j, lanes)))
-            for k in range(num_taps):
-                behind = num_before - k  # tokens until the filter sees a row
-                for j in range(0, D, W):
-                    tap, sums = (
-                        load(filters, k * D + j, lanes),
-                        load(dfilters, k * D + j, lanes),
-                    )
-                    for i in range(rows):
-                        seen = load(around, (i + k) * D + j, lanes)
-                        sums = plus(sums, times(load(dmixed, i * D + j, lanes), seen))
-                        if i + behind < reached:
-                            place = i * D + j
-                            along = times(load(dmixed, (i + behind) * D + j, lanes), tap)
-                            store(within, place, plus(load(within, place, lanes), along))
-                    store(dfilters, k * D + j, sums)
+                    store(dnormed, j, plus(load(dnormed, j, lanes), load(dmixed, j, lanes)))
+            _convolve_backward(
+                lanes, around, filters, num_taps, rows, known_rows, D, dmixed, dnormed, dfilters,
+            )  # fmt: skip
             if start == 0:
                 before = pointer(drecent, row * num_before * D)
-                for i in range(num_before):
-                    for j in range(0, D, W):
-                        sums = zeros(before, lanes)
-                        for k in range(min(i + 1, num_taps)):
-                            if i - k < reached:
-                                tap = load(filters, k * D + j, lanes)
-                                sums = plus(sums, times(load(dmixed, (i - k) * D + j, lanes), tap))
-                        store(before, i * D + j, sums)
+                _recent_backward(lanes, filters, num_taps, known_rows, D, dmixed, before)
             target = pointer(dx, position * D)
             if len(dstream):
                 copy_rows(lanes, pointer(dstream, position * D), target, rows * D)
@@ -312,7 +335,7 @@ def _backward_spans(
                 for j in range(0, rows * D, W):
                     store(target, j, zeros(target, lanes))
             normalize_tile_backward(
-                form, within, at(units, num_before * D), at(inverses, min(num_before, start)),
+                form, dnormed, at(units, num_before * D), at(inverses, min(num_before, start)),
                 rows, D, scale, target, dscale, dshift,
             )  # fmt: skip
     keep(scratch)
@@ -320,11 +343,11 @@ def _backward_spans(
 
 def _plan(
     x: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], eps: float, squashes: bool
-) -> tuple[_Form, int, int, tuple[int, ...], tuple[Any, ...]]:
-    """Return the kernels' form, spans of rows, the work of one, sizes, and the weights."""
+) -> tuple[_ProjectionForm, int, int, tuple[int, ...], tuple[Any, ...]]:
+    """Return form, spans of rows, work of a span, sizes and weights of both kernels."""
     B, T, D = x.shape
     *counts, is_centred = ProjectionSizes(*sizes)
-    form = _Form(LANES, (0,) * is_centred, (0,) * squashes)
+    form = _ProjectionForm(LANES, (0,) * is_centred, (0,) * squashes)
     num_spans = count_spans(B * -(-T // TILE))
     work = B * T * D * (sizes[1] + sizes[2]) // num_spans
     return form, num_spans, work, (num_spans, T, *counts), (hold_float(eps, x.dtype), row, panels)
@@ -339,7 +362,8 @@ def run_forward(
     Args:
         x, recent, squashes: as in ``project``.
         row, panels, sizes, eps: fields of ``PassWeights``.
-        spare: numbers behind the vectors of each token, so that they lie no power of two apart.
+        spare: unused numbers behind the vectors of each token: rows a power of two apart cost
+            cache.
 
     Returns:
         h, vectors and controls, [B, T, D or V + spare or C].
@@ -365,8 +389,7 @@ def run_backward(
         x, recent, row, panels, sizes, eps, squashes: as in ``run_forward``.
         vectors: from there.
         dh, dvectors, dcontrols: gradients of the results, in their shapes.
-        dstream: the gradient of x from where the stream goes on beside the pass; ``None`` if it is
-            added elsewhere.
+        dstream: gradient of x from its uses beside the pass; ``None`` without any.
 
     Returns:
         the gradients of x, of ``recent``, and of the row of weights.

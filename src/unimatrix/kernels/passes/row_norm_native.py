@@ -11,8 +11,10 @@ from unimatrix.ops.numba.lanes import OPTIONS, load, plus, pointer, store, times
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.operator import declare_operator
 
-_LANES = (0,) * 16  # numbers handled together; a row's last D % 16 go one by one
-_ROWS_PER_BLOCK = 64  # share one sum for the weight's gradient
+_LANES = (0,) * 16
+"""A row's last D % 16 numbers go one by one."""
+_ROWS_PER_BLOCK = 64
+"""Rows that share one sum for the weight's gradient."""
 
 
 @kernel(**OPTIONS)
@@ -42,29 +44,30 @@ def _backward_blocks(
     even = width - width % len(lanes)
     scale = pointer(weight, 0)
     for block in range(first, last):
-        by_weight = pointer(dweight, block * width)
+        dscale = pointer(dweight, block * width)
         for j in range(width):
-            by_weight[j] = 0
+            dscale[j] = 0
         for row in range(block * _ROWS_PER_BLOCK, min((block + 1) * _ROWS_PER_BLOCK, num_rows)):
             source, grad = pointer(x, row * width), pointer(dy, row * width)
             target, inverse = pointer(dx, row * width), inverses[row]
-            along = zeros(source, lanes)
+            products = zeros(source, lanes)
             for j in range(0, even, len(lanes)):
-                moved = times(load(source, j, lanes), load(grad, j, lanes))
-                along = plus(along, times(moved, load(scale, j, lanes)))
-                store(by_weight, j, plus(load(by_weight, j, lanes), times(moved, inverse)))
-            outward = total(along)
+                product = times(load(source, j, lanes), load(grad, j, lanes))
+                products = plus(products, times(product, load(scale, j, lanes)))
+                store(dscale, j, plus(load(dscale, j, lanes), times(product, inverse)))
+            # The component along the row itself, which the norm takes off.
+            component = total(products)
             for j in range(even, width):
-                moved_one = source[j] * grad[j]
-                outward += moved_one * scale[j]
-                by_weight[j] += moved_one * inverse
-            outward *= -inverse * inverse / width
+                last_product = source[j] * grad[j]
+                component += last_product * scale[j]
+                dscale[j] += last_product * inverse
+            component *= -inverse * inverse / width
             for j in range(0, even, len(lanes)):
-                inward = times(load(grad, j, lanes), load(scale, j, lanes))
-                inward = plus(inward, times(load(source, j, lanes), outward))
-                store(target, j, times(inward, inverse))
+                dunit_j = times(load(grad, j, lanes), load(scale, j, lanes))
+                dunit_j = plus(dunit_j, times(load(source, j, lanes), component))
+                store(target, j, times(dunit_j, inverse))
             for j in range(even, width):
-                target[j] = (grad[j] * scale[j] + source[j] * outward) * inverse
+                target[j] = (grad[j] * scale[j] + source[j] * component) * inverse
 
 
 def _run_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The weights that a compiled pass is given: one row of numbers, and copies in reading order."""
+"""The weights of a compiled pass: one flat tensor, and copies in the order of reading."""
 
 import functools
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ class PassWeights(NamedTuple):
     """All weights of a pass, prepared once for the several times that it runs.
 
     Attributes:
-        row: [n], the weights one after the other as the kernels' gradients lie, to which those go.
-        panels: [m], the matrices among them again in the order in which products read them, without
-            gradient.
-        sizes: what the kernels are told about the row.
-        eps: of the pass's norm, where it has one.
+        row: [n], all weights flattened, in the order in which kernels write their gradients; it is
+            the tensor that has a gradient.
+        panels: [m], copies of the matrices in the order in which products read them.
+        sizes: of the weights, as the kernels take them.
+        eps: of the pass's norm, if it has one.
     """
 
     row: Tensor
@@ -30,7 +30,7 @@ class PassWeights(NamedTuple):
 def join_weights(
     weights: Sequence[Tensor], order: Tensor, sizes: tuple[int, ...], eps: float = 0.0
 ) -> PassWeights:
-    """Lay weights one after the other, and copy them in the order in which products read them.
+    """Flatten weights into one row, and copy the matrices in the order in which products read them.
 
     Args:
         weights: in the order of the kernels' gradients.
@@ -43,31 +43,31 @@ def join_weights(
 
 
 def order_panels(matrices: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Return the places in a row of what products read: of all transposes, then of all matrices.
+    """Return the indices into a row of what products read: all transposes, then all matrices.
 
-    Panels are as in ``products_native.multiply``: [columns / 16, rows, 16] of [rows, columns].
-    Columns of a transpose that are missing to a multiple of 16 repeat the last, and no product's
-    result is read there.
+    Panels are those of ``ops.numba.products.multiply``: [columns / 16, rows, 16] of [rows,
+    columns]. A transpose is filled up to a multiple of 16 columns by repeating its last one;
+    nothing reads the products there.
 
     Args:
-        matrices: place of the first number, rows, and columns (a multiple of 16) of each.
+        matrices: index of the first number, rows, and columns (a multiple of 16) of each.
 
     Returns:
         [m] int32.
     """
-    if torch.compiler.is_compiling():  # its results are constants of the graph
+    if torch.compiler.is_compiling():  # a graph takes the result as a constant, not the cache
         return _order_panels(tuple(matrices))
     return _recall_order(tuple(matrices))
 
 
 def _order_panels(matrices: tuple[tuple[int, int, int], ...]) -> Tensor:
-    places = [
+    indices = [
         torch.arange(first, first + rows * columns, dtype=torch.int32).view(rows, columns)
         for first, rows, columns in matrices
     ]
     filled = [torch.arange(rows + -rows % NUM_LANES).clamp(max=rows - 1) for _, rows, _ in matrices]
-    across = [place[rows].t() for place, rows in zip(places, filled, strict=True)]
-    return torch.cat([_cut_panels(place) for place in (*across, *places)])
+    across = [index[rows].t() for index, rows in zip(indices, filled, strict=True)]
+    return torch.cat([_cut_panels(index) for index in (*across, *indices)])
 
 
 _recall_order = functools.lru_cache(maxsize=64)(_order_panels)
@@ -80,5 +80,5 @@ def _cut_panels(matrix: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def hold_float(number: float, dtype: torch.dtype) -> Tensor:
-    """Return a number as kernels take it, in a tensor [1]."""
+    """Return a number in a tensor [1]: kernels take no floats of a given type."""
     return torch.tensor([number], dtype=dtype)
