@@ -29,7 +29,7 @@ def require_backend(op: str, backend: str) -> str:
 
     Args:
         op: a key of ``BACKENDS``.
-        backend: the name asked for; ``auto`` must be resolved by the operator before.
+        backend: a name; the operator has replaced ``auto`` before.
 
     Raises:
         InputError: if the operator has no such back end.
@@ -61,14 +61,14 @@ def compiles_triton(device: torch.device) -> bool:
 def compiles_native() -> bool:
     """Return whether ``auto`` may choose compiled kernels: their check in this process passed.
 
-    Imports Numba, so ask only where a kernel would run next.
+    Imports Numba, so call only where a kernel would run next.
     """
     return explain_unusable() is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def require_triton(device: torch.device) -> None:
-    """Check that Triton's kernels, asked for by name, can run.
+    """Check that Triton's kernels, chosen by name, can run.
 
     Args:
         device: where the inputs are.

@@ -1,10 +1,10 @@
 """Hindsight write supervision: label every write by what reading it later was worth.
 
-An identity on the read weights whose backward pass looks at the gradient that arrives there. In
-the logarithm of a weight that gradient is minus the *attribution* of the read: to first order, the
-nats that the loss would gain if the read had not happened. For a pointer in a mixture it is exact
-in another sense: minus the responsibility of that entry for the target. Summed over the reads of a
-write it says whether the write deserved its slot, and the gate is trained to have known.
+The operator is the identity on the logarithms of the read weights; its backward pass uses their
+gradient. That gradient is minus the *attribution* of the read: to first order, the nats that the
+loss would gain without the read. For a pointer in a mixture it is minus the responsibility of the
+entry for the target, exactly. The sum over the reads of a write tells whether the write deserved
+its slot, and the gate is trained to predict this.
 """
 
 from typing import Any, NamedTuple
@@ -34,12 +34,12 @@ class HindsightRules(NamedTuple):
 
 
 class HindsightScale(NamedTuple):
-    """Two zeros to add to the loss, so that the backward pass knows its scale.
+    """Two zeros to add to the loss, whose gradients tell the backward pass the loss's scale.
 
     Attributes:
-        of_target: add it times the divisor's inverse: its gradient is d total / d nat.
-        of_gate: add it times the share of the targets that are here: the gate's loss is a mean
-            over writes, and this is the weight of that mean.
+        of_target: added times 1 / the divisor of the loss; its gradient is d total / d nat.
+        of_gate: added times the share of the targets in this batch; its gradient is the weight of
+            the gate's loss, which is a mean over writes.
     """
 
     of_target: Tensor
@@ -86,8 +86,8 @@ def watch_reads(
         rules: how a write is judged.
 
     Returns:
-        ``log_weights`` unchanged; zeros [B, T, Q] to add to the ln of the same entries' weights
-        wherever else they are used, so that what happens there counts; and the scale to add to the
+        ``log_weights`` unchanged; a probe, zeros [B, T, Q] to add to the log weights of the same
+        entries in a pointer, so that their gradients there count too; and the scale to add to the
         loss.
 
     Cost:
@@ -96,8 +96,8 @@ def watch_reads(
     watched: tuple[Tensor, Tensor, Tensor, Tensor] = _Watch.apply(  # type: ignore[no-untyped-call]
         log_weights, gate_logits, entries, offered, num_initial, rules
     )
-    passed, elsewhere, of_target, of_gate = watched
-    return passed, elsewhere, HindsightScale(of_target, of_gate)
+    passed, probe, of_target, of_gate = watched
+    return passed, probe, HindsightScale(of_target, of_gate)
 
 
 class _Watch(torch.autograd.Function):
@@ -114,11 +114,11 @@ class _Watch(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, d_weights: Tensor, d_elsewhere: Tensor, d_target: Tensor, d_gate: Tensor
+        ctx: Any, d_weights: Tensor, d_probe: Tensor, d_target: Tensor, d_gate: Tensor
     ) -> tuple[Tensor | None, ...]:
         log_weights, gate_logits, entries, offered = ctx.saved_tensors
         scale = d_target.abs().clamp_min(torch.finfo(d_target.dtype).tiny)
-        reads = _value_reads(ctx.rules.label, log_weights, d_weights, d_elsewhere, scale)
+        reads = _value_reads(ctx.rules.label, log_weights, d_weights, d_probe, scale)
         writes = (entries - ctx.num_initial).clamp_min(-1) + 1  # 0 collects what is no write here
         sums = reads.new_zeros(reads.shape[0], gate_logits[0].numel() + 1)
         sums.scatter_add_(1, writes.flatten(1), reads.flatten(1))
@@ -129,12 +129,12 @@ class _Watch(torch.autograd.Function):
 
 
 def _value_reads(
-    label: str, log_weights: Tensor, d_weights: Tensor, d_elsewhere: Tensor, scale: Tensor
+    label: str, log_weights: Tensor, d_weights: Tensor, d_probe: Tensor, scale: Tensor
 ) -> Tensor:
     """Return what each read [B, T, Q] was worth, as the label counts it."""
     if label == "attribution":
-        return -(d_weights + d_elsewhere) / scale
+        return -(d_weights + d_probe) / scale
     read = log_weights.exp() > LEAST_WEIGHT
     if label == "read_hit":
-        read &= d_elsewhere < -LEAST_WEIGHT * scale
+        read &= d_probe < -LEAST_WEIGHT * scale
     return read.to(d_weights.dtype)

@@ -57,7 +57,7 @@ def declare_operator(
     Returns:
         a function of the inputs, by position; differentiable once.
     """
-    num_results = len(results.split())
+    take_results = functools.partial(_take_results, len(results.split()) if saved else None)
     always_saves = forward
     if "saves" in inspect.signature(forward).parameters:
         always_saves = functools.partial(forward, saves=True)
@@ -67,16 +67,11 @@ def declare_operator(
         captured = _register(name, always_saves, shapes, devices)
     if backward is not None:
         formula = _Formula(forward, backward, results, saved, gradients, residual)
-        differentiated = _build_function(name, always_saves, backward, formula)
+        differentiated = _build_function(name, always_saves, backward, formula, take_results)
         if captured is not None:
             if gradient_shapes is not None:
                 backward = _register(f"{name}_backward", backward, gradient_shapes, devices)
             _differentiate(captured, backward, formula)
-
-    def take_results(outputs: Any) -> Any:
-        if not saved:
-            return outputs
-        return outputs[0] if num_results == 1 else outputs[:num_results]
 
     def run(*inputs: Any) -> Any:
         if captured is not None and torch.compiler.is_compiling():
@@ -86,6 +81,13 @@ def declare_operator(
         return take_results(forward(*inputs))
 
     return run
+
+
+def _take_results(num_results: int | None, outputs: Any) -> Any:
+    """Return the results among all outputs; ``None``: they are results only."""
+    if num_results is None:
+        return outputs
+    return outputs[0] if num_results == 1 else outputs[:num_results]
 
 
 def _need_gradient(inputs: Sequence[Any]) -> bool:
@@ -146,14 +148,12 @@ class _Formula:
         self.has_residual = bool(residual)
         self.targets = [values.index(name) for name in (residual + " " + gradients).split()]
 
-    def keep(self, ctx: Any, inputs: Sequence[Any], output: Any) -> tuple[Any, ...]:
-        """Keep what the backward pass takes; return all outputs."""
-        outputs = (output,) if isinstance(output, Tensor) else tuple(output)
-        values = (*inputs, *outputs)
+    def keep(self, ctx: Any, inputs: Sequence[Any], outputs: Any) -> None:
+        """Keep what the backward pass takes."""
+        values = (*inputs, outputs) if isinstance(outputs, Tensor) else (*inputs, *outputs)
         ctx.save_for_backward(*[values[place] for place in self.tensors])
         ctx.numbers = [values[place] for place in self.numbers]
         ctx.set_materialize_grads(self.fills_gradients)
-        return outputs
 
     def differentiate(self, ctx: Any, backward: Function, grads: Sequence[Any]) -> tuple[Any, ...]:
         """Return the gradients of all inputs."""
@@ -168,13 +168,14 @@ class _Formula:
 
 
 def _build_function(
-    name: str, forward: Function, backward: Function, formula: _Formula
+    name: str, forward: Function, backward: Function, formula: _Formula, take_results: Function
 ) -> Function:
     """Return what autograd calls eagerly."""
 
     def run(ctx: Any, *inputs: Any) -> Any:
-        outputs = formula.keep(ctx, inputs, forward(*inputs))
-        return outputs[0] if formula.num_results == 1 else outputs[: formula.num_results]
+        outputs = forward(*inputs)
+        formula.keep(ctx, inputs, outputs)
+        return take_results(outputs)
 
     def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return formula.differentiate(ctx, backward, grads)
@@ -192,8 +193,9 @@ def _differentiate(captured: Any, backward: Function, formula: _Formula) -> None
     """Give a captured operator its derivative."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs = formula.keep(ctx, inputs, output)
-        ctx.mark_non_differentiable(*outputs[formula.num_results :])
+        formula.keep(ctx, inputs, output)
+        if not isinstance(output, Tensor):
+            ctx.mark_non_differentiable(*output[formula.num_results :])
 
     def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return formula.differentiate(ctx, backward, grads)

@@ -1,7 +1,7 @@
 """The delta rule in Numba: a fused scan over the tokens of each (row, head), with its own backward.
 
-As in ``native``, S is kept transposed, ``[address, payload]``: what an address held and the readout
-are then sums of rows, taken in one pass. The forward saves one state per few tokens and the
+As in ``native``, S is stored transposed, ``[address, payload]``: what an address held and the
+readout are then sums of rows, taken in one pass. The forward saves one state per few tokens and the
 backward recomputes the ones in between.
 """
 # mypy: allow-untyped-defs
@@ -34,10 +34,10 @@ def replace_and_read(width, source, target, retention, strength, q, k, v, held, 
     for i in range(N):
         row = times(load(source, i * N, width), retention)
         store(target, i * N, plus(row, times(added, v[i])))
-    along = total(times(load(q, 0, width), load(v, 0, width)))
+    match = total(times(load(q, 0, width), load(v, 0, width)))
     store(held, 0, stored)
     store(written, 0, added)
-    store(out, 0, plus(times(read, retention), times(added, along)))
+    store(out, 0, plus(times(read, retention), times(added, match)))
 
 
 @part(**OPTIONS)
@@ -53,16 +53,16 @@ def _carry_gradient(width, G, before, retention, strength, q, k, v, held, writte
     by_strength = total(times(du, fresh))
     store(dk, 0, times(du, strength))
     erased = times(du, -strength)  # d loss / d (retention * held)
-    along = total(times(added, readout))
-    kept = zeros(G, width)
+    dmatch = total(times(added, readout))  # by q . v
+    by_retention = zeros(G, width)
     for i in range(N):
         row, old = load(G, i * N, width), times(load(before, i * N, width), retention)
         dv[i] = total(plus(times(row, added), times(old, erased)))
-        dq[i] = total(times(old, readout)) + along * v[i]
+        dq[i] = total(times(old, readout)) + dmatch * v[i]
         row = plus(row, times(erased, v[i]))
-        kept = plus(kept, times(row, old))
+        by_retention = plus(by_retention, times(row, old))
         store(G, i * N, times(row, retention))
-    return total(kept), by_strength
+    return total(by_retention), by_strength
 
 
 @kernel(**OPTIONS)
@@ -104,7 +104,7 @@ def _backward_rows(
 ):  # fmt: skip
     N = len(width)
     size = N * N
-    G = np.empty(size, dq.dtype)  # d loss / d S of the token at hand, [address, payload]
+    G = np.empty(size, dq.dtype)  # gradient of S at the current token, [address, payload]
     S = np.empty((interval + 1) * size, dq.dtype)  # the states around a few tokens
     helds, writtens = np.empty(interval * N, dq.dtype), np.empty(interval * N, dq.dtype)
     spare = np.empty(N, dq.dtype)

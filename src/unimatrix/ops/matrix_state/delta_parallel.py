@@ -33,8 +33,8 @@ def scan_delta_parallel(
     retained, between = accumulate_retention(log_retention)  # [B, H, M, C], [B, H, M, C, C]
     retained = retained[..., None]
     system = (beta * (v @ v.mT) * between).tril(-1)  # the unit diagonal is not read
-    given = torch.cat([beta * k, beta * retained * v], dim=-1)
-    solved = torch.linalg.solve_triangular(system, given, upper=False, unitriangular=True)
+    right_side = torch.cat([beta * k, beta * retained * v], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
     payload, erased = solved.split(N, dim=-1)  # u = payload - erased S^T
     weights = q @ v.mT * between  # [B, H, M, C, C]
     address = between[..., -1, :, None] * v  # [B, H, M, C, N]

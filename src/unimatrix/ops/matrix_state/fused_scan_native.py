@@ -1,7 +1,7 @@
 """Matrix state from a layer's projections in Numba: activations, scan and norm in one pass.
 
-The scan is that of ``native.py``; a token's vectors are bound when the scan reaches it, so they
-never stand in memory. The backward keeps the units of a few tokens beside their states.
+The scan is that of ``native.py``. A token's vectors are bound when the scan reaches the token, so
+bound vectors are never in memory. The backward pass stores them for a few tokens beside the states.
 """
 # mypy: allow-untyped-defs
 
@@ -42,12 +42,14 @@ from unimatrix.ops.numba.products import LANES
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.operator import declare_operator
 
-_UNIT_EPS = 1e-12  # of torch's normalize
-_AHEAD = 8  # tokens whose vectors are fetched early: a head's are small pieces of memory
+_UNIT_EPS = 1e-12
+"""That of torch's ``normalize``."""
+_AHEAD = 8
+"""How many tokens ahead vectors are fetched: a head's vectors are small pieces of memory."""
 
 
-class _Form(NamedTuple):
-    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+class _FusedScanForm(NamedTuple):
+    """Options of the kernels as tuples, since Numba compiles a kernel for their lengths."""
 
     lanes: tuple[int, ...]  # of tokens weighed together
     width: tuple[int, ...]  # N zeros
@@ -57,63 +59,63 @@ class _Form(NamedTuple):
 
 
 @part(**OPTIONS)
-def _fill_with_ones(room):
-    for i in range(len(room)):
-        room[i] = 1
+def _fill_with_ones(numbers):
+    for i in range(len(numbers)):
+        numbers[i] = 1
 
 
 @part(**OPTIONS)
-def _weigh_tokens(form, controls, num_heads, h, count, room, weights):
+def _weigh_tokens(form, controls, num_heads, h, count, scratch, token_weights):
     """Set the weights of up to 16 tokens: retention, its complement and the three rules'.
 
     Args:
         controls: of the first token.
         count: how many there are.
-        room: for 9 lanes.
-        weights: of the first token and the head.
+        scratch: 9 lanes, defined everywhere.
+        token_weights: of the first token and the head.
     """
     lanes, W, per_head = form.lanes, len(form.lanes), 4 if len(form.mixed) else 1
     for i in range(W):
-        of_token = at(controls, min(i, count - 1) * num_heads * per_head)
-        room[i] = of_token[h]
+        logits = at(controls, min(i, count - 1) * num_heads * per_head)
+        scratch[i] = logits[h]
         for n in range(1, per_head):
-            room[n * W + i] = of_token[num_heads + 3 * h + n - 1]
-    x, made = load(room, 0, lanes), at(room, 4 * W)
-    ones = plus(zeros(room, lanes), 1.0)
-    fading = exponential(where_negative(x, x, times(x, -1.0)))
-    greater = over(ones, plus(ones, fading))
-    lesser = times(fading, greater)
+            scratch[n * W + i] = logits[num_heads + 3 * h + n - 1]
+    x, made = load(scratch, 0, lanes), at(scratch, 4 * W)
+    ones = plus(zeros(scratch, lanes), 1.0)
+    power = exponential(where_negative(x, x, times(x, -1.0)))
+    greater = over(ones, plus(ones, power))
+    lesser = times(power, greater)
     store(made, 0, where_negative(x, lesser, greater))
     store(made, W, where_negative(x, greater, lesser))
     if len(form.mixed):
-        outer, diagonal = load(room, W, lanes), load(room, 2 * W, lanes)
-        symmetric = load(room, 3 * W, lanes)
+        outer, diagonal = load(scratch, W, lanes), load(scratch, 2 * W, lanes)
+        symmetric = load(scratch, 3 * W, lanes)
         most = larger(outer, larger(diagonal, symmetric))
         outer, diagonal = exponential(minus(outer, most)), exponential(minus(diagonal, most))
         symmetric = exponential(minus(symmetric, most))
-        share = over(ones, plus(plus(outer, diagonal), symmetric))
-        store(made, 2 * W, times(outer, share))
-        store(made, 3 * W, times(diagonal, share))
-        store(made, 4 * W, times(symmetric, share))
+        inverse_sum = over(ones, plus(plus(outer, diagonal), symmetric))
+        store(made, 2 * W, times(outer, inverse_sum))
+        store(made, 3 * W, times(diagonal, inverse_sum))
+        store(made, 4 * W, times(symmetric, inverse_sum))
     for i in range(count):
         for n in range(5 if len(form.mixed) else 2):
-            weights[5 * num_heads * i + n] = made[n * W + i]
+            token_weights[5 * num_heads * i + n] = made[n * W + i]
 
 
 @part(**OPTIONS)
-def _invert_lengths(form, vectors, stride, apart, count, inverses):
+def _invert_lengths(form, vectors, token_stride, vector_stride, count, inverses):
     """Set ``inverses`` to 1 over the lengths of the vectors of up to 16 tokens, by vector.
 
     Args:
-        vectors: of the first token, ``apart`` numbers from one to the next.
-        stride: numbers from token to token.
+        vectors: of the first token.
+        token_stride, vector_stride: numbers from token to token, and from vector to vector.
         count: how many tokens there are.
     """
     lanes, W = form.lanes, len(form.lanes)
     num_vectors = 4 if len(form.mixed) else 3
     for i in range(count):
         for n in range(num_vectors):
-            vector = load(vectors, i * stride + n * apart, form.width)
+            vector = load(vectors, i * token_stride + n * vector_stride, form.width)
             inverses[n * W + i] = total(times(vector, vector))
     least = plus(zeros(inverses, lanes), _UNIT_EPS)
     for n in range(num_vectors):
@@ -124,55 +126,55 @@ def _invert_lengths(form, vectors, stride, apart, count, inverses):
 @part(**OPTIONS)
 def _unbind(form, gradient, unit, inverse):
     """Turn the gradient of a unit vector into that of the vector, in place."""
-    along, lanes = load(unit, 0, form.width), load(gradient, 0, form.width)
-    outward = total(times(along, lanes)) if inverse * _UNIT_EPS < 1 else 0.0
-    store(gradient, 0, times(plus(lanes, times(along, -outward)), inverse))
+    unit_lanes, dunit = load(unit, 0, form.width), load(gradient, 0, form.width)
+    component = total(times(unit_lanes, dunit)) if inverse * _UNIT_EPS < 1 else 0.0
+    store(gradient, 0, times(plus(dunit, times(unit_lanes, -component)), inverse))
 
 
 @part(**OPTIONS)
-def _normalize_readouts(form, y, num_heads, count, room, inverses):
-    """Divide readouts of up to 16 tokens by the roots of their mean squares; keep the inverses.
+def _normalize_readouts(form, y, num_heads, count, scratch, inverses):
+    """Divide readouts of up to 16 tokens by the roots of their mean squares.
 
     Args:
-        y, inverses: of the first token and the head.
+        y: of the first token and the head.
         count: how many tokens there are.
-        room: for the inverses.
+        scratch: one lane, defined everywhere.
+        inverses: of the first token and the head; set to 1 over those roots.
     """
     lanes, N = form.lanes, len(form.width)
     for i in range(count):
         vector = load(y, i * num_heads * N, form.width)
-        room[i] = total(times(vector, vector)) / N + READOUT_EPS
-    store(room, 0, over(plus(zeros(room, lanes), 1.0), root(load(room, 0, lanes))))
+        scratch[i] = total(times(vector, vector)) / N + READOUT_EPS
+    store(scratch, 0, over(plus(zeros(scratch, lanes), 1.0), root(load(scratch, 0, lanes))))
     for i in range(count):
-        place, inverses[i * num_heads] = i * num_heads * N, room[i]
-        store(y, place, times(load(y, place, form.width), room[i]))
+        place, inverses[i * num_heads] = i * num_heads * N, scratch[i]
+        store(y, place, times(load(y, place, form.width), scratch[i]))
 
 
 @part(**OPTIONS)
-def _pass_readout(form, dy, y, inverse, out):
-    """Set ``out`` to the gradient of the readout before it was normalised."""
-    lanes, read = load(dy, 0, form.width), load(y, 0, form.width)
-    outward = total(times(lanes, read)) / len(form.width)
-    store(out, 0, times(plus(lanes, times(read, -outward)), inverse))
+def _normalize_readout_backward(form, dy, y, inverse, dreadout):
+    """Set ``dreadout`` to the gradient of a readout from that of the normalised one."""
+    dy_lanes, y_lanes = load(dy, 0, form.width), load(y, 0, form.width)
+    component = total(times(dy_lanes, y_lanes)) / len(form.width)
+    store(dreadout, 0, times(plus(dy_lanes, times(y_lanes, -component)), inverse))
 
 
 @kernel(**OPTIONS)
 def _scan_rows(
-    first, last, form, projected, controls, initial, lengths,
-    num_tokens, num_heads, interval, y, final, checkpoints, weights, inverses,
+    first, last, form, vectors, controls, initial, lengths,
+    num_tokens, num_heads, interval, y, final, checkpoints, token_weights, inverses,
 ):  # fmt: skip
-    N = len(form.width)
+    N, W = len(form.width), len(form.lanes)
     num_vectors = 4 if len(form.mixed) else 3
     num_controls = num_heads * (4 if len(form.mixed) else 1)
-    stride = len(projected) // (lengths.size * num_tokens)
+    token_stride = len(vectors) // (lengths.size * num_tokens)
     identity = make_identity(N, final)
     S = np.empty(N * N, final.dtype)  # [address, payload]
     units = np.empty(4 * N, final.dtype)  # q, k, v, d
-    W = len(form.lanes)
-    room = np.empty(9 * W, final.dtype)
-    inverted = np.empty(4 * W, final.dtype)
-    _fill_with_ones(room)
-    _fill_with_ones(inverted)
+    scratch = np.empty(9 * W, final.dtype)
+    inverse_lengths = np.empty(4 * W, final.dtype)
+    _fill_with_ones(scratch)
+    _fill_with_ones(inverse_lengths)
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * N * N)
     for row in range(first, last):
         b, h = row // num_heads, row % num_heads
@@ -187,36 +189,41 @@ def _scan_rows(
                         checkpoints[saved + i * N + j] = S[j * N + i]
             position = b * num_tokens + t
             token = position * num_heads + h
-            weigh = pointer(weights, 5 * token)
-            apart = num_heads * N
-            vectors = pointer(projected, position * stride + h * N)
+            weigh = pointer(token_weights, 5 * token)
+            vector_stride = num_heads * N
+            token_vectors = pointer(vectors, position * token_stride + h * N)
             for n in range(num_vectors):
-                prefetch(vectors, _AHEAD * stride + n * apart)
+                prefetch(token_vectors, _AHEAD * token_stride + n * vector_stride)
             if t % W == 0:
                 count = min(W, lengths[b] - t)
                 _weigh_tokens(
                     form, pointer(controls, position * num_controls), num_heads, h, count,
-                    pointer(room, 0), weigh,
+                    pointer(scratch, 0), weigh,
                 )  # fmt: skip
                 if len(form.unit):
-                    _invert_lengths(form, vectors, stride, apart, count, pointer(inverted, 0))
+                    _invert_lengths(
+                        form, token_vectors, token_stride, vector_stride, count,
+                        pointer(inverse_lengths, 0),
+                    )  # fmt: skip
             if len(form.unit):
                 for n in range(num_vectors):
-                    unit = times(load(vectors, n * apart, form.width), inverted[n * W + t % W])
+                    inverse = inverse_lengths[n * W + t % W]
+                    unit = times(load(token_vectors, n * vector_stride, form.width), inverse)
                     store(pointer(units, 0), n * N, unit)
-                vectors, apart = pointer(units, 0), N
-            q, k = at(vectors, 0), at(vectors, apart)
-            v, d = at(vectors, 2 * apart), at(vectors, (num_vectors - 1) * apart)
+                token_vectors, vector_stride = pointer(units, 0), N
+            q, k = at(token_vectors, 0), at(token_vectors, vector_stride)
+            v = at(token_vectors, 2 * vector_stride)
+            d = at(token_vectors, (num_vectors - 1) * vector_stride)
             out = pointer(y, token * N)
             write_and_read(
                 form, pointer(identity, 0), pointer(S, 0), pointer(S, 0), weigh[0],
                 weigh_rules(form, weigh[1], at(weigh, 2)), v, k, d, q, out,
             )  # fmt: skip
             if len(form.unit) and (t % W == W - 1 or t == lengths[b] - 1):
-                begun = token - t % W * num_heads
+                first_token = token - t % W * num_heads
                 _normalize_readouts(
-                    form, pointer(y, begun * N), num_heads, t % W + 1,
-                    pointer(room, 0), pointer(inverses, begun),
+                    form, pointer(y, first_token * N), num_heads, t % W + 1,
+                    pointer(scratch, 0), pointer(inverses, first_token),
                 )  # fmt: skip
         for i in range(N):
             for j in range(N):
@@ -224,25 +231,26 @@ def _scan_rows(
 
 
 @part(**OPTIONS)
-def _bind_token(form, vectors, apart, inverted, dy, y, inverse, kept):
-    """Keep a token's q, k, v, d and dy, bound, and their divisors' inverses."""
+def _bind_token(form, vectors, vector_stride, inverse_lengths, dy, y, inverse, bound):
+    """Set ``bound`` to a token's q, k, v, d and dy, bound, and 1 over the lengths of the former."""
     N = len(form.width)
     num_vectors = 4 if len(form.mixed) else 3
     if len(form.unit):
         for n in range(num_vectors):
-            kept[5 * N + n] = inverted[n * len(form.lanes)]
-            store(kept, n * N, times(load(vectors, n * apart, form.width), kept[5 * N + n]))
-        _pass_readout(form, dy, y, inverse, at(kept, 4 * N))
+            bound[5 * N + n] = inverse_lengths[n * len(form.lanes)]
+            unit = times(load(vectors, n * vector_stride, form.width), bound[5 * N + n])
+            store(bound, n * N, unit)
+        _normalize_readout_backward(form, dy, y, inverse, at(bound, 4 * N))
     else:
         for n in range(num_vectors):
-            store(kept, n * N, load(vectors, n * apart, form.width))
-        store(kept, 4 * N, load(dy, 0, form.width))
+            store(bound, n * N, load(vectors, n * vector_stride, form.width))
+        store(bound, 4 * N, load(dy, 0, form.width))
 
 
 @part(**OPTIONS)
-def _pass_controls(form, weights, by, num_heads, h, dcontrols):
+def _weigh_token_backward(form, weights, grads, num_heads, h, dcontrols):
     """Set the gradients of a token's logits from those of retention and of the rules' factors."""
-    kept, by_outer, by_swapped, by_diagonal = by
+    by_retention, by_outer, by_swapped, by_diagonal = grads
     rho, write = weights[0], weights[1]
     if len(form.mixed):
         outer, diagonal, symmetric = weights[2], weights[3], weights[4]
@@ -253,87 +261,82 @@ def _pass_controls(form, weights, by, num_heads, h, dcontrols):
         dcontrols[first + 1] = write * diagonal * (by_diagonal - mean)
         dcontrols[first + 2] = write * symmetric * (by_symmetric - mean)
         by_outer = mean
-    dcontrols[h] = rho * write * (kept - by_outer)
+    dcontrols[h] = rho * write * (by_retention - by_outer)
 
 
 @kernel(**OPTIONS)
 def _backward_rows(
-    first, last, form, projected, weights, lengths, num_tokens, num_heads, interval,
-    checkpoints, y, inverses, dy, dfinal, dprojected, dcontrols, dinitial,
+    first, last, form, vectors, token_weights, lengths, num_tokens, num_heads, interval,
+    checkpoints, y, inverses, dy, dfinal, dvectors, dcontrols, dinitial,
 ):  # fmt: skip
-    N = len(form.width)
-    size, apart = N * N, num_heads * N
+    N, W = len(form.width), len(form.lanes)
+    size, vector_stride = N * N, num_heads * N
     num_vectors = 4 if len(form.mixed) else 3
     num_controls = num_heads * (4 if len(form.mixed) else 1)
-    stride = len(projected) // (lengths.size * num_tokens)
-    G = np.empty(size, dprojected.dtype)  # d loss / d S of the token at hand, [payload, address]
-    across = np.empty(size, dprojected.dtype)  # the same transposed
+    token_stride = len(vectors) // (lengths.size * num_tokens)
+    G = np.empty(size, dvectors.dtype)  # gradient of S at the current token, [payload, address]
+    transposed = np.empty(size, dvectors.dtype)
     identity = make_identity(N, G)
-    S = np.empty((interval + 1) * size, dprojected.dtype)  # the states around a few tokens
-    num_kept, W = 5 * N + 4, len(form.lanes)
-    inverted = np.empty(4 * W, dprojected.dtype)
-    _fill_with_ones(inverted)
-    kept = np.empty(interval * num_kept, dprojected.dtype)  # see _bind_token
+    S = np.empty((interval + 1) * size, dvectors.dtype)  # the states around a few tokens
+    num_bound = 5 * N + 4
+    bound = np.empty(interval * num_bound, dvectors.dtype)  # of these tokens: see _bind_token
+    inverse_lengths = np.empty(4 * W, dvectors.dtype)
+    _fill_with_ones(inverse_lengths)
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * size)
     for row in range(first, last):
         b, h = row // num_heads, row % num_heads
         for n in range(size):
             G[n] = dfinal[row * size + n]
-            across[n % N * N + n // N] = G[n]
+            transposed[n % N * N + n // N] = G[n]
         for chunk in range((lengths[b] - 1) // interval, -1, -1):
             start, stop = chunk * interval, min((chunk + 1) * interval, lengths[b])
             for n in range(size):
                 S[n] = checkpoints[(row * num_checkpoints + chunk) * size + n]
             for t in range(start, stop):
                 position = b * num_tokens + t
-                token, vectors = position * num_heads + h, position * stride + h * N
-                of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
+                token, place = position * num_heads + h, position * token_stride + h * N
+                of_token, now = pointer(bound, (t - start) * num_bound), (t - start) * size
                 for n in range(num_vectors):
-                    early = vectors + _AHEAD * stride + n * apart
-                    prefetch(pointer(projected, early), 0)
-                    prefetch(pointer(dprojected, early), 0)
+                    ahead = place + _AHEAD * token_stride + n * vector_stride
+                    prefetch(pointer(vectors, ahead), 0)
+                    prefetch(pointer(dvectors, ahead), 0)
                 prefetch(pointer(dy, (token + _AHEAD * num_heads) * N), 0)
                 prefetch(pointer(y, (token + _AHEAD * num_heads) * N), 0)
                 if len(form.unit) and (t - start) % W == 0:
-                    count = min(W, stop - t)
                     _invert_lengths(
-                        form,
-                        pointer(projected, vectors),
-                        stride,
-                        apart,
-                        count,
-                        pointer(inverted, 0),
-                    )
+                        form, pointer(vectors, place), token_stride, vector_stride,
+                        min(W, stop - t), pointer(inverse_lengths, 0),
+                    )  # fmt: skip
                 _bind_token(
-                    form, pointer(projected, vectors), apart, pointer(inverted, (t - start) % W),
+                    form, pointer(vectors, place), vector_stride,
+                    pointer(inverse_lengths, (t - start) % W),
                     pointer(dy, token * N), pointer(y, token * N), inverses[token], of_token,
                 )  # fmt: skip
-                weigh = pointer(weights, 5 * token)
+                weigh = pointer(token_weights, 5 * token)
                 write_and_read(
                     form, pointer(identity, 0), pointer(S, now), pointer(S, now + size), weigh[0],
                     weigh_rules(form, weigh[1], at(weigh, 2)), at(of_token, N),
                     at(of_token, 2 * N), at(of_token, 3 * N),
-                    at(of_token, 4 * N), pointer(dprojected, vectors),
+                    at(of_token, 4 * N), pointer(dvectors, place),
                 )  # fmt: skip
             for t in range(stop - 1, start - 1, -1):
                 position = b * num_tokens + t
-                token, vectors = position * num_heads + h, position * stride + h * N
-                of_token, now = pointer(kept, (t - start) * num_kept), (t - start) * size
-                weigh, grads = pointer(weights, 5 * token), pointer(dprojected, vectors)
-                by = write_gradient(
-                    form, pointer(identity, 0), pointer(G, 0), pointer(across, 0),
+                token, place = position * num_heads + h, position * token_stride + h * N
+                of_token, now = pointer(bound, (t - start) * num_bound), (t - start) * size
+                weigh, grads = pointer(token_weights, 5 * token), pointer(dvectors, place)
+                by_weights = write_gradient(
+                    form, pointer(identity, 0), pointer(G, 0), pointer(transposed, 0),
                     pointer(S, now), weigh[0], weigh_rules(form, weigh[1], at(weigh, 2)),
                     of_token, at(of_token, N), at(of_token, 2 * N), at(of_token, 3 * N),
-                    at(of_token, 4 * N), at(grads, apart), at(grads, 2 * apart),
-                    at(grads, (num_vectors - 1) * apart),
+                    at(of_token, 4 * N), at(grads, vector_stride), at(grads, 2 * vector_stride),
+                    at(grads, (num_vectors - 1) * vector_stride),
                 )  # fmt: skip
                 if len(form.unit):
                     for n in range(num_vectors):
-                        _unbind(
-                            form, at(grads, n * apart), at(of_token, n * N), of_token[5 * N + n]
-                        )
+                        dvector, unit = at(grads, n * vector_stride), at(of_token, n * N)
+                        _unbind(form, dvector, unit, of_token[5 * N + n])
                 of_position = pointer(dcontrols, position * num_controls)
-                _pass_controls(form, weigh, by, num_heads, h, of_position)
+                _weigh_token_backward(form, weigh, by_weights, num_heads, h, of_position)
         for n in range(size):
             dinitial[row * size + n] = G[n]
 
@@ -345,7 +348,7 @@ def run_forward(
     """Run the forward kernel.
 
     Args:
-        vectors: [B, T, P, H, N], or [B, T, n] with numbers behind that are not looked at.
+        vectors: [B, T, P, H, N]; or [B, T, n], of which the first P H N numbers are read.
         controls: [B, T, H], or [B, T, 4 H] if rules are mixed.
         initial: [B, H, N, N].
         lengths, unit: as in ``bind_and_scan``.
@@ -353,41 +356,41 @@ def run_forward(
         saves: whether the backward kernel will run.
 
     Returns:
-        y [B, T, H, N], the last state [B, H, N, N], and for the backward kernel states along the
-        way, the weights of the rules, and what the readouts were divided by, inverted.
+        y [B, T, H, N], the last state [B, H, N, N], and for the backward kernel some of the
+        states, the weights of tokens and rules, and 1 over what the readouts were divided by.
     """
     (B, T), (_, H, N, _) = vectors.shape[:2], initial.shape
     interval = choose_interval(N) if saves else 0
     allocate = vectors.new_empty if lengths is None else vectors.new_zeros
-    y, inverses, rules = allocate(B, T, H, N), allocate(B, T, H), allocate(B, T, H, 5)
+    y, inverses, token_weights = allocate(B, T, H, N), allocate(B, T, H), allocate(B, T, H, 5)
     checkpoints = vectors.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
     final = initial.new_empty(initial.shape)
     counts = torch.full((B,), T) if lengths is None else lengths
     inputs = (vectors, controls, initial, counts, T, H, interval)
-    results = (y, final, checkpoints, rules, inverses)
-    form = _Form(LANES, (0,) * N, (0,) * is_mixed, (), (0,) * unit)
+    results = (y, final, checkpoints, token_weights, inverses)
+    form = _FusedScanForm(LANES, (0,) * N, (0,) * is_mixed, (), (0,) * unit)
     run_rows(_scan_rows, form, B * H, T * N * N, *inputs, *results)
     return results
 
 
 def run_backward(
-    vectors: Tensor, lengths: Tensor | None, checkpoints: Tensor, rules: Tensor, y: Tensor,
+    vectors: Tensor, lengths: Tensor | None, checkpoints: Tensor, token_weights: Tensor, y: Tensor,
     inverses: Tensor, is_mixed: bool, unit: bool, dy: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the backward kernel; the inputs are those of ``run_forward`` and its results.
 
     Returns:
-        the gradients of vectors (in as many numbers; nothing in those not looked at), controls and
-        the initial state.
+        the gradients of vectors (undefined where these are not read), controls and the initial
+        state.
     """
     (B, T), (_, H, N, _) = vectors.shape[:2], dfinal.shape
     allocate = vectors.new_empty if lengths is None else vectors.new_zeros
     dvectors, dcontrols = allocate(vectors.shape), allocate(B, T, H * (4 if is_mixed else 1))
     dinitial = dfinal.new_empty(dfinal.shape)
     counts = torch.full((B,), T) if lengths is None else lengths
-    inputs = (vectors, rules, counts, T, H, choose_interval(N), checkpoints, y, inverses)
+    inputs = (vectors, token_weights, counts, T, H, choose_interval(N), checkpoints, y, inverses)
     grads = (dvectors, dcontrols, dinitial)
-    form = _Form(LANES, (0,) * N, (0,) * is_mixed, (), (0,) * unit)
+    form = _FusedScanForm(LANES, (0,) * N, (0,) * is_mixed, (), (0,) * unit)
     run_rows(_backward_rows, form, B * H, T * N * N, *inputs, dy, dfinal, *grads)
     return grads
 
@@ -417,7 +420,7 @@ bind_and_scan_native = declare_operator(
     run_forward,
     backward=run_backward,
     results="y final",
-    saved="checkpoints rules inverses",
+    saved="checkpoints token_weights inverses",
     gradients="vectors controls initial",
     shapes=_make_results,
     gradient_shapes=_make_gradients,

@@ -1,6 +1,6 @@
 """Matrix state in Numba: a fused scan over the tokens of each (row, head), with its own backward.
 
-A row of a head's matrix is one value in vector registers (``ops.lanes_native``).
+A row of a head's matrix is one value in vector registers (``ops.numba.lanes``).
 
 The forward scan keeps S transposed, ``[address, payload]``: the readout S q is then a sum of rows.
 The backward keeps ``[payload, address]`` instead, which makes S^T dy a sum of rows. Writing and
@@ -34,8 +34,8 @@ from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.operator import declare_operator
 
 
-class _Form(NamedTuple):
-    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+class _ScanForm(NamedTuple):
+    """Options of the kernels as tuples, since Numba compiles a kernel for their lengths."""
 
     width: tuple[int, ...]  # N zeros
     mixed: tuple[int, ...]  # empty: the outer rule alone
@@ -54,7 +54,7 @@ def weigh_rules(form, write, pi):
 
 @part(**OPTIONS)
 def make_identity(N, like):
-    """Return the rows of an identity matrix: an addition of one lane is a multiple of a row."""
+    """Return the rows of an identity matrix: a multiple of row i adds to lane i alone."""
     identity = np.empty(N * N, like.dtype)
     for i in range(N * N):
         identity[i] = 1 if i % (N + 1) == 0 else 0
@@ -96,38 +96,38 @@ def write_and_read(
 def _read_gradient(form, G, after, norm, q, dy):
     """Add dy q^T to G, then turn it into the gradient before the division by the norm."""
     N, width = len(form.width), form.width
-    query, along = load(q, 0, width), zeros(G, width)
+    query, products = load(q, 0, width), zeros(G, width)
     for i in range(N):
         row = plus(load(G, i * N, width), times(query, dy[i]))
         store(G, i * N, row)
-        along = plus(along, times(row, load(after, i * N, width)))
+        products = plus(products, times(row, load(after, i * N, width)))
     if norm > 1:
         scale = 1 / norm
-        outward = -total(along)
+        component = -total(products)  # along the state, which the norm takes off
         for i in range(N):
-            row = plus(load(G, i * N, width), times(load(after, i * N, width), outward))
+            row = plus(load(G, i * N, width), times(load(after, i * N, width), component))
             store(G, i * N, times(row, scale))
 
 
 @part(**OPTIONS)
 def write_gradient(
-    form, identity, G, across, before, retention, factors, q, k, v, d, dy, dk, dv, dd
+    form, identity, G, transposed, before, retention, factors, q, k, v, d, dy, dk, dv, dd
 ):  # fmt: skip
     """Set dk, dv, dd; carry G over the token; return d loss / d (retention, factors).
 
-    ``across`` is G transposed, carried beside it: G v and G k are then sums of rows, as v G and k G
-    are, and no sums within registers. With a norm guard it is not used.
+    ``transposed`` is G transposed, so that G v and G k are sums of rows, as v G and k G are, not
+    sums within registers. With a norm guard it is not used.
     """
     N, width = len(form.width), form.width
     outer, swapped, diagonal = factors
     query, payload, address = load(q, 0, width), load(k, 0, width), load(v, 0, width)
-    kept, Gv, Gk = zeros(G, width), zeros(G, width), zeros(G, width)
+    by_retention, Gv, Gk = zeros(G, width), zeros(G, width), zeros(G, width)
     vG, kG, corner = zeros(G, width), zeros(G, width), zeros(G, width)
     for i in range(N):
         row = load(G, i * N, width)
         if not len(form.norm_guard):
             row = plus(row, times(query, dy[i]))
-        kept = plus(kept, times(row, load(before, i * N, width)))
+        by_retention = plus(by_retention, times(row, load(before, i * N, width)))
         kG = plus(kG, times(row, k[i]))
         if len(form.norm_guard):
             Gv = plus_at(Gv, i, total(times(row, address)))
@@ -138,20 +138,20 @@ def write_gradient(
                 Gk = plus_at(Gk, i, total(times(row, payload)))
         store(G, i * N, times(row, retention))
     if not len(form.norm_guard):
-        along = load(dy, 0, width)
+        readout_grad = load(dy, 0, width)
         for j in range(N):
-            column = plus(load(across, j * N, width), times(along, q[j]))
+            column = plus(load(transposed, j * N, width), times(readout_grad, q[j]))
             Gv = plus(Gv, times(column, v[j]))
             if len(form.mixed):
                 Gk = plus(Gk, times(column, k[j]))
-            store(across, j * N, times(column, retention))
+            store(transposed, j * N, times(column, retention))
     store(dk, 0, plus(times(Gv, outer), times(vG, swapped)))
     store(dv, 0, plus(times(kG, outer), times(Gk, swapped)))
     if len(form.mixed):
         store(dd, 0, times(corner, diagonal))
     by_diagonal = total(times(corner, load(d, 0, width)))
     by_outer, by_swapped = total(times(kG, address)), total(times(vG, payload))
-    return total(kept), by_outer, by_swapped, by_diagonal
+    return total(by_retention), by_outer, by_swapped, by_diagonal
 
 
 @kernel(**OPTIONS)
@@ -195,8 +195,8 @@ def _backward_rows(
 ):  # fmt: skip
     N = len(form.width)
     size = N * N
-    G = np.empty(size, dq.dtype)  # d loss / d S of the token at hand, [payload, address]
-    across, identity = np.empty(size, dq.dtype), make_identity(N, dq)  # the same transposed
+    G = np.empty(size, dq.dtype)  # gradient of S at the current token, [payload, address]
+    transposed, identity = np.empty(size, dq.dtype), make_identity(N, dq)
     S = np.empty((interval + 1) * size, dq.dtype)  # the states around a few tokens
     norms = np.empty(interval, dq.dtype)
     num_checkpoints = checkpoints.size // (lengths.size * num_heads * size)
@@ -204,7 +204,7 @@ def _backward_rows(
         b, h = row // num_heads, row % num_heads
         for n in range(size):
             G[n] = dfinal[row * size + n]
-            across[n % N * N + n // N] = G[n]
+            transposed[n % N * N + n // N] = G[n]
         for chunk in range((lengths[b] - 1) // interval, -1, -1):
             start, stop = chunk * interval, min((chunk + 1) * interval, lengths[b])
             for n in range(size):
@@ -226,8 +226,8 @@ def _backward_rows(
                 if len(form.norm_guard):
                     _read_gradient(form, G_, pointer(S, now + size), norms[t - start], q_t, dy_t)
                 rho, pi = retention[token], pointer(rule_weights, 3 * token)
-                kept, by_outer, by_swapped, by_diagonal = write_gradient(
-                    form, pointer(identity, 0), G_, pointer(across, 0), pointer(S, now),
+                by_retention, by_outer, by_swapped, by_diagonal = write_gradient(
+                    form, pointer(identity, 0), G_, pointer(transposed, 0), pointer(S, now),
                     rho, weigh_rules(form, write[token], pi),
                     q_t, pointer(k, at), pointer(v, at), pointer(d, at), dy_t,
                     pointer(dk, at), pointer(dv, at), pointer(dd, at),
@@ -238,7 +238,7 @@ def _backward_rows(
                     drule_weights[3 * token + 1] = write[token] * by_diagonal
                     drule_weights[3 * token + 2] = write[token] * by_symmetric
                     by_outer = pi[0] * by_outer + pi[1] * by_diagonal + pi[2] * by_symmetric
-                dlog_retention[token] = rho * (kept - by_outer)
+                dlog_retention[token] = rho * (by_retention - by_outer)
         for n in range(size):
             dinitial[row * size + n] = G[n]
 
@@ -253,7 +253,7 @@ def _run_forward(
     rule_weights: Tensor | None, lengths: Tensor | None, norm_guard: bool, *, saves: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, T, H, N = q.shape
-    form = _Form((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
+    form = _ScanForm((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
     interval = choose_interval(N) if saves else 0
     checkpoints = q.new_empty(B, H, -(-T // interval) if interval else 0, N, N)
     retention, write = log_retention.exp(), log_retention.expm1().neg_()  # [B, T, H]
@@ -274,7 +274,7 @@ def _run_backward(
     dy: Tensor, dfinal: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     B, T, H, N = q.shape
-    form = _Form((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
+    form = _ScanForm((0,) * N, (0,) * (rule_weights is not None), (0,) * norm_guard)
     allocate = q.new_empty if lengths is None else q.new_zeros
     dq, dk, dv = allocate(q.shape), allocate(q.shape), allocate(q.shape)  # [B, T, H, N]
     dlog_retention, dinitial = allocate(retention.shape), q.new_empty(dfinal.shape)

@@ -11,6 +11,18 @@ Array = np.ndarray[Any, Any]
 
 
 @part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def _read(S: Array, q: Array, y: Array) -> None:
+    """Set y to the readout S^T q."""
+    size = S.shape[0]
+    for p in range(size):
+        y[p] = 0.0
+    for a in range(size):
+        q_a = q[a]  # read once: for all that the compiler knows, y may overlap with q
+        for p in range(size):
+            y[p] += q_a * S[a, p]
+
+
+@part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 def advance_matrix(
     S: Array,  # [N, N], address by payload: the transpose of what the cache holds
     q: Array,  # [N]
@@ -50,12 +62,7 @@ def advance_matrix(
             for a in range(size):
                 for p in range(size):
                     S[a, p] *= scale
-    for p in range(size):
-        y[p] = 0.0
-    for a in range(size):
-        asked = q[a]
-        for p in range(size):
-            y[p] += asked * S[a, p]
+    _read(S, q, y)
 
 
 @part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
@@ -83,9 +90,4 @@ def advance_delta(
     for a in range(size):
         for p in range(size):
             S[a, p] += v[a] * y[p]
-    for p in range(size):
-        y[p] = 0.0
-    for a in range(size):
-        asked = q[a]
-        for p in range(size):
-            y[p] += asked * S[a, p]
+    _read(S, q, y)

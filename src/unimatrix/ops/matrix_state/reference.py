@@ -26,9 +26,9 @@ class TokenInputs(NamedTuple):
     write_strength: Tensor | None = None
 
     def replace_each(self, change: Callable[[Tensor], Tensor]) -> "TokenInputs":
-        """Return the inputs with ``change`` applied to every one that is given."""
+        """Return the inputs with ``change`` applied to all but ``None``."""
         changed = (None if tensor is None else change(tensor) for tensor in self)
-        return TokenInputs(*changed)  # type: ignore[arg-type]  # what is given stays given
+        return TokenInputs(*changed)  # type: ignore[arg-type]  # only what may be None stays so
 
 
 def scan_reference(
@@ -44,16 +44,16 @@ def scan_reference(
     rho = log_retention.exp()  # [B, T, H]
     write = -torch.expm1(log_retention) if write_strength is None else write_strength  # [B, T, H]
     for t in range(q.shape[1]):
-        kept = rho[:, t, :, None, None] * S  # [B, H, N, N]
+        retained = rho[:, t, :, None, None] * S  # [B, H, N, N]
         U = k[:, t, :, :, None] * v[:, t, :, None, :]
         if write_strength is not None:
-            held = kept @ v[:, t, :, :, None]  # [B, H, N, 1]
+            held = retained @ v[:, t, :, :, None]  # [B, H, N, 1]
             U = U - held * v[:, t, :, None, :]
         elif rule_weights is not None and d is not None:
             pi = rule_weights[:, t, :, :, None, None]  # [B, H, R, 1, 1]
             symmetric = (U + U.mT) / 2
             U = pi[:, :, 0] * U + pi[:, :, 1] * torch.diag_embed(d[:, t]) + pi[:, :, 2] * symmetric
-        S_t = kept + write[:, t, :, None, None] * U
+        S_t = retained + write[:, t, :, None, None] * U
         if norm_guard:
             norm = torch.linalg.vector_norm(S_t, dim=(-2, -1), keepdim=True)
             S_t = S_t / torch.where(norm > 1, norm, 1.0)

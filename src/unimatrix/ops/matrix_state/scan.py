@@ -24,6 +24,8 @@ from unimatrix.ops.matrix_state.parallel import scan_parallel
 from unimatrix.ops.matrix_state.reference import TokenInputs, scan_reference
 
 LARGEST_TRITON_N = 128
+_scan_reference_apart = torch.compiler.disable(scan_reference)  # type: ignore[no-untyped-call]
+"""The loop outside a graph, which would hold the operations of every token."""
 _LETTERS = {"log_retention": "B T H", "rule_weights": "B T H R", "write_strength": "B T H"}
 
 
@@ -50,7 +52,7 @@ def choose_backend(
         num_tokens: T.
         device: where the inputs are.
         norm_guard: whether S is divided by its norm.
-        is_delta: whether the delta rule is asked for.
+        is_delta: whether the rule is the delta rule.
         head_dim: N.
         is_double: whether the state is float64.
     """
@@ -69,8 +71,8 @@ def _require_tokens(tokens: TokenInputs) -> dict[str, int]:
     """Return the sizes by letter, or raise InputError if the inputs do not fit together."""
     d, rule_weights = tokens.d, tokens.rule_weights
     if (d is None) != (rule_weights is None):
-        given, missing = ("d", "rule_weights") if rule_weights is None else ("rule_weights", "d")
-        raise InputError(f"{given} is given but {missing} is None; pass both, or none of them.")
+        names = ("d", "rule_weights") if rule_weights is None else ("rule_weights", "d")
+        raise InputError(f"{names[0]} is given but {names[1]} is None; pass both, or none of them.")
     if tokens.write_strength is not None and rule_weights is not None:
         raise InputError(
             "write_strength and rule_weights are given; pass one: the delta rule is not mixed."
@@ -215,36 +217,38 @@ def scan_matrix_state(
     tokens = tokens.replace_each(lambda x: x.to(dtype))
     if chosen == "native":
         y, final_state = _scan_native(tokens, initial_state, lengths, norm_guard)
-        return y.to(q.dtype), final_state
-    if lengths is not None:
-        tokens = _clear_padding(tokens, lengths)
-    with _run_without_autocast(q.device.type):
-        if chosen == "parallel":
-            scan = scan_parallel if write_strength is None else scan_delta_parallel
-            y, final_state = scan(tokens, initial_state=initial_state, chunk_size=chunk_size)
-        else:
-            loop = scan_reference if sizes["T"] == 1 else _scan_reference_apart
-            y, final_state = loop(
-                tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
-            )
+    elif chosen == "parallel":
+        y, final_state = _scan_parallel(tokens, initial_state, lengths, chunk_size)
+    else:
+        y, final_state = _scan_reference(tokens, initial_state, lengths, norm_guard)
     return y.to(q.dtype), final_state
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _scan_reference_apart(
-    tokens: TokenInputs, *, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
+def _scan_parallel(
+    tokens: TokenInputs, initial_state: Tensor, lengths: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Run the loop outside a graph, which would hold every token's operations."""
-    return scan_reference(
-        tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard
-    )
+    """Run the chunked form of the tokens' rule."""
+    scan = scan_parallel if tokens.write_strength is None else scan_delta_parallel
+    tokens = tokens if lengths is None else _clear_padding(tokens, lengths)
+    with _run_without_autocast(tokens.q.device.type):
+        return scan(tokens, initial_state=initial_state, chunk_size=chunk_size)
+
+
+def _scan_reference(
+    tokens: TokenInputs, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the loop over tokens."""
+    loop = scan_reference if tokens.q.shape[1] == 1 else _scan_reference_apart
+    tokens = tokens if lengths is None else _clear_padding(tokens, lengths)
+    with _run_without_autocast(tokens.q.device.type):
+        return loop(tokens, initial_state=initial_state, lengths=lengths, norm_guard=norm_guard)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _scan_native(
     tokens: TokenInputs, initial_state: Tensor, lengths: Tensor | None, norm_guard: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run the compiled scan of the rule that the tokens ask for."""
+    """Run the compiled scan of the tokens' rule."""
     # Imported here: it loads the compiler.
     if tokens.write_strength is not None:
         from unimatrix.ops.matrix_state.delta_native import scan_delta_native

@@ -51,11 +51,11 @@ def _carry_states(
     for chunk in range(num_chunks):
         tl.store(states + (first * num_chunks + chunk * N * N) + cell, S, mask=inside)
         start, token, _, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
-        rho, _, _, to_end, kept = load_retention(log_retention, start, token, real, C, ACC)
+        rho, _, _, to_end, chunk_rho = load_retention(log_retention, start, token, real, C, ACC)
         _, a, b, c = weigh_rules(rho, rule_weights, start, token, real, MIXED, ACC)
         k_p = load_columns(k, start, token, real, payload, N, ACC) * (a * to_end)[:, None]
         v_w = load_columns(v, start, token, real, address, N, ACC)
-        S = tl.dot(tl.trans(k_p), v_w, S * kept, input_precision=PRECISION, out_dtype=ACC)
+        S = tl.dot(tl.trans(k_p), v_w, S * chunk_rho, input_precision=PRECISION, out_dtype=ACC)
         if MIXED:
             v_p = load_columns(v, start, token, real, payload, N, ACC) * (b * to_end)[:, None]
             k_w = load_columns(k, start, token, real, address, N, ACC)
@@ -110,14 +110,14 @@ def _carry_gradients(
     inside = (payload < N)[:, None] & (address < N)[None, :]
     first = row.to(tl.int64) * N * N
     G = tl.load(dfinal + first + cell, mask=inside, other=0.0)
-    for done in range(num_chunks):
-        chunk = num_chunks - 1 - done
+    for num_after in range(num_chunks):
+        chunk = num_chunks - 1 - num_after
         tl.store(grads + (first * num_chunks + chunk * N * N) + cell, G, mask=inside)
         start, token, _, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
-        _, high, _, _, kept = load_retention(log_retention, start, token, real, C, ACC)
+        _, high, _, _, chunk_rho = load_retention(log_retention, start, token, real, C, ACC)
         dy_p = load_columns(dy, start, token, real, payload, N, ACC) * tl.exp(high)[:, None]
         q_w = load_columns(q, start, token, real, address, N, ACC)
-        G = tl.dot(tl.trans(dy_p), q_w, G * kept, input_precision=PRECISION, out_dtype=ACC)
+        G = tl.dot(tl.trans(dy_p), q_w, G * chunk_rho, input_precision=PRECISION, out_dtype=ACC)
     tl.store(dinitial + first + cell, G, mask=inside)
 
 
@@ -163,7 +163,7 @@ def _write_gradients(
     row, chunk, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     column, order = part * P + tl.arange(0, P), tl.arange(0, C)
     start, token, exists, real = locate_tokens(lengths, row, chunk, T, H, C, HAS_LENGTHS)
-    rho, high, low, to_end, kept = load_retention(log_retention, start, token, real, C, ACC)
+    rho, high, low, to_end, chunk_rho = load_retention(log_retention, start, token, real, C, ACC)
     write, a, b, c = weigh_rules(rho, rule_weights, start, token, real, MIXED, ACC)
     E = retain_between(high, low, C)
     S = states + (row.to(tl.int64) * num_chunks + chunk) * N * N
@@ -242,7 +242,7 @@ def _write_gradients(
         inside = (rows < N)[:, None] & (column < N)[None, :]
         cell = rows[:, None] * N + column[None, :]
         both = tl.load(S + cell, mask=inside, other=0.0) * tl.load(G + cell, mask=inside, other=0.0)
-        retained += kept * tl.sum(tl.sum(both, 1), 0)
+        retained += chunk_rho * tl.sum(tl.sum(both, 1), 0)
     if part == 0:
         retained += _sum_pairs(
             q, k, v, d, dy, E, a, b, c, start, token, real, N, C, W, P, PRECISION, MIXED, ACC
@@ -261,7 +261,7 @@ def _choose_tiles(N: int, chunk_size: int, *, narrow: bool) -> dict[str, Any]:
 
     Args:
         N: rows of a matrix state.
-        chunk_size: tokens of a chunk, as asked for.
+        chunk_size: tokens of a chunk, before it is rounded.
         narrow: all vectors of a token have 16 bits.
     """
     width = max(_SMALLEST_TILE, triton.next_power_of_2(N))

@@ -26,11 +26,6 @@ def sum_spans(grads: Tensor) -> Tensor:
     return first.add_(*others) if others else first
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether a backward pass may follow a kernel that reads these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 @part(**OPTIONS)
 def copy_rows(lanes, source, target, count):
     """Copy ``count`` numbers, a multiple of ``len(lanes)``."""

@@ -27,8 +27,8 @@ from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 
 
-class _Form(NamedTuple):
-    """What a kernel is compiled for, as tuples: their lengths are part of the Numba type."""
+class _GateForm(NamedTuple):
+    """Options of the kernels as tuples, since Numba compiles a kernel for their lengths."""
 
     lanes: tuple[int, ...]
     double: tuple[int, ...]  # empty: float32
@@ -50,17 +50,18 @@ def _weigh_rows(
 ):  # fmt: skip
     lanes, G, N = form.lanes, inner, num_patterns
     activations = np.empty(G, logits.dtype)
-    held = pointer(activations, 0)
+    activated = pointer(activations, 0)
     for row in range(first, last):
         place = (row // num_tokens + 1) * num_before + row
         last_id, this_id = stream[place - 1], stream[place]
         for j in range(0, G, len(lanes)):
             u = _add_inputs(lanes, pointer(of_last, 0), pointer(of_this, 0), last_id, this_id, G, j)
-            store(held, j, times(u, integrate_normal(form.double, u)))
+            store(activated, j, times(u, integrate_normal(form.double, u)))
         for n in range(N):
-            sums = zeros(held, lanes)
+            sums = zeros(activated, lanes)
             for j in range(0, G, len(lanes)):
-                sums = plus(sums, times(load(held, j, lanes), load(pointer(down, n * G), j, lanes)))
+                down_j = load(pointer(down, n * G), j, lanes)
+                sums = plus(sums, times(load(activated, j, lanes), down_j))
             logit = total(sums) + down_bias[n]
             logits[row * N + n] = logit
             code = np.rint(logit * CODES_PER_NAT)
@@ -91,17 +92,18 @@ def _backward_spans(
                     lanes, pointer(of_last, 0), pointer(of_this, 0), last_id, this_id, G, j
                 )
                 share = integrate_normal(form.double, u)
-                activation, along = times(u, share), zeros(ddown, lanes)
+                activation, dactivation = times(u, share), zeros(ddown, lanes)
                 for n in range(N):
-                    slope, by = dlogits[row * N + n], at(ddown, n * G)
-                    along = plus(along, times(load(pointer(down, n * G), j, lanes), slope))
-                    store(by, j, plus(load(by, j, lanes), times(activation, slope)))
-                inward = times(along, plus(share, times(u, find_normal_density(u))))
+                    dlogit, target = dlogits[row * N + n], at(ddown, n * G)
+                    down_j = load(pointer(down, n * G), j, lanes)
+                    dactivation = plus(dactivation, times(down_j, dlogit))
+                    store(target, j, plus(load(target, j, lanes), times(activation, dlogit)))
+                du = times(dactivation, plus(share, times(u, find_normal_density(u))))
                 target = at(dthis, this_id * G)
-                store(target, j, plus(load(target, j, lanes), inward))
+                store(target, j, plus(load(target, j, lanes), du))
                 if last_id >= 0:
                     target = at(dlast, last_id * G)
-                    store(target, j, plus(load(target, j, lanes), inward))
+                    store(target, j, plus(load(target, j, lanes), du))
 
 
 def _run_forward(
@@ -116,7 +118,7 @@ def _run_forward(
     num_tokens = stream.shape[1] - num_before
     logits = down.new_empty(batch, num_tokens, num_patterns)
     codes = stream.new_empty(logits.shape)
-    form = _Form(LANES, (0,) * (down.itemsize == 8))
+    form = _GateForm(LANES, (0,) * (down.itemsize == 8))
     sizes = (num_tokens, num_before, inner, num_patterns)
     inputs = (stream, of_last, of_this, down, down_bias, logits, codes)
     run_rows(_weigh_rows, form, batch * num_tokens, 20 * inner, *sizes, *inputs)
@@ -132,7 +134,7 @@ def _run_backward(
     num_spans = count_spans(-(-num_rows // TILE))
     counts = [of_last.numel(), of_this.numel(), down.numel(), num_patterns]
     grads = down.new_empty(num_spans, sum(counts))
-    form = _Form(LANES, (0,) * (down.itemsize == 8))
+    form = _GateForm(LANES, (0,) * (down.itemsize == 8))
     sizes = (num_spans, num_rows, num_tokens, num_before, inner, num_patterns)
     inputs = (stream, of_last, of_this, down, dlogits, grads)
     run_rows(_backward_spans, form, num_spans, 30 * num_rows * inner // num_spans, *sizes, *inputs)

@@ -20,7 +20,8 @@ from unimatrix.ops.selective_slots.state import (
 
 Array = np.ndarray[Any, Any]
 
-_COMPARISON = 4  # multiply-adds that take as long
+_COMPARISON = 4
+"""Multiply-adds in the time that a comparison takes."""
 
 
 @part()
@@ -195,12 +196,12 @@ def scan_native(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy)
     )
     held = [tensor.to(torch.int64, copy=True).contiguous() for tensor in initial]
     writers = torch.zeros_like(held[0])
-    given = [Shaped(tensor.contiguous()) for tensor in writes]
+    inputs = [Shaped(tensor.contiguous()) for tensor in writes]
     rules = (policy.margin, policy.keep_first, policy.fade_tokens)
     results = [Shaped(tensor) for tensor in (*held, writers, *lookup)]
     kernel = _scan_rows if policy.bounded else _scan_rows_unbounded
     work = writes.write_keys.numel() * (max(held[0].shape[1], 8) if policy.bounded else 8)
-    map_rows(kernel, shape[0], *given, *rules, *results, work=_COMPARISON * work)
+    map_rows(kernel, shape[0], *inputs, *rules, *results, work=_COMPARISON * work)
     if not policy.bounded:
         return SlotScan(lookup, None, None)
     pairs = zip(held, initial, strict=True)

@@ -26,7 +26,8 @@ from unimatrix.ops.numba.tiles import (
 from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.selective_slots.state import CODES_PER_NAT, SlotLookup
 
-_WORK_OF_SHARES = 1000  # multiply-adds in the time of a read's exponentials
+_WORK_OF_SHARES = 1000
+"""Multiply-adds in the time that a read's exponentials take."""
 _ATTRIBUTION, _READ_HIT, _READ_WEIGHT = range(len(LABELS))
 
 
@@ -36,13 +37,13 @@ class FoundValues(NamedTuple):
     Attributes:
         context: [B, T, D], weighted sums of the values.
         log_strength: [B, T, Q], ln of the strengths; -inf where nothing was found.
-        elsewhere: [B, T, Q] zeros for the pointer (``ops.hindsight``).
-        scale: to be added to the loss; both are ``None`` without rules.
+        probe: [B, T, Q] zeros for the pointer (``ops.hindsight``); ``None`` without rules.
+        scale: to be added to the loss; ``None`` without rules.
     """
 
     context: Tensor
     log_strength: Tensor
-    elsewhere: Tensor | None
+    probe: Tensor | None
     scale: HindsightScale | None
 
 
@@ -65,12 +66,12 @@ def _read_rows(
                 strengths[q] = min(held, 0.0) - math.log1p(math.exp(-abs(held)))
             shares[q] = read_score[q] + strengths[q]
             best = max(best, shares[q])
-        whole = math.exp(-best)
+        power_sum = math.exp(-best)
         for q in range(Q):
             shares[q] = math.exp(shares[q] - best)
-            whole += shares[q]
+            power_sum += shares[q]
         for q in range(Q):
-            shares[q] /= whole
+            shares[q] /= power_sum
             if entries[row * Q + q] >= 0:
                 value = pointer(table, value_ids[row * Q + q] * width)
                 add_multiple(lanes, value, shares[q], width, target)
@@ -79,10 +80,10 @@ def _read_rows(
 @kernel(**OPTIONS)
 def _backward_spans(
     first, last, lanes, num_spans, num_rows, width, num_reads, label,
-    entries, codes, value_ids, table, weights, dcontext, dlog_strength, delsewhere, scale,
+    entries, codes, value_ids, table, weights, dcontext, dlog_strength, dprobe, scale,
     worths, dheld, grads,
 ):  # fmt: skip
-    """Set what every read was worth, and its gradient by the logit behind its strength."""
+    """Set the worth of every read, and the gradient of the logit that gave it its strength."""
     Q = num_reads
     num_grads = len(grads) // num_spans
     slopes = np.empty(Q, weights.dtype)
@@ -91,25 +92,24 @@ def _backward_spans(
         dscore = pointer(grads, span * num_grads)
         dtable = at(dscore, Q)
         for row in range(span * num_rows // num_spans, (span + 1) * num_rows // num_spans):
-            grad, whole = pointer(dcontext, row * width), 0.0
+            grad, mean = pointer(dcontext, row * width), 0.0
             for q in range(Q):
                 place = row * Q + q
                 value, share = value_ids[place] * width, weights[place]
                 slopes[q], worths[place] = 0, 0
                 if entries[place] < 0:
                     continue
-                along = multiply_rows(lanes, grad, pointer(table, value), width)
-                slopes[q] = share * along
-                whole += slopes[q]
+                slopes[q] = share * multiply_rows(lanes, grad, pointer(table, value), width)
+                mean += slopes[q]
                 add_multiple(lanes, grad, share, width, at(dtable, value))
                 if label == _ATTRIBUTION:
-                    worths[place] = -(slopes[q] + delsewhere[place]) / scale[0]
+                    worths[place] = -(slopes[q] + dprobe[place]) / scale[0]
                 elif share > LEAST_WEIGHT:
-                    is_hit = delsewhere[place] < -LEAST_WEIGHT * scale[0]
+                    is_hit = dprobe[place] < -LEAST_WEIGHT * scale[0]
                     worths[place] = 1 if label == _READ_WEIGHT or is_hit else 0
             for q in range(Q):
                 place = row * Q + q
-                slope = slopes[q] - weights[place] * whole
+                slope = slopes[q] - weights[place] * mean
                 dscore[q] += slope
                 dheld[place] = 0
                 if entries[place] >= 0:
@@ -122,7 +122,7 @@ def _judge_rows(
     first, last, lanes, num_reads, num_writes, num_initial, judges, label,
     entries, worths, dheld, logits, offered, rules, dlogits, dinitial,
 ):  # fmt: skip
-    """Give every write the gradient of its reads, and that of the gate's loss."""
+    """Sum the gradients of each write's reads, and add that of the gate's loss."""
     share, floor, factor = rules[0], rules[1], rules[2]
     sums = np.empty(num_writes, worths.dtype)
     for row in range(first, last):
@@ -172,13 +172,13 @@ def _run_forward(
 def _run_backward(
     entries: Tensor, codes: Tensor, value_ids: Tensor, offered: Tensor, logits: Tensor,
     initial_logits: Tensor, table: Tensor, weights: Tensor, rules: HindsightRules | None,
-    dcontext: Tensor, dlog_strength: Tensor, dhindsight: Tensor, dtarget: Tensor, dgate: Tensor,
+    dcontext: Tensor, dlog_strength: Tensor, dprobe: Tensor, dtarget: Tensor, dgate: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     width, (batch, num_initial) = table.shape[1], initial_logits.shape
     num_tokens, num_reads = entries.shape[1:]
     scale, label, judged = 1.0, _READ_WEIGHT, (0.0, 0.0, 0.0)
     if rules is None:
-        dhindsight = dlog_strength
+        dprobe = dlog_strength
     else:
         label = LABELS.index(rules.label)
         scale = max(abs(float(dtarget)), torch.finfo(table.dtype).tiny)
@@ -189,7 +189,7 @@ def _run_backward(
     worths, dheld = weights.new_empty(2, *weights.shape)
     by_weights = table.new_empty(num_spans, num_reads + table.numel())
     sizes = (num_spans, num_rows, width, num_reads, label)
-    inputs = (entries, codes, value_ids, table, weights, dcontext, dlog_strength, dhindsight)
+    inputs = (entries, codes, value_ids, table, weights, dcontext, dlog_strength, dprobe)
     work = num_rows * num_reads * (_WORK_OF_SHARES + 3 * width) // num_spans
     results = (weights.new_tensor([scale]), worths, dheld, by_weights)
     run_rows(_backward_spans, LANES, num_spans, work, *sizes, *inputs, *results)
@@ -206,7 +206,7 @@ _read_found = declare_operator(
     "read_found",
     _run_forward,
     backward=_run_backward,
-    results="context log_strength hindsight of_target of_gate",
+    results="context log_strength probe of_target of_gate",
     saved="weights",
     gradients="logits initial_logits read_score table",
 )
@@ -234,7 +234,7 @@ def read_found_native(
         see ``FoundValues``. Differentiable once in the four floats.
     """
     weights = (logits, initial_logits, read_score, table)
-    context, log_strength, hindsight, *scale = _read_found(*lookup, offered, rules, *weights)
+    context, log_strength, probe, *scale = _read_found(*lookup, offered, rules, *weights)
     return FoundValues(
-        context, log_strength, hindsight, None if rules is None else HindsightScale(*scale)
+        context, log_strength, probe, None if rules is None else HindsightScale(*scale)
     )

@@ -52,7 +52,7 @@ def choose_backend(device: torch.device, num_slots: int, *, bounded: bool = True
         ``native``, on the CPU whatever the device, or ``reference`` where kernels do not run
         here; on a GPU ``triton`` for M slots, where it
         compiles and can hold them: nothing then waits for the CPU. Without a bound it compares
-        with every write where ``native`` has a hash table, so it must be asked for by name.
+        with every write where ``native`` has a hash table, so it must be chosen by name.
         Neither choice has been timed on a GPU.
     """
     fits = bounded and num_slots <= _MOST_TRITON_PLACES and compiles_triton(device)
@@ -83,7 +83,7 @@ def scan_selective_slots(
     sets the strength only.
 
     Args:
-        read_keys: [B, T, Q] int64, contexts that position t asks for, -1 for none.
+        read_keys: [B, T, Q] int64, contexts that position t looks up, -1 for none.
         write_keys: [B, T, N] int64, contexts that position t offers, -1 for none.
         value_ids: [B, T] int64, the value of all offers of position t.
         codes: [B, T, N] int64 in -128..127, strength codes (sigmoid(code / 8) is the strength).
@@ -121,33 +121,36 @@ def scan_selective_slots(
     _check(writes, initial)
     if are_given:
         require_lengths(lengths, num_tokens)
-    policy = SlotPolicy(bounded, margin, keep_first, fade_tokens or 0)
-    device, num_slots = read_keys.device, initial.slot_keys.shape[1]
-    name = choose_backend(device, num_slots, bounded=bounded) if backend == "auto" else backend
-    if require_backend("selective_slots", name) == "triton":
-        num_places = _count_places(writes, initial, policy)
-        if num_places > _MOST_TRITON_PLACES:
-            raise InputError(
-                f"backend 'triton' is for {_MOST_TRITON_PLACES} places, and this takes "
-                f"{num_places}; choose native."
-            )
-        require_triton(device)
+    backend = _find_backend(backend, writes, initial, bounded)
+    scan = _scan if backend == "reference" else _scan_slots
     rules = [margin, int(keep_first), fade_tokens or 0]
-    held = [x.detach() for x in writes]
-    if name == "reference":
-        results = _scan(held, list(initial), bounded, rules, name)
-    else:
-        results = _scan_slots(held, list(initial), bounded, rules, name)
+    results = scan([x.detach() for x in writes], list(initial), bounded, rules, backend)
     lookup = SlotLookup(*results[:3])
     if not bounded:
         return SlotScan(lookup, None, None)
     return SlotScan(lookup, SelectiveSlots(*results[3:6]), results[6])
 
 
-def _count_places(writes: SlotWrites, initial: SelectiveSlots, policy: SlotPolicy) -> int:
+def _find_backend(backend: str, writes: SlotWrites, initial: SelectiveSlots, bounded: bool) -> str:
+    """Return the back end to run, or raise if the one named cannot."""
+    device = writes.read_keys.device
+    if backend == "auto":
+        return choose_backend(device, initial.slot_keys.shape[1], bounded=bounded)
+    if require_backend("selective_slots", backend) == "triton":
+        num_places = _count_places(writes, initial, bounded)
+        if num_places > _MOST_TRITON_PLACES:
+            raise InputError(
+                f"backend 'triton' is for {_MOST_TRITON_PLACES} places, and this takes "
+                f"{num_places}; choose native."
+            )
+        require_triton(device)
+    return backend
+
+
+def _count_places(writes: SlotWrites, initial: SelectiveSlots, bounded: bool) -> int:
     """Return how many contexts a row may hold at most."""
     num_slots = initial.slot_keys.shape[1]
-    return num_slots if policy.bounded else num_slots + writes.write_keys[0].numel()
+    return num_slots if bounded else num_slots + writes.write_keys[0].numel()
 
 
 def _scan(
@@ -180,7 +183,7 @@ def _scan(
     if backend == "triton":
         from unimatrix.ops.selective_slots.triton import scan_triton
 
-        scan = scan_triton(offered, slots, policy, _count_places(offered, slots, policy))
+        scan = scan_triton(offered, slots, policy, _count_places(offered, slots, bounded))
     elif backend == "native":
         from unimatrix.ops.selective_slots.native import scan_native
 

@@ -39,7 +39,7 @@ class SlotLookup(NamedTuple):
     Entries are the initial slots 0..M-1, then the writes M + t N + n of pattern n at token t.
 
     Attributes:
-        entries: [B, T, Q] int64, the entry that held the context asked for, -1 for none.
+        entries: [B, T, Q] int64, the entry that held the context, -1 for none.
         codes: [B, T, Q] int64, its strength code then, fading included; 0 for none.
         value_ids: [B, T, Q] int64, the token it holds; 0 for none.
     """
@@ -64,10 +64,10 @@ class SlotScan(NamedTuple):
 
 
 class SlotWrites(NamedTuple):
-    """What the tokens ask and offer, on the CPU.
+    """What the tokens look up and offer.
 
     Attributes:
-        read_keys: [B, T, Q] int64, contexts asked for, -1 for none.
+        read_keys: [B, T, Q] int64, contexts to look up, -1 for none.
         write_keys: [B, T, N] int64, contexts offered, -1 for none.
         value_ids: [B, T] int64, the value of a token's writes.
         codes: [B, T, N] int64 in -128..127.

@@ -74,9 +74,9 @@ def _scan_row(
             code = tl.where(fades & (code < ABOVE_ALL), lower, code)
         token = b * T + t
         for i in range(Q):
-            asked = tl.load(read_keys + token * Q + i).to(tl.int32)
+            read_key = tl.load(read_keys + token * Q + i).to(tl.int32)
             # At most one place holds a context: it writes what was found, without a search.
-            holds = (key == asked) & (asked != NO_KEY)
+            holds = (key == read_key) & (read_key != NO_KEY)
             place_of = token * Q + i + tl.zeros_like(place)
             tl.store(found + place_of, writer.to(tl.int64), mask=holds)
             tl.store(found_codes + place_of, code.to(tl.int64), mask=holds)
@@ -120,7 +120,7 @@ def scan_triton(
     """Compute E13 and E14.
 
     Args:
-        writes: what the tokens ask and offer, on the device.
+        writes: what the tokens look up and offer, on the device.
         initial: the M slots before the first token.
         policy: the numbers that govern writing.
         num_places: M; without a bound, M and one for each write.
@@ -128,12 +128,12 @@ def scan_triton(
     Cost: T (Q + N) steps of O(places) work, all rows at once; no scratch.
     """
     (B, T, Q), N, M = writes.read_keys.shape, writes.write_keys.shape[2], initial[0].shape[1]
-    # Made by shape: rows one after another, however the inputs lie.
-    asked, held = writes.read_keys, initial.slot_keys
+    # Made from shapes: contiguous, whatever the strides of the inputs.
+    shape, held = writes.read_keys.shape, initial.slot_keys
     lookup = SlotLookup(
-        asked.new_full(asked.shape, -1),
-        asked.new_zeros(asked.shape),
-        asked.new_zeros(asked.shape),
+        writes.read_keys.new_full(shape, -1),
+        writes.read_keys.new_zeros(shape),
+        writes.read_keys.new_zeros(shape),
     )
     slots = SelectiveSlots(*(tensor.new_empty(tensor.shape) for tensor in initial))
     writers = held.new_empty(held.shape, dtype=torch.int64)

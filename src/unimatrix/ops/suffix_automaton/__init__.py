@@ -16,6 +16,7 @@ from unimatrix.ops.suffix_automaton.storage import (
     NUM_COUNTERS,
     WINDOW,
     AutomatonState,
+    copy_automaton,
     count_live_bytes,
     empty_automaton,
     keep_text,
@@ -32,8 +33,8 @@ __all__ = [
 ]
 
 
-# Tokens of an automaton that is not kept, up to which it has room for any text from the start.
 _MOST_ROOM = 1 << 16
+"""Tokens up to which an automaton that is not returned has room for any text from the start."""
 
 
 class SuffixPrediction(NamedTuple):
@@ -105,7 +106,10 @@ def predict_from_suffix(
         automaton = empty_automaton(batch, window, **room)
     else:
         _check_initial(initial, input_ids.shape[0], window)
-        automaton = _own_tensors(initial, in_place)
+        if in_place:
+            automaton = AutomatonState(*(x.to("cpu").contiguous() for x in initial))
+        else:
+            automaton = copy_automaton(initial)
     if backend == "native":
         from unimatrix.ops.suffix_automaton.native import scan_native
 
@@ -173,12 +177,3 @@ def _check_initial(initial: AutomatonState, batch: int, window: int | None) -> N
     built_with = int(initial.counters[0, WINDOW]) or None
     if window != built_with:
         raise InputError(f"window is {window} but initial was built with {built_with}; pass that.")
-
-
-def _own_tensors(initial: AutomatonState, in_place: bool) -> AutomatonState:
-    """Return the tensors of ``initial``, or copies of them, contiguous on the CPU."""
-    if in_place:
-        return AutomatonState(*(tensor.to("cpu").contiguous() for tensor in initial))
-    return AutomatonState(
-        *(tensor.to("cpu", copy=True, memory_format=torch.contiguous_format) for tensor in initial)
-    )

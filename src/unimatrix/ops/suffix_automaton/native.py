@@ -57,7 +57,8 @@ from unimatrix.ops.suffix_automaton.storage import (
 )
 
 SPLAY_LENGTH = 32
-_PUSHED, _DONE, _NODES_WANTED, _EDGES_WANTED = range(4)
+NUM_PUSHED, NUM_PREDICTED, NODES_NEEDED, EDGES_NEEDED = range(4)
+"""What ``progress`` holds of a row: tokens read and predicted, and the room that is missing."""
 
 
 @part()
@@ -152,28 +153,28 @@ def _scan_row(
     tokens, nodes, splays, edges, counters, splay_length,
 ):  # fmt: skip
     """Predict after each token of a row, as far as the row's buffers reach (``progress``)."""
-    pushed, done = progress[_PUSHED], progress[_DONE]
+    num_pushed, num_predicted = progress[NUM_PUSHED], progress[NUM_PREDICTED]
     held, indexed = counters[NUM_HELD], counters[NUM_INDEXED]
     matched, earlier = counters[MATCH_LENGTH], counters[MATCH_START]
     num_nodes, num_edges = counters[NUM_NODES], counters[NUM_EDGES]
     node, visits = counters[ACTIVE_NODE], counters[NUM_VISITS]
-    while done < num_real:
+    while num_predicted < num_real:
         if indexed == held:
             if held == tokens.shape[0]:
                 break
-            tokens[held] = input_ids[pushed]
+            tokens[held] = input_ids[num_pushed]
             held += 1
-            pushed += 1
+            num_pushed += 1
         symbol = np.int64(tokens[indexed])
         # Every suffix of the match has been followed by this, inside an edge by nothing else.
         expected = np.int64(tokens[earlier + matched])
         if matched > 0 and symbol == expected:
             matched += 1
         else:
-            num_nodes_wanted, num_edges_wanted = num_nodes + matched, num_edges + matched + 1
-            if num_nodes_wanted > nodes.shape[0] or 3 * num_edges_wanted > 2 * edges.shape[0]:
-                progress[_NODES_WANTED] = num_nodes_wanted
-                progress[_EDGES_WANTED] = num_edges_wanted
+            nodes_needed, edges_needed = num_nodes + matched, num_edges + matched + 1
+            if nodes_needed > nodes.shape[0] or 3 * edges_needed > 2 * edges.shape[0]:
+                progress[NODES_NEEDED] = nodes_needed
+                progress[EDGES_NEEDED] = edges_needed
                 break
             unlinked = np.int64(0)
             depth = np.int64(nodes[node, LENGTH])
@@ -250,13 +251,13 @@ def _scan_row(
                     visits += _splay(nodes, splays, child)
                 earlier = np.int64(nodes[child, LATEST])
         indexed += 1
-        if indexed == held and done < pushed:
+        if indexed == held and num_predicted < num_pushed:
             if matched > 0:
-                predicted_ids[done] = tokens[earlier + matched]
-                match_lengths[done] = matched
-            done += 1
-    counters[NUM_TOKENS] += pushed - progress[_PUSHED]
-    progress[_PUSHED], progress[_DONE] = pushed, done
+                predicted_ids[num_predicted] = tokens[earlier + matched]
+                match_lengths[num_predicted] = matched
+            num_predicted += 1
+    counters[NUM_TOKENS] += num_pushed - progress[NUM_PUSHED]
+    progress[NUM_PUSHED], progress[NUM_PREDICTED] = num_pushed, num_predicted
     counters[NUM_HELD], counters[NUM_INDEXED] = held, indexed
     counters[MATCH_LENGTH], counters[MATCH_START] = matched, earlier
     counters[NUM_NODES], counters[NUM_EDGES] = num_nodes, num_edges
@@ -287,8 +288,8 @@ def _scan_rows(
     tokens, nodes, splays, edges, counters, splay_length,
 ):  # fmt: skip
     for row in range(first, last):
-        progress[row, _NODES_WANTED] = 0
-        while progress[row, _DONE] < lengths[row] and progress[row, _NODES_WANTED] == 0:
+        progress[row, NODES_NEEDED] = 0
+        while progress[row, NUM_PREDICTED] < lengths[row] and progress[row, NODES_NEEDED] == 0:
             indexed = counters[row, NUM_INDEXED]
             counters[row, NUM_NODES] = max(1, counters[row, NUM_NODES])
             if indexed == counters[row, NUM_HELD] and indexed == 2 * counters[row, WINDOW] > 0:
@@ -329,7 +330,7 @@ def _reserve_index(automaton: AutomatonState, num_nodes: int, num_slots: int) ->
 def _reserve_tokens(automaton: AutomatonState, num_new: int) -> AutomatonState:
     """Return an automaton with room for ``num_new`` more tokens in every row.
 
-    Nodes and hash slots get what text needs; where that is too little the kernel asks for more.
+    There is room for the nodes and hash slots of text; the kernel stops where that is too little.
     """
     held, window = automaton.counters[:, [NUM_HELD, WINDOW]].amax(0).tolist()
     capacity = automaton.tokens.shape[1]
@@ -377,7 +378,7 @@ def scan_native(
     automaton = _reserve_tokens(automaton, int(lengths.max()))
     while True:
         map_rows(_scan_rows, batch, *map(Shaped, (*call, *automaton)), SPLAY_LENGTH)
-        num_nodes, num_edges = progress[:, _NODES_WANTED:].amax(0).tolist()
+        num_nodes, num_edges = progress[:, NODES_NEEDED:].amax(0).tolist()
         if num_nodes == 0:
             return predicted_ids, match_lengths, automaton
         automaton = _grow_index(automaton, num_nodes, num_edges)

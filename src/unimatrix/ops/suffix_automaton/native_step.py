@@ -1,22 +1,22 @@
 """The suffix automaton of a stream that goes on token by token, in place and without copies."""
 
 import numpy as np
-import torch
 
 from unimatrix.ops.suffix_automaton.native import (
-    _DONE,
-    _EDGES_WANTED,
-    _NODES_WANTED,
+    EDGES_NEEDED,
+    NODES_NEEDED,
+    NUM_PREDICTED,
     SPLAY_LENGTH,
     _grow_index,
     _reserve_tokens,
     _scan_rows,
 )
 from unimatrix.ops.suffix_automaton.storage import NUM_HELD, WINDOW, AutomatonState
+from unimatrix.ops.suffix_automaton.storage import copy_automaton as copy_automaton
 
 
 class AutomatonStream:
-    """An automaton that one token of every row is pushed to at a time.
+    """An automaton to which one token of every row is pushed at a time.
 
     Equation: E10, as ``predict_from_suffix``.
 
@@ -63,20 +63,11 @@ class AutomatonStream:
         call = (token_ids.reshape(-1, 1), self._lengths, self.predicted_ids, self.match_lengths)
         while True:
             _scan_rows(0, len(token_ids), *call, progress, *self._arrays, SPLAY_LENGTH)
-            if progress[0, _DONE] and (len(progress) == 1 or progress[:, _DONE].all()):
+            predicted = progress[:, NUM_PREDICTED]
+            if predicted[0] and (len(predicted) == 1 or predicted.all()):
                 return
-            num_nodes = int(progress[:, _NODES_WANTED].max())
-            num_edges = int(progress[:, _EDGES_WANTED].max())
+            num_nodes = int(progress[:, NODES_NEEDED].max())
+            num_edges = int(progress[:, EDGES_NEEDED].max())
             room = self._room
             self._hold(_grow_index(self.automaton, num_nodes, num_edges))
             self._room = room
-
-
-def copy_automaton(automaton: AutomatonState) -> AutomatonState:
-    """Return a copy that shares nothing, contiguous on the CPU."""
-    return AutomatonState(
-        *(
-            tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for tensor in automaton
-        )
-    )

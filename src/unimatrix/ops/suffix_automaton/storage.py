@@ -117,6 +117,12 @@ def extend_rows(tensor: torch.Tensor, size: int) -> torch.Tensor:
     return extended
 
 
+def copy_automaton(automaton: AutomatonState) -> AutomatonState:
+    """Return a copy that shares nothing, contiguous on the CPU."""
+    layout = torch.contiguous_format
+    return AutomatonState(*(x.to("cpu", copy=True, memory_format=layout) for x in automaton))
+
+
 def keep_text(automaton: AutomatonState, window: int | None) -> AutomatonState:
     """Return the automaton of the same text without its index, sharing nothing.
 
@@ -133,9 +139,9 @@ def keep_text(automaton: AutomatonState, window: int | None) -> AutomatonState:
         require_shape(f"automaton.{name}", tensor, letters, sizes)
         require_dtype(f"automaton.{name}", tensor, DTYPES.get(name, torch.int32))
     capacity, counters = automaton.tokens.shape[1], torch.zeros_like(automaton.counters)
-    kept = [NUM_TOKENS, NUM_HELD, WINDOW]
-    counters[:, kept] = automaton.counters[:, kept]
-    num_tokens, held, windows = counters[:, kept].unbind(dim=1)
+    of_text = [NUM_TOKENS, NUM_HELD, WINDOW]
+    counters[:, of_text] = automaton.counters[:, of_text]
+    num_tokens, held, windows = counters[:, of_text].unbind(dim=1)
     is_sound = (held >= 0) & (held <= capacity) & (held <= num_tokens) & (windows == (window or 0))
     if not is_sound.all() or (window is not None and capacity != 2 * window):
         raise InputError(
