@@ -5,17 +5,13 @@ import torch
 from torch.nn.functional import logsigmoid, normalize
 
 from tests.tolerances import error, limit
-from unimatrix.baselines.linear_attention import (
-    chunk_gated,
-    chunk_gated_delta,
-    scan_gated,
-    scan_gated_delta,
-)
+from unimatrix.baselines.linear_attention.chunked import chunk_gated, chunk_gated_delta
 from unimatrix.baselines.linear_attention.modeling import (
     RULES,
     LinearAttentionConfig,
     LinearAttentionForCausalLM,
 )
+from unimatrix.baselines.linear_attention.reference import scan_gated, scan_gated_delta
 from unimatrix.errors import InputError
 
 B, H, K, P = 2, 3, 5, 4

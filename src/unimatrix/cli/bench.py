@@ -203,9 +203,9 @@ def run(
     emit(_run_visibly(plan, out), as_json, _render)
 
 
-def _choose_lengths(given: list[int] | None, *, quick: bool) -> list[int]:
+def _choose_lengths(wanted: list[int] | None, *, quick: bool) -> list[int]:
     """Return the lengths in rising order."""
-    lengths = sorted(given or (_QUICK_LENGTHS if quick else _LENGTHS))
+    lengths = sorted(wanted or (_QUICK_LENGTHS if quick else _LENGTHS))
     if lengths[0] < 2:
         raise InputError(f"--length {lengths[0]} is too short; time sequences of at least 2 tokens")
     _require_once("length", lengths)
@@ -213,10 +213,10 @@ def _choose_lengths(given: list[int] | None, *, quick: bool) -> list[int]:
 
 
 def _choose(
-    option: str, given: list[str] | None, known: Iterable[str], default: Iterable[str]
+    option: str, wanted: list[str] | None, known: Iterable[str], default: Iterable[str]
 ) -> list[str]:
-    """Return the names that were given, or else the default; ``none`` stands for no name."""
-    names, known = list(given or default), list(known)
+    """Return the names that were wanted, or else the default; ``none`` stands for no name."""
+    names, known = list(wanted or default), list(known)
     if names and all(name in NOTHING for name in names):
         return []
     for name in names:
@@ -225,10 +225,10 @@ def _choose(
     return names
 
 
-def _choose_peers(given: list[str] | None, device: str) -> list[str]:
+def _choose_peers(wanted: list[str] | None, device: str) -> list[str]:
     """Return the peers to time; the default has those that need a GPU on a GPU only."""
     known = (*_PEERS, *_GPU_PEERS)
-    return _choose("peer", given, known, known if device == "cuda" else _PEERS)
+    return _choose("peer", wanted, known, known if device == "cuda" else _PEERS)
 
 
 def _require_once(option: str, values: list[Any]) -> None:

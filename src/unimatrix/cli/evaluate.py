@@ -26,6 +26,7 @@ from unimatrix.errors import InputError, require_choice
 if TYPE_CHECKING:
     from unimatrix.data import ByteStream, Corpus
     from unimatrix.data.files import FileKey
+    from unimatrix.evaluation.bits_per_byte import BitsPerByte
     from unimatrix.modeling import UniMatrixForCausalLM
     from unimatrix.train.recipe import DataSection
 
@@ -242,31 +243,13 @@ def _measure(
     limit_bytes: int | None,
     prime: "ByteStream | None",
 ) -> dict[str, Any]:
-    """Measure the model and xz on one split, with a progress bar."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
+    """Measure the model and xz on one split."""
     from unimatrix.evaluation.compressors import measure_xz_bits_per_byte
 
     stream = _choose_stream(corpus, split)
-    num_bytes = len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
-    log = make_log()
-    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=log, transient=True, disable=not log.is_terminal
-    ) as progress:
-        bar = progress.add_task("measuring", total=num_bytes)
-        if prime is not None:
-            log.print(f"reading {len(prime):,} bytes first ...")
-        start = time.perf_counter()
-        score = measure_bits_per_byte(
-            model,
-            stream,
-            limit_bytes=limit_bytes,
-            prime=prime,
-            on_progress=lambda done: progress.update(bar, completed=done),
-        )
-        seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    score = _measure_visibly(model, stream, limit_bytes, prime)
+    seconds = time.perf_counter() - start
     return {
         "bits_per_byte": score.bits_per_byte,
         "xz_bits_per_byte": measure_xz_bits_per_byte(stream, limit_bytes=limit_bytes),
@@ -284,6 +267,35 @@ def _measure(
     }
 
 
+def _measure_visibly(
+    model: "UniMatrixForCausalLM",
+    stream: "ByteStream",
+    limit_bytes: int | None,
+    prime: "ByteStream | None",
+) -> "BitsPerByte":
+    """Measure the model on a stream, with a progress bar."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
+
+    num_bytes = len(stream) if limit_bytes is None else min(limit_bytes, len(stream))
+    log = make_log()
+    columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=log, transient=True, disable=not log.is_terminal
+    ) as progress:
+        bar = progress.add_task("measuring", total=num_bytes)
+        if prime is not None:
+            log.print(f"reading {len(prime):,} bytes first ...")
+        return measure_bits_per_byte(
+            model,
+            stream,
+            limit_bytes=limit_bytes,
+            prime=prime,
+            on_progress=lambda done: progress.update(bar, completed=done),
+        )
+
+
 def _compress(
     stream: "ByteStream", num_bytes: int, prime: "ByteStream | None"
 ) -> dict[str, dict[str, float]]:
@@ -294,9 +306,9 @@ def _compress(
     scores = measure_compressors(first, {"text": stream.read(0, num_bytes).tobytes()})
     for name, package in list_missing_compressors().items():
         make_log().print(f"{name} is left out: pip install {package} brings it")
-    kept = ("plain",) if prime is None else ("plain", "primed")
+    kinds = ("plain",) if prime is None else ("plain", "primed")
     return {
-        name: {kind: getattr(by_text["text"], kind) for kind in kept}
+        name: {kind: getattr(by_text["text"], kind) for kind in kinds}
         for name, by_text in scores.items()
     }
 

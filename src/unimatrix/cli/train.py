@@ -99,8 +99,8 @@ def run(
         "train.steps": steps,
         "train.seed": seed,
     }
-    given = {key: value for key, value in flags.items() if value not in (None, [])}
-    resolved = _resolve(recipe, given, assignments or [], out if resume else None)
+    chosen = {key: value for key, value in flags.items() if value not in (None, [])}
+    resolved = _resolve(recipe, chosen, assignments or [], out if resume else None)
     if resume and out is None:
         raise InputError("--resume needs the run to continue; name its folder with --out DIR")
     if dry_run:
@@ -111,7 +111,7 @@ def run(
 
 
 def _resolve(
-    name: str | None, given: dict[str, Any], assignments: list[str], resumed: Path | None
+    name: str | None, chosen: dict[str, Any], assignments: list[str], resumed: Path | None
 ) -> Recipe:
     """Return the recipe after flags and ``--set``; that of a resumed run must not change."""
     stored = None
@@ -120,7 +120,7 @@ def _resolve(
 
         stored, _ = read_run(resumed)
     base = stored if name is None and stored is not None else load_recipe(name or DEFAULT_RECIPE)
-    resolved = override(replace_fields(base, given), assignments)
+    resolved = override(replace_fields(base, chosen), assignments)
     changed = None
     if stored is not None:
         changed = find_difference(make_paths_absolute(resolved), make_paths_absolute(stored))

@@ -139,15 +139,15 @@ def walk(
 
 def drop_repeats(paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
     """Return each real file once, under the first name that leads to it."""
-    seen, kept = set(), []
+    seen, unique = set(), []
     for path in paths:
         key = identify(path)
         if key in seen:
             left_out.add(REPEATS, path)
         else:
-            kept.append(path)
+            unique.append(path)
         seen.add(key)
-    return kept
+    return unique
 
 
 def identify(path: Path) -> FileKey:

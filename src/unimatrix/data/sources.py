@@ -100,7 +100,10 @@ def fetch_archive(name: str, cache_folder: Path | None = None) -> Path:
                 unpacked.open("wb") as sink,
             ):
                 shutil.copyfileobj(source, sink)
-            _check_md5(unpacked, archive)
+            with unpacked.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
+            if digest.hexdigest() != archive.md5:
+                raise OSError(f"its MD5 is {digest.hexdigest()}, not the published {archive.md5}")
             unpacked.replace(target)
     except (OSError, http.client.HTTPException, zipfile.BadZipFile, KeyError) as error:
         raise InputError(
@@ -164,10 +167,3 @@ def _download(url: str, target: Path) -> None:
         while chunk := response.read(2**18):
             sink.write(chunk)
             progress.advance(task, len(chunk))
-
-
-def _check_md5(path: Path, archive: Archive) -> None:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if digest != archive.md5:
-        raise OSError(f"its MD5 is {digest}, not the published {archive.md5}")

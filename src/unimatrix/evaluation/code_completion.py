@@ -94,7 +94,6 @@ def measure_lines(
     """Return how often a model writes the next line exactly, indentation included.
 
     Args:
-        reader: the model.
         sources: held-out sources by name.
         num_examples: lines drawn with ``seed``, without repetition.
         seed: of the draw.
@@ -148,7 +147,6 @@ def measure_far_names(
     until there are names enough.
 
     Args:
-        reader: the model.
         sources: held-out Python sources by name.
         num_examples: the most names to judge.
         most_bytes: the most bytes to read of a source.

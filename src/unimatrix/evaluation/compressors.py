@@ -91,8 +91,9 @@ def measure_compressors(
         if not text:
             raise InputError(f"{name} has 0 bytes to compress; give at least 1")
     scores: dict[str, dict[str, CompressorScore]] = {}
-    for name, (package, prepare) in _COMPRESSORS.items():
-        if package is not None and not _is_installed(package):
+    missing = list_missing_compressors()
+    for name, (_, prepare) in _COMPRESSORS.items():
+        if name in missing:
             continue
         plain, primed = prepare(train, max(map(len, texts.values()), default=0))
         scores[name] = {key: CompressorScore(plain(x), primed(x)) for key, x in texts.items()}

@@ -50,7 +50,6 @@ def measure_copy_rules(
     """Return the accuracy of every copy rule: the mean over examples of the mean over labels.
 
     Args:
-        task: makes the examples.
         num_examples: examples 0..n-1 of the seed.
         seed: >= 0.
         batch_size: examples built at once; it does not move the result.

@@ -33,11 +33,9 @@ def measure_task(
     Writing ends once all references are found, since more bytes cannot change the score.
 
     Args:
-        reader: the model.
         task: makes the examples 0..n-1 of the seed.
         num_examples: >= 1.
         seed: >= 0.
-        on_example: called after each example.
 
     Returns:
         ``score``, the mean share of references found; ``examples``; ``by_example``, the depth of
@@ -45,7 +43,7 @@ def measure_task(
         answer of example 0, to look at; ``seconds``.
 
     Raises:
-        TooLongError: the model cannot read so much.
+        TooLongError: the model cannot read the examples.
     """
     start = time.perf_counter()
     by_example: list[list[float | None]] = []

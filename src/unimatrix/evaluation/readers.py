@@ -241,7 +241,6 @@ def open_reader(name: str, *, device: torch.device | str = "cpu") -> Reader:
     Args:
         name: a run folder, a saved model, or a name on the Hugging Face hub. A saved model without
             a tokenizer reads bytes if its vocabulary is ours.
-        device: where to put it.
 
     Raises:
         InputError: if there is no such model, it is unusable, or its tokenizer is missing.

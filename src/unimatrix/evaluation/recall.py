@@ -29,7 +29,6 @@ def measure_recall(
     Args:
         model: a causal language model of the task's vocabulary; its mode is restored afterwards.
             A UniMatrix reads long examples in pieces, in constant memory.
-        task: makes the examples.
         num_examples: examples 0..n-1 of the seed.
         seed: another than in training, since equal seeds make equal examples.
         batch_size: examples in one forward pass; the result does not depend on it.
@@ -56,16 +55,16 @@ def _judge_batch(
     """Return the fraction of labels that are right in each example, [n] float64."""
     batch = {name: part.to(model.device) for name, part in task.build_batch(seed, indices).items()}
     ids, labels = batch["input_ids"], batch["shift_labels"]
-    asked = labels != IGNORED_LABEL  # [n, T]
+    has_label = labels != IGNORED_LABEL  # [n, T]
     right = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-    right[asked] = (_answer(model, ids, asked) == labels[asked]).double()
-    return right.sum(dim=1) / asked.sum(dim=1)
+    right[has_label] = (_answer(model, ids, has_label) == labels[has_label]).double()
+    return right.sum(dim=1) / has_label.sum(dim=1)
 
 
-def _answer(model: PreTrainedModel, ids: Tensor, asked: Tensor) -> Tensor:
-    """Return the token with the largest logit at each position in ``asked``, row by row."""
+def _answer(model: PreTrainedModel, ids: Tensor, has_label: Tensor) -> Tensor:
+    """Return the token with the largest logit at each position in ``has_label``, row by row."""
     if not isinstance(model, UniMatrixForCausalLM):
-        answers: Tensor = model(input_ids=ids, use_cache=False).logits[asked].argmax(dim=-1)
+        answers: Tensor = model(input_ids=ids, use_cache=False).logits[has_label].argmax(dim=-1)
         return answers
     predicted = torch.zeros_like(ids)
     cache = None
@@ -78,8 +77,8 @@ def _answer(model: PreTrainedModel, ids: Tensor, asked: Tensor) -> Tensor:
             input_ids=ids[:, piece].contiguous(),
             past_key_values=cache,
             use_cache=not is_last,
-            logits_at=asked[:, piece],
+            logits_at=has_label[:, piece],
         )
         cache = output.past_key_values
-        predicted[:, piece][asked[:, piece]] = output.logits.argmax(dim=-1)
-    return predicted[asked]
+        predicted[:, piece][has_label[:, piece]] = output.logits.argmax(dim=-1)
+    return predicted[has_label]

@@ -41,7 +41,17 @@ def require_sound(
             f"this cache holds {num_depth_steps} depth steps and the model has "
             f"{config.num_hidden_layers}; {_ADVICE}"
         )
-    sizes = _list_sizes(config) | {"B": tensors["num_tokens"].shape[0]}
+    farthest = max((max(pattern) for pattern in config.slot_key_patterns), default=0)
+    sizes = {
+        "B": tensors["num_tokens"].shape[0],
+        "H": config.num_attention_heads,
+        "N": config.head_dim,
+        "K": max(config.conv_kernel - 1, 0),
+        "D": config.hidden_size,
+        "M": config.num_slots,
+        "C": config.slot_key_size,
+        "R": farthest + max(1, *config.slot_read_offsets, 1),
+    }
     for name, tensor in tensors.items():
         ending = next((end for end in _SHAPES if f".{name}".endswith(f".{end}")), None)
         if ending is None:
@@ -73,20 +83,6 @@ def read_anew(automaton: AutomatonState | None, config: UniMatrixConfig) -> Auto
     text = keep_text(automaton, config.automaton_window)
     _require_range("automaton.tokens", text.tokens, 0, config.vocab_size - 1)
     return text
-
-
-def _list_sizes(config: UniMatrixConfig) -> dict[str, int]:
-    """Return the size of each letter in the shapes."""
-    farthest = max((max(pattern) for pattern in config.slot_key_patterns), default=0)
-    return {
-        "H": config.num_attention_heads,
-        "N": config.head_dim,
-        "K": max(config.conv_kernel - 1, 0),
-        "D": config.hidden_size,
-        "M": config.num_slots,
-        "C": config.slot_key_size,
-        "R": farthest + max(1, *config.slot_read_offsets, 1),
-    }
 
 
 def _require_range(name: str, tensor: Tensor, lowest: int, highest: int) -> None:

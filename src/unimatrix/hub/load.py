@@ -50,7 +50,6 @@ def load_model(
     Args:
         name_or_path: a run folder, a saved model or a checkpoint; or a preset, if weights are not
             required. A folder comes before a preset of the same name.
-        device: where to put it.
         weights_required: refuse a model without trained weights; otherwise it gets fresh ones.
 
     Returns:

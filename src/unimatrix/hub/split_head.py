@@ -50,18 +50,18 @@ class PointedHidden(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
+        options = kwargs or {}
         if torch.compiler.is_compiling():
-            return Tensor.__torch_function__(func, [], args, given)  # type: ignore[no-untyped-call]
+            return Tensor.__torch_function__(func, [], args, options)  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunctionSubclass():
             if getattr(func, "__name__", None) in _PRODUCTS:
-                factors = [x for x in tree_leaves((args, given)) if isinstance(x, Tensor)]
+                factors = [x for x in tree_leaves((args, options)) if isinstance(x, Tensor)]
                 _refuse_head_weights(factors, set(cls.sizes))
             width = cls.sizes[1:]
             return tree_map_only(
                 Tensor,
                 lambda x: x if x.shape[-1:] != width else x.as_subclass(cls),
-                func(*args, **given),
+                func(*args, **options),
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -127,8 +127,8 @@ def keep_pointer(model: "UniMatrixForCausalLM", forward: Callable[..., Any]) -> 
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
-            given = {"labels": labels, "shift_labels": shift_labels}
-            return forward(*args, **given, num_items_in_batch=num_items_in_batch, **kwargs)
+            kwargs |= {"labels": labels, "shift_labels": shift_labels}
+            return forward(*args, num_items_in_batch=num_items_in_batch, **kwargs)
         logits, is_normalized, scale = _predict(self, *args, **kwargs)
         if shift_labels is None:
             assert labels is not None
@@ -164,8 +164,8 @@ def _read_fused(function: Any) -> _Reading:
     """Return the settings of a fused forward, read from its closure."""
     known = inspect.getclosurevars(function)
     try:
-        given = known.nonlocals["temperature"], known.nonlocals["outputs"]
-        return _Reading(*given, known.globals["FusedCausalLMOutput"])
+        settings = known.nonlocals["temperature"], known.nonlocals["outputs"]
+        return _Reading(*settings, known.globals["FusedCausalLMOutput"])
     except KeyError as missing:
         raise InputError(
             "this release of TRL computes what it trains on from lm_head.weight alone, which drops "
@@ -187,9 +187,9 @@ def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[
     The logits of a mixture are ln of probabilities. To normalise them again would spread the worth
     of a read over tokens that the read has not voted for.
     """
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    given |= {"use_cache": False, "return_dict": True}
-    output = model.model(*args, handles_pointer=True, **given)
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    options |= {"use_cache": False, "return_dict": True}
+    output = model.model(*args, handles_pointer=True, **options)
     pointer = (output.pointer_token_ids, output.pointer_weights, output.pointer_log_weights)
     predicted = point(model.lm_head(output.last_hidden_state), Pointer(*pointer))
     if not isinstance(predicted, MixedLogits):

@@ -51,9 +51,9 @@ class WeightsOrigin:
         name = _name_narrower(held[0], _name_dtype(model))
         if name is None:
             return None
-        kept = self._digests.get(name) if ours is None else digest_weights(ours, _DTYPES[name])
+        expected = self._digests.get(name) if ours is None else digest_weights(ours, _DTYPES[name])
         found = digest_weights(model, _DTYPES[name])
-        return None if kept is None or found is None else kept == found
+        return None if expected is None or found is None else expected == found
 
     def __deepcopy__(self, memo: Any) -> "WeightsOrigin":
         return self
@@ -130,11 +130,9 @@ def _name_dtype(model: nn.Module) -> str:
 
 def _name_narrower(left: str, right: str) -> str | None:
     """Return the type that both can be rounded to, ``None`` if there is none."""
-    if left == right:
-        return left if left in _DTYPES else None
     if left not in _DTYPES or right not in _DTYPES:
         return None
-    sizes = {name: _DTYPES[name].itemsize for name in (left, right)}
-    if sizes[left] == sizes[right]:
-        return None
-    return min(sizes, key=lambda name: sizes[name])
+    left_size, right_size = _DTYPES[left].itemsize, _DTYPES[right].itemsize
+    if left_size == right_size:
+        return left if left == right else None
+    return left if left_size < right_size else right

@@ -138,7 +138,7 @@ def read_prompt(model: Any, inputs: dict[str, Any], chunk_tokens: int | None) ->
         chunk_tokens: columns of one forward pass; ``None`` is all.
 
     Raises:
-        InputError: if the prompt is to be read in parts and no cache to be kept.
+        InputError: if ``chunk_tokens`` is below 1, or is set without a cache.
     """
     if chunk_tokens is None:
         return model(**inputs, return_dict=True)

@@ -59,7 +59,7 @@ class AssociativeRecall(SeededTask):
         )
         keys = self.KEY_IDS.start + shuffle(key_words)[:, : self.num_pairs]
         values = self.VALUE_IDS.start + shuffle(value_words)[:, : self.num_pairs]
-        asked = reduce_words(question_words, self.num_pairs)  # [n, 1]
+        queried = reduce_words(question_words, self.num_pairs)  # [n, 1]
 
         input_ids = self.FILLER_IDS.start + reduce_words(
             filler_words, len(self.FILLER_IDS)
@@ -70,7 +70,7 @@ class AssociativeRecall(SeededTask):
         input_ids[:, 2:end_of_pairs:3] = values
         input_ids[:, 3:end_of_pairs:3] = self.SEP_ID
         input_ids[:, -3] = self.QUERY_ID
-        input_ids[:, -2:-1] = np.take_along_axis(keys, asked, axis=1)
+        input_ids[:, -2:-1] = np.take_along_axis(keys, queried, axis=1)
         input_ids[:, -1] = self.ANSWER_ID
-        answers = np.take_along_axis(values, asked, axis=1)
+        answers = np.take_along_axis(values, queried, axis=1)
         return label_positions(input_ids, np.array([[-1]]), answers)

@@ -64,6 +64,6 @@ class ChainedRecall(SeededTask):
         input_ids = reduce_words(filler_words, self.vocab_size)  # [n, T]
         input_ids[:, 0:end:2] = keys
         input_ids[:, 1:end:2] = bound
-        asked = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
-        np.put_along_axis(input_ids, asked, first, axis=1)
-        return label_positions(input_ids, asked, values)
+        places = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
+        np.put_along_axis(input_ids, places, first, axis=1)
+        return label_positions(input_ids, places, values)

@@ -76,7 +76,7 @@ class CompositionalRecall(SeededTask):
         input_ids[:, 0:end:3] = first
         input_ids[:, 1:end:3] = second
         input_ids[:, 2:end:3] = values
-        asked = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
-        np.put_along_axis(input_ids, asked, first, axis=1)
-        np.put_along_axis(input_ids, asked + 1, second, axis=1)
-        return label_positions(input_ids, asked + 1, values)
+        places = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
+        np.put_along_axis(input_ids, places, first, axis=1)
+        np.put_along_axis(input_ids, places + 1, second, axis=1)
+        return label_positions(input_ids, places + 1, values)

@@ -74,6 +74,6 @@ class MultiQueryRecall(SeededTask):
         again = np.take_along_axis(keys, rebound, axis=1)
         input_ids[:, 0:end:2] = np.concatenate([keys, again], axis=1)
         input_ids[:, 1:end:2] = values
-        asked = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
-        np.put_along_axis(input_ids, asked, keys, axis=1)
-        return label_positions(input_ids, asked, answers)
+        places = end + 2 * draw_power_law_gaps(gap_words, num_pairs)  # [n, P]
+        np.put_along_axis(input_ids, places, keys, axis=1)
+        return label_positions(input_ids, places, answers)

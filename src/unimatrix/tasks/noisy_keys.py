@@ -52,7 +52,7 @@ class NoisyKeys(SeededTask):
         # three in four were.
         num_candidates = 4 * num_pairs + 8
         word_sizes = [_WORD_LETTERS * num_candidates, _WORD_LETTERS * num_pairs]
-        key_words, value_words, asked_words, place_words, shift_words, filler_words = draw_columns(
+        key_words, value_words, query_words, place_words, shift_words, filler_words = draw_columns(
             seed, indices, [*word_sizes, 1, 1, 1, self.window_tokens]
         )
         candidates = reduce_words(key_words, _NUM_LETTERS)
@@ -60,8 +60,8 @@ class NoisyKeys(SeededTask):
         values = reduce_words(value_words, _NUM_LETTERS).reshape(num_rows, -1, _WORD_LETTERS)
 
         rows = np.arange(num_rows)
-        asked = reduce_words(asked_words, num_pairs)[:, 0]
-        question = keys[rows, asked]  # [n, 4]
+        queried = reduce_words(query_words, num_pairs)[:, 0]
+        question = keys[rows, queried]  # [n, 4]
         place = reduce_words(place_words, _WORD_LETTERS)[:, 0]
         question[rows, place] += 1 + reduce_words(shift_words, _NUM_LETTERS - 1)[:, 0]
         question %= _NUM_LETTERS
@@ -76,7 +76,7 @@ class NoisyKeys(SeededTask):
         documents[:, -10] = ord("?")
         documents[:, -9:-5] = _FIRST_LETTER + question
         documents[:, -5] = ord("=")
-        documents[:, -4:] = _FIRST_LETTER + values[rows, asked]
+        documents[:, -4:] = _FIRST_LETTER + values[rows, queried]
         return split_answer(documents.astype(np.uint8), _WORD_LETTERS)
 
 

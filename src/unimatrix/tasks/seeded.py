@@ -137,7 +137,7 @@ def require_room(
 
     Args:
         num_pairs: bindings in an example.
-        most_pairs: the task has ids for so many.
+        most_pairs: the pairs that the task has ids for.
         window_tokens: input tokens in an example.
         shortest: the tokens that the bindings and their questions need.
         what: what a binding is called.

@@ -78,11 +78,11 @@ class TripleInteraction(SeededTask):
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build chosen examples; see ``SeededTask.build_batch``."""
         num_rows = len(indices)
-        value_words, rule_words, asked_words, order_words, filler_words = draw_columns(
+        value_words, rule_words, query_words, order_words, filler_words = draw_columns(
             seed, indices, [_NUM_TAGS * _NUM_ROLES, 1, 1, _NUM_ITEMS, _BODY_TOKENS]
         )
         values = reduce_words(value_words, _NUM_LEVELS).reshape(num_rows, _NUM_TAGS, _NUM_ROLES)
-        asked = reduce_words(asked_words, _NUM_TAGS)[:, 0]
+        queried = reduce_words(query_words, _NUM_TAGS)[:, 0]
         if self.rule is None:
             rules = reduce_words(rule_words, len(self.RULES))[:, 0]
         else:
@@ -99,8 +99,8 @@ class TripleInteraction(SeededTask):
             in_chunks, _scatter(chunks, filler, order), _scatter(records, filler, order)
         )
         input_ids[:, -2] = self.QUERY_ID
-        input_ids[:, -1] = self.TAG_IDS.start + asked
-        classes = self.CLASS_IDS.start + self._classify(values[np.arange(num_rows), asked], rules)
+        input_ids[:, -1] = self.TAG_IDS.start + queried
+        classes = self.CLASS_IDS.start + self._classify(values[np.arange(num_rows), queried], rules)
         return label_positions(input_ids, np.array([[-1]]), classes[:, None])
 
     def _write_records(

@@ -128,8 +128,8 @@ def publish_checkpoint(folder: Path, optim_step: int, keep: int | None) -> None:
     shutil.rmtree(folder / name, ignore_errors=True)
     os.replace(scratch, folder / name)
     scratch.parent.rmdir()
-    kept = [path for number, path in list_checkpoints(folder) if number <= optim_step]
-    for path in kept[: -keep if keep else 0]:
+    counted = [path for number, path in list_checkpoints(folder) if number <= optim_step]
+    for path in counted[: -keep if keep else 0]:
         shutil.rmtree(path)
 
 

@@ -79,9 +79,9 @@ class NeedleSearch(LongTask):
         """Build one example; see ``LongTask.build``."""
         draws = Draws(seed, index)
         bindings = self._draw_bindings(draws)
-        asked = list(bindings)[: self.queries]
-        references = [value.encode() for key in asked for value in bindings[key]]
-        intro, question = self._frame(asked)
+        queried = list(bindings)[: self.queries]
+        references = [value.encode() for key in queried for value in bindings[key]]
+        intro, question = self._frame(queried)
         needles = [self._write(key, value) for key, values in bindings.items() for value in values]
         depths = choose_depths(draws, index, len(needles))
         room = self.total_bytes - self.max_new_bytes - len(intro) - len(question)
