@@ -31,15 +31,15 @@ class FoundInSlots(NamedTuple):
         weight, bias: [Q, D] and [Q], of the scores of h.
         token_ids: [..., Q] int64.
         log_strength: [..., Q], added to the scores; -inf where nothing was found.
-        elsewhere: [..., Q] zeros (``ops.hindsight``), to which the gradients by ln of these shares
-            go; ``None`` where nothing is learned in hindsight.
+        probe: [..., Q] zeros (``ops.hindsight``), which get the gradients of ln of these shares;
+            ``None`` where nothing is learned in hindsight.
     """
 
     weight: Tensor
     bias: Tensor
     token_ids: Tensor
     log_strength: Tensor
-    elsewhere: Tensor | None
+    probe: Tensor | None
 
 
 class FoundMatch(NamedTuple):
