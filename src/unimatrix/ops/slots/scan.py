@@ -83,10 +83,20 @@ def _fits_triton(num_slots: int, key_size: int) -> bool:
 
 
 def scan_slots(
-    queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor, token_ids: Tensor, *,
-    writable: Tensor, slots_per_read: int, initial: SlotState, match_threshold: float = 0.85,
-    strength_floor: float = 0.05, lengths: Tensor | None = None, backend: str = "auto",
-) -> tuple[SlotRead, SlotState]:  # fmt: skip
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    strengths: Tensor,
+    token_ids: Tensor,
+    *,
+    writable: Tensor,
+    slots_per_read: int,
+    initial: SlotState,
+    match_threshold: float = 0.85,
+    strength_floor: float = 0.05,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[SlotRead, SlotState]:
     """Read M slots and write one of them, token after token.
 
     Equation: E6 to E9.
@@ -196,19 +206,33 @@ def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
 
 
 def _allocate_by(
-    backend: str, queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, *,
-    reads: Tensor, writes: Tensor, rules: SlotRules,
-) -> Allocation:  # fmt: skip
+    backend: str,
+    queries: Tensor,
+    keys: Tensor,
+    strengths: Tensor,
+    initial_ages: Tensor,
+    *,
+    reads: Tensor,
+    writes: Tensor,
+    rules: SlotRules,
+) -> Allocation:
     """Decide with ``native`` or ``triton``, inside a captured graph too."""
     inputs = (queries, keys, strengths, initial_ages, reads, writes)
     return Allocation(*_allocate_slots(*inputs, *rules, backend))
 
 
 def _allocate(
-    queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, reads: Tensor,
-    writes: Tensor, slots_per_read: int, match_threshold: float, strength_floor: float,
+    queries: Tensor,
+    keys: Tensor,
+    strengths: Tensor,
+    initial_ages: Tensor,
+    reads: Tensor,
+    writes: Tensor,
+    slots_per_read: int,
+    match_threshold: float,
+    strength_floor: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     # Imported here: both load a compiler.
     if backend == "triton":
         from unimatrix.ops.slots.triton import allocate_triton as allocate
