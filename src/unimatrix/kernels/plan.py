@@ -112,10 +112,10 @@ def _explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
     Raises:
         InputError: if there is no such back end, or ``native`` is asked for and cannot run.
     """
-    kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
-    is_able = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
     if backend == "reference":
         return "the back end 'reference' was chosen"
+    is_able = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    kind = "" if is_able else f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
     if backend != "auto" and require_backend("fused_passes", backend) == "native":
         if not is_able:
             raise InputError(
