@@ -5,6 +5,7 @@ the stream, the cache carries its state under its name, and what no compiled pat
 module that it is.
 """
 
+import tempfile
 from typing import Any, NamedTuple
 
 import torch
@@ -44,12 +45,12 @@ class AverageMixer(Mixer):
     def forward(
         self, source: Tensor, tokens: Tokens, state: AverageState | None
     ) -> tuple[Read, AverageState]:
-        kept = torch.sigmoid(self.decay)
-        values = (1 - kept) * self.value_proj(source)  # [B, T, D]
+        decay = torch.sigmoid(self.decay)
+        values = (1 - decay) * self.value_proj(source)  # [B, T, D]
         average = torch.zeros_like(source[:, 0]) if state is None else state.average
         averages = []
         for t in range(source.shape[1]):
-            after = kept * average + values[:, t]
+            after = decay * average + values[:, t]
             if tokens.lengths is not None:  # padding comes last and changes nothing
                 after = torch.where((t < tokens.lengths).unsqueeze(1), after, average)
             average = after
@@ -93,8 +94,10 @@ def main(num_steps: int = 30) -> None:
     model.eval()
     with torch.no_grad():
         whole = model(ids).logits
-        model(ids[:, :40], use_cache=True).past_key_values.save("average.safetensors")
-        cache = UniMatrixCache.load("average.safetensors")
+        cache = model(ids[:, :40], use_cache=True).past_key_values
+        with tempfile.TemporaryDirectory() as folder:
+            cache.save(f"{folder}/average.safetensors")
+            cache = UniMatrixCache.load(f"{folder}/average.safetensors")
         rest = model(ids[:, 40:], past_key_values=cache).logits
     difference = (rest - whole[:, 40:]).abs().max().item()
     parts = {part: count for part, count in cache.bytes_by_part().items() if count}

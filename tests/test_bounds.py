@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.models import SMALL, build_model, draw_ids
 from unimatrix import Decoder, UniMatrixCache
 from unimatrix.errors import InputError
-from unimatrix.kernels.passes.head_native import prepare_head, run_head
+from unimatrix.kernels.passes.head_native import prepare_head, sum_cross_entropy_native
 from unimatrix.ops.matrix_state import bind_and_scan
 from unimatrix.ops.selective_slots import empty_selective_slots, scan_selective_slots
 
@@ -180,4 +180,4 @@ def test_operators_refuse_lengths_and_targets_that_do_not_fit() -> None:
         scan_selective_slots(keys, keys, ids, keys, initial=slots, lengths=lengths)
     head, h = prepare_head(torch.zeros(VOCAB, 16)), torch.zeros(2, 4, 16)
     with pytest.raises(InputError, match=r"targets is \[2, 3\]"):
-        run_head(h, head, ids[:, :3], None, None, ignored=-100, saves=False)
+        sum_cross_entropy_native(h, head, ids[:, :3], ignored=-100)

@@ -278,7 +278,7 @@ class UniMatrixCache:
             )
         digests = json.loads(metadata.get("weights_digests", "{}"))
         _warn_of_missing(os.fspath(path), digests, tensors.get("text_hash"))
-        return cls(
+        cache = cls(
             config_digest=metadata["config_digest"],
             num_columns=int(metadata["num_columns"]),
             num_tokens=tensors["num_tokens"],
@@ -290,7 +290,13 @@ class UniMatrixCache:
             shared=_gather_states(tensors, ""),
             text_hash=tensors.get("text_hash"),
             origin=WeightsOrigin(None, digests) if digests else None,
-        ).to(device)
+        )
+        if unknown := sorted(set(tensors) - set(cache.tensors())):
+            raise InputError(
+                f"{os.fspath(path)!r} holds {unknown[0]!r}, which no mixer here carries, or not "
+                "alone; import the class of the mixer that wrote it, or save the cache again"
+            )
+        return cache.to(device)
 
     def check(self, model: Any, batch: int) -> None:
         """Raise ``InputError`` unless the cache belongs to this model and batch.

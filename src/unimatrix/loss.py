@@ -103,7 +103,7 @@ def choose_targets(
 
     Args:
         labels: [B, T], shifted here.
-        shift_labels: [B, T], targets already; rules over ``labels``.
+        shift_labels: [B, T], targets already; takes precedence over ``labels``.
         attention_mask: [B, T] or [B, past + T], 0 at padding, which has no target.
         shape: [B, T].
         logits_to_keep: of a few positions, the targets of those are enough.

@@ -142,7 +142,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                     tokens = tokens._replace(reads={**tokens.reads, mixer.name: read})
                     shared[mixer.name] = state
             if output_hidden_states:
-                # On the way to all that follows: a copy beside it would have no gradient.
+                # The stream goes on from what is shown, so that its gradient reaches the caller.
                 shown = x if padding is None else padding.unpack(x)
                 x = x if padding is None else padding.pack(shown)
                 hidden_states.append(shown)
@@ -234,7 +234,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             loss_only: return no logits, and compute only what the loss needs: a task with few
                 targets does not pay for a vocabulary's logits at every position.
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
-                by row. Rules over ``logits_to_keep``.
+                by row. Takes precedence over ``logits_to_keep``.
             options: ``shift_labels``; see ``LossOptions``.
 
         Raises:

@@ -19,8 +19,8 @@ class LossOptions(TypedDict, total=False):
     evaluates without a loss where one is missing.
 
     Attributes:
-        shift_labels: [B, T] int64, the target of each position, -100 ignored; rules over
-            ``labels``.
+        shift_labels: [B, T] int64, the target of each position, -100 ignored; takes precedence
+            over ``labels``.
     """
 
     shift_labels: Tensor | None
@@ -75,7 +75,8 @@ def read_inputs(
     refuse_unused(config, output_attentions, token_type_ids)
     ids = require_tokens(config, input_ids, inputs_embeds)
     if input_ids is not None:
-        require_known("token id", ids, model.embed_tokens.weight.shape[0])
+        num_tokens = getattr(model.embed_tokens, "num_embeddings", config.vocab_size)
+        require_known("token id", ids, num_tokens)
     if suffix_match is not None:
         others = (attention_mask, past_key_values)
         is_continued = bool(use_cache) or any(other is not None for other in others)

@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
 from unimatrix.cache import UniMatrixCache, require_own_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.hub.checkpointing import Checkpoint, checkpoint_nested
 from unimatrix.hub.weights_origin import HasOrigin
 from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
@@ -43,7 +41,7 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""
         super()._init_weights(module)
-        list_starts: Any = vars(type(module)).get("list_starts")
+        list_starts = getattr(type(module), "list_starts", None)
         for parameter, start in list_starts(module) if list_starts else []:
             init.copy_(parameter, start)  # Loaded weights stay.
 
@@ -116,19 +114,6 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
     def _reorder_cache(past_key_values: UniMatrixCache, beam_idx: Tensor) -> UniMatrixCache:
         """Return the cache of the surviving beams."""
         return past_key_values.select_rows(beam_idx)
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Checkpoint = checkpoint,
-        **options: Any,
-    ) -> None:
-        """Have the block computed again in the backward pass; called by transformers.
-
-        The arguments are those of ``PreTrainedModel._set_gradient_checkpointing``.
-        """
-        nested = partial(checkpoint_nested, gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, nested, **options)
 
     def set_backend(self, backend: str | dict[str, str]) -> None:
         """Choose the back end of every operator in this model.

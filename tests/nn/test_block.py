@@ -58,7 +58,8 @@ def apply_by_hand(
             reads[name], states[name] = mixer(h, tokens, carry.get(name))
     for name, read in reads.items():
         x = x + open_gate(gates[name], h) * read.context
-    if block.slot_mixer is not None and block.slot_mixer.pointer_gate is not None:
+    has_pointer = block.slot_mixer is not None and block.slot_mixer.pointer_gate is not None
+    if tokens.is_last and has_pointer:
         read = reads["slot_mixer"]
         share = open_gate(block.slot_mixer.pointer_gate, h)
         votes = (read.pointer_token_ids, share * read.pointer_weights)
@@ -71,7 +72,8 @@ def apply_by_hand(
 def test_equals_the_sum_of_its_parts(variant: str) -> None:
     block, stream = build(variant), draw_stream(2, 9)
     tokens, x, carry = describe(block, stream), stream.source, {}
-    for _ in range(2):  # the second goes on with what the first carried
+    for is_last in (False, True):  # the second goes on with what the first carried
+        tokens = tokens._replace(is_last=is_last)
         expected = apply_by_hand(block, x, tokens, carry)
         x, carry, votes = block(x, tokens, carry)
         assert_same((x, carry, votes), expected)

@@ -92,7 +92,7 @@ def test_vectors_that_are_bound_already_are_not_bound_again() -> None:
     assert mixer.squashes
     expected = mixer.scan(vectors, controls, None, None)
     torch.testing.assert_close(
-        mixer.scan(vectors.tanh(), controls, None, None, bound=True), expected
+        mixer.scan(vectors.tanh(), controls, None, None, is_bound=True), expected
     )
 
 

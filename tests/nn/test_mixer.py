@@ -139,7 +139,8 @@ def test_a_mixer_that_lacks_a_part_says_which() -> None:
         _ = Silent().gate
     with pytest.raises(NotImplementedError, match="Silent does not read"):
         Silent()(stream.source, stream.describe(), None)
-    assert Silent().vote(stream.source, Read(stream.source)) is None
+    with pytest.raises(NotImplementedError, match="Silent does not vote"):
+        Silent().vote(stream.source, Read(stream.source))
     assert "Silent" not in [kind.__name__ for kind in Mixer.kinds.values()]
 
 

@@ -7,8 +7,11 @@ import torch
 
 from tests.models import build_model
 from tests.ops.oracle import compare_with_reference
-from unimatrix.kernels.passes import FoundInSlots, FoundMatch
-from unimatrix.kernels.passes.pointer_native import weigh_retrieved_native
+from unimatrix.kernels.passes.pointer_native import (
+    FoundInSlots,
+    FoundMatch,
+    weigh_retrieved_native,
+)
 from unimatrix.kernels.plan import _weigh_retrieved
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits, score_targets
 from unimatrix.nn.residual_context import ResidualRead

@@ -28,7 +28,6 @@ _PARTS = (
     ("model.residual_context.", "residual_context"),
     ("model.block.context_gate.", "residual_context"),
     ("model.token_modulation.", "token_modulation"),
-    *((f"model.block.{name}.", name) for name in Mixer.kinds),
     ("model.pointer_mixture.", "pointer_mixture"),
     ("model.block.feed_forward.", "feed_forward"),
     ("model.block.norm.", "norms"),
@@ -45,9 +44,10 @@ _CONSTANT_TYPES = ("linear_attention_peer", "mamba2", "rwkv")
 
 def count_parameters(model: UniMatrixForCausalLM) -> dict[str, int]:
     """Return the parameters of each part that the model has; a tied head counts once."""
-    counts = {part: 0 for _, part in _PARTS}
+    parts = (*((f"model.block.{name}.", name) for name in Mixer.kinds), *_PARTS)
+    counts = {part: 0 for _, part in parts}
     for name, parameter in model.named_parameters():
-        part = next((part for start, part in _PARTS if name.startswith(start)), None)
+        part = next((part for start, part in parts if name.startswith(start)), None)
         assert part is not None, name
         counts[part] += parameter.numel()
     return {part: count for part, count in counts.items() if count}

@@ -27,11 +27,10 @@ def set_backend(model: Any, backend: str | dict[str, str]) -> None:
         if name != "auto" and (users or op == PASSES):
             require_backend(op, name)
         for mixer in users:
-            mixer.operator_options = {} if name == "auto" else {"backend": name}
+            others = {k: v for k, v in mixer.operator_options.items() if k != "backend"}
+            mixer.operator_options = others if name == "auto" else others | {"backend": name}
         if op == PASSES:
-            for module in model.modules():
-                if hasattr(module, "passes_backend"):
-                    module.passes_backend = name
+            model.base_model.passes_backend = name
 
 
 def name_backends(model: Any, num_tokens: int, device: torch.device) -> dict[str, str]:
@@ -44,8 +43,8 @@ def name_backends(model: Any, num_tokens: int, device: torch.device) -> dict[str
                 choose = _CHOICES.get(mixer.operator, _choose_fastest)
                 name = choose(mixer, num_tokens, device)
             chosen[mixer.operator] = name
-    chosen[PASSES] = model.passes_backend
-    if model.passes_backend == "auto":
+    chosen[PASSES] = model.base_model.passes_backend
+    if chosen[PASSES] == "auto":
         is_native = device.type == "cpu" and num_tokens > 1 and compiles_native()
         chosen[PASSES] = "native" if is_native else "reference"
     return chosen

@@ -62,7 +62,8 @@ class BlockRun:
         mixing: of the readout's projection, the gates and their sum.
         feed_forward: of norm and feed-forward network.
         step: all three and the scan as one operator.
-        has_passes: whether the matrix mixer is no more than its layers, which are then called here.
+        matrix_is_plain: whether the matrix mixer is called as its class says: its layers may then
+            be called here.
     """
 
     block: UniMatrixBlock
@@ -72,7 +73,7 @@ class BlockRun:
     mixing: PassWeights | None
     feed_forward: PassWeights | None
     step: "DepthStep | None"
-    has_passes: bool
+    matrix_is_plain: bool
 
     def __post_init__(self) -> None:
         self._joined: dict[str, Layer] = {}
@@ -132,7 +133,7 @@ class BlockRun:
         states: States = {}
         matrix: Any = block.matrix_mixer
         h, readout = None, None
-        if matrix is not None and self.has_passes:
+        if matrix is not None and self.matrix_is_plain:
             h, readout, states[matrix.name] = self._read_matrix(x, tokens, carry.get(matrix.name))
         h = self.norm(x) if h is None else h
         for mixer in block.mixers:
@@ -296,7 +297,7 @@ def build_block_run(
     ffn_norm: Layer = block.ffn_norm
     if passes["feed_forward"] is None:
         ffn_norm = build_norm_run(block.ffn_norm, "block.ffn_norm", like, reasons)
-    return BlockRun(block, norm, ffn_norm, **passes, has_passes=not_bare is None)
+    return BlockRun(block, norm, ffn_norm, **passes, matrix_is_plain=not_bare is None)
 
 
 def _explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
@@ -361,12 +362,14 @@ def _join_mixing(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeight
 def _join_feed_forward(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
     """Return norm and feed-forward network as one pass, or why they cannot be."""
     norm, network = block.ffn_norm, block.feed_forward
+    reason = explain_module("block.feed_forward", network, FeedForward, GatedFeedForward)
+    if reason is not None:
+        return reason
     if network.training and network.dropout.p:
         return "dropout is on"
     layers = _name_layers("block.feed_forward", network, [*network.up_projs, network.down_proj])
     reason = (
         _explain_norm("block.ffn_norm", norm, like)
-        or explain_module("block.feed_forward", network, FeedForward, GatedFeedForward)
         or explain_module("block.feed_forward.dropout", network.dropout, nn.Dropout)
         or explain_layers(layers, like)
     )

@@ -15,8 +15,11 @@ def explain_module(name: str, module: nn.Module, *kinds: type[nn.Module]) -> str
         module: what is to be called.
         kinds: classes that its ``forward`` may be of; none is any.
     """
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if any(hooks) or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has a hook"
+    if module._compiled_call_impl is not None:
+        return f"{name} is compiled by torch"
     if "forward" in vars(module):
         return f"{name} has a forward of its own"
     if kinds and type(module).forward not in [kind.forward for kind in kinds]:
@@ -25,7 +28,7 @@ def explain_module(name: str, module: nn.Module, *kinds: type[nn.Module]) -> str
 
 
 def explain_weights(name: str, weights: Iterable[Tensor | None], like: Tensor) -> str | None:
-    """Return why weights are none that kernels read, ``None`` if they are.
+    """Return why kernels cannot read these weights, ``None`` if they can.
 
     Args:
         name: of what they belong to.
@@ -63,7 +66,7 @@ def explain_layers(layers: Mapping[str, nn.Module | None], like: Tensor) -> str 
 def explain_sizes(
     name: str, weights: Iterable[Tensor], most_weights: float, widths: Iterable[int]
 ) -> str | None:
-    """Return why products are none that a pass takes with it, ``None`` if they are.
+    """Return why a pass cannot contain products of these sizes, ``None`` if it can.
 
     Args:
         name: of the pass.

@@ -81,6 +81,7 @@ def plan(model: Any, *, like: Tensor) -> Run:
     if weight is not None:
         reason = _explain_call(model.passes_backend, weight, like.numel())
     if reason is not None:
+        _log({"all parts": reason})
         return Run(embed, block, norm, mixture, mixers, {"all parts": reason})
     reasons: dict[str, str] = {}
     is_forced = model.passes_backend == "native"
@@ -95,10 +96,15 @@ def plan(model: Any, *, like: Tensor) -> Run:
         mixers=mixers,
         reasons=reasons,
     )
+    _log(reasons)
+    return run
+
+
+def _log(reasons: dict[str, str]) -> None:
+    """Say once of each part why its module is called."""
     if not torch.compiler.is_compiling() and _logger.isEnabledFor(INFO):
         for part, reason in reasons.items():
             _logger.info_once(f"{part} does not run compiled: {reason}")
-    return run
 
 
 def _explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
@@ -337,13 +343,14 @@ def plan_loss(model: Any, *, like: Tensor) -> LossRun:
         model: whose head it is.
         like: [..., D], what the head reads.
     """
-    head, backend = model.lm_head, model.passes_backend
+    head, backend = model.lm_head, model.base_model.passes_backend
     reason = _explain_call(backend, like, like.shape[:-1].numel())
     reason = reason or explain_layers({"lm_head": head}, like)
     if reason is None:
         most_weights = float("inf") if backend == "native" else _MOST_WEIGHTS
         reason = explain_sizes("the pass", [head.weight], most_weights, (like.shape[-1],))
     if reason is not None:
+        _log({"loss": reason})
         return LossRun(head, None, reason)
     # Imported here: it loads the compiler.
     from unimatrix.kernels.passes.head_native import prepare_head

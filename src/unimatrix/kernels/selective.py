@@ -76,9 +76,6 @@ class SelectiveRun(NamedTuple):
 
 def _mix_values(values: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted sums [B, T, D] of the values [V, D] of ids [B, T, Q]."""
-    # Elsewhere than here, earlier releases of torch have no such kernel.
-    if values.device.type not in ("cpu", "cuda"):
-        return (weights.unsqueeze(-1) * embedding(token_ids, values)).sum(dim=2)
     mixed = embedding_bag(
         token_ids.flatten(0, 1),
         values,

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.checkpointing import CheckpointedLayer
 from unimatrix.nn.dense_mixer import DenseMixer
 from unimatrix.nn.feed_forward import build_feed_forward
 from unimatrix.nn.matrix_mixer import MatrixMixer
@@ -20,7 +20,7 @@ States = dict[str, Any]
 """What mixers carry from call to call: a ``Mixer.State`` by the mixer's name."""
 
 
-class UniMatrixBlock(GradientCheckpointingLayer):
+class UniMatrixBlock(CheckpointedLayer):
     """Mix tokens through every mixer, gate what each returns into the stream, then feed forward.
 
     Args:
@@ -79,6 +79,7 @@ class UniMatrixBlock(GradientCheckpointingLayer):
                 read, state = mixer(h, tokens, carry.get(mixer.name))
                 reads[mixer.name], states[mixer.name] = read, state
             if tokens.is_last and mixer.votes:
+                assert votes is None, "one mixer votes on the logits"
                 votes = mixer.vote(h, reads[mixer.name])  # E9
         gates = {name: gate for name, gate in self.gates.items() if name in reads}
         mixed = [torch.sigmoid(gate(h)) * reads[name].context for name, gate in gates.items()]

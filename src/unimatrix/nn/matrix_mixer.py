@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,11 @@ class MatrixState(NamedTuple):
 
     matrix_state: Tensor
     recent: Tensor | None = None
+
+
+def _normalize(vectors: Tensor) -> Tensor:
+    """Return unit vectors [..., N] in their own dtype: autocast takes norms in float32."""
+    return normalize(vectors, dim=-1).to(vectors.dtype)
 
 
 class RetentionProjection(nn.Linear):
@@ -167,7 +171,7 @@ class MatrixMixer(Mixer):
         retention, others = controls[..., :H], controls[..., H:].contiguous()
         bind: Callable[[Tensor], Tensor] = nn.Identity()
         if not is_bound:  # E24
-            bind = partial(normalize, dim=-1) if self.normalized_keys else torch.tanh
+            bind = _normalize if self.normalized_keys else torch.tanh
         readout, matrix_state = scan_matrix_state(  # E1 to E4, E18
             bind(q),
             k if self.uses_delta else bind(k),

@@ -110,7 +110,10 @@ class Mixer(nn.Module):
 
     @property
     def gate(self) -> nn.Module:
-        """The layer from [B, T, D] to the logits of what is let into the stream (E11)."""
+        """The layer from [B, T, D] to the logits of the gate on what was read (E11).
+
+        That of the residual context is the block's ``context_gate``.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no gate")
 
     def forward(self, source: Tensor, tokens: Tokens, state: Any) -> tuple[Any, Any]:

@@ -64,7 +64,10 @@ class ResidualContext(Mixer):
     ) -> tuple[ResidualRead, AutomatonState | None]:
         """Embed what each position is told; see ``Mixer.forward``."""
         predicted, lengths, state = self.predict(tokens, state)
-        context = self.embed(predicted.clamp(min=0)) * (predicted >= 0).unsqueeze(-1)
+        if self.uses_automaton:
+            context = self.embed(predicted.clamp(min=0)) * (predicted >= 0).unsqueeze(-1)
+        else:
+            context = self.embed(predicted)
         return self.describe(context, predicted, lengths), state
 
     def predict(

@@ -220,8 +220,8 @@ class SelectiveMixer(Mixer):
         lookups = [scanned.lookup]
         for _ in range(self.num_hops - 1):
             # What was found is asked for in turn; what is written does not depend on it.
-            asked = lookups[-1].value_ids.masked_fill(lookups[-1].entries < 0, NO_KEY)
-            lookups.append(scan(asked, bounded).lookup)
+            next_keys = lookups[-1].value_ids.masked_fill(lookups[-1].entries < 0, NO_KEY)
+            lookups.append(scan(next_keys, bounded).lookup)
         lookup = SlotLookup(*(torch.cat(parts, dim=-1) for parts in zip(*lookups, strict=True)))
         held_logits = logits.new_zeros(batch, self.num_slots)
         if state is not None and state.logits is not None:

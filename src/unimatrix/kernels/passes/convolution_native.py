@@ -158,6 +158,15 @@ _convolve_recent = declare_operator(
 
 
 def convolve_recent_native(h: Tensor, weight: Tensor, recent: Tensor) -> Tensor:
-    """Compute E19 on the CPU; arguments as in ``convolve_recent``."""
+    """Mix each channel over the last K tokens, the current one included (E19), on the CPU.
+
+    Args:
+        h: [B, T, D].
+        weight: [K, D], the current token's filter last.
+        recent: [B, K - 1, D], features of the tokens before.
+
+    Returns:
+        [B, T, D].
+    """
     y: Tensor = _convolve_recent(h, weight, recent)
     return y

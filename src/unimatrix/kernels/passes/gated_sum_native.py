@@ -131,6 +131,14 @@ _sum_gated = declare_operator(
 
 
 def sum_gated_native(gates: Tensor, contexts: Sequence[Tensor]) -> Tensor:
-    """Compute E11 on the CPU; arguments as in ``sum_gated``, at most three contexts."""
+    """Return the sum over i of sigmoid(gate_i) * context_i (E11), on the CPU.
+
+    Args:
+        gates: [..., G D], logits of the gates side by side.
+        contexts: one to three tensors [..., D].
+
+    Returns:
+        [..., D].
+    """
     y: Tensor = _sum_gated(gates, *[*contexts, None, None][:3])
     return y

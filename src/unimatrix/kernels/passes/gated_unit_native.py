@@ -84,6 +84,13 @@ _apply_gated_unit = declare_operator(
 
 
 def apply_gated_unit_native(gate_and_up: Tensor) -> Tensor:
-    """Compute E23 on the CPU; arguments as in ``apply_gated_unit``."""
+    """Return SiLU of the first half of the features times the second (E23), on the CPU.
+
+    Args:
+        gate_and_up: [..., 2 F].
+
+    Returns:
+        [..., F].
+    """
     y: Tensor = _apply_gated_unit(gate_and_up)
     return y

@@ -178,7 +178,7 @@ def run_forward(
     """Run the kernel.
 
     Args:
-        h, targets, token_ids, shares, ignored: as in ``sum_cross_entropy``.
+        h, targets, token_ids, shares, ignored: as in ``sum_cross_entropy_native``.
         row, panels, sizes: fields of ``PassWeights``.
         saves: return gradients; else they are empty.
 

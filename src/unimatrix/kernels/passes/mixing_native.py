@@ -206,8 +206,9 @@ def run_backward(
     num_spans, work, counts = _plan(h, row, sizes)
     contexts = (_or_other(context_1, h), _or_other(context_2, h))
     none = h.new_empty(0)
-    grads = [h.new_empty(h.shape), readout.new_empty(readout.shape)]
-    grads += [none if x is None else x.new_empty(x.shape) for x in (context_1, context_2)]
+    # Results of an operator that a graph takes are tensors of their own, also where they are empty.
+    sources = (h, readout, context_1, context_2)
+    grads = [h.new_empty(0 if x is None else x.shape) for x in sources]
     dweights = h.new_empty(num_spans, row.numel())
     beside = [*dcontexts, none, none][:2]
     inputs = (h, readout, *contexts, gates, projected, panels, dy, *beside)

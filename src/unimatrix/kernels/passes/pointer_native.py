@@ -201,7 +201,17 @@ _weigh_retrieved = declare_operator(
 def weigh_retrieved_native(
     h: Tensor, slots: FoundInSlots | None, match: FoundMatch | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the pass on the CPU; arguments as in ``weigh_retrieved``."""
+    """Weigh retrieved tokens against the vocabulary's distribution, whose score is 0 (E17).
+
+    Args:
+        h: [..., D].
+        slots: what slots found, or ``None``.
+        match: what the automaton predicts, or ``None``; one of both is given.
+
+    Returns:
+        h, for a caller that reads on from it; token ids [..., K] int64, those of the slots first;
+        ln of the shares [..., 1 + K], the vocabulary's first, -inf for what was not found.
+    """
     none, no_rows = h.new_empty(0), h.new_empty(0, h.shape[-1])
     no_ids = torch.empty(0, dtype=torch.int64)
     weight, bias, token_ids, *of_slots = slots or (no_rows, none, no_ids, none, None)

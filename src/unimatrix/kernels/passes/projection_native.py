@@ -360,7 +360,7 @@ def run_forward(
     """Run the forward kernel.
 
     Args:
-        x, recent, squashes: as in ``project``.
+        x, recent, squashes: as in ``project_native``.
         row, panels, sizes, eps: fields of ``PassWeights``.
         spare: unused numbers behind the vectors of each token: rows a power of two apart cost
             cache.

@@ -100,7 +100,16 @@ _normalize_rows = declare_operator(
 
 
 def normalize_rows_native(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalise on the CPU; arguments as in ``normalize_rows``."""
+    """Divide each feature vector by the root of its mean square, and scale (E22), on the CPU.
+
+    Args:
+        x: [..., D].
+        weight: [D]; ``None`` is ones.
+        eps: added to the mean square.
+
+    Returns:
+        [..., D].
+    """
     if weight is None:
         weight = x.new_ones(x.shape[-1])
     y: Tensor = _normalize_rows(x, weight.to(x.dtype), eps)

@@ -103,14 +103,15 @@ def explain_step(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         own = type(module).__module__ == "unimatrix.modeling"
         if type(module) not in _MODULES and not own:
-            return f"{name} is a {type(module).__name__}"
+            return f"{name or 'the model'} is a {type(module).__name__}"
         reason = explain_module(name or "the model", module)
         if reason is not None:
             return reason
         if isinstance(module, Mixer) and module.operator_options:
-            return f"the back end of {name} is {module.operator_options['backend']!r}"
-    if model.passes_backend != "auto":
-        return f"the back end of fused_passes is {model.passes_backend!r}"
+            return f"the operator of {name} has options: {module.operator_options}"
+    backend = model.base_model.passes_backend
+    if backend != "auto":
+        return f"the back end of fused_passes is {backend!r}"
     reason = _explain_tables(model)
     if reason is not None:
         return reason

@@ -248,13 +248,13 @@ def _read_backward_rows(
         cosine = tl.sum(unit * query_unit, 1)[:, None]
         change = (change * TO_LOGIT)[:, None]
         # A vector at the least norm is divided by a constant: its gradient keeps all directions.
-        component = tl.where(key_norm > MIN, 1.0, 0.0)[:, None] * cosine * unit
+        radial = tl.where(key_norm > MIN, 1.0, 0.0)[:, None] * cosine * unit
         place = (first + entry)[:, None] * C + component[None, :]
         mask = found[:, None] & (component < C)[None, :]
-        d_key = change * (query_unit - component) / key_norm[:, None]
+        d_key = change * (query_unit - radial) / key_norm[:, None]
         tl.atomic_add(d_keys + place, d_key, mask=mask)
-        component = tl.where(query_norm > MIN, 1.0, 0.0)[:, None] * cosine * query_unit
-        d_query += change * (unit - component) / query_norm[:, None]
+        radial = tl.where(query_norm > MIN, 1.0, 0.0)[:, None] * cosine * query_unit
+        d_query += change * (unit - radial) / query_norm[:, None]
     at = (b * T + t)[:, None] * C + component[None, :]
     tl.store(d_queries + at, d_query, mask=exists[:, None] & (component < C)[None, :])
 

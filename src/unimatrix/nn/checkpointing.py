@@ -1,10 +1,12 @@
 """Activation checkpointing of a module whose arguments and results are nested tuples."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Checkpoint = Callable[..., Any]
 
@@ -34,3 +36,23 @@ def checkpoint_nested(checkpoint: Checkpoint, function: Callable[..., Any], *arg
     results = checkpoint(run_on_leaves, *leaves)
     assert spec_of_results is not None
     return tree_unflatten(results, spec_of_results)
+
+
+class CheckpointedLayer(GradientCheckpointingLayer):
+    """A layer of transformers that may be computed again, with nested arguments and results.
+
+    Whoever enables checkpointing sets ``gradient_checkpointing`` and
+    ``_gradient_checkpointing_func``, as on every layer of transformers.
+    """
+
+    @property
+    def _gradient_checkpointing_func(self) -> Checkpoint:
+        return partial(checkpoint_nested, self._checkpoint)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        del self._checkpoint
