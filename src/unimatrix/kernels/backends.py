@@ -50,26 +50,6 @@ def name_backends(model: Any, num_tokens: int, device: torch.device) -> dict[str
     return chosen
 
 
-def _choose_matrix_state(mixer: Any, num_tokens: int, device: torch.device) -> str:
-    return matrix_state.choose_backend(
-        num_tokens,
-        device,
-        norm_guard=mixer.norm_guard,
-        is_delta=mixer.uses_delta,
-        head_dim=mixer.head_dim,
-        is_double=mixer.retention_proj.weight.dtype == torch.float64,
-    )
-
-
-def _choose_slots(mixer: Any, num_tokens: int, device: torch.device) -> str:
-    return slots.choose_backend(device, num_tokens, mixer.num_slots, mixer.key_size)
-
-
-def _choose_selective_slots(mixer: Any, num_tokens: int, device: torch.device) -> str:
-    bounded = mixer.bounded_training or not mixer.training
-    return selective_slots.choose_backend(device, mixer.num_slots, bounded=bounded)
-
-
 def _choose_fastest(mixer: Any, num_tokens: int, device: torch.device) -> str:
     """Return an operator's last back end that runs anywhere: the others come before it."""
     names = [name for name in BACKENDS[mixer.operator] if name != "triton"]
@@ -77,7 +57,18 @@ def _choose_fastest(mixer: Any, num_tokens: int, device: torch.device) -> str:
 
 
 _CHOICES: dict[str, Callable[[Any, int, torch.device], str]] = {
-    "matrix_state": _choose_matrix_state,
-    "slots": _choose_slots,
-    "selective_slots": _choose_selective_slots,
+    "matrix_state": lambda mixer, num_tokens, device: matrix_state.choose_backend(
+        num_tokens,
+        device,
+        norm_guard=mixer.norm_guard,
+        is_delta=mixer.uses_delta,
+        head_dim=mixer.head_dim,
+        is_double=mixer.retention_proj.weight.dtype == torch.float64,
+    ),
+    "slots": lambda mixer, num_tokens, device: slots.choose_backend(
+        device, num_tokens, mixer.num_slots, mixer.key_size
+    ),
+    "selective_slots": lambda mixer, _, device: selective_slots.choose_backend(
+        device, mixer.num_slots, bounded=mixer.bounded_training or not mixer.training
+    ),
 }

@@ -239,7 +239,7 @@ def _read_residual(
 ) -> tuple[ResidualRead, Any]:
     """Read the residual context with its embeddings in one pass; as ``ResidualContext.forward``."""
     predicted, lengths, state = mixer.predict(tokens, state)
-    return mixer.describe(embed(predicted), predicted, lengths), state
+    return ResidualRead(embed(predicted), predicted, lengths), state
 
 
 def explain_selective(
@@ -290,7 +290,6 @@ def _weigh_retrieved(
     score, by_length = mixture.automaton_score, mixture.length_score
     if score is not None and by_length is not None:
         assert match is not None
-        assert match.predicted_ids is not None
         assert match.match_lengths is not None
         lengths = by_length.weight.flatten()
         predicted = (match.predicted_ids, match.match_lengths)

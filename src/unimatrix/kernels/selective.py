@@ -50,7 +50,10 @@ class SelectiveRun(NamedTuple):
             context, log_strength, elsewhere, scale = read
         else:
             log_strength, weights, elsewhere, scale = mixer.weigh_reads(found)
-            context = _mix_values(values, value_ids, weights)
+            flat = weights.flatten(0, 1).to(values.dtype)
+            ids = value_ids.flatten(0, 1)
+            mixed = embedding_bag(ids, values, per_sample_weights=flat, mode="sum")
+            context = mixed.view(*tokens.ids.shape, -1)
         return SelectiveRead(context, value_ids, log_strength, elsewhere, scale), state
 
     def _weigh_writes(self, source: Tensor, table: Tensor, stream: Tensor) -> Tensor:
@@ -72,14 +75,3 @@ class SelectiveRun(NamedTuple):
             up = up + linear(normalize_features(source), of_source[0])
         logits: Tensor = down(gelu(up))
         return logits
-
-
-def _mix_values(values: Tensor, token_ids: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sums [B, T, D] of the values [V, D] of ids [B, T, Q]."""
-    mixed = embedding_bag(
-        token_ids.flatten(0, 1),
-        values,
-        per_sample_weights=weights.flatten(0, 1).to(values.dtype),
-        mode="sum",
-    )
-    return mixed.view(*token_ids.shape[:2], -1)

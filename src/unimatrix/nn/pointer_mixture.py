@@ -59,7 +59,6 @@ class PointerMixture(nn.Module):
             elsewhere.append(zeros if found.elsewhere is None else found.elsewhere + zeros)
         if self.automaton_score is not None and self.length_score is not None:
             assert match is not None
-            assert match.predicted_ids is not None
             assert match.match_lengths is not None
             predicted = match.predicted_ids.unsqueeze(-1)  # [B, T, 1]
             lengths = match.match_lengths.unsqueeze(-1)

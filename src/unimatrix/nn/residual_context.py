@@ -16,13 +16,13 @@ class ResidualRead(NamedTuple):
 
     Attributes:
         context: [B, T, D], zero where nothing matched.
-        predicted_ids: [B, T] int64, -1 where nothing matched; ``None`` with previous_token.
+        predicted_ids: [B, T] int64, -1 where nothing matched.
         match_lengths: [B, T] int64, 0 where nothing matched; ``None`` with previous_token.
     """
 
     context: Tensor
-    predicted_ids: Tensor | None = None
-    match_lengths: Tensor | None = None
+    predicted_ids: Tensor
+    match_lengths: Tensor | None
 
 
 class ResidualContext(Mixer):
@@ -68,7 +68,7 @@ class ResidualContext(Mixer):
             context = self.embed(predicted.clamp(min=0)) * (predicted >= 0).unsqueeze(-1)
         else:
             context = self.embed(predicted)
-        return self.describe(context, predicted, lengths), state
+        return ResidualRead(context, predicted, lengths), state
 
     def predict(
         self, tokens: Tokens, state: AutomatonState | None
@@ -98,11 +98,3 @@ class ResidualContext(Mixer):
         )
         device = tokens.ids.device
         return prediction.predicted_ids.to(device), prediction.match_lengths.to(device), state
-
-    def describe(
-        self, context: Tensor, predicted_ids: Tensor, match_lengths: Tensor | None
-    ) -> ResidualRead:
-        """Return the read of what ``predict`` said and its embedding."""
-        if match_lengths is None:
-            return ResidualRead(context)
-        return ResidualRead(context, predicted_ids, match_lengths)

@@ -84,13 +84,6 @@ _apply_gated_unit = declare_operator(
 
 
 def apply_gated_unit_native(gate_and_up: Tensor) -> Tensor:
-    """Return SiLU of the first half of the features times the second (E23), on the CPU.
-
-    Args:
-        gate_and_up: [..., 2 F].
-
-    Returns:
-        [..., F].
-    """
+    """Return SiLU of the first half of the features [..., 2 F] times the second (E23)."""
     y: Tensor = _apply_gated_unit(gate_and_up)
     return y

@@ -106,9 +106,6 @@ def normalize_rows_native(x: Tensor, weight: Tensor | None, eps: float) -> Tenso
         x: [..., D].
         weight: [D]; ``None`` is ones.
         eps: added to the mean square.
-
-    Returns:
-        [..., D].
     """
     if weight is None:
         weight = x.new_ones(x.shape[-1])
