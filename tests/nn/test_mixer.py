@@ -66,8 +66,10 @@ def echo_class(monkeypatch: pytest.MonkeyPatch) -> type[Mixer]:
 
 
 def test_every_mixer_is_known_by_its_name() -> None:
-    assert tuple(sorted(Mixer.kinds)) == tuple(sorted(NAMES))
-    for name, kind in Mixer.kinds.items():
+    # Examples and other tests may have made mixers of their own.
+    kinds = {n: kind for n, kind in Mixer.kinds.items() if kind.__module__.startswith("unimatrix.")}
+    assert tuple(sorted(kinds)) == tuple(sorted(NAMES))
+    for name, kind in kinds.items():
         assert kind.name == name
         assert kind.operator in BACKENDS
         assert kind.part

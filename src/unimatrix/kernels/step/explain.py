@@ -107,8 +107,11 @@ def explain_step(model: PreTrainedModel) -> str | None:
         reason = explain_module(name or "the model", module)
         if reason is not None:
             return reason
-        if isinstance(module, Mixer) and module.operator_options:
-            return f"the operator of {name} has options: {module.operator_options}"
+        options = module.operator_options if isinstance(module, Mixer) else {}
+        if options and set(options) == {"backend"}:
+            return f"the back end of {name} is {options['backend']!r}"
+        if options:
+            return f"the operator of {name} has options: {options}"
     backend = model.base_model.passes_backend
     if backend != "auto":
         return f"the back end of fused_passes is {backend!r}"
