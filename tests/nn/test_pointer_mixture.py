@@ -7,11 +7,6 @@ import torch
 
 from tests.models import build_model
 from tests.ops.oracle import compare_with_reference
-from unimatrix.kernels.passes.pointer_native import (
-    FoundInSlots,
-    FoundMatch,
-    weigh_retrieved_native,
-)
 from unimatrix.kernels.plan import _weigh_retrieved
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits, score_targets
 from unimatrix.nn.residual_context import ResidualRead
@@ -195,26 +190,6 @@ def test_one_pass_is_what_the_module_does(num_reads, matches, learns, width, dty
         drawn = torch.randn(weight.shape, generator=generator).to(dtype)
         leaves[name.replace(".", "__")] = drawn
     compare_with_reference("fused_passes", "native", run, leaves)
-
-
-def test_the_pass_hands_the_stream_on() -> None:
-    """What is read of the stream afterwards sends its gradient through the pass."""
-    mixture, generator = build_mixture(2, True, 16), torch.Generator().manual_seed(0)
-    log_strength, slot_ids, match = draw_found(50, 2, generator)
-    h = torch.randn(2, 50, 16, generator=generator, requires_grad=True)
-    weigh = torch.randn(2, 50, 16, generator=generator)
-    score, match_score = mixture.slot_score, mixture.automaton_score
-    slots = FoundInSlots(score.weight, score.bias, slot_ids, log_strength.float(), None)
-    by_length = mixture.length_score.weight.flatten()
-    matched = FoundMatch(match_score.weight, match_score.bias, by_length, *match)
-    stream, ids, log_weights = weigh_retrieved_native(h, slots, matched)
-    assert torch.equal(stream, h)
-    assert not ids.requires_grad
-    log_vocab = log_weights[..., 0]
-    (together,) = torch.autograd.grad((stream * weigh).sum() + log_vocab.sum(), h)
-    stream, _, log_weights = weigh_retrieved_native(h, slots, matched)
-    (of_shares,) = torch.autograd.grad(log_weights[..., 0].sum(), h)
-    torch.testing.assert_close(together, of_shares + weigh)
 
 
 def test_what_it_is_made_of() -> None:

@@ -36,7 +36,7 @@ def build_norm_run(norm: nn.Module, name: str, like: Tensor, reasons: dict[str, 
     reason = explain_module(name, norm, nn.RMSNorm, nn.LayerNorm)
     if reason is None and isinstance(norm, nn.LayerNorm):
         reason = f"{name} is a layer norm, which torch computes in one pass"
-    reason = reason or explain_weights(name, norm.parameters(recurse=False), like)
+    reason = reason or explain_weights(name, norm._parameters.values(), like)
     if reason is None and torch.compiler.is_compiling():
         reason = "torch.compile joins its operations"
     if reason is not None:
@@ -302,7 +302,7 @@ def build_block_run(
 
 def _explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
     reason = explain_module(name, norm, nn.RMSNorm, nn.LayerNorm)
-    return reason or explain_weights(name, norm.parameters(recurse=False), like)
+    return reason or explain_weights(name, norm._parameters.values(), like)
 
 
 def _join_projections(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
@@ -413,5 +413,5 @@ def can_fuse_scan(mixer: MatrixMixer, like: Tensor, num_tokens: int) -> bool:
 
 def _name_layers(prefix: str, owner: nn.Module, layers: list[Any]) -> dict[str, Any]:
     """Return layers by their full names."""
-    names = {id(layer): name for name, layer in owner.named_children()}
+    names = {id(layer): name for name, layer in owner._modules.items()}
     return {f"{prefix}.{names[id(layer)]}": layer for layer in layers}

@@ -22,7 +22,8 @@ def explain_module(name: str, module: nn.Module, *kinds: type[nn.Module]) -> str
         return f"{name} is compiled by torch"
     if "forward" in vars(module):
         return f"{name} has a forward of its own"
-    if kinds and type(module).forward not in [kind.forward for kind in kinds]:
+    forward = type(module).forward
+    if kinds and not any(forward is kind.forward for kind in kinds):
         return f"{name} is a {type(module).__name__}"
     return None
 
@@ -33,14 +34,14 @@ def explain_weights(name: str, weights: Iterable[Tensor | None], like: Tensor) -
     Args:
         name: of what they belong to.
         weights: ``None`` is none.
-        like: of the device and type that they must have.
+        like: on the CPU, of the type that they must have.
     """
     for weight in weights:
         if weight is None:
             continue
         if type(weight) not in (Tensor, nn.Parameter):
             return f"a weight of {name} is a {type(weight).__name__}"
-        if weight.device != like.device or weight.dtype != like.dtype:
+        if not weight.is_cpu or weight.dtype != like.dtype:
             kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
             return f"a weight of {name} is {kind}, others are not"
     return None
@@ -51,13 +52,13 @@ def explain_layers(layers: Mapping[str, nn.Module | None], like: Tensor) -> str 
 
     Args:
         layers: by name; ``None`` is none.
-        like: a weight of the device and type that theirs must have.
+        like: a weight on the CPU, of the type that theirs must have.
     """
     for name, layer in layers.items():
         if layer is None:
             continue
         reason = explain_module(name, layer, nn.Linear, nn.Embedding)
-        reason = reason or explain_weights(name, layer.parameters(recurse=False), like)
+        reason = reason or explain_weights(name, layer._parameters.values(), like)
         if reason is not None:
             return reason
     return None

@@ -294,8 +294,7 @@ def _weigh_retrieved(
         lengths = by_length.weight.flatten()
         predicted = (match.predicted_ids, match.match_lengths)
         matched = FoundMatch(score.weight, score.bias, lengths, *predicted)
-    _, token_ids, log_weights = weigh_retrieved_native(h, slots, matched)
-    return token_ids, log_weights
+    return weigh_retrieved_native(h, slots, matched)
 
 
 class LossRun(NamedTuple):

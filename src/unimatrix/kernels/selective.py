@@ -34,14 +34,20 @@ class SelectiveRun(NamedTuple):
     ) -> tuple[SelectiveRead, SelectiveState | None]:
         """Look up, write and read at every position; as ``SelectiveMixer.forward``."""
         mixer = self.mixer
-        table = normalize_features(self.embedding)  # [V, D]
+        if self.runs_compiled:
+            # Imported here, as in what follows: it loads the compiler.
+            from unimatrix.kernels.passes.row_norm_native import normalize_rows_native
+
+            eps = torch.finfo(self.embedding.dtype).eps
+            table = normalize_rows_native(self.embedding, None, eps)  # [V, D]
+        else:
+            table = normalize_features(self.embedding)
         stream = mixer.join_stream(tokens.ids, state)
         logits = self._weigh_writes(source, table, stream)
         found, state = mixer.look_up(tokens, stream, logits, state)
         values = linear(table, mixer.value_proj.weight)  # [V, D]
         value_ids = found.lookup.value_ids
         if self.runs_compiled:
-            # Imported here: it loads the compiler.
             from unimatrix.ops.selective_slots.read_native import read_found_native
 
             rules = mixer.rules if mixer.training else None
@@ -63,7 +69,6 @@ class SelectiveRun(NamedTuple):
         after, here = linear(table, of_last), linear(table, of_this, mixer.gate_up.bias)
         down = mixer.gate_down
         if self.runs_compiled and not of_source and after.shape[1] % NUM_LANES == 0:
-            # Imported here: it loads the compiler.
             from unimatrix.ops.selective_slots.gate_native import weigh_writes_native
 
             layers = (after, here, down.weight, down.bias)

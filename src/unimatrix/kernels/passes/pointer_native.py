@@ -113,7 +113,7 @@ def _weigh_rows(
 def _backward_spans(
     first, last, form, num_spans, num_rows, width, num_slots, num_buckets,
     h, weight, match_weight, predicted_ids, match_lengths, log_weights,
-    dstream, dlog_weights, dh, dlog_strength, dprobe, grads,
+    dlog_weights, dh, dlog_strength, dprobe, grads,
 ):  # fmt: skip
     Q = num_slots
     K = Q + len(form.matched)
@@ -131,7 +131,7 @@ def _backward_spans(
             for k in range(K):
                 grad_sum += dlog_shares[1 + k]
             for j in range(width):
-                target[j] = dstream[row * width + j]
+                target[j] = 0
             for k in range(K):
                 dscore = dlog_shares[1 + k] - math.exp(log_shares[1 + k]) * grad_sum
                 weight_row = pointer(weight, k * width)
@@ -152,7 +152,7 @@ def _run_forward(
     h: Tensor, weight: Tensor, bias: Tensor, log_strength: Tensor, probe: Tensor | None,
     match_weight: Tensor, match_bias: Tensor, by_length: Tensor, token_ids: Tensor,
     predicted_ids: Tensor, match_lengths: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
     form = _PointerForm(LANES, (0,) * match_weight.shape[0])
     num_components = num_slots + len(form.matched)
@@ -162,12 +162,12 @@ def _run_forward(
     results = (predicted_ids, match_lengths, all_ids, log_weights)
     sizes = (h.numel() // width, _WORK_OF_SHARES + width * num_components)
     run_rows(_weigh_rows, form, *sizes, width, num_slots, num_buckets, *inputs, *results)
-    return h, all_ids, log_weights
+    return all_ids, log_weights
 
 
 def _run_backward(
     h: Tensor, weight: Tensor, match_weight: Tensor, by_length: Tensor, predicted_ids: Tensor,
-    match_lengths: Tensor, log_weights: Tensor, dstream: Tensor, _: Tensor, dlog_weights: Tensor,
+    match_lengths: Tensor, log_weights: Tensor, _: Tensor, dlog_weights: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     width, num_slots, num_buckets = h.shape[-1], weight.shape[0], by_length.shape[0]
     form = _PointerForm(LANES, (0,) * match_weight.shape[0])
@@ -181,7 +181,7 @@ def _run_backward(
     work = num_rows * (_WORK_OF_SHARES + 2 * counts[0]) // num_spans
     sizes = (num_spans, num_rows, width, num_slots, num_buckets)
     inputs = (h, weight, match_weight, predicted_ids, match_lengths, log_weights)
-    results = (dstream, dlog_weights, dh, dlog_strength, dprobe, grads)
+    results = (dlog_weights, dh, dlog_strength, dprobe, grads)
     run_rows(_backward_spans, form, num_spans, work, *sizes, *inputs, *results)
     dweights, dbiases, dby_length = sum_spans(grads).split(counts)
     of_slots = dweights[: weight.numel()].view_as(weight), dbiases[:num_slots]
@@ -193,14 +193,14 @@ _weigh_retrieved = declare_operator(
     "weigh_retrieved",
     _run_forward,
     backward=_run_backward,
-    results="stream all_ids log_weights",
+    results="all_ids log_weights",
     gradients="h weight bias log_strength probe match_weight match_bias by_length",
 )
 
 
 def weigh_retrieved_native(
     h: Tensor, slots: FoundInSlots | None, match: FoundMatch | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Weigh retrieved tokens against the vocabulary's distribution, whose score is 0 (E17).
 
     Args:
@@ -209,14 +209,14 @@ def weigh_retrieved_native(
         match: what the automaton predicts, or ``None``; one of both is given.
 
     Returns:
-        h, for a caller that reads on from it; token ids [..., K] int64, those of the slots first;
-        ln of the shares [..., 1 + K], the vocabulary's first, -inf for what was not found.
+        token ids [..., K] int64, those of the slots first; ln of the shares [..., 1 + K], the
+        vocabulary's first, -inf for what was not found.
     """
     none, no_rows = h.new_empty(0), h.new_empty(0, h.shape[-1])
     no_ids = torch.empty(0, dtype=torch.int64)
     weight, bias, token_ids, *of_slots = slots or (no_rows, none, no_ids, none, None)
     *of_match, predicted_ids, lengths = match or (no_rows, none, none, no_ids, no_ids)
-    weighed: tuple[Tensor, Tensor, Tensor] = _weigh_retrieved(
+    weighed: tuple[Tensor, Tensor] = _weigh_retrieved(
         h, weight, bias, *of_slots, *of_match, token_ids, predicted_ids, lengths
     )
     return weighed
