@@ -67,8 +67,8 @@ class Mixer(nn.Module):
 
     Attributes:
         name: of the attribute that holds it, and of its entry among reads and carried states.
-        operator: its operator, a key of ``unimatrix.ops.backends.BACKENDS``; ``None`` where there
-            are no back ends to choose from.
+        operator: the name of its operator among those of ``unimatrix.ops``; ``None`` where there is
+            one form of it, and nothing to choose.
         operator_options: keyword arguments for its operator.
         State: named tuple of tensors, batch first, that it carries from call to call.
         state_prefix: of the tensors' names in a cache file.
@@ -100,7 +100,7 @@ class Mixer(nn.Module):
 
     @property
     def runs_operator(self) -> bool:
-        """Whether what it reads comes from an operator with back ends."""
+        """Whether what it reads comes from an operator of which there are several forms."""
         return self.operator is not None
 
     @property
