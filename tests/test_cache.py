@@ -170,3 +170,15 @@ def test_caches_of_other_kinds() -> None:
     for options in ({}, {"num_beams": 2}, {"use_cache": False}):
         found = model.generate(IDS, past_key_values=DynamicCache(), **options, **arguments)
         assert torch.equal(found, model.generate(IDS, **options, **arguments))
+
+
+def test_a_file_with_tensors_that_no_mixer_carries_is_refused(tmp_path) -> None:
+    model = build_model("core")
+    with torch.no_grad():
+        model(draw_ids(2, 9), use_cache=True).past_key_values.save(tmp_path / "c")
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    save_file(tensors | {"depth.0.average.average": torch.zeros(2, 3)}, tmp_path / "c", metadata)
+    with pytest.raises(InputError, match=r"holds 'depth\.0\.average\.average', which no mixer"):
+        UniMatrixCache.load(tmp_path / "c")

@@ -14,6 +14,7 @@ from unimatrix.errors import InputError
 from unimatrix.kernels.explain import explain_sizes
 from unimatrix.kernels.plan import Run, plan, plan_loss
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.nn.matrix_mixer import _normalize
 
 # Widths that kernels read; more tokens than the vocabulary has.
 SIZES: dict[str, Any] = {
@@ -242,3 +243,23 @@ def test_sizes_that_a_pass_does_not_take() -> None:
     assert explain_sizes("it", [x], 640, (16, 32)) is None
     assert explain_sizes("it", [x], 640, (16, 20)) == "it has a width of 20, no multiple of 16"
     assert explain_sizes("it", [x], 639, (16,)) == "it has 640 weights, more than 639"
+
+
+def test_what_else_stands_in_the_way_of_a_module() -> None:
+    model = build(dtype=torch.float32)
+    hook = model.model.block.register_full_backward_pre_hook(lambda *_: None)
+    assert explain(model)["block"] == "block has a hook"
+    hook.remove()
+    model.model.block.feed_forward = nn.Sequential(nn.Linear(16, 16))
+    assert explain(model)["block.feed_forward"] == "block.feed_forward is a Sequential"
+    model(IDS, labels=IDS, loss_only=True).loss.backward()
+    model.model.norm._compiled_call_impl = lambda x: x  # as ``Module.compile`` sets it
+    assert explain(model)["norm"] == "norm is compiled by torch"
+
+
+def test_vectors_of_16_bits_stay_so_under_autocast() -> None:
+    vectors = torch.randn(2, 9, 3, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        units = _normalize(vectors)
+    assert units.dtype == torch.bfloat16
+    torch.testing.assert_close(units.float().norm(dim=-1), torch.ones(2, 9, 3), rtol=0, atol=0.02)
