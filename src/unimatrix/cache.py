@@ -441,4 +441,6 @@ def _gather(kind: Any, tensors: Mapping[str, Tensor], prefix: str) -> Any:
         nested = _gather(hint, tensors, f"{prefix}{name}.") if is_nested else None
         values[name] = nested if is_nested else tensors.get(prefix + name)
     required = set(kind._fields) - set(kind._field_defaults)
-    return None if any(values[name] is None for name in required) else kind(**values)
+    is_there = any(value is not None for value in values.values())
+    is_whole = is_there and all(values[name] is not None for name in required)
+    return kind(**values) if is_whole else None

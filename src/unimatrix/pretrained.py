@@ -37,6 +37,12 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
         super().__init__(config)
         self.passes_backend = "auto"
 
+    def post_init(self) -> None:
+        """Finish as transformers does, and note the shapes that compiled paths go by."""
+        super().post_init()
+        parameters = self.named_parameters(remove_duplicate=False)
+        self.built_shapes = {name: parameter.shape for name, parameter in parameters}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as ``initializer_range`` says, then what a module starts elsewhere."""

@@ -1,6 +1,6 @@
 """A depth step of compiled passes: all of it as one operator, or as many of its parts as can be."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from unimatrix.kernels.explain import explain_layers, explain_module, explain_sizes, explain_weights
+from unimatrix.kernels.explain import (
+    Form,
+    explain_layers,
+    explain_module,
+    explain_norm,
+    explain_sizes,
+    explain_weights,
+)
 from unimatrix.kernels.passes.weights import PassWeights
 from unimatrix.nn.block import States, UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
-from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
+from unimatrix.nn.matrix_mixer import NUM_RULES, MatrixMixer, MatrixState
 from unimatrix.nn.mixer import Tokens, Votes
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops.matrix_state.fused_scan import bind_and_scan, fuses_scan
@@ -33,10 +40,9 @@ def build_norm_run(norm: nn.Module, name: str, like: Tensor, reasons: dict[str, 
         like: a weight of the device and type that kernels read.
         reasons: by part; one is added where the module is returned.
     """
-    reason = explain_module(name, norm, nn.RMSNorm, nn.LayerNorm)
+    reason = explain_norm(name, norm, like)
     if reason is None and isinstance(norm, nn.LayerNorm):
         reason = f"{name} is a layer norm, which torch computes in one pass"
-    reason = reason or explain_weights(name, norm._parameters.values(), like)
     if reason is None and torch.compiler.is_compiling():
         reason = "torch.compile joins its operations"
     if reason is not None:
@@ -64,6 +70,7 @@ class BlockRun:
         step: all three and the scan as one operator.
         matrix_is_plain: whether the matrix mixer is called as its class says: its layers may then
             be called here.
+        dtype: of the stream.
     """
 
     block: UniMatrixBlock
@@ -74,6 +81,7 @@ class BlockRun:
     feed_forward: PassWeights | None
     step: "DepthStep | None"
     matrix_is_plain: bool
+    dtype: torch.dtype
 
     def __post_init__(self) -> None:
         self._joined: dict[str, Layer] = {}
@@ -87,6 +95,8 @@ class BlockRun:
     ) -> tuple[Tensor, States, Votes | None]:
         """Apply one depth step; as ``UniMatrixBlock.forward``."""
         block, reads = self.block, dict(tokens.reads)
+        if x.dtype != self.dtype or not _are_like(x, [read.context for read in reads.values()]):
+            return block(x, tokens, carry)  # type: ignore[no-any-return]
         matrix = block.matrix_mixer
         others = [mixer for mixer in block.mixers if mixer is not matrix]
         is_known = all(mixer.name in reads for mixer in others)
@@ -141,6 +151,7 @@ class BlockRun:
                 reads[mixer.name], states[mixer.name] = mixer(h, tokens, carry.get(mixer.name))
         contexts = {n: reads[n].context for n in block.gates if n in reads}
         is_whole = len(contexts) + (readout is not None) == len(block.gates)
+        is_whole = is_whole and _are_like(x, contexts.values())
         if self.mixing is not None and readout is not None and is_whole:
             # Imported here, as wherever a pass runs: it loads the compiler.
             from unimatrix.kernels.passes.mixing_native import add_mixed_native
@@ -177,8 +188,8 @@ class BlockRun:
             h = mixed = self.norm(x)
             if mixer.short_conv is not None:
                 mixed, recent = self._convolve(mixer.short_conv, h, recent, tokens.lengths)
-            vectors = self._join("vectors", mixer.vector_layers)(mixed)
-            controls = self._join("controls", mixer.control_layers)(h)
+            vectors = self._join(_list_vectors(mixer, h.shape[-1]))(mixed)
+            controls = self._join(_list_controls(mixer, h.shape[-1]))(h)
         is_bound = self.projections is not None and mixer.squashes
         if can_fuse_scan(mixer, h, h.shape[1]):
             readout, matrix_state = bind_and_scan(
@@ -200,7 +211,7 @@ class BlockRun:
         self, convolution: ShortConvolution, h: Tensor, recent: Tensor | None, lengths: Any
     ) -> tuple[Tensor, Tensor]:
         """Convolve in one pass, or as the module does."""
-        reason = explain_module("short_conv", convolution, ShortConvolution)
+        reason = _explain_convolution(convolution, h)
         if reason is not None or torch.compiler.is_compiling():
             mixed: tuple[Tensor, Tensor] = convolution(h, recent, lengths)
             return mixed
@@ -215,51 +226,109 @@ class BlockRun:
 
     def _sum_gated(self, h: Tensor, contexts: dict[str, Tensor]) -> Tensor:
         """Return the gated sum of the contexts (E11)."""
-        gates = [self.block.gates[name] for name in contexts]
-        logits = self._join(",".join(contexts), gates)(h)
-        listed = list(contexts.values())
-        if len(listed) > _MOST_CONTEXTS or torch.compiler.is_compiling():
-            shares = torch.sigmoid(logits).chunk(len(listed), dim=-1)
-            pairs = zip(shares, listed, strict=True)
-            return torch.stack([share * context for share, context in pairs]).sum(dim=0)
+        forms = {
+            n: form for n, form in _list_gates(self.block, h.shape[-1]).items() if n in contexts
+        }
+        is_one_pass = len(contexts) <= _MOST_CONTEXTS and _are_like(h, contexts.values())
+        is_one_pass = is_one_pass and not torch.compiler.is_compiling()
+        if not is_one_pass or explain_layers(forms, h) is not None:
+            read = [torch.sigmoid(forms[n].layer(h)) * context for n, context in contexts.items()]
+            return sum(read[1:], read[0])
         # Imported here: it loads the compiler.
         from unimatrix.kernels.passes.gated_sum_native import sum_gated_native
 
-        return sum_gated_native(logits, listed)
+        return sum_gated_native(self._join(forms)(h), list(contexts.values()))
 
     def _apply_network(self, h: Tensor) -> Tensor:
         """Return the feed-forward network's output."""
         network = self.block.feed_forward
         reason = explain_module("feed_forward", network, GatedFeedForward)
+        forms = {} if reason is not None else _list_network(network, h.shape[-1])
+        up = {name: form for name, form in forms.items() if form.layer is not network.down_proj}
+        reason = reason or explain_layers(up, h)
         if reason is not None or torch.compiler.is_compiling():
             output: Tensor = network(h)
             return output
         # Imported here: it loads the compiler.
         from unimatrix.kernels.passes.gated_unit_native import apply_gated_unit_native
 
-        inner = apply_gated_unit_native(self._join("up", network.up_projs)(h))
+        inner = apply_gated_unit_native(self._join(up)(h))
         down: Layer = network.down_proj
         return down(network.dropout(inner))
 
-    def _join(self, name: str, layers: Sequence[nn.Module]) -> Layer:
-        """Return layers of one input as one product, joined once for all depth steps."""
+    def _join(self, forms: dict[str, Form]) -> Layer:
+        """Return layers of one input as one product, joined once for all depth steps.
+
+        Layers of another form are called, and their outputs laid side by side.
+        """
+        name = ",".join(forms)
         if name not in self._joined:
-            self._joined[name] = _join_layers(layers)
+            self._joined[name] = _join_layers(forms)
         return self._joined[name]
 
 
-def _join_layers(layers: Sequence[nn.Module]) -> Layer:
-    """Return a function to the layers' outputs side by side; layers that are more are called."""
+def _join_layers(forms: dict[str, Form]) -> Layer:
+    layers: list[Any] = [form.layer for form in forms.values()]
+    like = getattr(layers[0], "weight", None)
     if len(layers) == 1:
-        return layers[0]
-    first: Any = layers[0]
-    weights = getattr(first, "weight", None)
-    named = {str(i): layer for i, layer in enumerate(layers)}
-    if weights is None or explain_layers(named, weights) is not None:
+        only: Layer = layers[0]
+        return only
+    if like is None or explain_layers(forms, like) is not None:
         return lambda h: torch.cat([layer(h) for layer in layers], dim=-1)
-    weight = torch.cat([layer.weight for layer in layers])  # type: ignore[misc]
-    bias = None if first.bias is None else torch.cat([layer.bias for layer in layers])  # type: ignore[misc]
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return lambda h: linear(h, weight, bias)
+
+
+def _are_like(x: Tensor, contexts: Iterable[Tensor]) -> bool:
+    """Return whether contexts have the shape and type that kernels take them to have."""
+    return all(context.shape == x.shape and context.dtype == x.dtype for context in contexts)
+
+
+def _list_vectors(mixer: MatrixMixer, width: int) -> dict[str, Form]:
+    """Return the layers of what a token binds and asks for, by name."""
+    shape = (mixer.num_heads * mixer.head_dim, width)
+    return _name_forms("block.matrix_mixer", mixer, mixer.vector_layers, shape, has_bias=False)
+
+
+def _list_controls(mixer: MatrixMixer, width: int) -> dict[str, Form]:
+    """Return the layers of what decides how a token is written, by name."""
+    shape = (mixer.num_heads, width)
+    forms = _name_forms("block.matrix_mixer", mixer, mixer.control_layers, shape, has_bias=True)
+    rules = (NUM_RULES * mixer.num_heads, width)
+    return {n: f._replace(shape=rules) if "rule_proj" in n else f for n, f in forms.items()}
+
+
+def _list_gates(block: UniMatrixBlock, width: int) -> dict[str, Form]:
+    """Return the gates by the mixer's name."""
+    return {name: Form(gate, (width, width), True) for name, gate in block.gates.items()}
+
+
+def _list_network(network: FeedForward | GatedFeedForward, width: int) -> dict[str, Form]:
+    """Return the layers of a feed-forward network, by name."""
+    inner, has_bias = network.inner_size, isinstance(network, FeedForward)
+    up, down = network.up_projs, [network.down_proj]
+    return _name_forms(
+        "block.feed_forward", network, up, (inner, width), has_bias=has_bias
+    ) | _name_forms("block.feed_forward", network, down, (width, inner), has_bias=has_bias)
+
+
+def _name_forms(
+    prefix: str, owner: nn.Module, layers: Sequence[Any], shape: tuple[int, int], *, has_bias: bool
+) -> dict[str, Form]:
+    """Return layers of one shape by their full names."""
+    names = {id(layer): name for name, layer in owner._modules.items()}
+    return {f"{prefix}.{names[id(layer)]}": Form(layer, shape, has_bias) for layer in layers}
+
+
+def _explain_convolution(convolution: ShortConvolution, like: Tensor) -> str | None:
+    """Return why passes cannot read a short convolution, ``None`` if they can."""
+    name, weight = "block.matrix_mixer.short_conv", convolution.weight
+    reason = explain_module(name, convolution, ShortConvolution)
+    reason = reason or explain_weights(name, [weight], like)
+    if reason is None and weight.shape != (convolution.kernel, like.shape[-1]):
+        reason = f"the weight of {name} is {list(weight.shape)}"
+    return reason
 
 
 def build_block_run(
@@ -278,7 +347,9 @@ def build_block_run(
         most_weights: of one pass.
         reasons: by part; one is added for each part whose modules are called.
     """
-    drops = "dropout is on" if block.training and block.dropout.p > 0 else None
+    drops = explain_module("block.dropout", block.dropout, nn.Dropout)
+    if drops is None and block.training and block.dropout.p > 0:
+        drops = "dropout is on"
     matrix: Any = block.matrix_mixer
     not_bare: str | None = "there is no matrix state"
     if matrix is not None:
@@ -297,12 +368,9 @@ def build_block_run(
     ffn_norm: Layer = block.ffn_norm
     if passes["feed_forward"] is None:
         ffn_norm = build_norm_run(block.ffn_norm, "block.ffn_norm", like, reasons)
-    return BlockRun(block, norm, ffn_norm, **passes, matrix_is_plain=not_bare is None)
-
-
-def _explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
-    reason = explain_module(name, norm, nn.RMSNorm, nn.LayerNorm)
-    return reason or explain_weights(name, norm._parameters.values(), like)
+    return BlockRun(
+        block, norm, ffn_norm, **passes, matrix_is_plain=not_bare is None, dtype=like.dtype
+    )
 
 
 def _join_projections(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
@@ -310,17 +378,16 @@ def _join_projections(block: UniMatrixBlock, like: Tensor, most: float) -> PassW
     norm, mixer = block.norm, block.matrix_mixer
     assert mixer is not None
     filters = mixer.short_conv
-    reason = _explain_norm("block.norm", norm, like)
+    reason = explain_norm("block.norm", norm, like)
     if filters is not None:
-        name = "block.matrix_mixer.short_conv"
-        reason = reason or explain_module(name, filters, ShortConvolution)
-        reason = reason or explain_weights(name, [filters.weight], like)
-    vectors, controls = mixer.vector_layers, mixer.control_layers
-    layers = _name_layers("block.matrix_mixer", mixer, [*vectors, *controls])
-    reason = reason or explain_layers(layers, like)
+        reason = reason or _explain_convolution(filters, like)
+    vectors = _list_vectors(mixer, like.shape[-1])
+    controls = _list_controls(mixer, like.shape[-1])
+    forms: dict[str, Any] = {**vectors, **controls}
+    reason = reason or explain_layers(forms, like)
     if reason is None:
-        weights = [norm.weight, *(layer.weight for layer in layers.values())]
-        widths = (like.shape[-1], sum(layer.out_features for layer in vectors))
+        weights = [norm.weight, *(form.layer.weight for form in forms.values())]
+        widths = (like.shape[-1], sum(form.shape[0] for form in vectors.values()))
         reason = explain_sizes("the pass", weights, most, widths)
     if reason is not None:
         return reason
@@ -333,30 +400,32 @@ def _join_projections(block: UniMatrixBlock, like: Tensor, most: float) -> PassW
         norm.bias if isinstance(norm, nn.LayerNorm) else None,
         norm.eps,
         None if filters is None else filters.weight,
-        [layer.weight for layer in vectors],
-        [layer.weight for layer in controls],
-        [layer.bias for layer in controls],
+        [layer.weight for layer in mixer.vector_layers],
+        [layer.weight for layer in mixer.control_layers],
+        [layer.bias for layer in mixer.control_layers],
     )
 
 
 def _join_mixing(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
     """Return the readout's projection and the gates as one pass, or why they cannot be."""
     assert block.matrix_mixer is not None
-    out, gates = block.matrix_mixer.out_proj, block.gates
+    mixer, width = block.matrix_mixer, like.shape[-1]
+    out, inner = mixer.out_proj, mixer.num_heads * mixer.head_dim
+    gates: dict[str, Any] = _list_gates(block, width)
     if len(gates) > _MOST_CONTEXTS:
         return f"{len(gates)} mixers are more than {_MOST_CONTEXTS}"
     named = {f"the gate of block.{name}": gate for name, gate in gates.items()}
-    reason = explain_layers({"block.matrix_mixer.out_proj": out, **named}, like)
-    layers: list[Any] = list(gates.values())
+    forms = {"block.matrix_mixer.out_proj": Form(out, (width, inner), False), **named}
+    reason = explain_layers(forms, like)
+    layers = [gate.layer for gate in gates.values()]
     if reason is None:
-        weights = [out.weight, *(gate.weight for gate in layers)]
-        widths = (like.shape[-1], out.in_features)
-        reason = explain_sizes("the pass", weights, most, widths)
+        weights = [out.weight, *(layer.weight for layer in layers)]
+        reason = explain_sizes("the pass", weights, most, (width, inner))
     if reason is not None:
         return reason
     from unimatrix.kernels.passes.mixing_native import prepare_mixing
 
-    return prepare_mixing(out.weight, [gate.weight for gate in layers], [g.bias for g in layers])
+    return prepare_mixing(out.weight, [g.weight for g in layers], [g.bias for g in layers])
 
 
 def _join_feed_forward(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
@@ -367,14 +436,14 @@ def _join_feed_forward(block: UniMatrixBlock, like: Tensor, most: float) -> Pass
         return reason
     if network.training and network.dropout.p:
         return "dropout is on"
-    layers = _name_layers("block.feed_forward", network, [*network.up_projs, network.down_proj])
+    forms: dict[str, Any] = _list_network(network, like.shape[-1])
     reason = (
-        _explain_norm("block.ffn_norm", norm, like)
+        explain_norm("block.ffn_norm", norm, like)
         or explain_module("block.feed_forward.dropout", network.dropout, nn.Dropout)
-        or explain_layers(layers, like)
+        or explain_layers(forms, like)
     )
     if reason is None:
-        weights = [norm.weight, *(layer.weight for layer in layers.values())]
+        weights = [norm.weight, *(form.layer.weight for form in forms.values())]
         reason = explain_sizes("the pass", weights, most, (like.shape[-1],))
     if reason is not None:
         return reason
@@ -409,9 +478,3 @@ def can_fuse_scan(mixer: MatrixMixer, like: Tensor, num_tokens: int) -> bool:
     backend = mixer.operator_options.get("backend", "auto")
     is_known = mixer.update_rules in ("outer", "mixed") and not mixer.norm_guard
     return is_known and fuses_scan(backend, like.device, num_tokens)
-
-
-def _name_layers(prefix: str, owner: nn.Module, layers: list[Any]) -> dict[str, Any]:
-    """Return layers by their full names."""
-    names = {id(layer): name for name, layer in owner._modules.items()}
-    return {f"{prefix}.{names[id(layer)]}": layer for layer in layers}

@@ -1,6 +1,7 @@
 """Why a compiled path cannot stand for a module: the questions that every part of a plan asks."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -47,20 +48,58 @@ def explain_weights(name: str, weights: Iterable[Tensor | None], like: Tensor) -
     return None
 
 
-def explain_layers(layers: Mapping[str, nn.Module | None], like: Tensor) -> str | None:
-    """Return why linear layers or embeddings are more than their weights, ``None`` if they are not.
+class Form(NamedTuple):
+    """A layer, and what a pass takes for granted of it.
+
+    Attributes:
+        layer: a linear layer or an embedding.
+        shape: of its weight.
+        has_bias: whether it has a bias, of as many numbers as the weight has rows.
+    """
+
+    layer: nn.Module
+    shape: tuple[int, int]
+    has_bias: bool
+
+
+def explain_layers(forms: Mapping[str, Form], like: Tensor) -> str | None:
+    """Return why passes cannot read these layers in place of calling them, ``None`` if they can.
 
     Args:
-        layers: by name; ``None`` is none.
+        forms: by name.
         like: a weight on the CPU, of the type that theirs must have.
     """
-    for name, layer in layers.items():
-        if layer is None:
-            continue
+    for name, (layer, shape, has_bias) in forms.items():
         reason = explain_module(name, layer, nn.Linear, nn.Embedding)
-        reason = reason or explain_weights(name, layer._parameters.values(), like)
+        parameters = layer._parameters
+        reason = reason or explain_weights(name, parameters.values(), like)
         if reason is not None:
             return reason
+        weight, bias = parameters["weight"], parameters.get("bias")
+        if weight is None or weight.shape != shape:
+            found = None if weight is None else list(weight.shape)
+            return f"the weight of {name} is {found}, not {list(shape)}"
+        if (bias is not None) != has_bias or (bias is not None and bias.shape != shape[:1]):
+            return f"{name} has {'no' if has_bias else 'a'} bias of {shape[0]}"
+    return None
+
+
+def explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
+    """Return why passes cannot read a norm in place of calling it, ``None`` if they can.
+
+    Args:
+        name: of the norm.
+        norm: of ``build_norm``.
+        like: [..., D], a weight on the CPU, of the type that the norm's must have.
+    """
+    reason = explain_module(name, norm, nn.RMSNorm, nn.LayerNorm)
+    reason = reason or explain_weights(name, norm._parameters.values(), like)
+    if reason is not None:
+        return reason
+    known: Any = norm
+    parts = [known.weight, *([known.bias] if isinstance(norm, nn.LayerNorm) else [])]
+    if known.eps is None or any(part is None or part.shape != like.shape[-1:] for part in parts):
+        return f"{name} lacks eps, or a weight or bias of {like.shape[-1]}"
     return None
 
 

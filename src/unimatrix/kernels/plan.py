@@ -11,21 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.utils import logging
 
 from unimatrix.errors import InputError
 from unimatrix.kernels.block import BlockRun, build_block_run, build_norm_run
-from unimatrix.kernels.explain import (
-    explain_layers,
-    explain_module,
-    explain_sizes,
-)
+from unimatrix.kernels.explain import Form, explain_layers, explain_module, explain_sizes
 from unimatrix.kernels.selective import SelectiveRun
 from unimatrix.kernels.step.explain import explain_step
 from unimatrix.loss import IGNORED_LABEL, compute_loss
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.mixer import Tokens
-from unimatrix.nn.pointer_mixture import Pointer, PointerMixture, point
+from unimatrix.nn.pointer_mixture import NUM_LENGTH_BUCKETS, Pointer, PointerMixture, point
 from unimatrix.nn.residual_context import ResidualContext, ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
 from unimatrix.ops.backends import compiles_native, require_backend
@@ -132,6 +129,8 @@ def _explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
         return f"the model is {kind}"
     if is_autocast("cpu"):
         return "autocast is on"
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "a hook on every module is set"
     if num_rows < _FEWEST_ROWS:
         return f"{num_rows} positions are fewer than {_FEWEST_ROWS}"
     if backend == "auto" and not compiles_native():
@@ -187,7 +186,8 @@ def _plan_embedding(
 
     With ``allows_none``, -1 stands for no token, whose embedding is zero.
     """
-    reason = explain_layers({name: embed}, like)
+    num_rows = getattr(embed, "num_embeddings", 0)
+    reason = explain_layers({name: Form(embed, (num_rows, like.shape[-1]), False)}, like)
     if reason is None and isinstance(embed, nn.Embedding):
         if embed.padding_idx is not None or embed.max_norm is not None:
             reason = f"{name} has a padding_idx or max_norm"
@@ -249,11 +249,17 @@ def explain_selective(
 
     In less than 32 bits a sum of two products would keep fewer digits than one product of both.
     """
-    used = ("gate_up", "gate_down", "value_proj")
-    named = {f"selective_mixer.{name}": getattr(mixer, name) for name in used}
+    V, D = like.shape
+    inputs = (3 if mixer.reads_at else 2) * D
+    forms = {
+        "embed_tokens": Form(embed, (V, D), False),
+        "selective_mixer.gate_up": Form(mixer.gate_up, (D // 2, inputs), True),
+        "selective_mixer.gate_down": Form(mixer.gate_down, (len(mixer.patterns), D // 2), True),
+        "selective_mixer.value_proj": Form(mixer.value_proj, (D, D), False),
+    }
     reason = explain_module("selective_mixer", mixer, SelectiveMixer)
-    reason = reason or explain_layers({"embed_tokens": embed, **named}, like)
-    if reason is None and like.shape[0] > num_ids:
+    reason = reason or explain_layers(forms, like)
+    if reason is None and num_ids < V:
         reason = "the vocabulary has more tokens than the call"
     return reason
 
@@ -261,8 +267,15 @@ def explain_selective(
 def _plan_pointer(mixture: Any, like: Tensor, reasons: dict[str, str]) -> Any:
     """Return what runs the pointer mixture, and add the reason."""
     reason = explain_module("pointer_mixture", mixture, PointerMixture)
-    layers = {f"pointer_mixture.{name}": layer for name, layer in mixture.named_children()}
-    reason = reason or explain_layers(layers, like)
+    D = like.shape[-1]
+    shapes = {"slot_score": (mixture.num_reads, D), "automaton_score": (1, D)}
+    shapes["length_score"] = (NUM_LENGTH_BUCKETS, 1)
+    forms = {
+        f"pointer_mixture.{n}": Form(getattr(mixture, n), shape, n != "length_score")
+        for n, shape in shapes.items()
+        if getattr(mixture, n) is not None
+    }
+    reason = reason or explain_layers(forms, like)
     if reason is None and torch.compiler.is_compiling():
         reason = _JOINED
     if reason is not None:
@@ -343,7 +356,8 @@ def plan_loss(model: Any, *, like: Tensor) -> LossRun:
     """
     head, backend = model.lm_head, model.base_model.passes_backend
     reason = _explain_call(backend, like, like.shape[:-1].numel())
-    reason = reason or explain_layers({"lm_head": head}, like)
+    form = Form(head, (model.config.vocab_size, like.shape[-1]), False)
+    reason = reason or explain_layers({"lm_head": form}, like)
     if reason is None:
         most_weights = float("inf") if backend == "native" else _MOST_WEIGHTS
         reason = explain_sizes("the pass", [head.weight], most_weights, (like.shape[-1],))

@@ -17,6 +17,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
+        self.inner_size = config.intermediate_size
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -45,6 +46,7 @@ class GatedFeedForward(nn.Module):
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
+        self.inner_size = inner
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)

@@ -12,7 +12,7 @@ from unimatrix.nn.residual_context import ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveRead
 
 # Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
-_NUM_LENGTH_BUCKETS = 10
+NUM_LENGTH_BUCKETS = 10
 
 
 class PointerMixture(nn.Module):
@@ -35,7 +35,7 @@ class PointerMixture(nn.Module):
         self.length_score: nn.Embedding | None = None
         if config.automaton_pointer:
             self.automaton_score = nn.Linear(config.hidden_size, 1)
-            self.length_score = nn.Embedding(_NUM_LENGTH_BUCKETS, 1)
+            self.length_score = nn.Embedding(NUM_LENGTH_BUCKETS, 1)
 
     def forward(
         self, h: Tensor, found: SelectiveRead | None, match: ResidualRead | None
@@ -63,7 +63,7 @@ class PointerMixture(nn.Module):
             predicted = match.predicted_ids.unsqueeze(-1)  # [B, T, 1]
             lengths = match.match_lengths.unsqueeze(-1)
             buckets = (2 * lengths - 1).clamp_min(1).double().log2().long()
-            by_length = self.length_score(buckets.clamp(max=_NUM_LENGTH_BUCKETS - 1)).squeeze(-1)
+            by_length = self.length_score(buckets.clamp(max=NUM_LENGTH_BUCKETS - 1)).squeeze(-1)
             score = self.automaton_score(h) + by_length
             scores.append(score.masked_fill(predicted < 0, -torch.inf))
             elsewhere.append(torch.zeros_like(score))

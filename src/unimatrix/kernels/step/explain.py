@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import PreTrainedModel
 
 from unimatrix.configuration import UniMatrixConfig, get_config_defaults
@@ -67,6 +68,15 @@ _MODULES = (
 )
 
 
+# Parameters with a row a token.
+_TABLES = (
+    "model.embed_tokens.weight",
+    "model.residual_context.embed.weight",
+    "model.token_modulation.embed.weight",
+    "lm_head.weight",
+)
+
+
 def explain_config(config: UniMatrixConfig) -> str | None:
     """Return why no compiled step exists for a configuration, ``None`` if one does.
 
@@ -100,6 +110,8 @@ def explain_step(model: PreTrainedModel) -> str | None:
         return "the model is in training mode"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "a hook on every module is set"
     for name, module in model.named_modules():
         own = type(module).__module__ == "unimatrix.modeling"
         if type(module) not in _MODULES and not own:
@@ -115,7 +127,7 @@ def explain_step(model: PreTrainedModel) -> str | None:
     backend = model.base_model.passes_backend
     if backend != "auto":
         return f"the back end of fused_passes is {backend!r}"
-    reason = _explain_tables(model)
+    reason = _explain_tables(model) or _explain_forms(model)
     if reason is not None:
         return reason
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
@@ -126,6 +138,23 @@ def explain_step(model: PreTrainedModel) -> str | None:
         return f"its parameters are {str(dtype).removeprefix('torch.')} on {device}"
     if not compiles_native():
         return "compiled kernels failed their check in this process"
+    return None
+
+
+def _explain_forms(model: PreTrainedModel) -> str | None:
+    """Return which parameter is not as the model was built with it; tables may be resized."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = 1 if name in _TABLES else 0
+        built = model.built_shapes.get(name)
+        if built is None or parameter.shape[first:] != built[first:]:
+            return f"{name} is not as the model was built"
+    missing = model.built_shapes.keys() - dict(model.named_parameters(remove_duplicate=False))
+    if missing:
+        return f"{min(missing)} is missing"
+    for name, module in model.named_modules():
+        is_norm = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        if is_norm and module.eps != model.config.layer_norm_eps:
+            return f"the eps of {name} is {module.eps}"
     return None
 
 
