@@ -16,7 +16,6 @@ from unimatrix.nn.mixer import Tokens
 from unimatrix.nn.selective_mixer import Found, SelectiveMixer, normalize_features
 from unimatrix.ops.hindsight import LABELS, HindsightRules
 from unimatrix.ops.selective_slots import SlotLookup
-from unimatrix.ops.selective_slots.gate_native import weigh_writes_native
 from unimatrix.ops.selective_slots.read_native import read_found_native
 
 DTYPES = (torch.float64, torch.float32)
@@ -112,7 +111,7 @@ def test_a_loss_that_leaves_the_scale_out_teaches_the_gate_nothing_of_it() -> No
 @pytest.mark.parametrize("num_patterns", [1, 3])
 @pytest.mark.parametrize(("batch_size", "num_tokens"), [(1, 200), (3, 40)])
 def test_gate(batch_size: int, num_tokens: int, num_patterns: int, dtype: torch.dtype) -> None:
-    """Logits and codes, before the first token of a row too."""
+    """Logits, before the first token of a row too."""
     mixer, generator = build_mixer(32, num_patterns).to(dtype), torch.Generator().manual_seed(0)
     stream = torch.randint(0, VOCAB, (batch_size, mixer.num_recent + num_tokens))
     stream[0, : mixer.num_recent] = -1
@@ -140,20 +139,3 @@ def test_gate(batch_size: int, num_tokens: int, num_patterns: int, dtype: torch.
         drawn = torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
         leaves[name.replace(".", "_")] = (6 * drawn).to(dtype)
     compare_with_reference("selective_slots", "native", run, leaves)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_codes_of_a_gate_are_those_of_its_logits(dtype: torch.dtype) -> None:
-    """Rounded to even where a logit lies in the middle, and cut to what a byte holds."""
-    generator = torch.Generator().manual_seed(0)
-    tables, down = torch.randn(2, VOCAB, 16, generator=generator), torch.randn(5, 16)
-    bias = torch.tensor([3 / 16, 5 / 16, 100.0, -100.0, 15.9])
-    stream = torch.randint(0, VOCAB, (2, 30))
-    for scale in (0.0, 4.0):
-        weights = [weight.to(dtype) for weight in (*tables, scale * down, bias)]
-        logits, codes = weigh_writes_native(stream, 1, *weights)
-        assert torch.equal(codes, (8 * logits).round().clamp(-128, 127).long())
-        if scale == 0.0:
-            assert codes[0, 0].tolist() == [2, 2, 127, -128, 127]
-        else:
-            assert codes.unique().numel() > 9

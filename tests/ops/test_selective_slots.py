@@ -15,6 +15,7 @@ from unimatrix.ops.selective_slots import (
     SelectiveSlots,
     choose_backend,
     empty_selective_slots,
+    encode_strengths,
     hash_contexts,
     scan_selective_slots,
 )
@@ -255,3 +256,13 @@ def test_compiled_contexts_are_those_of_tensor_operations(patterns) -> None:
 def test_contexts_of_an_unknown_back_end() -> None:
     with pytest.raises(InputError, match="'parallel' is not available for selective_slots"):
         hash_contexts(torch.zeros(1, 3, dtype=torch.int64), [[0]], backend="parallel")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_codes_are_rounded_to_even_and_cut_to_what_a_byte_holds(dtype: torch.dtype) -> None:
+    logits = torch.tensor([3 / 16, 5 / 16, 100.0, -100.0, 15.9], dtype=dtype, requires_grad=True)
+    codes = encode_strengths(logits)
+    assert (codes.dtype, codes.requires_grad) == (torch.int64, False)
+    assert codes.tolist() == [2, 2, 127, -128, 127]
+    drawn = 4 * torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(encode_strengths(drawn), (8 * drawn).round().clamp(-128, 127).long())

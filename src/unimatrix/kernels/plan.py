@@ -298,7 +298,7 @@ def _weigh_retrieved(
     slots, matched = None, None
     score = mixture.slot_score
     if score is not None and found is not None:
-        read = (found.token_ids, found.log_strength, found.elsewhere)
+        read = (found.token_ids, found.log_strength, found.probe)
         slots = FoundInSlots(score.weight, score.bias, *read)
     score, by_length = mixture.automaton_score, mixture.length_score
     if score is not None and by_length is not None:

@@ -53,14 +53,14 @@ class SelectiveRun(NamedTuple):
             rules = mixer.rules if mixer.training else None
             entries = (found.logits, found.held_logits, mixer.read_score, values)
             read = read_found_native(found.lookup, *entries, found.offered, rules)
-            context, log_strength, elsewhere, scale = read
+            context, log_strength, probe, scale = read
         else:
-            log_strength, weights, elsewhere, scale = mixer.weigh_reads(found)
+            log_strength, weights, probe, scale = mixer.weigh_reads(found)
             flat = weights.flatten(0, 1).to(values.dtype)
             ids = value_ids.flatten(0, 1)
             mixed = embedding_bag(ids, values, per_sample_weights=flat, mode="sum")
             context = mixed.view(*tokens.ids.shape, -1)
-        return SelectiveRead(context, value_ids, log_strength, elsewhere, scale), state
+        return SelectiveRead(context, value_ids, log_strength, probe, scale), state
 
     def _weigh_writes(self, source: Tensor, table: Tensor, stream: Tensor) -> Tensor:
         """Return the logit of each write's strength, [B, T, N]."""
@@ -72,7 +72,7 @@ class SelectiveRun(NamedTuple):
             from unimatrix.ops.selective_slots.gate_native import weigh_writes_native
 
             layers = (after, here, down.weight, down.bias)
-            return weigh_writes_native(stream, mixer.num_recent, *layers)[0]
+            return weigh_writes_native(stream, mixer.num_recent, *layers)
         pair = stream[:, mixer.num_recent - 1 :]  # [B, 1 + T], -1 before the first token
         # [1 + V, D / 2], zeros for none
         up = embedding(pair[:, :-1] + 1, pad(after, (0, 0, 1, 0))) + embedding(pair[:, 1:], here)

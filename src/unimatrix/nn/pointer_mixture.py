@@ -51,12 +51,12 @@ class PointerMixture(nn.Module):
             token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary first, -inf for
             what was not found.
         """
-        ids, scores, elsewhere = [], [torch.zeros_like(h[..., :1])], [torch.zeros_like(h[..., :1])]
+        ids, scores, probes = [], [torch.zeros_like(h[..., :1])], [torch.zeros_like(h[..., :1])]
         if self.slot_score is not None and found is not None:
             ids.append(found.token_ids)
             scores.append(self.slot_score(h) + found.log_strength)
             zeros = torch.zeros_like(found.log_strength)
-            elsewhere.append(zeros if found.elsewhere is None else found.elsewhere + zeros)
+            probes.append(zeros if found.probe is None else found.probe + zeros)
         if self.automaton_score is not None and self.length_score is not None:
             assert match is not None
             assert match.match_lengths is not None
@@ -66,10 +66,10 @@ class PointerMixture(nn.Module):
             by_length = self.length_score(buckets.clamp(max=NUM_LENGTH_BUCKETS - 1)).squeeze(-1)
             score = self.automaton_score(h) + by_length
             scores.append(score.masked_fill(predicted < 0, -torch.inf))
-            elsewhere.append(torch.zeros_like(score))
+            probes.append(torch.zeros_like(score))
             ids.append(predicted.clamp_min(0))
         log_weights = log_softmax(torch.cat(scores, dim=-1), dim=-1)
-        return torch.cat(ids, dim=-1), log_weights + torch.cat(elsewhere, dim=-1)
+        return torch.cat(ids, dim=-1), log_weights + torch.cat(probes, dim=-1)
 
 
 class Pointer(NamedTuple):

@@ -12,13 +12,12 @@ from unimatrix.ops.checks import find_real_tokens
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
     CODES_PER_NAT,
-    MAX_CODE,
-    MIN_CODE,
     NO_KEY,
     SelectiveSlots,
     SlotLookup,
     SlotScan,
     empty_selective_slots,
+    encode_strengths,
     hash_contexts,
     scan_selective_slots,
 )
@@ -48,14 +47,14 @@ class SelectiveRead(NamedTuple):
         context: [B, T, D], weighted values, projected.
         token_ids: [B, T, Q] int64, the values; 0 where nothing was found.
         log_strength: [B, T, Q], ln of the strength they are held with; -inf for nothing.
-        elsewhere: [B, T, Q] zeros to add to the pointer's log weights (``ops.hindsight``).
+        probe: [B, T, Q] zeros to add to the pointer's log weights (``ops.hindsight``).
         scale: to be added to the loss; both are ``None`` where nothing is learned in hindsight.
     """
 
     context: Tensor
     token_ids: Tensor
     log_strength: Tensor
-    elsewhere: Tensor | None
+    probe: Tensor | None
     scale: HindsightScale | None
 
 
@@ -149,11 +148,11 @@ class SelectiveMixer(Mixer):
         stream = self.join_stream(tokens.ids, state)
         logits = self.weigh_writes(source, tokens, stream)
         found, state = self.look_up(tokens, stream, logits, state)
-        log_strength, weights, elsewhere, scale = self.weigh_reads(found)
+        log_strength, weights, probe, scale = self.weigh_reads(found)
         values = normalize_features(tokens.embed(found.lookup.value_ids))  # [B, T, Q, D]
         mixed = (weights.unsqueeze(-1) * values).sum(dim=2).to(values.dtype)
         context = self.value_proj(mixed)
-        read = SelectiveRead(context, found.lookup.value_ids, log_strength, elsewhere, scale)
+        read = SelectiveRead(context, found.lookup.value_ids, log_strength, probe, scale)
         return read, state
 
     def join_stream(self, ids: Tensor, state: SelectiveState | None) -> Tensor:
@@ -194,7 +193,7 @@ class SelectiveMixer(Mixer):
         slots = None if state is None else state.slots
         if slots is None:
             slots = empty_selective_slots(batch, self.num_slots, self.vocab_size, device=ids.device)
-        codes = (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
+        codes = encode_strengths(logits)
         keys = hash_contexts(stream, self.patterns, **self.operator_options)  # [B, n + T, N]
         write_keys = self._ending(keys, 1)
 
@@ -254,12 +253,12 @@ class SelectiveMixer(Mixer):
         scores = self.read_score + log_strength
         nothing = torch.zeros_like(scores[..., :1])
         log_weights = torch.cat([nothing, scores], dim=-1).log_softmax(dim=-1)[..., 1:]
-        elsewhere = scale = None
+        probe = scale = None
         if self.rules is not None and self.training:
-            log_weights, elsewhere, scale = watch_reads(
+            log_weights, probe, scale = watch_reads(
                 log_weights, found.logits, lookup.entries, found.offered, self.num_slots, self.rules
             )
-        return log_strength, log_weights.exp(), elsewhere, scale
+        return log_strength, log_weights.exp(), probe, scale
 
     def _ending(self, keys: Tensor, offset: int) -> Tensor:
         """Return the contexts that end ``offset`` tokens before each position, [B, T, N]."""

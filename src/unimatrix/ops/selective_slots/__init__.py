@@ -18,6 +18,7 @@ from unimatrix.ops.selective_slots.state import (
     SlotLookup,
     SlotScan,
     empty_selective_slots,
+    encode_strengths,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "SlotScan",
     "choose_backend",
     "empty_selective_slots",
+    "encode_strengths",
     "hash_contexts",
     "scan_selective_slots",
 ]

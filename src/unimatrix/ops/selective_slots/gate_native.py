@@ -24,7 +24,6 @@ from unimatrix.ops.numba.products import LANES
 from unimatrix.ops.numba.threads import run_rows
 from unimatrix.ops.numba.tiles import TILE, count_spans, sum_spans
 from unimatrix.ops.operator import declare_operator
-from unimatrix.ops.selective_slots.state import CODES_PER_NAT, MAX_CODE, MIN_CODE
 
 
 class _GateForm(NamedTuple):
@@ -46,7 +45,7 @@ def _add_inputs(lanes, of_last, of_this, last_id, this_id, inner, j):
 @kernel(**OPTIONS)
 def _weigh_rows(
     first, last, form, num_tokens, num_before, inner, num_patterns,
-    stream, of_last, of_this, down, down_bias, logits, codes,
+    stream, of_last, of_this, down, down_bias, logits,
 ):  # fmt: skip
     lanes, G, N = form.lanes, inner, num_patterns
     activations = np.empty(G, logits.dtype)
@@ -62,10 +61,7 @@ def _weigh_rows(
             for j in range(0, G, len(lanes)):
                 down_j = load(pointer(down, n * G), j, lanes)
                 sums = plus(sums, times(load(activated, j, lanes), down_j))
-            logit = total(sums) + down_bias[n]
-            logits[row * N + n] = logit
-            code = np.rint(logit * CODES_PER_NAT)
-            codes[row * N + n] = int(min(max(code, MIN_CODE), MAX_CODE))
+            logits[row * N + n] = total(sums) + down_bias[n]
     keep(activations)
 
 
@@ -113,21 +109,20 @@ def _run_forward(
     of_this: Tensor,
     down: Tensor,
     down_bias: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     (num_patterns, inner), batch = down.shape, stream.shape[0]
     num_tokens = stream.shape[1] - num_before
     logits = down.new_empty(batch, num_tokens, num_patterns)
-    codes = stream.new_empty(logits.shape)
     form = _GateForm(LANES, (0,) * (down.itemsize == 8))
     sizes = (num_tokens, num_before, inner, num_patterns)
-    inputs = (stream, of_last, of_this, down, down_bias, logits, codes)
+    inputs = (stream, of_last, of_this, down, down_bias, logits)
     run_rows(_weigh_rows, form, batch * num_tokens, 20 * inner, *sizes, *inputs)
-    return logits, codes
+    return logits
 
 
 def _run_backward(
     stream: Tensor, of_last: Tensor, of_this: Tensor, down: Tensor, num_before: int,
-    dlogits: Tensor, _: Tensor,
+    dlogits: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (num_patterns, inner), num_tokens = down.shape, dlogits.shape[1]
     num_rows = dlogits.shape[0] * num_tokens
@@ -147,7 +142,7 @@ _weigh_writes = declare_operator(
     "weigh_writes",
     _run_forward,
     backward=_run_backward,
-    results="logits codes",
+    results="logits",
     gradients="of_last of_this down down_bias",
 )
 
@@ -159,7 +154,7 @@ def weigh_writes_native(
     of_this: Tensor,
     down: Tensor,
     down_bias: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Weigh writes by the token of each position and the one before.
 
     Equation: E14 (the gate).
@@ -172,7 +167,7 @@ def weigh_writes_native(
         down, down_bias: [N, G] and [N].
 
     Returns:
-        logits [B, T, N], differentiable once in the four weights, and their strength codes, int64.
+        logits [B, T, N], differentiable once in the four weights.
     """
-    logits, codes = _weigh_writes(stream, num_before, of_last, of_this, down, down_bias)
-    return logits, codes
+    logits: Tensor = _weigh_writes(stream, num_before, of_last, of_this, down, down_bias)
+    return logits

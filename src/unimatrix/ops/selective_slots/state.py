@@ -99,6 +99,11 @@ class SlotPolicy(NamedTuple):
     fade_tokens: int
 
 
+def encode_strengths(logits: Tensor) -> Tensor:
+    """Return the codes of strengths, int64 [...]: logits [...] in eighths, cut to a byte."""
+    return (logits.detach() * CODES_PER_NAT).round().clamp(MIN_CODE, MAX_CODE).long()
+
+
 def empty_selective_slots(
     batch: int, num_slots: int, vocab_size: int, *, device: torch.device | str | None = None
 ) -> SelectiveSlots:
