@@ -185,7 +185,7 @@ def test_embedding(allows_none: bool, width: int, dtype: torch.dtype) -> None:
 def explain_embedding(embed: nn.Embedding, num_ids: int = 40) -> str | None:
     """Return why an embedding is no pass."""
     reasons: dict[str, str] = {}
-    run = _plan_embedding("it", embed, torch.zeros(1), num_ids, reasons)
+    run = _plan_embedding("it", embed, torch.zeros(16), num_ids, reasons)
     assert (run is None) == bool(reasons)
     return reasons.get("it")
 
