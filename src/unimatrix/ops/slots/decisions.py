@@ -36,6 +36,26 @@ class DecisionEntries(NamedTuple):
     filled: Tensor
 
 
+class Undecided(NamedTuple):
+    """What T tokens bring to M slots, for a back end to decide on.
+
+    Attributes:
+        queries: [B, T, C], float32 or float64.
+        keys: [B, M + T, C], those of the initial slots, then those of the tokens.
+        strengths: [B, M + T].
+        initial_ages: [B, M] int64.
+        reads: [B, T] bool.
+        writes: [B, T] bool.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    strengths: Tensor
+    initial_ages: Tensor
+    reads: Tensor
+    writes: Tensor
+
+
 class Allocation(NamedTuple):
     """Which entry each position reads and each slot ends with.
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unimatrix.ops.cosine_read import UNIT_GRID, compute_decision_norms
 from unimatrix.ops.numba.compile import kernel, part
@@ -26,7 +25,7 @@ from unimatrix.ops.numba.lanes import (
     zeros,
 )
 from unimatrix.ops.numba.threads import Shaped, map_rows
-from unimatrix.ops.slots.decisions import Allocation, prepare_strengths
+from unimatrix.ops.slots.decisions import Allocation, Undecided, prepare_strengths
 from unimatrix.ops.slots.slot_state import SlotRules
 
 Array = np.ndarray[Any, Any]
@@ -201,29 +200,15 @@ def _allocate_rows(
                 written = slot
 
 
-def allocate_native(
-    queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, *, reads: Tensor,
-    writes: Tensor, rules: SlotRules,
-) -> Allocation:  # fmt: skip
+def allocate_native(tokens: Undecided, rules: SlotRules) -> Allocation:
     """Decide for every token which entries it reads and which slot it writes.
 
     Equation: E6 (order), E7.
 
-    Args:
-        queries: [B, T, C], float32 or float64.
-        keys: [B, M + T, C], those of the initial slots, then those of the tokens.
-        strengths: [B, M + T].
-        initial_ages: [B, M] int64.
-        reads: [B, T] bool.
-        writes: [B, T] bool.
-        rules: K, match threshold, strength floor.
-
-    Returns:
-        the allocation, on the device of ``queries``.
-
     Cost:
         O(B T M C) time on the CPU, whatever the device of the tensors; no scratch that grows.
     """
+    queries, keys, strengths, initial_ages, reads, writes = tokens
     batch, num_tokens, key_size = queries.shape
     num_slots = initial_ages.shape[1]
     chosen = torch.full((batch, num_tokens, rules.slots_per_read), -1, dtype=torch.int64)

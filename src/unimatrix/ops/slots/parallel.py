@@ -1,12 +1,12 @@
 """Slot decisions as a loop over tokens of whole-batch tensor operations, on any device."""
 
 import torch
-from torch import Tensor
 
 from unimatrix.ops.cosine_read import compute_decision_units, take_rows
 from unimatrix.ops.slots.decisions import (
     Allocation,
     DecisionEntries,
+    Undecided,
     advance_ages,
     choose_slot,
     prepare_entries,
@@ -15,35 +15,15 @@ from unimatrix.ops.slots.decisions import (
 from unimatrix.ops.slots.slot_state import SlotRules
 
 
-def allocate_parallel(
-    queries: Tensor,
-    keys: Tensor,
-    strengths: Tensor,
-    initial_ages: Tensor,
-    *,
-    reads: Tensor,
-    writes: Tensor,
-    rules: SlotRules,
-) -> Allocation:
+def allocate_parallel(tokens: Undecided, rules: SlotRules) -> Allocation:
     """Decide for every token which entries it reads and which slot it writes.
 
     Equation: E6 (order), E7.
 
-    Args:
-        queries: [B, T, C], float32 or float64.
-        keys: [B, M + T, C], those of the initial slots, then those of the tokens.
-        strengths: [B, M + T].
-        initial_ages: [B, M] int64.
-        reads: [B, T] bool.
-        writes: [B, T] bool.
-        rules: K, match threshold, strength floor.
-
-    Returns:
-        the allocation.
-
     Cost:
         T rounds of O(B M C) operations; nothing larger than [B, M, C].
     """
+    queries, keys, strengths, initial_ages, reads, writes = tokens
     batch, num_slots = initial_ages.shape
     query_units = compute_decision_units(queries)  # [B, T, C]
     entries = prepare_entries(keys, strengths, rules.strength_floor)

@@ -1,33 +1,15 @@
 """Allocate, then read: decisions without gradient, then a differentiable read of K entries."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from unimatrix.ops.cosine_read import move_to_decisions, take_rows
-from unimatrix.ops.slots.decisions import MIN_STRENGTH, Allocation
+from unimatrix.ops.slots.decisions import MIN_STRENGTH, Allocation, Undecided
 from unimatrix.ops.slots.slot_state import SlotRead, SlotRules, SlotState, SlotTokens
 
-
-class Allocate(Protocol):
-    """A back end's decision scan."""
-
-    def __call__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        strengths: Tensor,
-        initial_ages: Tensor,
-        *,
-        reads: Tensor,
-        writes: Tensor,
-        rules: SlotRules,
-    ) -> Allocation:
-        """Decide for every token which entries it reads and which slot it writes."""
-
-
+Allocate = Callable[[Undecided, SlotRules], Allocation]
 Read = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -54,12 +36,8 @@ def scan_by_allocation(
     strengths = torch.cat([slots.slot_strength, tokens.strengths], dim=1)  # [B, M + T]
     token_ids = torch.cat([slots.slot_token_ids, tokens.token_ids], dim=1)  # [B, M + T]
     with torch.no_grad():
-        decided = allocate(
-            *(move_to_decisions(x) for x in (tokens.queries, keys, strengths, slots.slot_age)),
-            reads=move_to_decisions(tokens.reads),
-            writes=move_to_decisions(tokens.writes),
-            rules=rules,
-        )
+        asked = (tokens.queries, keys, strengths, slots.slot_age, tokens.reads, tokens.writes)
+        decided = allocate(Undecided(*map(move_to_decisions, asked)), rules)
         chosen, writers, ages = (field.to(keys.device) for field in decided)
         ids = take_rows(chosen.clamp_min(0), token_ids)[0] * (chosen >= 0)  # [B, T, K]
     log_strength = strengths.clamp_min(MIN_STRENGTH).log()

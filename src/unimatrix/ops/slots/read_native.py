@@ -250,19 +250,9 @@ _read = declare_operator(
 def read_native(
     queries: Tensor, keys: Tensor, values: Tensor, log_strength: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weigh the chosen entries of each position by a softmax and sum their values.
+    """Read as ``cosine_read.read_chosen``, arguments and results; -1 only after all entries.
 
     Equation: E6 (scores and softmax).
-
-    Args:
-        queries: [B, T, C], float32 or float64.
-        keys: [B, P, C].
-        values: [B, P, Dv].
-        log_strength: [B, P] in nats.
-        chosen: [B, T, K] int64, entries of each position, -1 from where there are fewer.
-
-    Returns:
-        context [B, T, Dv] and weights [B, T, K]; 0 where nothing is chosen.
 
     Cost:
         O(B T K (C + Dv)) time, no gathers kept; once differentiable. Off the CPU it is

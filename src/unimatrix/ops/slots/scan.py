@@ -16,7 +16,7 @@ from unimatrix.ops.backends import (
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
 from unimatrix.ops.operator import declare_operator
-from unimatrix.ops.slots.decisions import Allocation
+from unimatrix.ops.slots.decisions import Allocation, Undecided
 from unimatrix.ops.slots.parallel import allocate_parallel
 from unimatrix.ops.slots.read import scan_by_allocation
 from unimatrix.ops.slots.reference import scan_slots_reference
@@ -205,20 +205,9 @@ def _find_scan(backend: str, queries: Tensor, num_slots: int) -> Scan:
     return functools.partial(scan_by_allocation, allocate, read)
 
 
-def _allocate_by(
-    backend: str,
-    queries: Tensor,
-    keys: Tensor,
-    strengths: Tensor,
-    initial_ages: Tensor,
-    *,
-    reads: Tensor,
-    writes: Tensor,
-    rules: SlotRules,
-) -> Allocation:
+def _allocate_by(backend: str, tokens: Undecided, rules: SlotRules) -> Allocation:
     """Decide with ``native`` or ``triton``, inside a captured graph too."""
-    inputs = (queries, keys, strengths, initial_ages, reads, writes)
-    return Allocation(*_allocate_slots(*inputs, *rules, backend))
+    return Allocation(*_allocate_slots(*tokens, *rules, backend))
 
 
 def _allocate(
@@ -238,9 +227,9 @@ def _allocate(
         from unimatrix.ops.slots.triton import allocate_triton as allocate
     else:
         from unimatrix.ops.slots.native import allocate_native as allocate
-    rules = SlotRules(slots_per_read, match_threshold, strength_floor)
+    tokens = Undecided(queries, keys, strengths, initial_ages, reads, writes)
     chosen, writers, ages = allocate(
-        queries, keys, strengths, initial_ages, reads=reads, writes=writes, rules=rules
+        tokens, SlotRules(slots_per_read, match_threshold, strength_floor)
     )
     return chosen, writers, ages
 

@@ -22,7 +22,7 @@ from unimatrix.ops.cosine_read import (
     read_chosen,
 )
 from unimatrix.ops.operator import declare_operator
-from unimatrix.ops.slots.decisions import Allocation, prepare_entries
+from unimatrix.ops.slots.decisions import Allocation, Undecided, prepare_entries
 from unimatrix.ops.slots.slot_state import SlotRules
 
 _POSITIONS = 16  # of a program that reads
@@ -101,29 +101,15 @@ def choose_warps(num_numbers: int) -> int:
     return min(8, max(1, num_numbers // 512))
 
 
-def allocate_triton(
-    queries: Tensor, keys: Tensor, strengths: Tensor, initial_ages: Tensor, *, reads: Tensor,
-    writes: Tensor, rules: SlotRules,
-) -> Allocation:  # fmt: skip
+def allocate_triton(tokens: Undecided, rules: SlotRules) -> Allocation:
     """Decide for every token which entries it reads and which slot it writes.
 
     Equation: E6 (order), E7.
 
-    Args:
-        queries: [B, T, C], float32 or float64.
-        keys: [B, M + T, C], those of the initial slots, then those of the tokens.
-        strengths: [B, M + T].
-        initial_ages: [B, M] int64.
-        reads: [B, T] bool.
-        writes: [B, T] bool.
-        rules: K, match threshold, strength floor.
-
-    Returns:
-        the allocation.
-
     Cost:
         T steps of O(M C) work, all rows at once; the decision units of all entries as scratch.
     """
+    queries, keys, strengths, initial_ages, reads, writes = tokens
     (B, T, C), M, K = queries.shape, initial_ages.shape[1], rules.slots_per_read
     entries = prepare_entries(keys, strengths, rules.strength_floor)
     chosen = initial_ages.new_full((B, T, K), -1)
@@ -317,19 +303,9 @@ _read = declare_operator(
 def read_triton(
     queries: Tensor, keys: Tensor, values: Tensor, log_strength: Tensor, chosen: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weigh the chosen entries of each position by a softmax and sum their values.
+    """Read as ``cosine_read.read_chosen``, arguments and results; -1 only after all entries.
 
     Equation: E6 (scores and softmax).
-
-    Args:
-        queries: [B, T, C], float32 or float64.
-        keys: [B, P, C].
-        values: [B, P, Dv].
-        log_strength: [B, P] in nats.
-        chosen: [B, T, K] int64, entries of each position, -1 from where there are fewer.
-
-    Returns:
-        context [B, T, Dv] and weights [B, T, K]; 0 where nothing is chosen.
 
     Cost:
         O(B T K (C + Dv)) time, no gathers kept; once differentiable. Where torch is told to be
