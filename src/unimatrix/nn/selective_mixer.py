@@ -1,5 +1,7 @@
 """Contexts, gate, read and pointer around the selective slots."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -189,52 +191,56 @@ class SelectiveMixer(Mixer):
         Returns:
             what each position found, and the state after the last real token, if it is kept.
         """
-        batch, ids = stream.shape[0], tokens.ids
+        batch, ids = tokens.ids.shape[0], tokens.ids
         slots = None if state is None else state.slots
         if slots is None:
             slots = empty_selective_slots(batch, self.num_slots, self.vocab_size, device=ids.device)
-        codes = encode_strengths(logits)
         keys = hash_contexts(stream, self.patterns, **self.operator_options)  # [B, n + T, N]
         write_keys = self._ending(keys, 1)
-
-        def scan(read_keys: Tensor, bounded: bool) -> SlotScan:
-            return scan_selective_slots(
-                read_keys,
-                write_keys,
-                ids,
-                codes,
-                initial=slots,
-                bounded=bounded,
-                margin=self.margin,
-                keep_first=self.keep_first,
-                fade_tokens=self.fade_tokens,
-                first_position=tokens.num_before,
-                lengths=tokens.lengths,
-                **self.operator_options,
-            )
-
+        scan = partial(
+            scan_selective_slots,
+            write_keys=write_keys,
+            value_ids=ids,
+            codes=encode_strengths(logits),
+            initial=slots,
+            margin=self.margin,
+            keep_first=self.keep_first,
+            fade_tokens=self.fade_tokens,
+            first_position=tokens.num_before,
+            lengths=tokens.lengths,
+            **self.operator_options,
+        )
         read_keys = torch.cat([self._ending(keys, offset) for offset in self.read_offsets], dim=-1)
         bounded = self.bounded_training or not self.training
-        scanned = scan(read_keys, bounded)
-        lookups = [scanned.lookup]
-        for _ in range(self.num_hops - 1):
-            # What was found is asked for in turn; what is written does not depend on it.
-            next_keys = lookups[-1].value_ids.masked_fill(lookups[-1].entries < 0, NO_KEY)
-            lookups.append(scan(next_keys, bounded).lookup)
-        lookup = SlotLookup(*(torch.cat(parts, dim=-1) for parts in zip(*lookups, strict=True)))
-        held_logits = logits.new_zeros(batch, self.num_slots)
-        if state is not None and state.logits is not None:
-            held_logits = state.logits
+        lookup, scanned = self._follow(read_keys, partial(scan, bounded=bounded))
+        held_logits = None if state is None else state.logits
+        if held_logits is None:
+            held_logits = logits.new_zeros(batch, self.num_slots)
         offered = (write_keys >= 0) & find_real_tokens(tokens.lengths, ids).unsqueeze(-1)
         found = Found(lookup, held_logits, logits, offered)
         if not tokens.keeps_state:
             return found, None
-        final = scan(read_keys, bounded=True) if scanned.slots is None else scanned
+        final = scan(read_keys=read_keys, bounded=True) if scanned.slots is None else scanned
         assert final.slots is not None
         assert final.writers is not None
         entries = found.entries
         behind = entries.gather(1, final.writers) if entries.requires_grad else None
         return found, SelectiveState(final.slots, self._take_recent(stream, tokens.lengths), behind)
+
+    def _follow(
+        self, read_keys: Tensor, scan: Callable[[Tensor], SlotScan]
+    ) -> tuple[SlotLookup, SlotScan]:
+        """Return what all hops find, [B, T, Q] each, and the scan of the first one.
+
+        What was found is asked for in turn; what is written does not depend on it.
+        """
+        scanned = scan(read_keys)
+        lookups = [scanned.lookup]
+        for _ in range(self.num_hops - 1):
+            next_keys = lookups[-1].value_ids.masked_fill(lookups[-1].entries < 0, NO_KEY)
+            lookups.append(scan(next_keys).lookup)
+        joined = (torch.cat(parts, dim=-1) for parts in zip(*lookups, strict=True))
+        return SlotLookup(*joined), scanned
 
     def weigh_reads(
         self, found: Found

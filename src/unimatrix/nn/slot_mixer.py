@@ -1,5 +1,6 @@
 """Projections and gates around the sparse slots."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -63,47 +64,47 @@ class SlotMixer(AssociativeProjections):
         source = source if self.reads_at is None else tokens.embeddings
         previous, slots = (None, None) if state is None else state
         before = shift_to_previous(source, previous)  # [B, T, D]
-        if self.write_gate is None:
-            strengths = torch.ones_like(source[..., 0])  # [B, T]
-        else:
-            pair = torch.cat([before, source], dim=-1)  # [B, T, 2 D]
-            strengths = torch.sigmoid(self.write_gate(pair)).squeeze(-1)  # [B, T]
-        if slots is None:
-            slots = empty_slots(
-                source.shape[0],
-                self.num_slots,
-                self.key_size,
-                self.value_size,
-                dtype=torch.promote_types(source.dtype, torch.float32),
-                device=source.device,
-            )
         keys = self.key_proj(before)
         if self.product_keys is not None:
             keys = self.product_keys(keys)
-        values = self.value_proj(source)
-
-        def scan(queries: Tensor) -> tuple[SlotRead, SlotState]:
-            return scan_slots(
-                queries,
-                keys,
-                values,
-                strengths,
-                tokens.ids,
-                writable=tokens.writable,
-                slots_per_read=self.slots_per_read,
-                initial=slots,
-                match_threshold=self.match_threshold,
-                strength_floor=self.strength_floor,
-                lengths=tokens.lengths,
-                **self.operator_options,
-            )
-
+        scan = partial(
+            scan_slots,
+            keys=keys,
+            values=self.value_proj(source),
+            strengths=self._weigh_writes(before, source),
+            token_ids=tokens.ids,
+            writable=tokens.writable,
+            slots_per_read=self.slots_per_read,
+            initial=self._start(source) if slots is None else slots,
+            match_threshold=self.match_threshold,
+            strength_floor=self.strength_floor,
+            lengths=tokens.lengths,
+            **self.operator_options,
+        )
         queries = self.query_proj(source)
-        read, final = scan(queries)
+        read, final = scan(queries=queries)
         for hop_proj in self.hop_projs:  # what is written does not depend on what is asked
             queries = queries + hop_proj(read.context)
-            read, _ = scan(queries)
+            read, _ = scan(queries=queries)
         return read, SlotMixerState(take_last(source, tokens.lengths, previous), final)
+
+    def _weigh_writes(self, before: Tensor, source: Tensor) -> Tensor:
+        """Return the strength of each write, [B, T]; features [B, T, D] of t - 1 and t."""
+        if self.write_gate is None:
+            return torch.ones_like(source[..., 0])
+        pair = torch.cat([before, source], dim=-1)  # [B, T, 2 D]
+        return torch.sigmoid(self.write_gate(pair)).squeeze(-1)
+
+    def _start(self, source: Tensor) -> SlotState:
+        """Return the slots of an empty stream."""
+        return empty_slots(
+            source.shape[0],
+            self.num_slots,
+            self.key_size,
+            self.value_size,
+            dtype=torch.promote_types(source.dtype, torch.float32),
+            device=source.device,
+        )
 
     def vote(self, h: Tensor, read: SlotRead) -> Votes:
         """Return the ids of the slots read and their gated weights (E9); see ``Mixer.vote``."""
