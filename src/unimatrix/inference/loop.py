@@ -96,6 +96,7 @@ class _Text:
 class _Records:
     """What ``return_dict_in_generate`` asks for, one tensor [B, V] a token."""
 
+    wanted: bool
     scores: tuple[Tensor, ...] | None
     logits: tuple[Tensor, ...] | None
 
@@ -104,6 +105,7 @@ class _Records:
         """Return empty records of what is wanted."""
         wanted = generation_config.return_dict_in_generate
         return cls(
+            wanted,
             () if wanted and generation_config.output_scores else None,
             () if wanted and generation_config.output_logits else None,
         )
@@ -114,6 +116,17 @@ class _Records:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
+
+    def answer(self, ids: Tensor, stream: "_Stream") -> Tensor | GenerateDecoderOnlyOutput:
+        """Return what ``generate`` returns: the ids, with the records where they are wanted."""
+        if not self.wanted:
+            return ids
+        return GenerateDecoderOnlyOutput(
+            sequences=ids,
+            scores=self.scores,
+            logits=self.logits,
+            past_key_values=stream.cache(),
+        )
 
 
 @dataclass
@@ -207,14 +220,7 @@ def sample_tokens(
         logits = stream.advance(token_ids)
     if streamer is not None:
         streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return text.ids.clone()
-    return GenerateDecoderOnlyOutput(
-        sequences=text.ids.clone(),
-        scores=records.scores,
-        logits=records.logits,
-        past_key_values=stream.cache(),
-    )
+    return records.answer(text.ids.clone(), stream)
 
 
 def _read_prompt(

@@ -40,6 +40,17 @@ from unimatrix.train.run_folder import CHECKPOINT_FOLDER
 _CHECKPOINTS_PER_RUN = 10  # where ``save_every_steps`` is not set
 _COMPILE_BACKEND = "inductor"
 _NUM_GPU_LOADERS = 2
+# Of the Trainer, whatever the recipe says.
+_FIXED_ARGUMENTS: dict[str, Any] = {
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
+    "ddp_find_unused_parameters": False,
+    "remove_unused_columns": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "log_level": "error",
+    "log_level_replica": "error",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,12 +194,7 @@ def train_model(
     """
     assert settings.steps is not None, "the number of steps is decided before training"
     join_processes(device)
-    num_items = settings.steps * settings.batch_size
-    if len(dataset) < num_items:  # type: ignore[arg-type]
-        raise InputError(
-            f"the dataset has {len(dataset)} items; {settings.steps} steps of "  # type: ignore[arg-type]
-            f"{settings.batch_size} need {num_items}"
-        )
+    _require_items(dataset, settings.steps, settings.batch_size)
     tokens_per_step = dataset[0]["input_ids"].numel() * settings.batch_size
     log = MetricsLog(out, on_metrics, num_tokens=tokens_per_step)
     with (
@@ -207,10 +213,7 @@ def train_model(
         )
         torch.manual_seed(settings.seed + get_rank())
         start = time.perf_counter()
-        if device == "cpu":
-            keep_freed_memory()
-        with flush_denormals():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _take_steps(trainer, checkpoint, device)
     return TrainResult(
         num_optim_steps=trainer.state.global_step,
         num_tokens=log.count_tokens(trainer.state.global_step),
@@ -218,6 +221,15 @@ def train_model(
         loss_nats=log.loss_nats,
         interrupted=trainer.state.global_step < settings.steps,
     )
+
+
+def _require_items(dataset: Any, num_steps: int, batch_size: int) -> None:
+    """Raise ``InputError`` unless a dataset has the items of all steps."""
+    if len(dataset) < num_steps * batch_size:
+        raise InputError(
+            f"the dataset has {len(dataset)} items; {num_steps} steps of {batch_size} need "
+            f"{num_steps * batch_size}"
+        )
 
 
 def _build_trainer(
@@ -235,6 +247,14 @@ def _build_trainer(
         model.config.use_cache = uses_cache
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _take_steps(trainer: SequentialTrainer, checkpoint: Path | None, device: str) -> None:
+    """Train from a checkpoint, or from the beginning."""
+    if device == "cpu":
+        keep_freed_memory()
+    with flush_denormals():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 @contextlib.contextmanager
@@ -306,21 +326,14 @@ def build_arguments(
         torch_compile_backend=_COMPILE_BACKEND if settings.compile else None,
         seed=settings.seed,
         logging_steps=settings.log_every_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
         save_strategy="steps" if saves else "no",
         save_steps=settings.save_every_steps or math.ceil(settings.steps / _CHECKPOINTS_PER_RUN),
         save_total_limit=settings.keep_checkpoints,
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and count_processes() > 1 else None,
-        ddp_find_unused_parameters=False,
         dataloader_pin_memory=device == "cuda",
         dataloader_num_workers=_NUM_GPU_LOADERS if device == "cuda" else 0,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-        log_level_replica="error",
+        **_FIXED_ARGUMENTS,
     )
     # Several GPUs are used through torchrun; nn.DataParallel would take those that are visible.
     arguments._n_gpu = min(arguments.n_gpu, 1)
