@@ -255,29 +255,10 @@ class UniMatrixCache:
         Raises:
             InputError: if the file is missing, is no cache, or is of a later format.
         """
-        if os.path.isdir(path):
-            raise InputError(
-                f"{os.fspath(path)!r} is a folder; name the file that UniMatrixCache.save wrote"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError as error:
-            raise InputError(f"no cache file at {os.fspath(path)!r}") from error
-        except OSError as error:
-            raise InputError(f"{os.fspath(path)!r} cannot be read: {error}") from error
-        except SafetensorError as error:
-            raise InputError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise InputError(f"{os.fspath(path)!r} is not a cache written by UniMatrixCache.save")
-        if int(metadata["format_version"]) > FORMAT_VERSION:
-            raise InputError(
-                f"{os.fspath(path)!r} has format version {metadata['format_version']} and this "
-                f"release reads up to {FORMAT_VERSION}; upgrade unimatrix-lm"
-            )
+        name = os.fspath(path)
+        metadata, tensors = _read_file(name)
         digests = json.loads(metadata.get("weights_digests", "{}"))
-        _warn_of_missing(os.fspath(path), digests, tensors.get("text_hash"))
+        _warn_of_missing(name, digests, tensors.get("text_hash"))
         cache = cls(
             config_digest=metadata["config_digest"],
             num_columns=int(metadata["num_columns"]),
@@ -293,8 +274,8 @@ class UniMatrixCache:
         )
         if unknown := sorted(set(tensors) - set(cache.tensors())):
             raise InputError(
-                f"{os.fspath(path)!r} holds {unknown[0]!r}, which no mixer here carries, or not "
-                "alone; import the class of the mixer that wrote it, or save the cache again"
+                f"{name!r} holds {unknown[0]!r}, which no mixer here carries, or not alone; import "
+                "the class of the mixer that wrote it, or save the cache again"
             )
         return cache.to(device)
 
@@ -399,6 +380,30 @@ def require_own_cache(past_key_values: Any) -> UniMatrixCache | None:
         f"past_key_values is a {type(past_key_values).__name__}, which is no cache of this model; "
         "pass the UniMatrixCache that an earlier call returned, or none"
     )
+
+
+def _read_file(path: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a cache's file; raise as ``UniMatrixCache.load``."""
+    if os.path.isdir(path):
+        raise InputError(f"{path!r} is a folder; name the file that UniMatrixCache.save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"no cache file at {path!r}") from error
+    except OSError as error:
+        raise InputError(f"{path!r} cannot be read: {error}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path!r} is not a safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path!r} is not a cache written by UniMatrixCache.save")
+    if int(metadata["format_version"]) > FORMAT_VERSION:
+        raise InputError(
+            f"{path!r} has format version {metadata['format_version']} and this release reads up "
+            f"to {FORMAT_VERSION}; upgrade unimatrix-lm"
+        )
+    return metadata, tensors
 
 
 def _warn_of_missing(path: str, digests: dict[str, str], text_hash: Tensor | None) -> None:

@@ -84,11 +84,7 @@ def read_inputs(
     if use_cache is None:
         use_cache = config.use_cache and not model.training
     keeps_cache = use_cache and suffix_match is None
-    past = require_own_cache(past_key_values)
-    if past is None:
-        past = start_cache(config, ids, is_kept=keeps_cache)
-    else:
-        past.check(model, ids.shape[0])
+    past = _take_cache(model, past_key_values, ids, is_kept=keeps_cache)
     padding, positions, table = None, None, model.embed_positions
     if attention_mask is not None:
         padding = find_padding(attention_mask, ids, past.num_columns)
@@ -101,6 +97,17 @@ def read_inputs(
     if table is not None:
         positions = _count_positions(ids, past, padding, table.num_embeddings)
     return Inputs(ids, inputs_embeds, positions, past, padding, keeps_cache)
+
+
+def _take_cache(
+    model: Any, past_key_values: UniMatrixCache | None, ids: Tensor, *, is_kept: bool
+) -> UniMatrixCache:
+    """Return the cache to continue from, checked, or that of an empty sequence."""
+    past = require_own_cache(past_key_values)
+    if past is None:
+        return start_cache(model.config, ids, is_kept=is_kept)
+    past.check(model, ids.shape[0])
+    return past
 
 
 def _count_positions(

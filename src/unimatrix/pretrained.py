@@ -261,14 +261,8 @@ class UniMatrixGenerationMixin(GenerationMixin):
             InputError: if ids, mask and cache do not fit each other, or a row has nothing to read.
         """
         if position_ids is not None:
-            mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-            require_positions(
-                position_ids,
-                input_ids,
-                torch.zeros_like(input_ids[:, 0]),
-                find_padding(mask, input_ids),
-                has_table=past_key_values is None and bool(self.config.max_position_embeddings),
-            )
+            has_table = past_key_values is None and bool(self.config.max_position_embeddings)
+            _require_counted(position_ids, input_ids, attention_mask, has_table)
         cache = require_own_cache(past_key_values)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
@@ -290,3 +284,12 @@ class UniMatrixGenerationMixin(GenerationMixin):
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,
         }
+
+
+def _require_counted(
+    position_ids: Tensor, ids: Tensor, attention_mask: Tensor | None, has_table: bool
+) -> None:
+    """Raise ``InputError`` unless the positions of a whole text, [B, T], count from its start."""
+    mask = None if attention_mask is None else attention_mask[:, -ids.shape[1] :]
+    padding = find_padding(mask, ids)
+    require_positions(position_ids, ids, ids.new_zeros(len(ids)), padding, has_table=has_table)

@@ -203,18 +203,14 @@ def scan_matrix_state(
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}; pass at least 1.")
     chosen = _require_backend(backend, tokens, norm_guard)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if initial_state is None:
-        initial_state = q.new_zeros((sizes["B"], sizes["H"], sizes["N"], sizes["N"]), dtype=dtype)
-    require_shape("initial_state", initial_state, "B H N N", sizes)
-    initial_state = initial_state.to(dtype)
+    initial_state = _start(q, initial_state, sizes)
     if chosen == "triton":
         from unimatrix.ops.matrix_state.triton import scan_triton
 
         return scan_triton(
             tokens, initial_state=initial_state, lengths=lengths, chunk_size=chunk_size
         )
-    tokens = tokens.replace_each(lambda x: x.to(dtype))
+    tokens = tokens.replace_each(lambda x: x.to(initial_state.dtype))
     if chosen == "native":
         y, final_state = _scan_native(tokens, initial_state, lengths, norm_guard)
     elif chosen == "parallel":
@@ -222,6 +218,15 @@ def scan_matrix_state(
     else:
         y, final_state = _scan_reference(tokens, initial_state, lengths, norm_guard)
     return y.to(q.dtype), final_state
+
+
+def _start(q: Tensor, initial_state: Tensor | None, sizes: dict[str, int]) -> Tensor:
+    """Return the state before the first token, in float32 at least; raise if it does not fit."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        initial_state = q.new_zeros((sizes["B"], sizes["H"], sizes["N"], sizes["N"]), dtype=dtype)
+    require_shape("initial_state", initial_state, "B H N N", sizes)
+    return initial_state.to(dtype)
 
 
 def _scan_parallel(
