@@ -96,13 +96,10 @@ def run(
     read it in independent windows of their length, and "context" says so. Nothing is random: --seed
     is taken so that every verb has it, and moves nothing.
     """
-    if split is not None:
-        require_choice("there is no split", split, SPLITS)
-    if limit_bytes is not None and limit_bytes < 1:
-        raise InputError(f"limit-bytes is {limit_bytes}; it must be at least 1")
+    _require_extent(split, limit_bytes)
     place = pick_device(device)
 
-    from unimatrix.hub.load import load_model, require_byte_level
+    from unimatrix.hub.load import load_byte_model
     from unimatrix.train.run_folder import (
         create_folder,
         describe_run,
@@ -114,8 +111,7 @@ def run(
     if out is not None:
         require_new_folder(out)
 
-    loaded = load_model(model, device=place).model
-    require_byte_level(loaded, model)
+    loaded = load_byte_model(model, device=place)
     corpus, split = open_corpus(model, data, valid_data, split)
     first = open_prime(prime)
     begun = describe_run(place) | {"config_sha256": hash_config(loaded.config.to_dict())}
@@ -126,6 +122,14 @@ def run(
         if out is not None:
             write_record(out, {"status": "done", **begun, "results": result})
     emit(result, as_json, _render)
+
+
+def _require_extent(split: str | None, limit_bytes: int | None) -> None:
+    """Raise ``InputError`` for a split or a limit that no corpus has."""
+    if split is not None:
+        require_choice("there is no split", split, SPLITS)
+    if limit_bytes is not None and limit_bytes < 1:
+        raise InputError(f"limit-bytes is {limit_bytes}; it must be at least 1")
 
 
 def open_corpus(

@@ -86,12 +86,11 @@ def run(
     data = read_prompt(prompt, prompt_file)
     place = pick_device(device)
 
-    from unimatrix.hub.load import load_model, require_byte_level
+    from unimatrix.hub.load import load_byte_model
     from unimatrix.inference.generation import generate_bytes
     from unimatrix.inference.streams import require_state
 
-    loaded = load_model(model, device=place).model
-    require_byte_level(loaded, model)
+    loaded = load_byte_model(model, device=place)
     first = open_prime(prime)
     if first is not None:
         require_state(loaded)

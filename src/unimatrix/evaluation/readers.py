@@ -32,7 +32,7 @@ from unimatrix.baselines.linear_attention.modeling import (
 from unimatrix.errors import InputError, explain
 from unimatrix.evaluation.byte_costs import Score, score_tokens
 from unimatrix.hub.auto import register
-from unimatrix.hub.load import CONFIG_FILE, hide_progress, load_model, require_byte_level
+from unimatrix.hub.load import CONFIG_FILE, hide_progress, load_byte_model
 from unimatrix.inference.generation import generate_bytes
 from unimatrix.inference.sampling import Sampling
 from unimatrix.inference.streams import CHUNK_TOKENS, carry_state, name_state
@@ -252,9 +252,7 @@ def open_reader(name: str, *, device: torch.device | str = "cpu") -> Reader:
     is_path = folder.exists() or looks_like_path or name in PRESETS
     kind = _read_kind(folder)
     if is_path and kind in (None, "unimatrix"):
-        model = load_model(name, device=device).model
-        require_byte_level(model, name)
-        return Reader(name, model, None)
+        return Reader(name, load_byte_model(name, device=device), None)
     register()
     # The one peer that transformers does not have.
     AutoConfig.register(LinearAttentionConfig.model_type, LinearAttentionConfig, exist_ok=True)

@@ -72,6 +72,15 @@ def load_model(
     return LoadedModel(model.to(device).eval(), tokenizer)
 
 
+def load_byte_model(
+    name_or_path: Name, *, device: torch.device | str = "cpu"
+) -> UniMatrixForCausalLM:
+    """Load a trained model of bytes; arguments and errors as ``load_model``."""
+    model = load_model(name_or_path, device=device).model
+    require_byte_level(model, name_or_path)
+    return model
+
+
 def load_config(name_or_path: Name) -> UniMatrixConfig:
     """Return the configuration of a run folder, a saved model or a preset."""
     folder = _find_folder(name_or_path)

@@ -14,7 +14,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, Corpus, StreamMatches, WindowDataset, load_corpus
 from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
 from unimatrix.errors import InputError
-from unimatrix.hub.load import load_config, load_model, require_byte_level, save_model
+from unimatrix.hub.load import load_byte_model, load_config, require_byte_level, save_model
 from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tokenization import build_tokenizer
@@ -294,9 +294,7 @@ def build_model(section: ModelSection, seed: int) -> UniMatrixForCausalLM:
         InputError: for an unusable preset, override or saved model, or one that is not byte-level.
     """
     if section.init is not None:
-        model = load_model(section.init).model
-        require_byte_level(model, section.init)
-        return model
+        return load_byte_model(section.init)
     assert section.preset is not None
     model = _draw_model(UniMatrixConfig.preset(section.preset, **section.overrides), seed)
     require_byte_level(model, section.preset)
