@@ -25,44 +25,52 @@ REPORT_FILE = "report.html"
 _REPORT_ONLY = ("context", "learning rate", "state bytes at 1,024")
 
 
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help=f"A .toml file, or a shipped comparison: {', '.join(list_comparisons())}.",
+    ),
+]
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="A few steps everywhere: minutes, to see that all runs.")
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="MODEL", help="Run this model only. Repeatable."),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Corpus instead of the recipe's: as in `train`, or a folder with train, valid and "
+        "test; learning rates are chosen on the first. Repeatable.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Folder of the results; what is finished there is not run again. "
+        "[default: runs/compare-RECIPE]",
+    ),
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", help=f"HTML file of the report. [default: {REPORT_FILE} in the folder]"
+    ),
+]
+
+
 def run(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            metavar="[RECIPE]",
-            help=f"A .toml file, or a shipped comparison: {', '.join(list_comparisons())}.",
-        ),
-    ] = DEFAULT_COMPARISON,
+    recipe: RecipeArgument = DEFAULT_COMPARISON,
     *,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few steps everywhere: minutes, to see that all runs.")
-    ] = False,
-    only: Annotated[
-        list[str] | None,
-        typer.Option("--only", metavar="MODEL", help="Run this model only. Repeatable."),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="Corpus instead of the recipe's: as in `train`, or a folder with train, valid and "
-            "test; learning rates are chosen on the first. Repeatable.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help="Folder of the results; what is finished there is not run again. "
-            "[default: runs/compare-RECIPE]",
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            "--report", help=f"HTML file of the report. [default: {REPORT_FILE} in the folder]"
-        ),
-    ] = None,
+    quick: QuickOption = False,
+    only: OnlyOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    report: ReportOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

@@ -11,59 +11,67 @@ _QUICK_LENGTHS = (1024, 4096, 16_384)
 _QUICK_EXAMPLES = 2
 
 
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...", help="Run folders, saved models, or names on the Hugging Face hub."
+    ),
+]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="A task of RULER's (niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, "
+        "niah_multiquery, vt, cwe, fwe), book or code. Repeatable. [default: all]",
+    ),
+]
+LengthOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--length",
+        help="Bytes of prompt and answer; book and code read as far as the longest. "
+        "Repeatable. [default: 1024 to 1048576, each 4 times the last]",
+    ),
+]
+ExamplesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--examples",
+        help="Examples of a task at a length; ten lines and a hundred names of code each. "
+        "[default: 10]",
+    ),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="The text of essays and of the book, such as a held-out book: all bytes of files, "
+        "a corpus's test split. Repeatable. [default: pystdlib]",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of record.json; what is finished there is not run again."),
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", help="HTML file of the report; its plots go beside it as PNG."),
+]
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="Three lengths up to 16384 and two examples: minutes.")
+]
+
+
 def run(
-    model: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Run folders, saved models, or names on the Hugging Face hub."
-        ),
-    ],
+    model: ModelsArgument,
     *,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            help="A task of RULER's (niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, "
-            "niah_multiquery, vt, cwe, fwe), book or code. Repeatable. [default: all]",
-        ),
-    ] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length",
-            help="Bytes of prompt and answer; book and code read as far as the longest. "
-            "Repeatable. [default: 1024 to 1048576, each 4 times the last]",
-        ),
-    ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(
-            "--examples",
-            help="Examples of a task at a length; ten lines and a hundred names of code each. "
-            "[default: 10]",
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="The text of essays and of the book, such as a held-out book: all bytes of files, "
-            "a corpus's test split. Repeatable. [default: pystdlib]",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="Folder of record.json; what is finished there is not run again."
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", help="HTML file of the report; its plots go beside it as PNG."),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Three lengths up to 16384 and two examples: minutes.")
-    ] = False,
+    task: TaskOption = None,
+    length: LengthOption = None,
+    examples: ExamplesOption = None,
+    data: DataOption = None,
+    out: OutOption = None,
+    report: ReportOption = None,
+    quick: QuickOption = False,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

@@ -36,50 +36,61 @@ if TYPE_CHECKING:
     from unimatrix.train.run import TrainingRun
 
 
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help=f"A .toml file, or a shipped recipe: {', '.join(list_recipes())}; without it, "
+        f"{DEFAULT_RECIPE}.",
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help=f"{describe_key('model.preset')} See `unimatrix info`."),
+]
+DataOption = Annotated[
+    list[str] | None, typer.Option("--data", help=f"{describe_key('data.data')} Repeatable.")
+]
+ValidDataOption = Annotated[
+    list[str] | None, typer.Option("--valid-data", help=describe_key("data.valid_data"))
+]
+MinutesOption = Annotated[
+    float | None, typer.Option("--minutes", help=describe_key("train.minutes"))
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run folder to create; without it, runs/PRESET-CORPUS-N."),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Continue the interrupted run in --out, exactly.")
+]
+AssignmentsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change any other field, such as train.learning_rate=1e-3 or "
+        "model.hidden_size=128; --dry-run lists them. Repeatable.",
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing else.")
+]
+
+
 def run(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE]",
-            help=f"A .toml file, or a shipped recipe: {', '.join(list_recipes())}; without it, "
-            f"{DEFAULT_RECIPE}.",
-        ),
-    ] = None,
+    recipe: RecipeArgument = None,
     *,
-    preset: Annotated[
-        str | None,
-        typer.Option("--preset", help=f"{describe_key('model.preset')} See `unimatrix info`."),
-    ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help=f"{describe_key('data.data')} Repeatable.")
-    ] = None,
-    valid_data: Annotated[
-        list[str] | None, typer.Option("--valid-data", help=describe_key("data.valid_data"))
-    ] = None,
-    minutes: Annotated[
-        float | None, typer.Option("--minutes", help=describe_key("train.minutes"))
-    ] = None,
+    preset: PresetOption = None,
+    data: DataOption = None,
+    valid_data: ValidDataOption = None,
+    minutes: MinutesOption = None,
     steps: Annotated[int | None, typer.Option("--steps", help=describe_key("train.steps"))] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Run folder to create; without it, runs/PRESET-CORPUS-N."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the interrupted run in --out, exactly.")
-    ] = False,
+    out: OutOption = None,
+    resume: ResumeOption = False,
     init: Annotated[str | None, typer.Option("--init", help=describe_key("model.init"))] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change any other field, such as train.learning_rate=1e-3 or "
-            "model.hidden_size=128; --dry-run lists them. Repeatable.",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and do nothing else.")
-    ] = False,
+    assignments: AssignmentsOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     device: DeviceOption = "auto",
     seed: SeedOption = None,
