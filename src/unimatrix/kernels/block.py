@@ -1,6 +1,6 @@
 """A depth step of compiled passes: all of it as one operator, or as many of its parts as can be."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,27 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from unimatrix.kernels.explain import (
-    Form,
-    explain_layers,
-    explain_module,
-    explain_norm,
-    explain_sizes,
-    explain_weights,
+from unimatrix.kernels.block_weights import (
+    MOST_CONTEXTS,
+    can_fuse_scan,
+    explain_convolution,
+    join_feed_forward,
+    join_mixing,
+    join_projections,
+    join_step,
+    list_controls,
+    list_gates,
+    list_network,
+    list_vectors,
 )
+from unimatrix.kernels.explain import Form, explain_layers, explain_module, explain_norm
 from unimatrix.kernels.passes.weights import PassWeights
 from unimatrix.nn.block import States, UniMatrixBlock
-from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
-from unimatrix.nn.matrix_mixer import NUM_RULES, MatrixMixer, MatrixState
+from unimatrix.nn.feed_forward import GatedFeedForward
+from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
 from unimatrix.nn.mixer import Tokens, Votes
 from unimatrix.nn.short_convolution import ShortConvolution
-from unimatrix.ops.matrix_state.fused_scan import bind_and_scan, fuses_scan
+from unimatrix.ops.matrix_state.fused_scan import bind_and_scan
 
 if TYPE_CHECKING:
     from unimatrix.kernels.passes.depth_step_native import DepthStep
 
 Layer = Callable[[Tensor], Tensor]
-_MOST_CONTEXTS = 3
 
 
 def build_norm_run(norm: nn.Module, name: str, like: Tensor, reasons: dict[str, str]) -> Layer:
@@ -100,7 +105,7 @@ class BlockRun:
         matrix = block.matrix_mixer
         others = [mixer for mixer in block.mixers if mixer is not matrix]
         is_known = all(mixer.name in reads for mixer in others)
-        if self.step is not None and is_known and len(reads) < _MOST_CONTEXTS:
+        if self.step is not None and is_known and len(reads) < MOST_CONTEXTS:
             x, h, states = self._apply_step(self.step, x, tokens, carry)
         else:
             x, h, states = self._apply_parts(x, tokens, carry, reads)
@@ -188,8 +193,8 @@ class BlockRun:
             h = mixed = self.norm(x)
             if mixer.short_conv is not None:
                 mixed, recent = self._convolve(mixer.short_conv, h, recent, tokens.lengths)
-            vectors = self._join(_list_vectors(mixer, h.shape[-1]))(mixed)
-            controls = self._join(_list_controls(mixer, h.shape[-1]))(h)
+            vectors = self._join(list_vectors(mixer, h.shape[-1]))(mixed)
+            controls = self._join(list_controls(mixer, h.shape[-1]))(h)
         is_bound = self.projections is not None and mixer.squashes
         if can_fuse_scan(mixer, h, h.shape[1]):
             readout, matrix_state = bind_and_scan(
@@ -211,7 +216,7 @@ class BlockRun:
         self, convolution: ShortConvolution, h: Tensor, recent: Tensor | None, lengths: Any
     ) -> tuple[Tensor, Tensor]:
         """Convolve in one pass, or as the module does."""
-        reason = _explain_convolution(convolution, h)
+        reason = explain_convolution(convolution, h)
         if reason is not None or torch.compiler.is_compiling():
             mixed: tuple[Tensor, Tensor] = convolution(h, recent, lengths)
             return mixed
@@ -227,9 +232,9 @@ class BlockRun:
     def _sum_gated(self, h: Tensor, contexts: dict[str, Tensor]) -> Tensor:
         """Return the gated sum of the contexts (E11)."""
         forms = {
-            n: form for n, form in _list_gates(self.block, h.shape[-1]).items() if n in contexts
+            n: form for n, form in list_gates(self.block, h.shape[-1]).items() if n in contexts
         }
-        is_one_pass = len(contexts) <= _MOST_CONTEXTS and _are_like(h, contexts.values())
+        is_one_pass = len(contexts) <= MOST_CONTEXTS and _are_like(h, contexts.values())
         is_one_pass = is_one_pass and not torch.compiler.is_compiling()
         if not is_one_pass or explain_layers(forms, h) is not None:
             read = [torch.sigmoid(forms[n].layer(h)) * context for n, context in contexts.items()]
@@ -243,7 +248,7 @@ class BlockRun:
         """Return the feed-forward network's output."""
         network = self.block.feed_forward
         reason = explain_module("feed_forward", network, GatedFeedForward)
-        forms = {} if reason is not None else _list_network(network, h.shape[-1])
+        forms = {} if reason is not None else list_network(network, h.shape[-1])
         up = {name: form for name, form in forms.items() if form.layer is not network.down_proj}
         reason = reason or explain_layers(up, h)
         if reason is not None or torch.compiler.is_compiling():
@@ -285,52 +290,6 @@ def _are_like(x: Tensor, contexts: Iterable[Tensor]) -> bool:
     return all(context.shape == x.shape and context.dtype == x.dtype for context in contexts)
 
 
-def _list_vectors(mixer: MatrixMixer, width: int) -> dict[str, Form]:
-    """Return the layers of what a token binds and asks for, by name."""
-    shape = (mixer.num_heads * mixer.head_dim, width)
-    return _name_forms("block.matrix_mixer", mixer, mixer.vector_layers, shape, has_bias=False)
-
-
-def _list_controls(mixer: MatrixMixer, width: int) -> dict[str, Form]:
-    """Return the layers of what decides how a token is written, by name."""
-    shape = (mixer.num_heads, width)
-    forms = _name_forms("block.matrix_mixer", mixer, mixer.control_layers, shape, has_bias=True)
-    rules = (NUM_RULES * mixer.num_heads, width)
-    return {n: f._replace(shape=rules) if "rule_proj" in n else f for n, f in forms.items()}
-
-
-def _list_gates(block: UniMatrixBlock, width: int) -> dict[str, Form]:
-    """Return the gates by the mixer's name."""
-    return {name: Form(gate, (width, width), True) for name, gate in block.gates.items()}
-
-
-def _list_network(network: FeedForward | GatedFeedForward, width: int) -> dict[str, Form]:
-    """Return the layers of a feed-forward network, by name."""
-    inner, has_bias = network.inner_size, isinstance(network, FeedForward)
-    up, down = network.up_projs, [network.down_proj]
-    return _name_forms(
-        "block.feed_forward", network, up, (inner, width), has_bias=has_bias
-    ) | _name_forms("block.feed_forward", network, down, (width, inner), has_bias=has_bias)
-
-
-def _name_forms(
-    prefix: str, owner: nn.Module, layers: Sequence[Any], shape: tuple[int, int], *, has_bias: bool
-) -> dict[str, Form]:
-    """Return layers of one shape by their full names."""
-    names = {id(layer): name for name, layer in owner._modules.items()}
-    return {f"{prefix}.{names[id(layer)]}": Form(layer, shape, has_bias) for layer in layers}
-
-
-def _explain_convolution(convolution: ShortConvolution, like: Tensor) -> str | None:
-    """Return why passes cannot read a short convolution, ``None`` if they can."""
-    name, weight = "block.matrix_mixer.short_conv", convolution.weight
-    reason = explain_module(name, convolution, ShortConvolution)
-    reason = reason or explain_weights(name, [weight], like)
-    if reason is None and weight.shape != (convolution.kernel, like.shape[-1]):
-        reason = f"the weight of {name} is {list(weight.shape)}"
-    return reason
-
-
 def build_block_run(
     block: UniMatrixBlock,
     like: Tensor,
@@ -355,11 +314,11 @@ def build_block_run(
     if matrix is not None:
         not_bare = explain_module("block.matrix_mixer", matrix, MatrixMixer)
     parts: dict[str, Any] = {
-        "projections": not_bare or _join_projections(block, like, most_weights),
-        "mixing": not_bare or drops or _join_mixing(block, like, most_weights),
-        "feed_forward": drops or _join_feed_forward(block, like, most_weights),
+        "projections": not_bare or join_projections(block, like, most_weights),
+        "mixing": not_bare or drops or join_mixing(block, like, most_weights),
+        "feed_forward": drops or join_feed_forward(block, like, most_weights),
     }
-    parts["step"] = _join_step(matrix, parts, like, num_tokens)
+    parts["step"] = join_step(matrix, parts, like, num_tokens)
     passes = {n: None if isinstance(part, str) else part for n, part in parts.items()}
     reasons |= {f"block.{n}": part for n, part in parts.items() if isinstance(part, str)}
     norm: Layer = block.norm
@@ -371,110 +330,3 @@ def build_block_run(
     return BlockRun(
         block, norm, ffn_norm, **passes, matrix_is_plain=not_bare is None, dtype=like.dtype
     )
-
-
-def _join_projections(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
-    """Return norm, convolution and projections as one pass, or why they cannot be."""
-    norm, mixer = block.norm, block.matrix_mixer
-    assert mixer is not None
-    filters = mixer.short_conv
-    reason = explain_norm("block.norm", norm, like)
-    if filters is not None:
-        reason = reason or _explain_convolution(filters, like)
-    vectors = _list_vectors(mixer, like.shape[-1])
-    controls = _list_controls(mixer, like.shape[-1])
-    forms: dict[str, Any] = {**vectors, **controls}
-    reason = reason or explain_layers(forms, like)
-    if reason is None:
-        weights = [norm.weight, *(form.layer.weight for form in forms.values())]
-        widths = (like.shape[-1], sum(form.shape[0] for form in vectors.values()))
-        reason = explain_sizes("the pass", weights, most, widths)
-    if reason is not None:
-        return reason
-    # Imported here, as in what follows: it loads the compiler.
-    from unimatrix.kernels.passes.projection_native import prepare_projections
-
-    assert norm.eps is not None
-    return prepare_projections(
-        norm.weight,
-        norm.bias if isinstance(norm, nn.LayerNorm) else None,
-        norm.eps,
-        None if filters is None else filters.weight,
-        [layer.weight for layer in mixer.vector_layers],
-        [layer.weight for layer in mixer.control_layers],
-        [layer.bias for layer in mixer.control_layers],
-    )
-
-
-def _join_mixing(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
-    """Return the readout's projection and the gates as one pass, or why they cannot be."""
-    assert block.matrix_mixer is not None
-    mixer, width = block.matrix_mixer, like.shape[-1]
-    out, inner = mixer.out_proj, mixer.num_heads * mixer.head_dim
-    gates: dict[str, Any] = _list_gates(block, width)
-    if len(gates) > _MOST_CONTEXTS:
-        return f"{len(gates)} mixers are more than {_MOST_CONTEXTS}"
-    named = {f"the gate of block.{name}": gate for name, gate in gates.items()}
-    forms = {"block.matrix_mixer.out_proj": Form(out, (width, inner), False), **named}
-    reason = explain_layers(forms, like)
-    layers = [gate.layer for gate in gates.values()]
-    if reason is None:
-        weights = [out.weight, *(layer.weight for layer in layers)]
-        reason = explain_sizes("the pass", weights, most, (width, inner))
-    if reason is not None:
-        return reason
-    from unimatrix.kernels.passes.mixing_native import prepare_mixing
-
-    return prepare_mixing(out.weight, [g.weight for g in layers], [g.bias for g in layers])
-
-
-def _join_feed_forward(block: UniMatrixBlock, like: Tensor, most: float) -> PassWeights | str:
-    """Return norm and feed-forward network as one pass, or why they cannot be."""
-    norm, network = block.ffn_norm, block.feed_forward
-    reason = explain_module("block.feed_forward", network, FeedForward, GatedFeedForward)
-    if reason is not None:
-        return reason
-    if network.training and network.dropout.p:
-        return "dropout is on"
-    forms: dict[str, Any] = _list_network(network, like.shape[-1])
-    reason = (
-        explain_norm("block.ffn_norm", norm, like)
-        or explain_module("block.feed_forward.dropout", network.dropout, nn.Dropout)
-        or explain_layers(forms, like)
-    )
-    if reason is None:
-        weights = [norm.weight, *(form.layer.weight for form in forms.values())]
-        reason = explain_sizes("the pass", weights, most, (like.shape[-1],))
-    if reason is not None:
-        return reason
-    from unimatrix.kernels.passes.feed_forward_native import prepare_feed_forward
-
-    assert norm.eps is not None
-    up = [layer.weight for layer in network.up_projs]
-    shift = norm.bias if isinstance(norm, nn.LayerNorm) else None
-    down, bias = network.down_proj, network.up_projs[0].bias
-    return prepare_feed_forward(norm.weight, shift, norm.eps, up, bias, down.weight, down.bias)
-
-
-def _join_step(
-    mixer: MatrixMixer, parts: dict[str, Any], like: Tensor, num_tokens: int
-) -> "DepthStep | str":
-    """Return the three passes and the scan as one operator, or why they cannot be."""
-    for name, part in parts.items():
-        if isinstance(part, str):
-            return f"{name} is no pass"
-    if torch.compiler.is_compiling():
-        return "torch.compile takes each pass by itself"
-    if not can_fuse_scan(mixer, like, num_tokens):
-        return "the scan does not bind its vectors itself"
-    from unimatrix.kernels.passes.depth_step_native import DepthStep
-
-    sizes = (mixer.num_heads, mixer.head_dim, mixer.squashes, mixer.normalized_keys)
-    return DepthStep(parts["projections"], parts["mixing"], parts["feed_forward"], *sizes)
-
-
-def can_fuse_scan(mixer: MatrixMixer, like: Tensor, num_tokens: int) -> bool:
-    """Return whether one scan binds its vectors, too: there is one for these rules alone."""
-    backend = mixer.operator_options.get("backend", "auto")
-    is_known = mixer.update_rules in ("outer", "mixed") and not mixer.norm_guard
-    return is_known and fuses_scan(backend, like.device, num_tokens)
