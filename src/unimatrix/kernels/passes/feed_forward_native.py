@@ -13,12 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from unimatrix.kernels.passes.gated_sum_native import sigmoid
-from unimatrix.kernels.passes.weights import (
-    PassWeights,
-    hold_float,
-    join_weights,
-    order_panels,
-)
+from unimatrix.kernels.passes.weights import PassWeights, hold_float, join_weights, order_panels
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.gaussian import find_normal_density, integrate_normal
 from unimatrix.ops.numba.lanes import (

@@ -11,13 +11,7 @@ from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import OPTIONS, at, pointer
 from unimatrix.ops.numba.products import LANES
 from unimatrix.ops.numba.threads import run_rows
-from unimatrix.ops.numba.tiles import (
-    TILE,
-    add_multiple,
-    count_spans,
-    multiply_rows,
-    sum_spans,
-)
+from unimatrix.ops.numba.tiles import TILE, add_multiple, count_spans, multiply_rows, sum_spans
 from unimatrix.ops.operator import declare_operator
 
 _WORK_OF_SHARES = 1000

@@ -11,12 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from unimatrix.kernels.passes.weights import (
-    PassWeights,
-    hold_float,
-    join_weights,
-    order_panels,
-)
+from unimatrix.kernels.passes.weights import PassWeights, hold_float, join_weights, order_panels
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.lanes import (
     OPTIONS,

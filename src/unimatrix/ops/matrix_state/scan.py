@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import (
-    compiles_native,
-    compiles_triton,
-    require_backend,
-    require_triton,
-)
+from unimatrix.ops.backends import compiles_native, compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import (
     find_real_tokens,
     is_autocast,

@@ -4,15 +4,7 @@
 import math
 
 from unimatrix.ops.numba.compile import part
-from unimatrix.ops.numba.lanes import (
-    OPTIONS,
-    exponential,
-    minus,
-    over,
-    plus,
-    times,
-    where_negative,
-)
+from unimatrix.ops.numba.lanes import OPTIONS, exponential, minus, over, plus, times, where_negative
 
 # ln(erfc(z) / t) + z^2 with t = 2 / (2 + z), as a polynomial in 2 t - 1: a Chebyshev fit to the
 # last bits of float32 and of float64.

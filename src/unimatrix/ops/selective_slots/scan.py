@@ -4,12 +4,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import (
-    compiles_native,
-    compiles_triton,
-    require_backend,
-    require_triton,
-)
+from unimatrix.ops.backends import compiles_native, compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import require_dtype, require_lengths, require_shape
 from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.selective_slots.reference import scan_reference

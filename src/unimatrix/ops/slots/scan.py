@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
-from unimatrix.ops.backends import (
-    compiles_native,
-    compiles_triton,
-    require_backend,
-    require_triton,
-)
+from unimatrix.ops.backends import compiles_native, compiles_triton, require_backend, require_triton
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
 from unimatrix.ops.cosine_read import choose_compute_dtype, read_chosen
 from unimatrix.ops.operator import declare_operator

@@ -15,12 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unimatrix.ops.cosine_read import (
-    LOGIT_SCALE,
-    MIN_NORM,
-    compute_decision_units,
-    read_chosen,
-)
+from unimatrix.ops.cosine_read import LOGIT_SCALE, MIN_NORM, compute_decision_units, read_chosen
 from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.slots.decisions import Allocation, Undecided, prepare_entries
 from unimatrix.ops.slots.slot_state import SlotRules
