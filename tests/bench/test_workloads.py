@@ -13,12 +13,12 @@ from unimatrix.bench.workloads import (
     NEW_TOKENS,
     BatchLoader,
     choose_batch_size,
-    count_cache_bytes,
     cut_rows,
     load_text,
     prefill,
 )
 from unimatrix.errors import InputError
+from unimatrix.evaluation.footprint import count_cache_bytes
 from unimatrix.ops.suffix_automaton import predict_from_suffix
 from unimatrix.train.trainer import choose_collator
 

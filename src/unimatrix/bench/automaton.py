@@ -8,7 +8,8 @@ from torch import Tensor
 
 from unimatrix.bench.clock import Workload, choose_rounds, summarize, time_interleaved, time_once
 from unimatrix.bench.equivalence import EquivalenceError
-from unimatrix.bench.workloads import count_cache_bytes, cut_rows
+from unimatrix.bench.workloads import cut_rows
+from unimatrix.evaluation.footprint import count_cache_bytes
 from unimatrix.ops.suffix_automaton import predict_from_suffix
 
 _CHECKED_TOKENS = 1024  # the reference is quadratic

@@ -20,7 +20,8 @@ from transformers.utils import logging
 from unimatrix.bench.clock import time_once
 from unimatrix.bench.models import BenchModel
 from unimatrix.bench.process_bytes import is_out_of_bytes, limit_bytes, measure_peak_bytes
-from unimatrix.bench.workloads import MODES, NEW_TOKENS, count_cache_bytes, cut_rows, prefill
+from unimatrix.bench.workloads import MODES, NEW_TOKENS, cut_rows, prefill
+from unimatrix.evaluation.footprint import count_cache_bytes
 from unimatrix.train.allocator import give_freed_memory_back, keep_freed_memory
 
 # More than a vocabulary has: fewer take another path through some layers, and the run that is

@@ -1,7 +1,7 @@
 """What is timed: a train step, a forward pass, a prompt read, bytes decoded, single steps."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -46,14 +46,7 @@ class Mode(NamedTuple):
 
 
 def choose_batch_size(mode: str, num_tokens: int, batch_size: int | None, device: str) -> int:
-    """Return B of a cell.
-
-    Args:
-        mode: a key of ``MODES``.
-        num_tokens: T.
-        batch_size: what was asked for; ``None`` fills ``TOKENS_PER_BATCH``.
-        device: cpu, cuda or mps.
-    """
+    """Return B of a cell; without a batch size it fills ``TOKENS_PER_BATCH``."""
     if not MODES[mode].batched:
         return 1
     return max(1, TOKENS_PER_BATCH[device] // num_tokens) if batch_size is None else batch_size
@@ -73,40 +66,9 @@ def load_text(num_bytes: int, data: str | None = None) -> bytes:
 
 
 def cut_rows(text: bytes, batch_size: int, num_tokens: int, vocab_size: int) -> Tensor:
-    """Return [B, T] int64, one row of the text after the other; ids modulo the vocabulary.
-
-    Args:
-        text: at least B x T bytes.
-        batch_size: B.
-        num_tokens: T.
-        vocab_size: V.
-    """
+    """Return [B, T] int64, B x T bytes row after row; ids modulo the vocabulary."""
     ids = np.frombuffer(text, dtype=np.uint8, count=batch_size * num_tokens).astype(np.int64)
     return torch.from_numpy(ids % vocab_size).view(batch_size, num_tokens)
-
-
-def count_cache_bytes(carried: Any) -> int:
-    """Return the bytes of all tensors in a cache of any library, as allocated.
-
-    Args:
-        carried: a cache, state, or nested containers of them.
-    """
-    return sum(tensor.nbytes for tensor in _list_tensors(carried, set()))
-
-
-def _list_tensors(value: Any, visited: set[int]) -> Iterator[Tensor]:
-    """Yield every tensor below ``value`` once; classes and modules hold none that are carried."""
-    if id(value) in visited:
-        return
-    visited.add(id(value))
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-        yield from _list_tensors(vars(value), visited)
-    parts = value.values() if isinstance(value, dict) else value
-    for part in parts if isinstance(value, (dict, list, tuple)) else ():
-        yield from _list_tensors(part, visited)
 
 
 @torch.no_grad()

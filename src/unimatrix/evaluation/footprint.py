@@ -1,6 +1,6 @@
 """How large a model is: parameters by part, and the bytes it carries while it reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -101,9 +101,7 @@ def measure_carried_bytes(
             ids = torch.from_numpy(text)[(places - 1) % len(text)]
             ids[places == 0] = last_id
             _, state = carry_state(model, ids[None].to(model.device), state)
-    if isinstance(state, UniMatrixCache):
-        return state.num_bytes()
-    return sum(tensor.numel() * tensor.element_size() for tensor in _list_tensors(state))
+    return state.num_bytes() if isinstance(state, UniMatrixCache) else count_cache_bytes(state)
 
 
 def _count_keys_and_values(model: PreTrainedModel, num_tokens: int) -> int:
@@ -122,12 +120,21 @@ def _count_keys_and_values(model: PreTrainedModel, num_tokens: int) -> int:
     return num_numbers * element_size
 
 
-def _list_tensors(state: object) -> Iterator[Tensor]:
-    """Yield every tensor of a state: of nested lists, tables and cache objects."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping | list | tuple):
-        for part in state.values() if isinstance(state, Mapping) else state:
-            yield from _list_tensors(part)
-    elif hasattr(state, "__dict__"):
-        yield from _list_tensors(vars(state))
+def count_cache_bytes(carried: object) -> int:
+    """Return the bytes of all tensors in a cache of any library, or nested ones, as allocated."""
+    return sum(tensor.nbytes for tensor in _list_tensors(carried, set()))
+
+
+def _list_tensors(value: object, visited: set[int]) -> Iterator[Tensor]:
+    """Yield every tensor below ``value`` once; classes and modules hold none that are carried."""
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if hasattr(value, "__dict__") and not isinstance(value, type | torch.nn.Module):
+        yield from _list_tensors(vars(value), visited)
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _list_tensors(part, visited)
