@@ -68,12 +68,7 @@ class TokenCost:
 
 
 def count_peer(name: str, model: Any) -> TokenCost:
-    """Count a model of another library.
-
-    Args:
-        name: a key of ``TIMED_PEERS``.
-        model: one that it built.
-    """
+    """Count a model of another library, built by ``TIMED_PEERS``."""
     peer, config = TIMED_PEERS[name], model.config
     head = model.get_output_embeddings()
     layers = int(config.num_hidden_layers)
@@ -96,9 +91,6 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     retrieves is counted once, or at each depth step with the hidden source: slots score M C (a
     choice) and read K (C + D) at each hop, product keys score C for an entry of both codebooks;
     dense memory scores C an earlier pair.
-
-    Args:
-        config: of any preset.
     """
     width, depth = config.hidden_size, config.num_hidden_layers
     linear, mixing = _count_matrix_mixer(config)
@@ -161,10 +153,5 @@ def _count_retrieval(config: UniMatrixConfig) -> TokenCost:
 
 
 def count_model(name: str, model: nn.Module) -> TokenCost:
-    """Count a peer or a preset.
-
-    Args:
-        name: a key of ``TIMED_PEERS``, or anything else for a UniMatrix.
-        model: the model of that name.
-    """
+    """Count a peer, or a UniMatrix of any other name."""
     return count_peer(name, model) if name in TIMED_PEERS else count_unimatrix(model.config)  # type: ignore[arg-type]

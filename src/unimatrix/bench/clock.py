@@ -98,13 +98,7 @@ def time_interleaved(
 
 
 def choose_rounds(num_rounds: int, budget_s: float, run_s: float) -> int:
-    """Return the wanted number of rounds, or as many as fit the budget, at least one.
-
-    Args:
-        num_rounds: wanted.
-        budget_s: seconds that all of them may take.
-        run_s: seconds of one.
-    """
+    """Return the wanted number of rounds, or as many as fit the budget, at least one."""
     return min(num_rounds, max(1, int(budget_s / max(run_s, 1e-9))))
 
 

@@ -53,11 +53,6 @@ def check_model(spec: BenchModel, *, seed: int, device: str) -> list[Check]:
     Then single steps through the cache, and the bytes that ``generate`` chooses, are compared with
     full passes, in float32.
 
-    Args:
-        spec: a preset at the sizes to be timed.
-        seed: of the weights.
-        device: cpu, cuda or mps.
-
     Raises:
         EquivalenceError: if one differs by more than its limit.
     """
@@ -86,12 +81,7 @@ def check_model(spec: BenchModel, *, seed: int, device: str) -> list[Check]:
 def check_compiled(spec: BenchModel, *, seed: int, device: str) -> list[Check]:
     """Compare loss and gradients of a compiled train step with those of eager execution.
 
-    In float32 and in what is to be timed.
-
-    Args:
-        spec: a preset with a compiler.
-        seed: of the weights.
-        device: cpu, cuda or mps.
+    In float32 and in what is to be timed; the preset has a compiler.
 
     Raises:
         EquivalenceError: if one differs by more than its limit.

@@ -99,12 +99,7 @@ class BenchModel:
         return model.to(device)
 
     def explain_absence(self, num_tokens: int, device: str) -> str | None:
-        """Return why the model cannot see sequences of this length here, ``None`` if it can.
-
-        Args:
-            num_tokens: T.
-            device: cpu, cuda or mps.
-        """
+        """Return why the model cannot see sequences of this length here, ``None`` if it can."""
         if self.is_peer:
             return TIMED_PEERS[self.name].explain_absence(device)
         rows = self.make_config().max_position_embeddings
@@ -132,9 +127,6 @@ def match_parameters(models: Sequence[BenchModel]) -> list[BenchModel]:
     Layers and the number of heads stay; a peer gets the width at which its usual shape comes
     nearest, a multiple of 8 H, and the feed-forward width that makes up for the rest, a multiple of
     8. Mamba-2 has no such network and heads of its own: a multiple of 8 comes as near as it can.
-
-    Args:
-        models: at least one preset among them.
 
     Raises:
         InputError: if the nearest size of a peer is more than a tenth away.

@@ -40,11 +40,7 @@ class TimedPeer:
         return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def explain_absence(self, device: str) -> str | None:
-        """Return why the model cannot run here, ``None`` if it can.
-
-        Args:
-            device: cpu, cuda or mps.
-        """
+        """Return why the model cannot run here, ``None`` if it can."""
         if not self.needs:
             return None
         if device != "cuda":
@@ -53,12 +49,7 @@ class TimedPeer:
 
 
 def count_linear(model: nn.Module, head: nn.Module) -> int:
-    """Return the multiply-adds of one token in all Linear layers but the head, each used once.
-
-    Args:
-        model: a peer.
-        head: its output layer.
-    """
+    """Return the multiply-adds of one token in all Linear layers but the head, each used once."""
     return sum(
         module.weight.numel()
         for module in model.modules()

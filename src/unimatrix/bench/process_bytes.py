@@ -45,9 +45,6 @@ def measure_peak_bytes(work: Callable[[], object], device: str) -> tuple[int | N
 def limit_bytes(device: str) -> int:
     """Return the bytes that are free on a CPU or GPU, and refuse this process most of a CPU's.
 
-    Args:
-        device: cpu, cuda or mps.
-
     Returns:
         0 where they cannot be known, and there is then no limit.
     """

@@ -37,14 +37,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def build_norm_run(norm: nn.Module, name: str, like: Tensor, reasons: dict[str, str]) -> Layer:
-    """Return a norm as one compiled pass, or the module and the reason.
-
-    Args:
-        norm: of ``build_norm``.
-        name: of the part, for the reason.
-        like: a weight of the device and type that kernels read.
-        reasons: by part; one is added where the module is returned.
-    """
+    """Return a norm as one compiled pass; or the module, and add the reason to ``reasons``."""
     reason = explain_norm(name, norm, like)
     if reason is None and isinstance(norm, nn.LayerNorm):
         reason = f"{name} is a layer norm, which torch computes in one pass"

@@ -106,14 +106,7 @@ def explain_norm(name: str, norm: nn.Module, like: Tensor) -> str | None:
 def explain_sizes(
     name: str, weights: Iterable[Tensor], most_weights: float, widths: Iterable[int]
 ) -> str | None:
-    """Return why a pass cannot contain products of these sizes, ``None`` if it can.
-
-    Args:
-        name: of the pass.
-        weights: of all its layers.
-        most_weights: that it may have.
-        widths: of what its products read.
-    """
+    """Return why a pass cannot contain products of these sizes, ``None`` if it can."""
     for width in widths:
         if width % NUM_LANES:
             return f"{name} has a width of {width}, no multiple of {NUM_LANES}"

@@ -66,12 +66,8 @@ def plan(model: Any, *, like: Tensor) -> Run:
     Raises:
         InputError: if compiled passes are asked for by name and cannot run.
     """
-    embed, block, norm, mixture = (
-        model.embed_tokens,
-        model.block,
-        model.norm,
-        model.pointer_mixture,
-    )
+    embed, block = model.embed_tokens, model.block
+    norm, mixture = model.norm, model.pointer_mixture
     mixers: dict[str, Any] = {m.name: m for m in model.mixers if m.reads_at is not None}
     weight: Any = getattr(embed, "weight", None)
     reason: str | None = "embed_tokens has no weight"
@@ -106,11 +102,6 @@ def _log(reasons: dict[str, str]) -> None:
 
 def _explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
     """Return why no compiled pass may run in this call, ``None`` if one may.
-
-    Args:
-        backend: of the passes: ``auto``, ``reference`` or ``native``.
-        weight: any of the model's.
-        num_rows: positions of the call.
 
     Raises:
         InputError: if there is no such back end, or ``native`` is asked for and cannot run.

@@ -46,11 +46,7 @@ def require_backend(op: str, backend: str) -> str:
 # What follows does not change in a process: a graph that is captured takes it as a constant.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def compiles_triton(device: torch.device) -> bool:
-    """Return whether ``auto`` may choose Triton: it is installed and compiles for the device.
-
-    Args:
-        device: where the inputs are.
-    """
+    """Return whether ``auto`` may choose Triton: it is installed and compiles for the device."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip is not None:
         return False
     is_installed = importlib.util.find_spec("triton") is not None
@@ -69,9 +65,6 @@ def compiles_native() -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def require_triton(device: torch.device) -> None:
     """Check that Triton's kernels, chosen by name, can run.
-
-    Args:
-        device: where the inputs are.
 
     Raises:
         InputError: if Triton is not installed, or the device is no GPU and its kernels are not

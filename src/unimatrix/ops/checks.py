@@ -35,12 +35,7 @@ def require_shape(name: str, tensor: Tensor, letters: str, sizes: dict[str, int]
 
 
 def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
-    """Check a tensor's dtype.
-
-    Args:
-        name: the argument's name, for the message.
-        tensor: the argument.
-        dtype: what it has to be; ``None`` is any floating dtype.
+    """Check a tensor's dtype; ``None`` is any floating dtype.
 
     Raises:
         InputError: if it is another.
@@ -54,10 +49,6 @@ def require_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
 
 def require_lengths(lengths: Tensor, num_tokens: int) -> None:
     """Check the real tokens of each row, [B] int64 on any device; the values on the CPU only.
-
-    Args:
-        lengths: the argument.
-        num_tokens: T.
 
     Raises:
         InputError: if one is not in 0..T.

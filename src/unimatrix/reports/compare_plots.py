@@ -22,13 +22,7 @@ _SMOOTHED_POINTS = 5
 
 
 def plot_training(records: Records, corpus: str, styles: Styles) -> Figure:
-    """Draw bits per byte of the training windows against seconds and against tokens.
-
-    Args:
-        records: of one comparison.
-        corpus: its name.
-        styles: of its models.
-    """
+    """Draw bits per byte of the training windows against seconds and against tokens."""
     figure = figures.start_figure(14.0, 6.4)
     panels = figure.subplots(1, 2, sharey=True)
     labels = {"time": "seconds of training", "parameters": "tokens of training"}

@@ -30,13 +30,7 @@ def list_corpora(records: Records) -> list[str]:
 
 
 def select_text_cells(records: Records, table: str, corpus: str) -> dict[str, Record]:
-    """Return the finished cells of a table by model, the best on validation text first.
-
-    Args:
-        records: of one comparison.
-        table: ``parameters`` or ``time``.
-        corpus: its name.
-    """
+    """Return the finished cells of a table by model, the best on validation text first."""
     cells = _select_finished(records, f"{table}/{corpus}/")
     return dict(sorted(cells.items(), key=lambda item: _rank(item[1]["results"])))
 

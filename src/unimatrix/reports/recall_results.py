@@ -132,11 +132,6 @@ def average_copy_rule(
 ) -> float | None:
     """Return the accuracy of a copy rule: the mean over runs and slices.
 
-    Args:
-        configurations: of one task.
-        rule: its name.
-        slices: tests to average over, each counting the same.
-
     Returns:
         A fraction, or ``None`` if a slice has no measurement: a mean of the others would flatter.
     """

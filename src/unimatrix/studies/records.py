@@ -14,9 +14,6 @@ Records = Mapping[str, Record]
 def read_records(folder: Path) -> dict[str, Record]:
     """Return every record below a folder by the path of its own folder.
 
-    Args:
-        folder: such as ``results/``.
-
     Raises:
         InputError: if there is none, or one is damaged.
     """

@@ -133,15 +133,7 @@ def split_answer(documents: NDArray[np.uint8], num_answer_bytes: int) -> dict[st
 def require_room(
     num_pairs: int, most_pairs: int, window_tokens: int, shortest: int, *, what: str = "pairs"
 ) -> None:
-    """Raise ``InputError`` unless there are 1 to ``most_pairs`` pairs, and they fit the window.
-
-    Args:
-        num_pairs: bindings in an example.
-        most_pairs: the pairs that the task has ids for.
-        window_tokens: input tokens in an example.
-        shortest: the tokens that the bindings and their questions need.
-        what: what a binding is called.
-    """
+    """Raise ``InputError`` unless there are 1 to ``most_pairs`` pairs, and they fit the window."""
     if not 1 <= num_pairs <= most_pairs:
         raise InputError(f"num_pairs is {num_pairs}; choose 1 to {most_pairs}.")
     if window_tokens < shortest:

@@ -58,10 +58,6 @@ def find_last_checkpoint(run: Path, say: Callable[[str], None] = lambda _: None)
 def find_fault(checkpoint: Path, optim_step: int) -> str | None:
     """Return why a checkpoint cannot be resumed from, such as "optimizer.pt is missing".
 
-    Args:
-        checkpoint: its folder.
-        optim_step: the step that it must be of.
-
     Returns:
         ``None`` if every file that resuming reads is there and can be read to its end.
     """

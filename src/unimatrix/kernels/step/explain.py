@@ -82,9 +82,6 @@ def explain_config(config: UniMatrixConfig) -> str | None:
 
     The list is one of what is allowed: a field that is not on it must have its default. Not on it
     is the dense associative memory, which grows with the stream.
-
-    Args:
-        config: of any model.
     """
     for name, default in get_config_defaults().items():
         value = getattr(config, name)

@@ -36,11 +36,7 @@ class StepWeights:
 
 
 class _Packer:
-    """Collects weights and notes which parameters they came from.
-
-    Args:
-        model: whose weights.
-    """
+    """Collects weights and notes which parameters they came from."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parts: dict[int, Tensor] = {}

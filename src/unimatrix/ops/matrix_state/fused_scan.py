@@ -15,13 +15,7 @@ from unimatrix.ops.checks import require_dtype, require_lengths, require_shape
 
 
 def fuses_scan(backend: str, device: torch.device, num_tokens: int) -> bool:
-    """Return whether ``bind_and_scan`` is what a back end means, if the rules allow it.
-
-    Args:
-        backend: of the matrix state.
-        device: where the vectors are.
-        num_tokens: T.
-    """
+    """Return whether ``bind_and_scan`` is what a back end means, if the rules allow it."""
     if backend != "auto" or device.type != "cpu":
         return backend == "native" and device.type == "cpu"
     return num_tokens > 1 and compiles_native()

@@ -42,14 +42,6 @@ def choose_backend(
     kernels where they compile and have the form, the chunked form where not. On a GPU none of them
     has been timed. In a graph that ``torch.compile`` captures on the CPU: the chunked form; what
     needs the norm guard breaks it in two.
-
-    Args:
-        num_tokens: T.
-        device: where the inputs are.
-        norm_guard: whether S is divided by its norm.
-        is_delta: whether the rule is the delta rule.
-        head_dim: N.
-        is_double: whether the state is float64.
     """
     if num_tokens == 1:
         return "reference"

@@ -82,9 +82,6 @@ class KernelCache(NullCache):
     Each signature has files of its own. Numba numbers the signatures of a function in one index,
     which several processes that compile at the same time would write over.
 
-    Args:
-        function: the Python function of a kernel.
-
     Raises:
         ImportError: if Numba does not keep its index where this class replaces it.
     """

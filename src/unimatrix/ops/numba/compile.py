@@ -21,11 +21,7 @@ from unimatrix.ops.numba.cache import KernelCache
 
 
 def kernel(**options: Any) -> Any:
-    """Return the decorator of a function that Python or ``threads.map_rows`` calls.
-
-    Args:
-        options: of ``numba.njit``.
-    """
+    """Return ``numba.njit`` for a function that Python or ``threads.map_rows`` calls."""
 
     def decorate(function: Any) -> Any:
         compiled = numba.njit(nogil=True, pipeline_class=_KernelCompiler, **options)(function)
@@ -37,11 +33,7 @@ def kernel(**options: Any) -> Any:
 
 
 def part(**options: Any) -> Any:
-    """Return the decorator of a function that kernels and other parts alone call.
-
-    Args:
-        options: of ``numba.njit``.
-    """
+    """Return ``numba.njit`` for a function that kernels and other parts alone call."""
     return numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
 
 

@@ -36,12 +36,7 @@ _MOST_TRITON_PLACES = 4096
 
 
 def choose_backend(device: torch.device, num_slots: int, *, bounded: bool = True) -> str:
-    """Return what ``auto`` means.
-
-    Args:
-        device: where the tensors are.
-        num_slots: M.
-        bounded: M slots; otherwise every offer finds a place, as in training.
+    """Return what ``auto`` means, for M slots or, as in training, without a bound.
 
     Returns:
         ``native``, on the CPU whatever the device, or ``reference`` where kernels do not run

@@ -107,14 +107,7 @@ def encode_strengths(logits: Tensor) -> Tensor:
 def empty_selective_slots(
     batch: int, num_slots: int, vocab_size: int, *, device: torch.device | str | None = None
 ) -> SelectiveSlots:
-    """Return slots that hold nothing.
-
-    Args:
-        batch: B.
-        num_slots: M.
-        vocab_size: V, which decides the bytes of a value.
-        device: where they live; ``None`` is torch's default.
-    """
+    """Return M slots a row that hold nothing; V, the vocabulary, decides the bytes of a value."""
     ids = torch.int16 if vocab_size <= _LARGEST_INT16 else torch.int32
     shape = (batch, num_slots)
     return SelectiveSlots(

@@ -16,14 +16,7 @@ Read = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def scan_by_allocation(
     allocate: Allocate, read: Read, tokens: SlotTokens, slots: SlotState, rules: SlotRules
 ) -> tuple[SlotRead, SlotState]:
-    """Compute E6 to E9 from the integer decisions of ``allocate``.
-
-    Args:
-        allocate: the decision scan of a back end.
-        read: its read of the entries chosen.
-        tokens: what the T tokens bring.
-        slots: the slots before the first.
-        rules: K, match threshold, strength floor.
+    """Compute E6 to E9: read and write as ``allocate`` decides.
 
     Returns:
         what each position read, and the slots after the last.

@@ -28,11 +28,6 @@ def scan_slots_reference(
     Equation: E6 to E9.
     Source: paper, section on SparsePointer; published code ``model/unimatrix.py``.
 
-    Args:
-        tokens: what the T tokens bring.
-        slots: the slots before the first.
-        rules: K, match threshold, strength floor.
-
     Returns:
         what each position read, and the slots after the last.
     """

@@ -52,12 +52,6 @@ def choose_backend(
 ) -> str:
     """Return what ``auto`` means.
 
-    Args:
-        device: where the tensors are.
-        num_tokens: T.
-        num_slots: M.
-        key_size: C.
-
     Returns:
         ``native``, or ``parallel`` where kernels do not run here; on a GPU ``parallel`` for a
         single token, which then need not wait for the CPU, and for more ``triton``, where it

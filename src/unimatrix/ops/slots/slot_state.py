@@ -83,18 +83,9 @@ def empty_slots(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> SlotState:
-    """Return slots that hold nothing.
+    """Return M slots a row that hold nothing: all zeros, keys of C numbers and values of Dv.
 
-    Args:
-        batch: B.
-        num_slots: M.
-        key_size: C.
-        value_size: Dv.
-        dtype: of keys, values and strength; float32 or float64.
-        device: where they live; ``None`` is torch's default.
-
-    Returns:
-        all zeros.
+    Keys, values and strengths are of ``dtype``, float32 or float64.
     """
     return SlotState(
         torch.zeros(batch, num_slots, key_size, dtype=dtype, device=device),

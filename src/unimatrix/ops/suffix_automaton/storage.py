@@ -161,9 +161,6 @@ def keep_text(automaton: AutomatonState, window: int | None) -> AutomatonState:
 def count_live_bytes(automaton: AutomatonState) -> torch.Tensor:
     """Count the bytes in use, which the capacity may exceed.
 
-    Args:
-        automaton: the automaton of B rows.
-
     Returns:
         ``[B]`` int64, bytes a row: its text, nodes, hash entries and counters.
     """

@@ -113,12 +113,7 @@ def build_recall_cell(maker: ModelMaker, learning_rate: float) -> TrainedCell:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressorCell(StudyCell):
-    """What compressors make of the bytes that the models are judged on.
-
-    Attributes:
-        text: the corpus.
-        section: how much of it.
-    """
+    """What compressors make of the bytes that the models are judged on."""
 
     needed = ("missing",)
 

@@ -103,14 +103,7 @@ def run_recall(
 
 @dataclass(frozen=True, kw_only=True)
 class RecallCell(StudyCell):
-    """A recall recipe that is checked, with the model that it trains.
-
-    Attributes:
-        recipe: what to do.
-        slices: of its task.
-        model: with fresh weights.
-        on_test: called with the name of each test before it is run.
-    """
+    """A recall recipe that is checked, with the model that it trains."""
 
     recipe: RecallRecipe
     slices: RecallSlices

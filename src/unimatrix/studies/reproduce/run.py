@@ -70,13 +70,7 @@ class ReproductionPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimRun(StudyCell):
-    """A cell of the claims with one seed.
-
-    Attributes:
-        cell: what is trained.
-        seed: of weights and data.
-        plan: says which corpus.
-    """
+    """A cell of the claims with one seed."""
 
     cell: ClaimCell
     seed: int
