@@ -154,8 +154,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         last: Tensor = run.norm(x)
         pointer, reads = Pointer(*(votes or ())), tokens.reads
         if self.pointer_mixture is not None:
-            found = reads.get("selective_mixer") if self.config.pointer else None
-            ids_found, log_weights = run.pointer(last, found, reads.get("residual_context"))
+            ids_found, log_weights = run.pointer(last, reads)
             pointer = Pointer(ids_found, None, log_weights)
         if padding is not None:
             last, pointer = padding.unpack(last), pointer.unpack(padding)
