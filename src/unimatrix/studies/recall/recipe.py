@@ -39,7 +39,7 @@ class RecallRecipe:
     weight_decay: float = 0.01
     """Weight decay of AdamW, on every parameter."""
     test_pairs: tuple[int, ...] = (4, 6, 8)
-    """Bindings in a test example of associative recall, one test each."""
+    """Bindings in a test example of associative recall or of bindings in text, one test each."""
     test_tokens: int | None = None
     """Length of the tests of associative recall; none is that of the training."""
     test_slots: tuple[int, ...] = ()
@@ -48,11 +48,11 @@ class RecallRecipe:
     test_examples: int = 64 * 32
     """Examples of each test; none is seen in training."""
     data: tuple[str, ...] = ("pystdlib",)
-    """Text that the needle is hidden in, as in `train`."""
+    """Text that needle and bindings are hidden in, as in `train`."""
     test_data: tuple[str, ...] = ()
-    """Text of the needle's tests; none is the corpus's test split."""
+    """Text of the tests of needle and bindings; none is the corpus's test split."""
     test_windows: tuple[int, ...] = (1024, 16_384, 131_072)
-    """Lengths of the needle's tests in bytes."""
+    """Lengths of the tests of needle and bindings in bytes."""
     seed: int = 19
     """Seed of weights, examples and dropout."""
 
@@ -136,6 +136,27 @@ _FIELDS: dict[str, dict[str, Any]] = {
             "longest_retention": 8,
         },
     },
+    # The indexed attention stands for the slots; its index holds the longest test.
+    "bindings": _COSINE
+    | {
+        "num_slots": None,
+        "steps": 1500,
+        "batch_size": 8,
+        "learning_rate": 4e-3,
+        "warmup_fraction": 0.05,
+        "weight_decay": 0.05,
+        "test_pairs": (1, 3, 8),
+        "test_windows": (400, 4096, 16_384),
+        "test_examples": 100,
+        "overrides": {
+            "hidden_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "intermediate_size": 256,
+            "associative_memory": "indexed",
+            "index_window": 16_384,
+        },
+    },
     "needle": _COSINE
     | {
         "steps": 250,
@@ -178,8 +199,14 @@ RECIPES: Mapping[str, RecallRecipe] = {
 }
 TASKS = tuple(RECIPES)
 
-_QUICK_STEPS = {"associative": 200, "noisy-keys": 120, "needle": 120, "triple": 400}
-_QUICK_EXAMPLES = {"needle": 20, "associative": 512, "triple": 512}
+_QUICK_STEPS = {
+    "associative": 200,
+    "bindings": 200,
+    "noisy-keys": 120,
+    "needle": 120,
+    "triple": 400,
+}
+_QUICK_EXAMPLES = {"needle": 20, "bindings": 20, "associative": 512, "triple": 512}
 
 
 def find_recall_recipe(
