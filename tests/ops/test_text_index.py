@@ -25,7 +25,7 @@ def read_text(
     text: bytes, backend: str, *, window: int = LEAST_WINDOW, words: bool = True
 ) -> Tensor:
     """Return the places of every byte, [T, 5, 4]."""
-    index = empty_index(1, window, 259, reads_bytes=words)
+    index = empty_index(1, window, 259, words)
     places, _ = find_places(torch.tensor([list(text)]), initial=index, backend=backend)
     return places[0]
 
@@ -119,7 +119,7 @@ def test_any_split_and_any_back_end_give_the_same(
     rows: list[list[int]], sizes: list[int], words: bool, in_place: bool, backends: tuple[str, ...]
 ) -> None:
     ids = torch.tensor(rows)
-    index = empty_index(len(ids), LEAST_WINDOW, 259, reads_bytes=words)
+    index = empty_index(len(ids), LEAST_WINDOW, 259, words)
     expected, _ = find_places(ids, initial=index, backend="reference")
     found, _ = read_in_pieces(ids, sizes, backends, index, in_place)
     assert torch.equal(found, expected)
@@ -128,7 +128,7 @@ def test_any_split_and_any_back_end_give_the_same(
 @pytest.mark.parametrize("backend", ALL)
 def test_an_index_that_is_not_given_up_stays(backend: str) -> None:
     ids = torch.tensor([list(b"some words, and some more ")])
-    _, index = find_places(ids, initial=empty_index(1, 128, 259, reads_bytes=True), backend=backend)
+    _, index = find_places(ids, initial=empty_index(1, 128, 259, True), backend=backend)
     before = TextIndex(*(part.clone() for part in index))
     find_places(ids, initial=index, backend=backend)
     assert all(torch.equal(one, other) for one, other in zip(index, before, strict=True))
@@ -138,7 +138,7 @@ def test_an_index_that_is_not_given_up_stays(backend: str) -> None:
 def test_padding_is_not_read(backend: str) -> None:
     ids = torch.tensor([list(b"abc 12 abc "), list(b"12 12 \0\0\0\0\0")])
     lengths = torch.tensor([11, 6])
-    empty = empty_index(2, 128, 259, reads_bytes=True)
+    empty = empty_index(2, 128, 259, True)
     places, index = find_places(ids, initial=empty, lengths=lengths, backend=backend)
     for row, length in enumerate(lengths.tolist()):
         one = TextIndex(*(part[row : row + 1] for part in empty))
@@ -169,7 +169,7 @@ def test_the_worst_texts_fit(backend: str, name: str) -> None:
 
 def test_bytes_a_token() -> None:
     for window in (1 << 12, 1 << 16):
-        index = empty_index(1, window, 259, reads_bytes=True)
+        index = empty_index(1, window, 259, True)
         assert sum(part.nbytes for part in index) <= 12 * window
         ids = torch.randint(32, 127, (1, 300))
         _, after = find_places(ids, initial=index)
@@ -182,32 +182,32 @@ def test_an_index_from_a_file_is_built_again(num_tokens: int, words: bool) -> No
     generator = torch.Generator().manual_seed(num_tokens)
     letters = torch.tensor(list(ALPHABET))
     ids = letters[torch.randint(0, len(letters), (2, num_tokens + 60), generator=generator)]
-    empty = empty_index(2, 128, 259, reads_bytes=words)
+    empty = empty_index(2, 128, 259, words)
     _, index = find_places(ids[:, :num_tokens], initial=empty)
     expected, _ = find_places(ids[:, num_tokens:], initial=index)
     broken = index._replace(units=torch.full_like(index.units, 10**6), links=index.links + 10**6)
     counts = torch.full((2,), num_tokens)
-    anew = rebuild_index(broken, counts, 128, 259, reads_bytes=words)
+    anew = rebuild_index(broken, counts, 128, 259, words)
     found, _ = find_places(ids[:, num_tokens:], initial=anew)
     assert torch.equal(found, expected)
 
 
 def test_an_index_that_is_none_is_refused() -> None:
-    index = empty_index(1, 128, 259, reads_bytes=True)
+    index = empty_index(1, 128, 259, True)
     counts = torch.tensor([3])
     with pytest.raises(InputError, match="does not hold the last tokens of the stream"):
-        rebuild_index(index, counts, 128, 259, reads_bytes=True)
+        rebuild_index(index, counts, 128, 259, True)
     with pytest.raises(InputError, match=r"index\.tokens is torch\.int16 \[1, 128\], not"):
-        rebuild_index(index, counts, 256, 259, reads_bytes=True)
+        rebuild_index(index, counts, 256, 259, True)
     _, index = find_places(torch.tensor([[1, 2, 260]]), initial=index)
     with pytest.raises(InputError, match="does not hold"):
-        rebuild_index(index, counts, 128, 259, reads_bytes=True)
+        rebuild_index(index, counts, 128, 259, True)
 
 
 def test_wrong_arguments() -> None:
-    index, ids = empty_index(1, 128, 259, reads_bytes=True), torch.zeros(1, 3, dtype=torch.int64)
+    index, ids = empty_index(1, 128, 259, True), torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(InputError, match="window is 127; pass an even number of 128 to"):
-        empty_index(1, 127, 259, reads_bytes=True)
+        empty_index(1, 127, 259, True)
     with pytest.raises(InputError, match=r"holds 40000; pass 0 \.\. 32767"):
         find_places(ids + 40_000, initial=index)
     with pytest.raises(InputError, match="holds -1"):
@@ -218,4 +218,4 @@ def test_wrong_arguments() -> None:
         find_places(ids, initial=index, backend="triton")
     with pytest.raises(InputError, match="int64"):
         find_places(ids.float(), initial=index)
-    assert find_places(ids + 40_000, initial=empty_index(1, 128, 50_000, reads_bytes=False))
+    assert find_places(ids + 40_000, initial=empty_index(1, 128, 50_000, False))

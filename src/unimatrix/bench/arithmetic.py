@@ -14,6 +14,8 @@ from torch import nn
 
 from unimatrix.bench.peers import TIMED_PEERS, count_linear
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.ops.indexed_attention import NUM_OFFSETS, REACH
+from unimatrix.ops.text_index import NUM_KINDS, NUM_PLACES
 
 FLOPS_PER_MULTIPLY_ADD = 2
 _NUM_RULES = 3
@@ -99,11 +101,15 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     linear += width**2 * (config.associative_memory != "none")
     linear += width**2 * (config.residual_path != "none")
     retrieval = _count_retrieval(config)
-    reads_stream = config.slot_source == "hidden" and config.associative_memory != "selective"
+    reads_stream = config.slot_source == "hidden" and config.associative_memory in (
+        "slots",
+        "dense",
+    )
     repeats = depth if reads_stream else 1
     once = width * config.modulation_size + width * config.uses_pointer
     if config.uses_mixture:
-        reads = _count_selective_reads(config)
+        is_indexed = config.associative_memory == "indexed"
+        reads = config.index_heads if is_indexed else _count_selective_reads(config)
         once += width * (reads * config.pointer + config.automaton_pointer)
     return TokenCost(
         linear=depth * linear + once + repeats * retrieval.linear,
@@ -149,6 +155,14 @@ def _count_retrieval(config: UniMatrixConfig) -> TokenCost:
         inputs = (3 if config.slot_source == "hidden" else 2) * width
         gate = (inputs + len(config.slot_key_patterns)) * (width // 2)
         return TokenCost(linear=gate + width**2, mixing=_count_selective_reads(config) * width)
+    if config.associative_memory == "indexed":
+        inner = config.index_heads * config.index_head_dim
+        # Query, value and readout, both keys, and the numbers added to the scores.
+        linear = 5 * width * inner + 2 * width**2
+        linear += width * config.index_heads * (NUM_OFFSETS + NUM_KINDS)
+        return TokenCost(
+            linear=linear, mixing=2 * NUM_PLACES * NUM_OFFSETS * inner + 2 * REACH * width
+        )
     return TokenCost()
 
 

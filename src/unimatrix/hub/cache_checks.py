@@ -98,7 +98,7 @@ def read_anew(
             num_tokens,
             config.index_window,
             config.vocab_size,
-            reads_bytes=config.index_units == "words",
+            config.index_units == "words",
         )
     return anew
 

@@ -24,6 +24,7 @@ from unimatrix.ops.text_index import (
     NUM_RECENT,
     TextIndex,
     empty_index,
+    find_new_places,
     find_places,
     order_tokens,
 )
@@ -102,20 +103,10 @@ class IndexedAttention(Mixer):
         self, source: Tensor, tokens: Tokens, state: TextIndex | None
     ) -> tuple[IndexedRead, TextIndex | None]:
         """Find the places of every position, and read around them; see ``Mixer.forward``."""
-        ids, index, text = tokens.ids, state, tokens.ids
-        if index is None:
-            index = empty_index(
-                len(ids), self.window, self.vocab_size, reads_bytes=self.reads_bytes
-            )
-        else:
-            text = torch.cat([order_tokens(index).to(ids.device), ids], dim=1)
-        places, index = find_places(
-            ids,
-            initial=index,
-            lengths=tokens.lengths,
-            in_place=tokens.gives_up_state or state is None,
-            **self.operator_options,
-        )
+        ids, text = tokens.ids, tokens.ids
+        if state is not None:
+            text = torch.cat([order_tokens(state).to(ids.device), ids], dim=1)
+        places, index = self.find_places(tokens, state)
         distances, times, ages, kinds = places.unbind(dim=-1)  # [B, T, P] each
         entries = find_entries(text, distances, window=self.window, **self.operator_options)
         columns = (entries.rows // 2).clamp_min(0).long()
@@ -140,6 +131,24 @@ class IndexedAttention(Mixer):
         context = self.out_proj(context.flatten(2).to(h.dtype))
         read = IndexedRead(context, token_ids, weights)
         return read, index if tokens.keeps_state else None
+
+    def find_places(
+        self, tokens: Tokens, state: TextIndex | None
+    ) -> tuple[Tensor, TextIndex | None]:
+        """Return the places of every position, [B, T, 5, 4] int32, and the index afterwards."""
+        empty = (self.window, self.vocab_size, self.reads_bytes)
+        if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
+            # Padding comes last, and nothing is read from it.
+            return find_new_places(tokens.ids, *empty), None
+        index = empty_index(len(tokens.ids), *empty) if state is None else state
+        found: tuple[Tensor, TextIndex] = find_places(
+            tokens.ids,
+            initial=index,
+            lengths=tokens.lengths,
+            in_place=tokens.gives_up_state or state is None,
+            **self.operator_options,
+        )
+        return found
 
     def make_keys(self, text: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return what the tokens of a text are found by, and what they say.

@@ -8,6 +8,7 @@ from torch import Tensor
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import compiles_native, require_backend
 from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
+from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.text_index.reference import scan_reference
 from unimatrix.ops.text_index.state import (
     HAS_LOST_LETTER,
@@ -30,6 +31,7 @@ __all__ = [
     "NUM_RECENT",
     "TextIndex",
     "empty_index",
+    "find_new_places",
     "find_places",
     "order_tokens",
     "rebuild_index",
@@ -122,8 +124,29 @@ def find_places(
     return places.to(input_ids.device), index
 
 
+def _find_new_places(input_ids: Tensor, window: int, vocab_size: int, reads_bytes: bool) -> Tensor:
+    index = empty_index(len(input_ids), window, vocab_size, reads_bytes)
+    places: Tensor = find_places(input_ids, initial=index, in_place=True)[0]
+    return places
+
+
+find_new_places = declare_operator(
+    "find_new_places",
+    _find_new_places,
+    shapes=lambda input_ids, *_: input_ids.new_empty(
+        *input_ids.shape, NUM_PLACES, 4, dtype=torch.int32
+    ),
+    devices=None,
+)
+"""Return what ``find_places`` finds in new streams, which a captured graph takes whole.
+
+Args: input_ids [B, T] int64, and window, vocab_size and reads_bytes as for ``empty_index``.
+Returns: [B, T, 5, 4] int32.
+"""
+
+
 def rebuild_index(
-    index: TextIndex, num_tokens: Tensor, window: int, vocab_size: int, *, reads_bytes: bool
+    index: TextIndex, num_tokens: Tensor, window: int, vocab_size: int, reads_bytes: bool
 ) -> TextIndex:
     """Return an index from elsewhere with its table and links built again from its tokens.
 
@@ -138,7 +161,7 @@ def rebuild_index(
         InputError: if its tensors do not have the shapes and types of such an index, a token is
             none of the vocabulary, or there are more or fewer tokens than the stream has.
     """
-    anew = empty_index(len(num_tokens), window, vocab_size, reads_bytes=reads_bytes)
+    anew = empty_index(len(num_tokens), window, vocab_size, reads_bytes)
     index = TextIndex(*(part.cpu() for part in index))
     for name, part, expected in zip(TextIndex._fields, index, anew, strict=True):
         if part.shape != expected.shape or part.dtype != expected.dtype:

@@ -59,7 +59,7 @@ def require_window(name: str, window: int) -> None:
         )
 
 
-def empty_index(batch: int, window: int, vocab_size: int, *, reads_bytes: bool) -> TextIndex:
+def empty_index(batch: int, window: int, vocab_size: int, reads_bytes: bool) -> TextIndex:
     """Return the index of empty streams.
 
     Args:
