@@ -98,7 +98,6 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     linear, mixing = _count_matrix_mixer(config)
     gated = 3 if config.feed_forward_type == "swiglu" else 2
     linear += gated * width * config.intermediate_size
-    linear += width**2 * (config.associative_memory != "none")
     linear += width**2 * (config.residual_path != "none")
     retrieval = _count_retrieval(config)
     reads_stream = config.slot_source == "hidden" and config.associative_memory in (
@@ -108,8 +107,7 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     repeats = depth if reads_stream else 1
     once = width * config.modulation_size + width * config.uses_pointer
     if config.uses_mixture:
-        is_indexed = config.associative_memory == "indexed"
-        reads = config.index_heads if is_indexed else _count_selective_reads(config)
+        reads = config.index_heads if memory == "indexed" else _count_selective_reads(config)
         once += width * (reads * config.pointer + config.automaton_pointer)
     return TokenCost(
         linear=depth * linear + once + repeats * retrieval.linear,
