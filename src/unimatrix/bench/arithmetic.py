@@ -100,12 +100,13 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     linear += gated * width * config.intermediate_size
     linear += width**2 * (config.residual_path != "none")
     retrieval = _count_retrieval(config)
-    reads_stream = config.slot_source == "hidden" and config.associative_memory in (
-        "slots",
-        "dense",
-    )
+    memory = config.associative_memory
+    reads_stream = config.slot_source == "hidden" and memory in ("slots", "dense")
     repeats = depth if reads_stream else 1
-    once = width * config.modulation_size + width * config.uses_pointer
+    # The gate of what was read runs from the depth step on at which it was.
+    first = {"indexed": config.index_reads_at, "selective": config.slot_source == "hidden"}
+    once = width**2 * (depth - first.get(memory, 0)) * (memory != "none")
+    once += width * config.modulation_size + width * config.uses_pointer
     if config.uses_mixture:
         reads = config.index_heads if memory == "indexed" else _count_selective_reads(config)
         once += width * (reads * config.pointer + config.automaton_pointer)
@@ -158,9 +159,8 @@ def _count_retrieval(config: UniMatrixConfig) -> TokenCost:
         # Query, value and readout, both keys, and the numbers added to the scores.
         linear = 5 * width * inner + 2 * width**2
         linear += width * config.index_heads * (NUM_OFFSETS + NUM_KINDS)
-        return TokenCost(
-            linear=linear, mixing=2 * NUM_PLACES * NUM_OFFSETS * inner + 2 * REACH * width
-        )
+        entries = NUM_PLACES * NUM_OFFSETS
+        return TokenCost(linear=linear, mixing=2 * entries * inner + 2 * REACH * width)
     return TokenCost()
 
 
