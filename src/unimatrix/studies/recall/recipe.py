@@ -154,6 +154,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 6,
             "intermediate_size": 256,
             "associative_memory": "indexed",
+            "automaton_window": 1024,
             "index_window": 16_384,
         },
     },
