@@ -8,7 +8,7 @@ import pytest
 from unimatrix import tokenization
 from unimatrix.errors import InputError
 from unimatrix.tasks import BindingsQuestion, BindingsText, choose_names
-from unimatrix.tasks.bindings import NEEDLES, QUESTIONS
+from unimatrix.tasks.wordings import FEW, MANY, UNSEEN, Wordings
 
 WORDS = [f"{a}{b}{c}nder" for a in "bcdfgh" for b in "aeiou" for c in "lmnrstvw"]
 TEXT = np.frombuffer((" ".join(WORDS) + ", and\nso on. ").encode() * 20, np.uint8)
@@ -23,8 +23,8 @@ def compile_wording(wording: str) -> re.Pattern[str]:
     return re.compile(pattern.replace(r"\{value\}", r"(?P<value>\d+)"))
 
 
-TOLD = [compile_wording(wording) for wording in NEEDLES]
-ASKED = [compile_wording(wording) for wording in QUESTIONS]
+TOLD = [compile_wording(wording) for wording in FEW.needles]
+ASKED = [compile_wording(wording) for wording in FEW.questions]
 
 
 def find(patterns: list[re.Pattern[str]], text: str) -> list[tuple[str, str]]:
@@ -61,7 +61,7 @@ def test_every_document_asks_for_all_that_it_tells() -> None:
 def test_a_question_has_one_answer(num_bytes: int, num_keys: int) -> None:
     others = choose_names(TEXT, tests=True)
     assert not set(others) & set(NAMES)
-    batch = BindingsQuestion(num_bytes, TEXT, others, num_keys).build(1, 60)
+    batch = BindingsQuestion(num_bytes, TEXT, others, num_keys=num_keys).build(1, 60)
     places = set()
     for inputs, labels in zip(*(part.tolist() for part in batch.values()), strict=True):
         assert len(inputs) == num_bytes
@@ -80,8 +80,33 @@ def test_a_question_has_one_answer(num_bytes: int, num_keys: int) -> None:
     assert places == set(range(num_keys))
 
 
+@pytest.mark.parametrize("wordings", [FEW, MANY, UNSEEN], ids=["few", "many", "unseen"])
+def test_sentences_have_a_key_and_a_value(wordings: Wordings) -> None:
+    for sentence in wordings.needles + wordings.questions:
+        fields = re.findall(r"\{(\w+)\}", sentence)
+        assert {"key", "value"} <= set(fields) <= {"key", "value", "noun", "aside"}
+        assert fields.count("value") == 1
+    # What follows the value would tell where it ends.
+    assert all(sentence.endswith("{value}.") for sentence in wordings.questions)
+    kinds = {"number", "hex", "word", "code", "phrase"}
+    assert set(wordings.kinds) <= kinds
+    batch = BindingsQuestion(600, TEXT, NAMES, wordings, num_keys=3).build(0, 40)
+    for inputs, labels in zip(*(part.tolist() for part in batch.values()), strict=True):
+        assert bytes(labels[-7:]) in bytes(inputs[1:])
+    windows = BindingsText(2000, TEXT, NAMES, wordings).build(0, 4)["shift_labels"]
+    assert all(b"{" not in bytes(row) for row in windows.tolist())
+
+
+def test_the_grammar_and_what_is_held_out_share_no_sentence() -> None:
+    assert len(MANY.needles) >= 36
+    assert len(MANY.questions) >= 20
+    assert len(UNSEEN.needles) == len(UNSEEN.questions) == 10
+    for seen in (FEW, MANY):
+        assert not set(seen.needles + seen.questions) & set(UNSEEN.needles + UNSEEN.questions)
+
+
 def test_examples_depend_on_seed_and_index_alone() -> None:
-    for task in (BindingsText(300, TEXT, NAMES), BindingsQuestion(300, TEXT, NAMES, 2)):
+    for task in (BindingsText(300, TEXT, NAMES), BindingsQuestion(300, TEXT, NAMES, num_keys=2)):
         whole = task.build(5, 8)["input_ids"]
         part = task.build_batch(5, np.array([6, 2]))["input_ids"]
         assert (part == whole[[6, 2]]).all()
@@ -96,6 +121,6 @@ def test_wrong_arguments() -> None:
     with pytest.raises(InputError, match="give one row of uint8"):
         BindingsText(512, TEXT.astype(np.int64), NAMES)
     with pytest.raises(InputError, match="num_keys is 8 and window_bytes 200; choose at least 1"):
-        BindingsQuestion(200, TEXT, NAMES, 8)
+        BindingsQuestion(200, TEXT, NAMES, num_keys=8)
     with pytest.raises(InputError, match="num_keys is 0"):
-        BindingsQuestion(200, TEXT, NAMES, 0)
+        BindingsQuestion(200, TEXT, NAMES, num_keys=0)

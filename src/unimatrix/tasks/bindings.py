@@ -14,24 +14,12 @@ from torch import Tensor
 from unimatrix.data.counter_random import draw_words
 from unimatrix.errors import InputError
 from unimatrix.tasks.seeded import SeededTask, label_positions, split_answer
+from unimatrix.tasks.wordings import FEW, Wordings
 from unimatrix.tokenization import BOS_ID, VOCAB_SIZE
 
-NEEDLES = (
-    "One of the special magic numbers for {key} is: {value}.",
-    "The code of {key} is {value}.",
-    "{key} has the number {value}.",
-    "Remember that {value} belongs to {key}.",
-)
-"""How a binding is told."""
-QUESTIONS = (
-    "What is the special magic number for {key}? The number for {key} mentioned above is {value}.",
-    "Question: which number belongs to {key}? Answer: {value}.",
-    "Tell the code of {key} as it was given in the text: {value}.",
-)
-"""How it is asked for, and the answer."""
 _NUM_DIGITS = 7
 _NUM_KEYS, _NUM_VALUE_DIGITS, _FILLER_BYTES = (1, 2, 3, 4, 6), (1, 2, 3, 7), (0, 0, 20, 60)
-_PLAIN_SHARE, _PLAIN_BYTES = 0.25, 400
+_PLAIN_SHARE, _PLAIN_BYTES, _ASIDE_SHARE, _ASIDE_BYTES = 0.25, 400, 0.4, 24
 _MOST_LETTERS = 9
 _WORD = re.compile(rb"(?<![a-z])[a-z]{4,%d}(?![a-z])" % _MOST_LETTERS)
 _BYTES_OF_NAMES = 3_000_000
@@ -68,7 +56,7 @@ class _Draws:
         return int(self._random() * size)
 
     def choose(self, options: Sequence[_Option]) -> _Option:
-        return options[self.below(len(options))]
+        return options[self.below(len(options)) if len(options) > 1 else 0]
 
     def sample(self, options: Sequence[_Option], count: int) -> list[_Option]:
         found: dict[int, _Option] = {}
@@ -95,6 +83,8 @@ class Bindings(SeededTask):
     """[bytes] uint8, what stands between the bindings."""
     names: tuple[str, ...] = field(repr=False)
     """Names that values are bound to."""
+    wordings: Wordings = field(default=FEW, repr=False)
+    """How bindings are told and asked for."""
 
     vocab_size: ClassVar[int] = VOCAB_SIZE
 
@@ -110,18 +100,55 @@ class Bindings(SeededTask):
                 f"{self.window_bytes:,}; give more text or a smaller window_bytes."
             )
 
+    def _draw_value(self, draws: _Draws, num_digits: int) -> str:
+        """Return a value of one of the kinds of ``Wordings``; a number has so many digits."""
+        kind = draws.choose(self.wordings.kinds)
+        if kind == "number":
+            size = 10**num_digits
+            return str(size // 10 + draws.below(size - size // 10))
+        if kind == "hex":
+            return "".join(draws.choose("0123456789abcdef") for _ in range(4 + draws.below(9)))
+        if kind == "code":
+            letters = "".join(draws.choose("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(2))
+            return f"{letters}-{1000 + draws.below(9000)}"
+        num_words = 1 if kind == "word" else 2 + draws.below(2)
+        return " ".join(draws.choose(self.names) for _ in range(num_words))
+
+    def _tell(self, draws: _Draws, wording: str, key: str, value: str) -> str:
+        """Return a sentence of the wordings about a key and its value."""
+        aside = ""
+        if "{aside}" in wording and draws.below(1000) < 1000 * _ASIDE_SHARE:
+            cut = self._cut_filler(draws, _ASIDE_BYTES).decode(errors="ignore")
+            aside = f", {' '.join(cut.split()[1:-1]).strip(',.;')},"
+        noun = draws.choose(self.wordings.nouns)
+        return wording.format(key=key, value=value, noun=noun, aside=aside)
+
     def _cut_filler(self, draws: _Draws, num_bytes: int) -> bytes:
         """Return so many bytes from anywhere in the text, on one line."""
         start = draws.below(len(self.text) - num_bytes)
         return self.text[start : start + num_bytes].tobytes().replace(b"\n", b" ")
 
 
+def count_longest_bytes(wordings: Wordings, num_keys: int) -> int:
+    """Return the bytes of so many bindings and a question at most, without text between them."""
+    longest = {
+        "key": "n" * _MOST_LETTERS,
+        "value": "1" * _NUM_DIGITS,
+        "noun": max(wordings.nouns, key=len),
+        "aside": "n" * (_ASIDE_BYTES + 3),
+    }
+    needle, question = (
+        max(len(sentence.format(**longest)) for sentence in sentences) for sentences in wordings[:2]
+    )
+    return num_keys * (needle + 2) + question + 1
+
+
 class BindingsText(Bindings):
     """Text to learn from: every byte of it has a label.
 
-    Three quarters of the documents hold one to six bindings of numbers of 1, 2, 3 or 7 digits, with
-    up to 60 bytes of text before each, and ask for all of them in other words and another order. A
-    quarter is plain text. A window begins anywhere in a document.
+    Three quarters of the documents hold one to six bindings (their numbers have 1, 2, 3 or 7 digits
+    each), with up to 60 bytes of text before each, and ask for all of them in other
+    words and another order. A quarter is plain text. A window begins anywhere in a document.
     """
 
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -142,16 +169,17 @@ class BindingsText(Bindings):
         if draws.below(1000) < 1000 * _PLAIN_SHARE:
             return self._cut_filler(draws, _PLAIN_BYTES) + b"\n\n"
         names = draws.sample(self.names, draws.choose(_NUM_KEYS))
-        size = 10 ** draws.choose(_NUM_VALUE_DIGITS)
-        pairs = [(name, str(size // 10 + draws.below(size - size // 10))) for name in names]
+        num_digits = draws.choose(_NUM_VALUE_DIGITS)
+        pairs = [(name, self._draw_value(draws, num_digits)) for name in names]
         told = []
         for name, value in pairs:
             filler = draws.choose(_FILLER_BYTES)
             if filler:
                 told.append(self._cut_filler(draws, filler).rsplit(b" ", 1)[0])
-            told.append(draws.choose(NEEDLES).format(key=name, value=value).encode())
+            wording = draws.choose(self.wordings.needles)
+            told.append(self._tell(draws, wording, name, value).encode())
         asked = [
-            draws.choose(QUESTIONS).format(key=name, value=value).encode()
+            self._tell(draws, draws.choose(self.wordings.questions), name, value).encode()
             for name, value in draws.shuffle(pairs)
         ]
         return b" ".join(told) + b"\n" + b" ".join(asked) + b"\n\n"
@@ -172,12 +200,7 @@ class BindingsQuestion(Bindings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        longest = {"key": "n" * _MOST_LETTERS, "value": "1" * _NUM_DIGITS}
-        needle, question = (
-            max(len(told.format(**longest)) for told in wordings)
-            for wordings in (NEEDLES, QUESTIONS)
-        )
-        shortest = self.num_keys * (needle + 2) + question + 1
+        shortest = count_longest_bytes(self.wordings, self.num_keys)
         if self.num_keys < 1 or self.window_bytes < shortest:
             raise InputError(
                 f"num_keys is {self.num_keys} and window_bytes {self.window_bytes}; choose "
@@ -198,12 +221,13 @@ class BindingsQuestion(Bindings):
         smallest = 10 ** (_NUM_DIGITS - 1)
         values = [str(smallest + draws.below(9 * smallest)) for _ in names]
         needles = [
-            b" " + draws.choose(NEEDLES).format(key=name, value=value).encode() + b" "
-            for name, value in zip(names, values, strict=True)
+            f" {self._tell(draws, draws.choose(self.wordings.needles), *pair)} ".encode()
+            for pair in zip(names, values, strict=True)
         ]
         asked = draws.below(self.num_keys)
-        told, _, _ = draws.choose(QUESTIONS).partition("{value}")
-        question = f"\n{told.format(key=names[asked])}{values[asked]}".encode()
+        wording, _, _ = draws.choose(self.wordings.questions).partition("{value}")
+        answer = self._tell(draws, f"{wording}{{value}}", names[asked], values[asked])
+        question = f"\n{answer}".encode()
         room = self.window_bytes - len(question) - sum(map(len, needles))
         filler = self._cut_filler(draws, room)
         cuts = [len(filler) * i // (self.num_keys + 1) for i in range(self.num_keys + 2)]

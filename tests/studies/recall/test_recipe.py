@@ -53,7 +53,7 @@ def test_slices_share_a_vocabulary_and_differ_in_name(task: str) -> None:
     slices = build_slices(find_short_recipe(task))
     parts = (*slices.train, *slices.test.values())
     assert len({part.vocab_size for part in parts}) == 1
-    assert slices.whole_answer == (task in ("needle", "bindings"))
+    assert slices.whole_answer == (task in ("needle", "bindings", "reading"))
     assert (slices.first is None) == (slices.first_fraction == 0)
     assert slices.first_fraction < 1
     for part in parts:
@@ -69,7 +69,7 @@ def test_recipes_are_named_after_their_task_and_train_our_preset(task: str) -> N
     assert (recipe.task, recipe.preset) == (task, "unimatrix")
     assert recipe.to_train_section().steps == recipe.steps
     config = UniMatrixConfig.preset(recipe.preset, **recipe.overrides)
-    if task == "bindings":  # every part is on
+    if task in ("bindings", "reading"):  # every part is on
         assert (config.residual_path, config.automaton_pointer) == ("suffix_automaton", True)
         assert (config.associative_memory, config.pointer) == ("indexed", True)
         return

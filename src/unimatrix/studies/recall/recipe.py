@@ -107,6 +107,27 @@ _MQAR: dict[str, Any] = _COSINE | {
     "test_examples": 1000,
     "overrides": _SLOTS_ALONE,
 }
+# The indexed attention stands for the slots, every other part is on; the index holds all of a test.
+_BINDINGS: dict[str, Any] = _COSINE | {
+    "num_slots": None,
+    "steps": 1500,
+    "batch_size": 8,
+    "learning_rate": 4e-3,
+    "warmup_fraction": 0.05,
+    "weight_decay": 0.05,
+    "test_pairs": (1, 3, 8),
+    "test_windows": (400, 4096, 16_384),
+    "test_examples": 100,
+    "overrides": {
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "intermediate_size": 256,
+        "associative_memory": "indexed",
+        "automaton_window": 1024,
+        "index_window": 16_384,
+    },
+}
 # A letter of the key may be wrong, so no context relies on all of them: three of four behind the
 # equals sign, then the equals sign and what of the value is known with one letter of the key.
 _NOISY_PATTERNS = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [0, 1, 2], [0, 1, 3]]
@@ -136,28 +157,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
             "longest_retention": 8,
         },
     },
-    # The indexed attention stands for the slots; its index holds the longest test.
-    "bindings": _COSINE
-    | {
-        "num_slots": None,
-        "steps": 1500,
-        "batch_size": 8,
-        "learning_rate": 4e-3,
-        "warmup_fraction": 0.05,
-        "weight_decay": 0.05,
-        "test_pairs": (1, 3, 8),
-        "test_windows": (400, 4096, 16_384),
-        "test_examples": 100,
-        "overrides": {
-            "hidden_size": 96,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "intermediate_size": 256,
-            "associative_memory": "indexed",
-            "automaton_window": 1024,
-            "index_window": 16_384,
-        },
-    },
+    "bindings": _BINDINGS,
+    # The grammar's sentences, and values of five kinds.
+    "reading": _BINDINGS | {"steps": 3000},
     "needle": _COSINE
     | {
         "steps": 250,

@@ -23,6 +23,8 @@ from unimatrix.tasks import (
     TripleInteraction,
     choose_names,
 )
+from unimatrix.tasks.bindings import count_longest_bytes
+from unimatrix.tasks.wordings import FEW, MANY, UNSEEN
 
 _Shapes = tuple[tuple[int, int], ...]
 # (window tokens, pairs). Grid A is one model a shape in zoology; here one model learns all four.
@@ -82,7 +84,7 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
         )
     if task == "noisy-keys":
         return RecallSlices(train=(NoisyKeys(),), test={"512x16": NoisyKeys()})
-    if task == "bindings":
+    if task in ("bindings", "reading"):
         return _build_bindings(recipe)
     if task == "needle":
         return _build_needle(recipe)
@@ -112,16 +114,23 @@ def _read_texts(recipe: RecallRecipe) -> tuple[NDArray[np.uint8], NDArray[np.uin
 
 
 def _build_bindings(recipe: RecallRecipe) -> RecallSlices:
-    """Return bindings in the corpus's training text, and questions with names of their own."""
+    """Return bindings in the corpus's training text, and questions with names of their own.
+
+    Of the grammar there are tests with sentences that it does not make as well.
+    """
     train_text, test_text = _read_texts(recipe)
     names, others = (choose_names(train_text, tests=tests) for tests in (False, True))
+    is_few = recipe.task == "bindings"
+    wordings = FEW if is_few else MANY
+    tests = {"": wordings} if is_few else {"": wordings, " unseen": UNSEEN}
     shapes = [(size, keys) for size in recipe.test_windows for keys in recipe.test_pairs]
     return RecallSlices(
-        train=(BindingsText(_BINDINGS_TRAIN_BYTES, train_text, names),),
+        train=(BindingsText(_BINDINGS_TRAIN_BYTES, train_text, names, wordings),),
         test={
-            f"{size}x{keys}": BindingsQuestion(size, test_text, others, keys)
+            f"{size}x{keys}{label}": BindingsQuestion(size, test_text, others, asked, keys)
+            for label, asked in tests.items()
             for size, keys in shapes
-            if keys * 100 <= size
+            if count_longest_bytes(asked, keys) <= size
         },
         whole_answer=True,
     )
