@@ -152,7 +152,7 @@ class UniMatrixCache:
         return self._map(lambda tensor: tensor.detach())
 
     def to(self, device: torch.device | str) -> "UniMatrixCache":
-        """Return a cache on the device; the automaton stays on the CPU, where it is read."""
+        """Return a cache on the device; indexes of text stay on the CPU, where they are read."""
         moved = self._map(lambda tensor: tensor.to(device))
         stay = {n: s for n, s in self.shared.items() if Mixer.kinds[n].state_device is not None}
         return replace(moved, shared={**moved.shared, **stay})

@@ -88,7 +88,7 @@ class UniMatrixConfig(PreTrainedConfig):
             evenly in the logarithm; ``None`` starts all heads at one half.
         depth_step_embedding: add a learned vector per depth step to the residual stream.
         modulation_size: E, width of the per-token table that scales the stream; 0 is off.
-        associative_memory: ``none``, ``dense`` (append-only), ``slots`` (M of them, of the paper)
+        associative_memory: ``none``, ``dense`` (append-only), ``slots`` (M of them, of the paper),
             ``selective`` (M slots of a context and the token that followed, kept by strength) or
             ``indexed`` (an index of the last W tokens finds where their rare words stood before,
             and an attention reads around these places).

@@ -84,8 +84,9 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             output_hidden_states: return the stream before every depth step; ``None`` is as the
                 configuration says.
             return_dict: return a tuple if ``False``; ``None`` is as the configuration says.
-            gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton,
-                whose copy may take longer than the tokens, is changed in place.
+            gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton
+                and its text index, whose copies may take longer than the tokens, are changed in
+                place.
             suffix_match: [B, T, 2] int64, predicted ids and match lengths of the suffix automaton
                 in these rows, each a stream of its own, where a data loader has found them while a
                 GPU trains; ``None`` runs it.

@@ -133,7 +133,7 @@ def test_a_saved_state_goes_on(tmp_path) -> None:
     expected = model(ids).logits
     for split in (60, 200):
         cache = model(ids[:, :split], use_cache=True).past_key_values
-        assert cache.bytes_by_part()["text and index"] <= 12 * 128 + 1280
+        assert cache.bytes_by_part()["text and index"] <= 12 * 128 + 1400
         cache.save(tmp_path / "state")
         loaded = UniMatrixCache.load(tmp_path / "state")
         found = model(ids[:, split:], past_key_values=loaded, use_cache=True)
@@ -145,16 +145,72 @@ def test_a_saved_state_goes_on(tmp_path) -> None:
             model(ids[:, split:], past_key_values=loaded)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@torch.no_grad()
+def test_rows_of_other_lengths_are_read_like_each_alone(backend: str) -> None:
+    """Padded on the left, beyond the window, in a cache that is given up from call to call."""
+    model = build_words()
+    model.set_backend(backend)
+    texts = [TEXT * 2, TEXT[40:] + TEXT, TEXT[:100]]
+    alone = [model(encode(text)).logits[0] for text in texts]
+    longest = max(map(len, texts))
+    ids = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    cache, logits = None, []
+    for first in range(0, longest, 60):
+        piece = slice(first, first + 60)
+        output = model(
+            ids[:, piece],
+            attention_mask=mask[:, piece],
+            past_key_values=cache,
+            use_cache=True,
+            gives_up_cache=True,
+        )
+        cache = output.past_key_values
+        logits.append(output.logits)
+    for row, expected in enumerate(alone):
+        found = torch.cat(logits, dim=1)[row, longest - len(expected) :]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    following = encode(b"harkov is") + torch.zeros(3, 1, dtype=torch.int64)
+    expected = model(following, past_key_values=cache).logits
+    rows = torch.tensor([2, 0, 0])
+    found = model(following, past_key_values=cache.select_rows(rows)).logits
+    torch.testing.assert_close(found, expected[rows], rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_more_tokens_than_16_bits_count() -> None:
+    model = build_byte_model("unimatrix", associative_memory="indexed", index_units="tokens")
+    model.resize_token_embeddings(40_000)
+    ids = torch.tensor([[39_999, 5, 39_999, 5, 7]])
+    cache = model(ids, use_cache=True).past_key_values
+    assert cache.shared[NAME].tokens.dtype == torch.int32
+    assert cache.shared[NAME].tokens[0, :5].tolist() == ids[0].tolist()
+
+
+@torch.no_grad()
+def test_shares_sum_to_one_under_autocast() -> None:
+    model, ids = build_words().float(), encode(TEXT)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.model(ids, handles_pointer=True)
+    shares = output.pointer_log_weights.exp().sum(dim=-1)
+    torch.testing.assert_close(shares, torch.ones_like(shares), rtol=1e-5, atol=1e-5)
+
+
 def test_it_learns_under_autocast_and_in_16_bits() -> None:
-    model, ids = build_words().float().train(), encode(TEXT)
+    model, ids = build_words().float().train(), encode(b"12 12 12 " + TEXT)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(ids, labels=ids, loss_only=True).loss
     loss.backward()
     mixer = model.model.block.indexed_attention
     assert all(weight.grad.isfinite().all() for weight in mixer.parameters())
     assert all(weight.grad.abs().sum() > 0 for weight in mixer.parameters())
-    logits = model.bfloat16().eval()(ids).logits
-    assert logits.isfinite().all()
+    for dtype in (torch.bfloat16, torch.float16):
+        for backend in ("auto", "reference"):
+            model.set_backend(backend)
+            logits = model.to(dtype).eval()(ids).logits
+            assert logits.isfinite().all()
+            assert model.name_backends(9)[NAME] == ("native" if backend == "auto" else backend)
 
 
 def test_configurations_that_cannot_be() -> None:

@@ -1,6 +1,7 @@
 """Text index (E25): exact, the same in every split, of constant size."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -11,8 +12,16 @@ from torch import Tensor
 from tests.ops.oracle import candidates
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import BACKENDS
-from unimatrix.ops.text_index import TextIndex, empty_index, find_places, rebuild_index
-from unimatrix.ops.text_index.state import LEAST_WINDOW
+from unimatrix.ops.text_index import (
+    TextIndex,
+    empty_index,
+    find_places,
+    order_tokens,
+    rebuild_index,
+)
+from unimatrix.ops.text_index.reference import list_units
+from unimatrix.ops.text_index.state import COUNT, HAS_LOST_LETTER, LEAST_WINDOW, NUM_TOKENS, TIMES
+from unimatrix.ops.text_index.units import FIRST_HASH, extend_hash
 
 ALL = BACKENDS["indexed_attention"]
 CANDIDATES = candidates("indexed_attention")
@@ -170,7 +179,7 @@ def test_the_worst_texts_fit(backend: str, name: str) -> None:
 def test_bytes_a_token() -> None:
     for window in (1 << 12, 1 << 16):
         index = empty_index(1, window, 259, True)
-        assert sum(part.nbytes for part in index) <= 12 * window
+        assert sum(part.nbytes for part in index) <= 12 * window + 1400
         ids = torch.randint(32, 127, (1, 300))
         _, after = find_places(ids, initial=index)
         assert [part.nbytes for part in after] == [part.nbytes for part in index]
@@ -203,6 +212,70 @@ def test_an_index_that_is_none_is_refused() -> None:
     with pytest.raises(InputError, match="does not hold"):
         rebuild_index(index, counts, 128, 259, True)
 
+    ids = torch.tensor([list(b"abc abc ")])
+    _, index = find_places(ids, initial=empty_index(1, 128, 259, True))
+    rebuild_index(index, torch.tensor([8]), 128, 259, True)
+    for column, value in ((0, 8), (1, -2), (2, 2**40), (TIMES, -1)):
+        broken = index.recent_units.clone()
+        broken[0, 0, column] = value
+        with pytest.raises(InputError, match="does not hold"):
+            rebuild_index(index._replace(recent_units=broken), torch.tensor([8]), 128, 259, True)
+
+
+def list_remembered(index: TextIndex, words: bool) -> dict[tuple[int, ...], int]:
+    """Return how often each unit is remembered, by the definition alone."""
+    window, now = index.tokens.shape[1], int(index.counters[0, NUM_TOKENS])
+    text = [token for token in order_tokens(index)[0].tolist() if token >= 0]
+    if not words:
+        return Counter((token,) for token in text)
+    follows_letter = bool(index.counters[0, HAS_LOST_LETTER])
+    units, _ = list_units(text, now - len(text), follows_letter)
+    return Counter(unit.content for unit in units if unit.first >= now - window)
+
+
+@pytest.mark.parametrize("words", [True, False])
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_the_table_holds_what_is_remembered_and_nothing_else(backend: str, words: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.tensor(list(ALPHABET + "é光明ไทยabcdefg  ..".encode()))
+    index = empty_index(1, 256, 259, words)
+    for _ in range(40):
+        ids = letters[torch.randint(0, len(letters), (1, 97), generator=generator)]
+        _, index = find_places(ids, initial=index, backend=backend)
+        counts = index.units[0, :, COUNT]
+        remembered = list_remembered(index, words)
+        assert sorted(counts[counts > 0].tolist()) == sorted(remembered.values())
+
+
+# Its hash is that of no letters at all, so "xo280daabc" and "abc" begin alike.
+EMPTY_PREFIX = b"xo280da"
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_words_of_equal_hashes_are_told_apart(backend: str) -> None:
+    code = FIRST_HASH
+    for letter in EMPTY_PREFIX:
+        code = extend_hash(code, letter)
+    assert code == FIRST_HASH
+    places = read_text(EMPTY_PREFIX + b"abc and abc ", backend)
+    assert (places[..., 0] == -1).all()
+    words = [b"%03x" % i for i in range(0xA00, 0xC00)]
+    text = b"".join(b"%s%s %s %s%s " % (EMPTY_PREFIX, w, w, EMPTY_PREFIX, w) for w in words)
+    expected = read_text(text[-600:], "reference", window=256)[-50:]
+    assert torch.equal(read_text(text, backend, window=256)[-50:], expected)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_stream_of_any_length(backend: str) -> None:
+    text = torch.tensor([list(b"harkov, and some other words; harkov ")])
+    _, index = find_places(text[:, :12], initial=empty_index(1, 128, 259, True))
+    far = 128 * 2**30
+    index.counters[:, NUM_TOKENS] += far
+    index.recent_units[..., :TIMES] += far * (index.recent_units[..., :TIMES] >= 0)
+    places, _ = find_places(text[:, 12:], initial=index, backend=backend)
+    expected, _ = find_places(text, initial=empty_index(1, 128, 259, True))
+    assert torch.equal(places, expected[:, 12:])
+
 
 def test_wrong_arguments() -> None:
     index, ids = empty_index(1, 128, 259, True), torch.zeros(1, 3, dtype=torch.int64)
@@ -212,10 +285,19 @@ def test_wrong_arguments() -> None:
         find_places(ids + 40_000, initial=index)
     with pytest.raises(InputError, match="holds -1"):
         find_places(ids - 1, initial=index)
-    with pytest.raises(InputError, match="initial has 1 rows; pass one for each of the 2 rows"):
+    with pytest.raises(
+        InputError, match=r"index\.tokens is torch\.int16 \[1, 128\], not torch\.int16 \[2, 128\]"
+    ):
         find_places(ids.repeat(2, 1), initial=index)
     with pytest.raises(InputError, match="not available for indexed_attention"):
         find_places(ids, initial=index, backend="triton")
     with pytest.raises(InputError, match="int64"):
         find_places(ids.float(), initial=index)
+    for length in (-1, 4):
+        with pytest.raises(InputError, match=r"lengths is \[.*\]; pass values in 0 \.\. 3"):
+            find_places(ids, initial=index, lengths=torch.tensor([length]))
+    for name in ("links", "units", "recent_units", "counters"):
+        short = index._replace(**{name: getattr(index, name)[:, 1:]})
+        with pytest.raises(InputError, match=rf"index\.{name} is torch\.int"):
+            find_places(ids, initial=short)
     assert find_places(ids + 40_000, initial=empty_index(1, 128, 50_000, False))

@@ -68,8 +68,9 @@ _CHOICES: dict[str, Callable[[Any, int, torch.device], str]] = {
     "slots": lambda mixer, num_tokens, device: slots.choose_backend(
         device, num_tokens, mixer.num_slots, mixer.key_size
     ),
-    "indexed_attention": lambda mixer, num_tokens, device: indexed_attention.choose_backend(
-        "auto", torch.empty(0, dtype=mixer.key_conv.dtype, device=device)
+    # Of 16-bit weights the mixer makes float32.
+    "indexed_attention": lambda _, num_tokens, device: indexed_attention.choose_backend(
+        "auto", torch.empty(0, device=device)
     ),
     "selective_slots": lambda mixer, _, device: selective_slots.choose_backend(
         device, mixer.num_slots, bounded=mixer.bounded_training or not mixer.training

@@ -29,6 +29,8 @@ from unimatrix.ops.text_index import (
     order_tokens,
 )
 
+_SPAN = NUM_OFFSETS + 2 * REACH
+"""Tokens around a place that the keys and values of its entries are made of."""
 _FIRST_TEMPERATURE = 8.0
 _NATS_OF_MATCH, _MATCHED = 0.5, 8
 """At the start each matched token before an entry adds to its score, up to the eighth."""
@@ -52,7 +54,8 @@ class IndexedAttention(Mixer):
     """Attend to the tokens around the places where the rarest of the last words stood before.
 
     Keys and values are made of the tokens of the text alone, so that the text and its index are all
-    that is carried.
+    that is carried. A call makes them for the 104 tokens around each of its places, or for the
+    whole window where that is less.
 
     Equation: E25 to E28.
     Source: this project.
@@ -122,15 +125,19 @@ class IndexedAttention(Mixer):
         of_units = (self.count_bias(times) + self.age_bias(ages)).transpose(2, 3)
         chosen = kinds.unsqueeze(2).expand(-1, -1, self.num_heads, -1).long()
         place_bias = self.kind_bias(h).view(heads).gather(3, chosen) + of_units
-        if columns[0].numel() < text.shape[1]:
-            text, entries = _cut_out(text, distances, entries)
-        keys, values = self.make_keys(text, tokens)
-        biases = (self.offset_bias(h).view(heads), place_bias, self.match_bias)
-        inputs = (tensor.to(dtype) for tensor in (query, keys, values, *biases))
+        biases = (self.offset_bias(h).view(heads), place_bias)
+        is_new = state is None or torch.compiler.is_compiling()
+        cut = None if is_new else _cut_out(text, distances, entries)
+        if cut is not None:
+            text, entries = cut
+        inputs = [query, *self.make_keys(text, tokens), *biases]
+        if cut is not None:  # all rows read from one list of pieces
+            inputs = [_join_rows(tensor) for tensor in inputs]
+        inputs = [tensor.to(dtype) for tensor in (*inputs, self.match_bias)]
         context, weights = attend_entries(entries, *inputs, **self.operator_options)
-        context = self.out_proj(context.flatten(2).to(h.dtype))
-        read = IndexedRead(context, token_ids, weights)
-        return read, index if tokens.keeps_state else None
+        context = self.out_proj(context.reshape(*ids.shape, -1).to(h.dtype))
+        weights = weights.view(*ids.shape, self.num_heads, -1)
+        return IndexedRead(context, token_ids, weights), index if tokens.keeps_state else None
 
     def find_places(
         self, tokens: Tokens, state: TextIndex | None
@@ -172,27 +179,43 @@ class IndexedAttention(Mixer):
         both = torch.stack([seen, known], dim=-1).permute(0, 2, 3, 1)  # [B, S, 2, D]
         mixed = normalize_features(self.key_mix(gelu(both)))
         keys = self.key_proj(mixed).view(batch, 2 * num_columns, self.num_heads, -1)
+        # The smallest length of a vector is no 16-bit number.
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         values = self.value_proj(features).view(batch, num_columns, self.num_heads, -1)
         return normalize(keys, dim=-1), values
 
 
-def _cut_out(text: Tensor, distances: Tensor, entries: Entries) -> tuple[Tensor, Entries]:
-    """Return the text around the places alone, and the entries in it.
+def _cut_out(text: Tensor, distances: Tensor, entries: Entries) -> tuple[Tensor, Entries] | None:
+    """Return the pieces of text around all places, each once, ``None`` if they are no less.
 
     Args:
         text: [B, S] int64.
         distances: [B, T, P] int32.
         entries: those of ``find_entries`` in the text.
+
+    Returns:
+        [n, 104] int64, -1 outside the text; the entries in these pieces, one after the other, as
+        those of a single stream of B T tokens.
     """
-    num_columns = text.shape[1]
-    num_tokens, num_places = distances.shape[1:]
-    now = torch.arange(num_columns - num_tokens, num_columns, device=text.device).unsqueeze(-1)
-    span = torch.arange(-REACH, NUM_OFFSETS + REACH, device=text.device)
-    columns = (now - distances - BEFORE).unsqueeze(-1) + span  # [B, T, P, 104]
-    exists = (columns >= 0) & (columns < num_columns) & (distances >= 0).unsqueeze(-1)
-    found = text.gather(1, columns.clamp(0, num_columns - 1).flatten(1)).view(columns.shape)
-    cut = found.masked_fill(~exists, -1).flatten(1)
-    first = torch.arange(num_tokens * num_places, device=text.device) * len(span) + REACH
-    first = first.view(num_tokens, num_places, 1) + torch.arange(NUM_OFFSETS, device=text.device)
-    rows = 2 * first.view(1, num_tokens, -1) + (entries.rows & 1)
-    return cut, Entries(rows.where(entries.rows >= 0, -1).int(), entries.matched)
+    batch, num_columns = text.shape
+    num_tokens = distances.shape[1]
+    now = torch.arange(num_columns - num_tokens, num_columns, device=text.device).view(1, -1, 1)
+    first = torch.arange(batch, device=text.device).view(-1, 1, 1) * num_columns
+    places = (first + now - distances).masked_fill(distances < 0, -1)
+    places, numbers = torch.unique(places, return_inverse=True)  # [n], [B, T, P]
+    if len(places) * _SPAN >= text.numel():
+        return None
+    span = torch.arange(-BEFORE - REACH, _SPAN - BEFORE - REACH, device=text.device)
+    columns = (places % num_columns).unsqueeze(1) + span  # [n, 104]
+    rows = (places.clamp_min(0) // num_columns).unsqueeze(1)
+    pieces = text[rows, columns.clamp(0, num_columns - 1)]
+    pieces = pieces.masked_fill((columns < 0) | (columns >= num_columns), -1)
+    offsets = torch.arange(REACH, REACH + NUM_OFFSETS, device=text.device)
+    in_pieces = 2 * (numbers.unsqueeze(-1) * _SPAN + offsets).flatten(2) + entries.rows % 2
+    in_pieces = in_pieces.int().where(entries.rows >= 0, -1)
+    return pieces, Entries(_join_rows(in_pieces), _join_rows(entries.matched))
+
+
+def _join_rows(features: Tensor) -> Tensor:
+    """Return features [B, T, *] of all rows as those of one, [1, B T, *]."""
+    return features.flatten(0, 1).unsqueeze(0)

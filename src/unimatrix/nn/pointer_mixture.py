@@ -83,7 +83,10 @@ class PointerMixture(nn.Module):
             log_weights = log_softmax(log_weights, dim=-1)
         else:
             read: IndexedRead = reads[IndexedAttention.name]
-            log_weights, shares = _weigh_heads(log_weights, self.head_score(h), read.weights)
+            dtype = read.weights.dtype  # at least 32 bits
+            log_weights, shares = _weigh_heads(
+                log_weights.to(dtype), self.head_score(h).to(dtype), read.weights
+            )
             log_weights = torch.cat([log_weights, shares], dim=-1)
             ids.append(read.token_ids)
             probes.append(torch.zeros_like(shares))
@@ -101,7 +104,8 @@ def _weigh_heads(scores: Tensor, head_scores: Tensor, weights: Tensor) -> tuple[
     # The component of a head weighs what its entries sum to, so an entry weighs what it has.
     of_heads = head_scores + _log(weights.sum(dim=-1))
     log_sum = torch.cat([scores, of_heads], dim=-1).logsumexp(dim=-1, keepdim=True)
-    shares = torch.einsum("bth,bthe->bte", (head_scores - log_sum).exp(), weights)
+    # No product of matrices, whose 16 bits under autocast would not sum to 1.
+    shares = ((head_scores - log_sum).exp().unsqueeze(-1) * weights).sum(dim=2)
     return scores - log_sum, _log(shares)
 
 
@@ -176,13 +180,14 @@ def mix_logits(mixed: MixedLogits) -> Tensor:
     """Return ln of the mixture over the whole vocabulary, [..., V].
 
     Of few tokens nothing of the vocabulary's size is made beside the result: those that several
-    components propose are summed among the K.
+    components propose are summed among the K. Of many, that would be K x K numbers, so their shares
+    are summed over the vocabulary.
     """
     log_vocab = log_softmax(mixed.logits, dim=-1) + mixed.log_weights[..., :1]
     ids, log_pointer = mixed.token_ids, mixed.log_weights[..., 1:]
     if ids.shape[-1] ** 2 > log_vocab.shape[-1]:
         shares = torch.zeros_like(log_vocab).scatter_add(-1, ids, log_pointer.exp())
-        return torch.logaddexp(log_vocab, shares.clamp_min(torch.finfo(shares.dtype).tiny).log())
+        return torch.logaddexp(log_vocab, _log(shares))
     same = ids.unsqueeze(-1) == ids.unsqueeze(-2)  # [..., K, K]
     together = _log_sum(log_pointer.unsqueeze(-2).masked_fill(~same, -torch.inf))  # [..., K]
     is_first = ~(same & _below_diagonal(same)).any(dim=-1)  # [..., K]

@@ -114,7 +114,8 @@ def attend_entries(
         InputError: if a shape or type is not as above, or the back end does not exist.
 
     Cost:
-        O(B T E H C), and the weights' B T E H numbers.
+        O(B T E H C), and the weights' B T E H numbers. ``reference`` copies the keys and the values
+        of every entry, B T E H C numbers each.
     """
     sizes: dict[str, int] = {"80": NUM_OFFSETS, "17": MOST_MATCHED + 1}
     shapes = {
@@ -132,7 +133,8 @@ def attend_entries(
             require_dtype(name, tensor, query.dtype)
     inputs = (query, keys, values, offset_bias, place_bias, match_bias)
     if choose_backend(backend, query) == "reference":
-        return attend_reference(entries, *inputs)
+        with torch.autocast(query.device.type, enabled=False):
+            return attend_reference(entries, *inputs)
     from unimatrix.ops.indexed_attention.native import attend_entries_native
 
     context, weights = attend_entries_native(*entries, *inputs)

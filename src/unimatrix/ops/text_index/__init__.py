@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import compiles_native, require_backend
-from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
+from unimatrix.ops.checks import read_ids
 from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.text_index.reference import scan_reference
 from unimatrix.ops.text_index.state import (
@@ -19,9 +19,12 @@ from unimatrix.ops.text_index.state import (
     NUM_TOKENS,
     NUM_UNITS,
     RUN_LENGTH,
+    TIMES,
     TextIndex,
+    choose_token_type,
     empty_index,
     order_tokens,
+    require_form,
 )
 
 __all__ = [
@@ -77,9 +80,8 @@ def find_places(
         InputError: if a shape, type or id is not as above, or the back end does not exist.
 
     Cost:
-        O(1) a token on average, whatever the text; at most 12 bytes a token of the window for
-        words of a vocabulary below 32,768, 34 for tokens. ``reference`` reads the whole window
-        again in each call.
+        O(1) a token on average. At most 12 W + 1,400 bytes for words of a vocabulary below 32,768,
+        34 W for tokens. ``reference`` reads the whole window again in each call.
 
     Note:
         Rows run in parallel on the CPU. Deterministic and causal; any split of a stream gives the
@@ -88,28 +90,11 @@ def find_places(
     if backend == "auto":
         backend = "native" if compiles_native() else "reference"
     require_backend("indexed_attention", backend)
-    sizes: dict[str, int] = {}
-    require_shape("input_ids", input_ids, "B T", sizes)
-    require_dtype("input_ids", input_ids, torch.int64)
-    batch, num_tokens = input_ids.shape
-    if initial.tokens.shape[0] != batch:
-        raise InputError(
-            f"initial has {initial.tokens.shape[0]} rows; pass one for each of the {batch} rows of "
-            "input_ids"
-        )
-    ids = input_ids.detach().cpu().contiguous()
-    if lengths is None:
-        lengths = torch.full((batch,), num_tokens, dtype=torch.int64)
-    else:
-        require_shape("lengths", lengths, "B", sizes)
-        lengths = lengths.cpu().contiguous()
-        ids = torch.where(find_real_tokens(lengths, ids), ids, 0)
-    most = torch.iinfo(initial.tokens.dtype).max
-    smallest, largest = (int(bound) for bound in ids.aminmax())
-    if smallest < 0 or largest > most:
-        raise InputError(
-            f"input_ids holds {smallest if smallest < 0 else largest}; pass 0 .. {most}"
-        )
+    ids, lengths = read_ids(input_ids, lengths, torch.iinfo(initial.tokens.dtype).max)
+    batch, num_tokens = ids.shape
+    window = initial.tokens.shape[1]
+    reads_bytes = initial.links.shape[1] < window
+    require_form(initial, batch, window, reads_bytes, initial.tokens.dtype)
     index = TextIndex(*(x.cpu().contiguous() for x in initial))
     if not in_place:
         index = TextIndex(*(x.clone() for x in index))
@@ -159,33 +144,35 @@ def rebuild_index(
 
     Raises:
         InputError: if its tensors do not have the shapes and types of such an index, a token is
-            none of the vocabulary, or there are more or fewer tokens than the stream has.
+            none of the vocabulary, there are more or fewer tokens than the stream has, or a place
+            is none of the stream.
     """
-    anew = empty_index(len(num_tokens), window, vocab_size, reads_bytes)
     index = TextIndex(*(part.cpu() for part in index))
-    for name, part, expected in zip(TextIndex._fields, index, anew, strict=True):
-        if part.shape != expected.shape or part.dtype != expected.dtype:
-            raise InputError(
-                f"index.{name} is {part.dtype} {list(part.shape)}, not {expected.dtype} "
-                f"{list(expected.shape)}; pass a cache that this model has made"
-            )
+    dtype = choose_token_type(vocab_size)
+    require_form(index, len(num_tokens), window, reads_bytes, dtype)
+    anew = empty_index(len(num_tokens), window, vocab_size, reads_bytes)
     num_tokens = num_tokens.cpu()
     held = num_tokens.clamp(max=window)
     anew.counters[:, NUM_TOKENS] = num_tokens
-    tokens = order_tokens(TextIndex(index.tokens, *anew[1:]))
+    tokens = order_tokens(anew._replace(tokens=index.tokens))
     is_held = torch.arange(window) >= (window - held).unsqueeze(1)
-    if ((tokens >= 0) != is_held).any() or int(tokens.max()) >= vocab_size:
+    places, times = index.recent_units[..., :TIMES], index.recent_units[..., TIMES]
+    num_units = index.counters[:, NUM_UNITS]
+    is_unsound = ((tokens >= 0) != is_held).any() or int(tokens.max()) >= vocab_size
+    is_unsound |= (places >= num_tokens.view(-1, 1, 1)).any() or int(places.min()) < -1
+    is_unsound |= int(times.min()) < 0 or int(num_units.min()) < 0
+    if is_unsound:
         raise InputError(
-            "index.tokens does not hold the last tokens of the stream; pass a cache that this "
-            "model has made"
+            "the text index does not hold the last tokens of the stream and what was found for "
+            "them; pass a cache that this model has made"
         )
     cut = index.counters[:, HAS_LOST_LETTER] != 0
     anew.counters[:, NUM_TOKENS] = num_tokens - held
     # Letters that go on with a word whose beginning is forgotten are no word.
     anew.counters[:, RUN_LENGTH] = cut * window
+    anew.counters[:, HAS_LOST_LETTER] = cut
     first = ((window - held).unsqueeze(1) + torch.arange(window)).clamp(max=window - 1)
     text = tokens.gather(1, first).clamp_min(0)
     anew = cast("TextIndex", find_places(text, initial=anew, lengths=held, in_place=True)[1])
-    anew.counters[:, HAS_LOST_LETTER] = cut
-    anew.counters[:, NUM_UNITS] = index.counters[:, NUM_UNITS].clamp_min(0)
+    anew.counters[:, NUM_UNITS] = num_units
     return anew._replace(recent_units=index.recent_units)

@@ -29,6 +29,7 @@ from unimatrix.ops.text_index.units import (
     PAIR,
     choose_entry,
     extend_hash,
+    finish_hash,
     fold,
     is_dense,
     is_letter,
@@ -37,6 +38,7 @@ from unimatrix.ops.text_index.units import (
 )
 
 _choose_entry, _extend_hash, _fold = part()(choose_entry), part()(extend_hash), part()(fold)
+_finish_hash = part()(finish_hash)
 _is_dense, _is_letter, _is_word = part()(is_dense), part()(is_letter), part()(is_word)
 _mark_run = part()(mark_run)
 
@@ -49,12 +51,12 @@ def _read_folded(tokens, column, folds):
 
 @part()
 def _hash_span(tokens, first, length, folds):
-    """Return the hash of so many tokens from a column on."""
+    """Return the hash of the unit of so many tokens from a column on."""
     code, window, column = FIRST_HASH, len(tokens), first
     for _ in range(length):
         code = _extend_hash(code, _read_folded(tokens, column, folds))
         column = column + 1 if column + 1 < window else 0
-    return code
+    return _finish_hash(code, length)
 
 
 @part()
@@ -71,7 +73,10 @@ def _end_alike(tokens, one, other, length, folds):
 
 @part()
 def _find_entry(tokens, units, column, length, code, folds):
-    """Return the entry of the unit that ends in a column, or the empty one where it belongs."""
+    """Return the entry of the unit that ends in a column, or the empty one where it belongs.
+
+    Units of equal hashes have equal lengths, so comparing the tokens leaves no doubt.
+    """
     entry = _choose_entry(code, len(units))
     while units[entry, COUNT] > 0:
         if units[entry, CODE] & 0xFFFFFFFF == code and _end_alike(
@@ -190,7 +195,7 @@ def _read_token(token, tokens, links, units, recent, counters, gap):
     tokens[column] = token
     counters[NUM_TOKENS] += 1
     if gap == 1:
-        code = _extend_hash(FIRST_HASH, token)
+        code = _finish_hash(_extend_hash(FIRST_HASH, token), 1)
         _add_unit(tokens, links, units, recent, counters, now, 1, code, gap)
         return
     length = counters[RUN_LENGTH]
@@ -198,6 +203,7 @@ def _read_token(token, tokens, links, units, recent, counters, gap):
         marks, code = counters[RUN_MARKS], counters[RUN_CODE]
         counters[RUN_LENGTH], counters[RUN_MARKS], counters[RUN_CODE] = 0, 0, FIRST_HASH
         if _is_word(length, marks):
+            code = _finish_hash(code, length)
             _add_unit(tokens, links, units, recent, counters, now - 1, length, code, gap)
         return
     if length == 0:

@@ -24,6 +24,7 @@ from unimatrix.ops.text_index.units import (
     PAIR,
     choose_entry,
     extend_hash,
+    finish_hash,
     fold,
     is_dense,
     is_letter,
@@ -177,6 +178,7 @@ def _set_state(state: TextIndex, text: list[int], units: list[Unit], run: Run, s
         code = FIRST_HASH
         for token in content:
             code = extend_hash(code, token)
+        code = finish_hash(code, len(content))
         entry = choose_entry(code, len(state.units))
         while int(state.units[entry, COUNT]) > 0:
             entry = (entry + 1) % len(state.units)

@@ -47,6 +47,11 @@ def extend_hash(code: int, token: int) -> int:
     return ((code ^ token) * 0x01000193) & 0xFFFFFFFF
 
 
+def finish_hash(code: int, length: int) -> int:
+    """Return the hash of a whole unit: its last seven bits are the number of its tokens."""
+    return code - code % 128 + length
+
+
 def choose_entry(code: int, num_entries: int) -> int:
     """Return the entry of a hash table at which the search for a unit begins."""
     mixed = (code * 0x9E3779B1) & 0xFFFFFFFF

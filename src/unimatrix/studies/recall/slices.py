@@ -124,6 +124,12 @@ def _build_bindings(recipe: RecallRecipe) -> RecallSlices:
     wordings = FEW if is_few else MANY
     tests = {"": wordings} if is_few else {"": wordings, " unseen": UNSEEN}
     shapes = [(size, keys) for size in recipe.test_windows for keys in recipe.test_pairs]
+    if all(count_longest_bytes(wordings, keys) > size for size, keys in shapes):
+        raise InputError(
+            f"test_pairs is {list(recipe.test_pairs)} and test_windows is "
+            f"{list(recipe.test_windows)}; choose windows of at least "
+            f"{count_longest_bytes(wordings, min(recipe.test_pairs))} bytes"
+        )
     return RecallSlices(
         train=(BindingsText(_BINDINGS_TRAIN_BYTES, train_text, names, wordings),),
         test={
