@@ -116,7 +116,7 @@ _BINDINGS: dict[str, Any] = _COSINE | {
     "warmup_fraction": 0.05,
     "weight_decay": 0.05,
     "test_pairs": (1, 3, 8),
-    "test_windows": (400, 4096, 16_384),
+    "test_windows": (400, 4096),
     "test_examples": 100,
     "overrides": {
         "hidden_size": 96,
@@ -125,7 +125,7 @@ _BINDINGS: dict[str, Any] = _COSINE | {
         "intermediate_size": 256,
         "associative_memory": "indexed",
         "automaton_window": 1024,
-        "index_window": 16_384,
+        "index_window": 4096,
     },
 }
 # A letter of the key may be wrong, so no context relies on all of them: three of four behind the
