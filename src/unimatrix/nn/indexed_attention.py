@@ -110,22 +110,12 @@ class IndexedAttention(Mixer):
         if state is not None:
             text = torch.cat([order_tokens(state).to(ids.device), ids], dim=1)
         places, index = self.find_places(tokens, state)
-        distances, times, ages, kinds = places.unbind(dim=-1)  # [B, T, P] each
+        distances = places[..., 0]
         entries = find_entries(text, distances, window=self.window, **self.operator_options)
         columns = (entries.rows // 2).clamp_min(0).long()
         token_ids = text.gather(1, columns.flatten(1)).view(columns.shape)
         token_ids = token_ids.masked_fill(entries.rows < 0, 0)
-
-        h = normalize_features(source)
-        heads = (*ids.shape, self.num_heads, -1)
-        # Scores are compared and summed over hundreds of entries: no 16-bit numbers.
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        query = normalize(self.query_proj(h).view(heads).to(dtype), dim=-1)
-        query = query * self.log_temperature.exp().unsqueeze(-1)
-        of_units = (self.count_bias(times) + self.age_bias(ages)).transpose(2, 3)
-        chosen = kinds.unsqueeze(2).expand(-1, -1, self.num_heads, -1).long()
-        place_bias = self.kind_bias(h).view(heads).gather(3, chosen) + of_units
-        biases = (self.offset_bias(h).view(heads), place_bias)
+        query, *biases = self.make_queries(source, places)
         is_new = state is None or torch.compiler.is_compiling()
         cut = None if is_new else _cut_out(text, distances, entries)
         if cut is not None:
@@ -133,9 +123,9 @@ class IndexedAttention(Mixer):
         inputs = [query, *self.make_keys(text, tokens), *biases]
         if cut is not None:  # all rows read from one list of pieces
             inputs = [_join_rows(tensor) for tensor in inputs]
-        inputs = [tensor.to(dtype) for tensor in (*inputs, self.match_bias)]
+        inputs = [tensor.to(query.dtype) for tensor in (*inputs, self.match_bias)]
         context, weights = attend_entries(entries, *inputs, **self.operator_options)
-        context = self.out_proj(context.reshape(*ids.shape, -1).to(h.dtype))
+        context = self.out_proj(context.reshape(*ids.shape, -1).to(source.dtype))
         weights = weights.view(*ids.shape, self.num_heads, -1)
         return IndexedRead(context, token_ids, weights), index if tokens.keeps_state else None
 
@@ -156,6 +146,29 @@ class IndexedAttention(Mixer):
             **self.operator_options,
         )
         return found
+
+    def make_queries(self, source: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what positions look for.
+
+        Args:
+            source: [B, T, D], the stream.
+            places: [B, T, 5, 4] int32.
+
+        Returns:
+            [B, T, H, C], the queries; [B, T, H, 80] and [B, T, H, 5], what is added to the score of
+            an entry by its offset and by its place.
+        """
+        h = normalize_features(source)
+        heads = (*h.shape[:2], self.num_heads, -1)
+        # Scores are compared and summed over hundreds of entries: no 16-bit numbers.
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        query = normalize(self.query_proj(h).view(heads).to(dtype), dim=-1)
+        query = query * self.log_temperature.exp().unsqueeze(-1)
+        _, times, ages, kinds = places.unbind(dim=-1)
+        of_units = (self.count_bias(times) + self.age_bias(ages)).transpose(2, 3)
+        chosen = kinds.unsqueeze(2).expand(-1, -1, self.num_heads, -1).long()
+        of_places = self.kind_bias(h).view(heads).gather(3, chosen) + of_units
+        return query, self.offset_bias(h).view(heads), of_places
 
     def make_keys(self, text: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return what the tokens of a text are found by, and what they say.
