@@ -107,8 +107,8 @@ _MQAR: dict[str, Any] = _COSINE | {
     "test_examples": 1000,
     "overrides": _SLOTS_ALONE,
 }
-# The indexed attention stands for the slots, every other part is on. Index and automaton remember all
-# of a test, as they do in training: a model that copies with the automaton goes on with what it
+# The indexed attention stands for the slots, every other part is on. Index and automaton remember
+# all of a test, as they do in training: a model that copies with the automaton goes on with what it
 # says, also where the automaton has forgotten what the index found.
 _BINDINGS: dict[str, Any] = _COSINE | {
     "num_slots": None,
