@@ -79,6 +79,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "conv_kernel": 0,
         "modulation_size": 4,
     },
+    "unimatrix+indexed": {
+        "associative_memory": "indexed",
+        "index_units": "tokens",
+        "index_window": 128,
+        "index_head_dim": 4,
+    },
     "unimatrix+automaton-alone": {"associative_memory": "none", "pointer": False},
     "sparsepointer+table": {"max_position_embeddings": 80},
 }

@@ -25,7 +25,7 @@ from unimatrix.train import trainer as training
 from unimatrix.train.trainer import train_model
 
 # Every preset, and the delta rule with a gate that sees the stream.
-CAPTURED = [*PRESETS, "unimatrix+hidden"]
+CAPTURED = [*PRESETS, "unimatrix+hidden", "unimatrix+indexed"]
 # The guard makes the recurrence nonlinear: it has compiled loops of its own, outside the graph.
 GUARDED = [name for name in CAPTURED if name.startswith("discovery")]
 UNPADDED = draw_ids(2, 24)

@@ -66,7 +66,10 @@ _CARRIED_BY = (
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def digest_config(config: UniMatrixConfig) -> str:
     """Return a short hash of the fields that decide what a cache holds."""
-    fields = {name: getattr(config, name) for name in _CARRIED_BY}
+    names = list(_CARRIED_BY)
+    if config.associative_memory == "indexed":
+        names += ["index_window", "index_units"]
+    fields = {name: getattr(config, name) for name in names}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -149,7 +152,7 @@ class UniMatrixCache:
         return self._map(lambda tensor: tensor.detach())
 
     def to(self, device: torch.device | str) -> "UniMatrixCache":
-        """Return a cache on the device; the automaton stays on the CPU, where it is read."""
+        """Return a cache on the device; indexes of text stay on the CPU, where they are read."""
         moved = self._map(lambda tensor: tensor.to(device))
         stay = {n: s for n, s in self.shared.items() if Mixer.kinds[n].state_device is not None}
         return replace(moved, shared={**moved.shared, **stay})
@@ -284,7 +287,7 @@ class UniMatrixCache:
 
         Weights are compared only where another model object made the cache, and then once: a
         training may carry it on through its updates. A cache from a file is looked at once, and its
-        automaton is built anew from its text.
+        automaton and its index are built anew from their texts.
 
         Args:
             model: a ``UniMatrixModel``.
@@ -302,9 +305,7 @@ class UniMatrixCache:
             )
         if not self.is_sound:
             require_sound(self.tensors(), len(self.depth), model.config)
-            automaton = read_anew(self.automaton, model.config)
-            if automaton is not None:
-                self.shared = {**self.shared, ResidualContext.name: automaton}
+            self.shared = read_anew(self.shared, self.num_tokens, model.config)
             self.is_sound = True
         if self.origin is not None and self.origin is not model.origin:
             self._compare_weights(model)

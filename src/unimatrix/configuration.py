@@ -88,8 +88,10 @@ class UniMatrixConfig(PreTrainedConfig):
             evenly in the logarithm; ``None`` starts all heads at one half.
         depth_step_embedding: add a learned vector per depth step to the residual stream.
         modulation_size: E, width of the per-token table that scales the stream; 0 is off.
-        associative_memory: ``none``, ``dense`` (append-only), ``slots`` (M of them, of the paper)
-            or ``selective`` (M slots of a context and the token that followed, kept by strength).
+        associative_memory: ``none``, ``dense`` (append-only), ``slots`` (M of them, of the paper),
+            ``selective`` (M slots of a context and the token that followed, kept by strength) or
+            ``indexed`` (an index of the last W tokens finds where their rare words stood before,
+            and an attention reads around these places).
         slot_source: features that queries, keys and values come from: ``token`` (the embedding) or
             ``hidden`` (the normalised stream of each depth step). Selective slots take their keys
             from the ids; ``hidden`` lets their gate see the stream after the first depth step.
@@ -130,6 +132,11 @@ class UniMatrixConfig(PreTrainedConfig):
             ``None`` keeps the whole stream.
         automaton_pointer: the automaton's token shares the probability with the vocabulary; needs
             ``residual_path='suffix_automaton'``.
+        index_window: W of ``indexed``, the tokens that are remembered; even.
+        index_units: what the index finds again: ``words`` of bytes, or ``tokens``.
+        index_heads: heads that read around a place.
+        index_head_dim: width of such a head.
+        index_reads_at: depth steps before the read.
         initializer_range: standard deviation of Linear and Embedding weights at the start.
         layer_norm_eps: added to the variance inside the root.
         use_cache: return a cache from ``forward`` outside training.
@@ -199,6 +206,11 @@ class UniMatrixConfig(PreTrainedConfig):
         hindsight_weight: float = 1.0,
         automaton_window: int | None = None,
         automaton_pointer: bool = False,
+        index_window: int = 4096,
+        index_units: str = "words",
+        index_heads: int = 2,
+        index_head_dim: int = 32,
+        index_reads_at: int = 1,
         initializer_range: float = 0.02,
         layer_norm_eps: float = 1e-5,
         use_cache: bool = True,
@@ -253,6 +265,11 @@ class UniMatrixConfig(PreTrainedConfig):
         self.hindsight_weight = hindsight_weight
         self.automaton_window = automaton_window
         self.automaton_pointer = automaton_pointer
+        self.index_window = index_window
+        self.index_units = index_units
+        self.index_heads = index_heads
+        self.index_head_dim = index_head_dim
+        self.index_reads_at = index_reads_at
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.use_cache = use_cache
@@ -346,8 +363,8 @@ class UniMatrixConfig(PreTrainedConfig):
 
     @property
     def uses_mixture(self) -> bool:
-        """Whether ids of selective slots or the automaton share the vocabulary's probability."""
-        reads = self.pointer and self.associative_memory == "selective"
+        """Whether ids that were retrieved share the vocabulary's probability."""
+        reads = self.pointer and self.associative_memory in ("selective", "indexed")
         return bool(reads or self.automaton_pointer)
 
 

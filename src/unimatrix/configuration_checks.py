@@ -4,20 +4,23 @@ from typing import TYPE_CHECKING
 
 from unimatrix.errors import InputError, require_choice
 from unimatrix.ops.hindsight import LABELS
+from unimatrix.ops.text_index.state import require_window
 
 if TYPE_CHECKING:
     from unimatrix.configuration import UniMatrixConfig
 
 FORMAT_VERSION = 1
+_NUM_BYTES = 256
 CHOICES: dict[str, tuple[str, ...]] = {
     "residual_path": ("none", "previous_token", "suffix_automaton"),
     "update_rules": ("outer", "mixed", "delta", "none"),
-    "associative_memory": ("none", "dense", "slots", "selective"),
+    "associative_memory": ("none", "dense", "slots", "selective", "indexed"),
     "slot_source": ("token", "hidden"),
     "norm_type": ("layer_norm", "rms_norm"),
     "feed_forward_type": ("gelu", "swiglu"),
     "repeated_key": ("last", "first"),
     "hindsight": ("none", *LABELS),
+    "index_units": ("words", "tokens"),
 }
 """The values of every field that is a choice."""
 
@@ -35,6 +38,10 @@ _LEAST = {
     "modulation_size": 0,
     "conv_kernel": 0,
     "product_key_codes": 0,
+    "index_window": 1,
+    "index_heads": 1,
+    "index_head_dim": 1,
+    "index_reads_at": 0,
 }
 _POSITIVE_OR_NONE = (
     "max_position_embeddings",
@@ -63,6 +70,8 @@ def check_configuration(config: "UniMatrixConfig") -> None:
     _check_slots(config)
     _check_contexts(config)
     _check_pointers(config)
+    if config.associative_memory == "indexed":
+        _check_index(config)
     if config.pad_token_id is None or not 0 <= config.pad_token_id < config.vocab_size:
         raise InputError(
             f"pad_token_id is {config.pad_token_id}; it must lie in 0..{config.vocab_size - 1} "
@@ -141,15 +150,30 @@ def _check_contexts(config: "UniMatrixConfig") -> None:
 
 def _check_pointers(config: "UniMatrixConfig") -> None:
     """Raise ``InputError`` for a pointer at something that the model does not have."""
-    if config.pointer and config.associative_memory not in ("slots", "selective"):
+    if config.pointer and config.associative_memory not in ("slots", "selective", "indexed"):
         raise InputError(
-            "pointer=True needs associative_memory='slots' or 'selective', not "
+            "pointer=True needs associative_memory='slots', 'selective' or 'indexed', not "
             f"{config.associative_memory!r}"
         )
     if config.automaton_pointer and config.residual_path != "suffix_automaton":
         raise InputError(
             "automaton_pointer=True needs residual_path='suffix_automaton', not "
             f"{config.residual_path!r}"
+        )
+
+
+def _check_index(config: "UniMatrixConfig") -> None:
+    """Raise ``InputError`` for an index that the model cannot have."""
+    require_window("index_window", config.index_window)
+    if config.index_units == "words" and config.vocab_size < _NUM_BYTES:
+        raise InputError(
+            f"index_units='words' reads ids below {_NUM_BYTES} as bytes, and vocab_size is "
+            f"{config.vocab_size}; pass index_units='tokens'"
+        )
+    if config.index_reads_at >= config.num_hidden_layers:
+        raise InputError(
+            f"index_reads_at is {config.index_reads_at}, and num_hidden_layers "
+            f"{config.num_hidden_layers}; pass a number of depth steps below that"
         )
 
 

@@ -84,8 +84,9 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             output_hidden_states: return the stream before every depth step; ``None`` is as the
                 configuration says.
             return_dict: return a tuple if ``False``; ``None`` is as the configuration says.
-            gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton,
-                whose copy may take longer than the tokens, is changed in place.
+            gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton
+                and its text index, whose copies may take longer than the tokens, are changed in
+                place.
             suffix_match: [B, T, 2] int64, predicted ids and match lengths of the suffix automaton
                 in these rows, each a stream of its own, where a data loader has found them while a
                 GPU trains; ``None`` runs it.
@@ -154,8 +155,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         last: Tensor = run.norm(x)
         pointer, reads = Pointer(*(votes or ())), tokens.reads
         if self.pointer_mixture is not None:
-            found = reads.get("selective_mixer") if self.config.pointer else None
-            ids_found, log_weights = run.pointer(last, found, reads.get("residual_context"))
+            ids_found, log_weights = run.pointer(last, reads)
             pointer = Pointer(ids_found, None, log_weights)
         if padding is not None:
             last, pointer = padding.unpack(last), pointer.unpack(padding)

@@ -187,7 +187,7 @@ def list_id_readers(config: UniMatrixConfig) -> list[str]:
     fields = {
         "residual_path": config.residual_path != "none",
         "modulation_size": config.modulation_size > 0,
-        "associative_memory": config.associative_memory == "selective",
+        "associative_memory": config.associative_memory in ("selective", "indexed"),
         "pointer": config.pointer,
     }
     return [f"{name}={getattr(config, name)!r}" for name, reads in fields.items() if reads]

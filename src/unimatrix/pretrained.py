@@ -16,6 +16,7 @@ from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.kernels.backends import name_backends, set_backend
 from unimatrix.modeling_inputs import require_positions
+from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.padding import align_right, cut_mask, find_padding
 from unimatrix.nn.residual_context import ResidualContext
@@ -94,7 +95,7 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
                     module.embed, num_tokens, mean_resizing=mean_resizing
                 )
                 module.embed = resized.requires_grad_(module.embed.weight.requires_grad)
-            elif isinstance(module, SelectiveMixer):
+            elif isinstance(module, (SelectiveMixer, IndexedAttention)):
                 module.vocab_size = num_tokens
         return embed
 

@@ -12,12 +12,19 @@ from unimatrix.presets import PRESETS
 
 B, T = 2, 12
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
-NAMES = [*PRESETS, *(name for name, peer in TIMED_PEERS.items() if not peer.needs)]
+INDEXED = {"associative_memory": "indexed", "index_head_dim": 8}
+NAMES = [
+    *PRESETS,
+    "unimatrix+indexed",
+    *(name for name, peer in TIMED_PEERS.items() if not peer.needs),
+]
 
 
 def build(name: str):
     # The presets with dense memory have a key size of their own.
     overrides = SMALL | ({"slot_key_size": 8} if "assoc" in name else {})
+    name, _, is_indexed = name.partition("+")
+    overrides |= INDEXED if is_indexed else {}
     return BenchModel(name=name, overrides=overrides).build(max_tokens=T, seed=0, device="cpu")
 
 
@@ -40,7 +47,7 @@ def count_projections(flops: dict[str, int]) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_projections_forward_and_backward(name: str) -> None:
     model = build(name)
-    cost = count_model(name, model)
+    cost = count_model(name.partition("+")[0], model)
     once = FLOPS_PER_MULTIPLY_ADD * B * T * (cost.linear + cost.head)
     assert count_projections(count_flops(model, backward=False)) == once
     assert count_projections(count_flops(model, backward=True)) == 3 * once

@@ -327,7 +327,10 @@ def test_bad_inputs_say_what_to_do() -> None:
         ({"slot_read_offsets": [1.5]}, "slot_read_offsets is 1.5"),
         ({"num_slots": 0}, "num_slots is 0"),
         ({"slot_source": "hidden", "num_hidden_layers": 1}, "must be at least 2, not 1"),
-        ({"associative_memory": "dense"}, "pointer=True needs associative_memory='slots' or"),
+        (
+            {"associative_memory": "dense"},
+            "pointer=True needs associative_memory='slots', 'selective' or",
+        ),
         ({"residual_path": "none"}, "automaton_pointer=True needs residual_path='suffix_automaton"),
     ],
 )

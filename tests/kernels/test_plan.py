@@ -105,7 +105,8 @@ def runs_compiled(model: UniMatrixForCausalLM, part: str) -> bool:
     """Return whether a part of a model runs compiled; a mixer that is missing counts."""
     if part == "norm":  # torch's own layer norm is one pass
         return model.config.norm_type == "rms_norm"
-    return part != "pointer" or model.model.pointer_mixture is not None
+    mixture = model.model.pointer_mixture
+    return part != "pointer" or (mixture is not None and mixture.head_score is None)
 
 
 def list_passes(variant: str = "unimatrix", **changes: Any) -> list[bool]:

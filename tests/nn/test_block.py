@@ -49,7 +49,13 @@ def apply_by_hand(
     """Return what ``forward`` returns, part by part."""
     h, reads, states, votes = block.norm(x), dict(tokens.reads), {}, None
     gates = {"residual_context": block.context_gate}
-    for name in ("matrix_mixer", "slot_mixer", "dense_mixer", "selective_mixer"):
+    for name in (
+        "matrix_mixer",
+        "slot_mixer",
+        "dense_mixer",
+        "selective_mixer",
+        "indexed_attention",
+    ):
         mixer = getattr(block, name)
         if mixer is None:
             continue

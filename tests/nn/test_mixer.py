@@ -14,7 +14,15 @@ from unimatrix.kernels.step.explain import explain_step
 from unimatrix.nn.mixer import Mixer, Read, Tokens
 from unimatrix.ops.backends import BACKENDS
 
-NAMES = ("matrix_mixer", "slot_mixer", "dense_mixer", "selective_mixer", "residual_context")
+NAMES = (
+    "matrix_mixer",
+    "slot_mixer",
+    "dense_mixer",
+    "selective_mixer",
+    "residual_context",
+    "indexed_attention",
+)
+ON_CPU = ("residual_context", "indexed_attention")
 # Where the tensors of a state stand in the cache files of every release.
 PREFIXES = {
     "matrix_mixer": "",
@@ -22,6 +30,7 @@ PREFIXES = {
     "dense_mixer": "associations.",
     "selective_mixer": "associations.selective.",
     "residual_context": "automaton.",
+    "indexed_attention": "index.",
 }
 
 
@@ -74,7 +83,7 @@ def test_every_mixer_is_known_by_its_name() -> None:
         assert kind.operator in BACKENDS
         assert kind.part
         assert kind.state_prefix == PREFIXES[name]
-        assert (kind.state_device is None) == (name != "residual_context")
+        assert (kind.state_device is None) == (name not in ON_CPU)
 
 
 @pytest.mark.parametrize("name", NAMES)

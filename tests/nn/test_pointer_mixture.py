@@ -1,6 +1,7 @@
 """The pointer mixture against the sum of probabilities that it stands for."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tests.models import build_model
 from tests.ops.oracle import compare_with_reference
 from unimatrix.kernels.plan import _weigh_retrieved
+from unimatrix.nn.indexed_attention import IndexedRead
 from unimatrix.nn.pointer_mixture import MixedLogits, PointerMixture, mix_logits, score_targets
 from unimatrix.nn.residual_context import ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveRead
@@ -87,6 +89,11 @@ def draw_found(num_tokens: int, num_reads: int, generator):
     return log_strength, slot_ids, (predicted, lengths)
 
 
+def gather(found: SelectiveRead | None, match: ResidualRead | None) -> dict[str, Any]:
+    """Return reads by the mixer's name."""
+    return {"selective_mixer": found, "residual_context": match}
+
+
 def build_mixture(num_reads: int, matches: bool, width: int) -> PointerMixture:
     """Return a mixture of so many reads and perhaps an automaton's token."""
     config = build_model("unimatrix").config
@@ -109,7 +116,7 @@ def test_shares_are_those_of_one_softmax(num_reads: int, matches: bool) -> None:
     log_strength, slot_ids, (predicted, lengths) = draw_found(50, num_reads, generator)
     h = torch.randn(2, 50, 6, dtype=torch.float64)
     found = SelectiveRead(h, slot_ids, log_strength, None, None) if num_reads else None
-    ids, log_weights = mixture(h, found, ResidualRead(h, predicted, lengths))
+    ids, log_weights = mixture(h, gather(found, ResidualRead(h, predicted, lengths)))
     for row, t in [(row, t) for row in range(2) for t in range(50)]:
         scores, expected_ids = [0.0], []
         if num_reads:
@@ -142,7 +149,8 @@ def test_gradients_of_the_shares(num_reads: int, matches: bool) -> None:
     def weigh(h: torch.Tensor, log_strength: torch.Tensor, elsewhere: torch.Tensor, *weights):
         read = SelectiveRead(h, slot_ids, log_strength, elsewhere, None) if num_reads else None
         own = dict(zip(dict(mixture.named_parameters()), weights, strict=True))
-        return torch.func.functional_call(mixture, own, (h, read, ResidualRead(h, *match)))[1]
+        reads = gather(read, ResidualRead(h, *match))
+        return torch.func.functional_call(mixture, own, (h, reads))[1]
 
     drawn = (h, log_strength, 0 * log_strength, *mixture.parameters())
     leaves = [tensor.detach().clone().requires_grad_() for tensor in drawn]
@@ -175,7 +183,7 @@ def test_one_pass_is_what_the_module_does(num_reads, matches, learns, width, dty
         module, prefix = (mixture, "") if backend == "reference" else (planned, "mixture.")
         by_name = {f"{prefix}{name.replace('__', '.')}": w for name, w in weights.items()}
         read = SelectiveRead(h, slot_ids, log_strength, elsewhere, None) if num_reads else None
-        given = (h, read, ResidualRead(h, *match) if matches else None)
+        given = (h, gather(read, ResidualRead(h, *match) if matches else None))
         ids, log_weights = torch.func.functional_call(module, by_name, given)
         # A share of zero has no finite logarithm to be compared.
         found = {"ids": ids, "h": h, "log_weights": log_weights.clamp_min(-1e3)}
@@ -199,3 +207,68 @@ def test_what_it_is_made_of() -> None:
     slots = build_mixture(3, False, 16)
     assert slots.automaton_score is slots.length_score is None
     assert slots.slot_score.weight.shape == (3, 16)
+
+
+def build_heads(width: int = 4) -> PointerMixture:
+    """Return a mixture of three heads of the indexed attention and an automaton's token."""
+    config = build_model("unimatrix+indexed").config
+    config.hidden_size, config.index_heads = width, 3
+    return PointerMixture(config, 0).double()
+
+
+def draw_heads(generator: torch.Generator, num_entries: int = 9):
+    """Return ids and weights of entries, sometimes none, and what an automaton found."""
+    ids = torch.randint(0, 7, (2, 5, num_entries), generator=generator)
+    scores = torch.randn(2, 5, 3, 1 + num_entries, generator=generator, dtype=torch.float64)
+    scores[..., 1:3] = -torch.inf  # no entry
+    scores[0, :2, :, 1:] = -torch.inf  # none at all
+    match = (torch.full((2, 5), 3), torch.full((2, 5), 4))
+    return ids, scores.softmax(dim=-1)[..., 1:], match
+
+
+@torch.no_grad()
+def test_heads_share_what_they_did_not_leave_to_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixture, (ids, weights, match) = build_heads(), draw_heads(generator)
+    h = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    reads = {
+        "indexed_attention": IndexedRead(h, ids, weights),
+        "residual_context": ResidualRead(h, *match),
+    }
+    found, log_weights = mixture(h, reads)
+    assert torch.equal(found[..., 1:], ids)
+    assert torch.allclose(log_weights.exp().sum(dim=-1), torch.ones(2, 5, dtype=torch.float64))
+    automaton = mixture.automaton_score(h).squeeze(-1) + mixture.length_score.weight[2, 0]
+    masses = mixture.head_score(h).exp() * weights.sum(dim=-1)  # [B, T, H]
+    total = 1 + automaton.exp() + masses.sum(dim=-1)
+    torch.testing.assert_close(log_weights[..., 0].exp(), 1 / total)
+    torch.testing.assert_close(log_weights[..., 1].exp(), automaton.exp() / total)
+    shares = (mixture.head_score(h).exp().unsqueeze(-1) * weights).sum(dim=2)
+    torch.testing.assert_close(log_weights[..., 2:].exp(), shares / total.unsqueeze(-1))
+    assert log_weights[0, :2, 2:].isneginf().all()
+    # So many tokens are summed over the vocabulary.
+    logits = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    mixed = mix_logits(MixedLogits(logits, found, log_weights))
+    assert torch.allclose(mixed.exp(), sum_up(logits, found, log_weights))
+
+
+def test_gradients_of_heads() -> None:
+    generator = torch.Generator().manual_seed(1)
+    mixture, (ids, weights, match) = build_heads(), draw_heads(generator)
+    logits = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 7, (2, 5), generator=generator)
+
+    def score(h: torch.Tensor, raw: torch.Tensor, logits: torch.Tensor, *own_weights):
+        own = dict(zip(dict(mixture.named_parameters()), own_weights, strict=True))
+        shown = (raw.exp() * (weights > 0)) / 30
+        reads = {
+            "indexed_attention": IndexedRead(h, ids, shown),
+            "residual_context": ResidualRead(h, *match),
+        }
+        found, log_weights = torch.func.functional_call(mixture, own, (h, reads))
+        mixed = MixedLogits(logits, found, log_weights)
+        return score_targets(mixed, targets), mix_logits(mixed)
+
+    drawn = (torch.randn(2, 5, 4, dtype=torch.float64), torch.randn(weights.shape), logits)
+    leaves = [t.detach().double().requires_grad_() for t in (*drawn, *mixture.parameters())]
+    assert torch.autograd.gradcheck(score, leaves, fast_mode=True)

@@ -9,12 +9,14 @@ RUN_ALL = """
 import sys
 import torch
 from unimatrix.ops.dense_memory import read_dense_memory
+from unimatrix.ops.indexed_attention import attend_entries, find_entries
 from unimatrix.ops.matrix_state import scan_matrix_state
 from unimatrix.ops.selective_slots import (
     empty_selective_slots, hash_contexts, scan_selective_slots,
 )
 from unimatrix.ops.slots import empty_slots, scan_slots
 from unimatrix.ops.suffix_automaton import predict_from_suffix
+from unimatrix.ops.text_index import empty_index, find_places
 
 torch.manual_seed(0)
 ids = torch.randint(0, 5, (2, 100))
@@ -23,6 +25,8 @@ keys, strengths = torch.randn(2, 100, 4), torch.rand(2, 100)
 writable = torch.ones(2, 100, dtype=torch.bool)
 options = {"backend": "reference"}
 contexts = hash_contexts(ids, [[0, 1], [0]], **options)
+places, _ = find_places(ids, initial=empty_index(2, 128, 5, False), **options)
+entries = find_entries(ids, places[..., 0], window=128, **options)
 done = {
     "matrix_state": scan_matrix_state(
         vectors, vectors, vectors, None, -torch.rand(2, 100, 1), None, **options
@@ -38,6 +42,10 @@ done = {
         keys, keys, keys, writable=writable, topk=2, initial=None, **options
     ),
     "suffix_automaton": predict_from_suffix(ids, **options),
+    "indexed_attention": attend_entries(
+        entries, vectors, torch.randn(2, 200, 1, 4), vectors, torch.randn(2, 100, 1, 80),
+        torch.randn(2, 100, 1, 5), torch.randn(1, 17), **options,
+    ),
 }
 assert "numba" not in sys.modules
 print(*done)

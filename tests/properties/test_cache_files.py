@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from tests.models import VARIANTS, build_model, draw_ids
 from unimatrix import UniMatrixCache, UniMatrixConfig, UniMatrixForCausalLM
 from unimatrix.nn.mixer import Mixer
+from unimatrix.ops.text_index import TextIndex
 
 SAVED = Path(__file__).parent.parent / "golden" / "saved"
 FIXTURES = sorted(path.name for path in SAVED.iterdir())
@@ -43,6 +44,8 @@ def list_names(config: UniMatrixConfig, *, learns: bool = False) -> set[str]:
     else:
         names |= {f"associations.{name}" for name in associations}
     names |= {f"depth.{i}.{name}" for i in range(config.num_hidden_layers) for name in of_steps}
+    if config.associative_memory == "indexed":
+        names |= {f"index.{name}" for name in TextIndex._fields}
     if config.residual_path == "suffix_automaton":
         names |= {f"automaton.{name}" for name in AUTOMATON}
     return names

@@ -14,6 +14,8 @@ from torch import nn
 
 from unimatrix.bench.peers import TIMED_PEERS, count_linear
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.ops.indexed_attention import NUM_OFFSETS, REACH
+from unimatrix.ops.text_index import NUM_KINDS, NUM_PLACES
 
 FLOPS_PER_MULTIPLY_ADD = 2
 _NUM_RULES = 3
@@ -96,14 +98,17 @@ def count_unimatrix(config: UniMatrixConfig) -> TokenCost:
     linear, mixing = _count_matrix_mixer(config)
     gated = 3 if config.feed_forward_type == "swiglu" else 2
     linear += gated * width * config.intermediate_size
-    linear += width**2 * (config.associative_memory != "none")
     linear += width**2 * (config.residual_path != "none")
     retrieval = _count_retrieval(config)
-    reads_stream = config.slot_source == "hidden" and config.associative_memory != "selective"
+    memory = config.associative_memory
+    reads_stream = config.slot_source == "hidden" and memory in ("slots", "dense")
     repeats = depth if reads_stream else 1
-    once = width * config.modulation_size + width * config.uses_pointer
+    # The gate of what was read runs from the depth step on at which it was.
+    first = {"indexed": config.index_reads_at, "selective": config.slot_source == "hidden"}
+    once = width**2 * (depth - first.get(memory, 0)) * (memory != "none")
+    once += width * config.modulation_size + width * config.uses_pointer
     if config.uses_mixture:
-        reads = _count_selective_reads(config)
+        reads = config.index_heads if memory == "indexed" else _count_selective_reads(config)
         once += width * (reads * config.pointer + config.automaton_pointer)
     return TokenCost(
         linear=depth * linear + once + repeats * retrieval.linear,
@@ -149,6 +154,13 @@ def _count_retrieval(config: UniMatrixConfig) -> TokenCost:
         inputs = (3 if config.slot_source == "hidden" else 2) * width
         gate = (inputs + len(config.slot_key_patterns)) * (width // 2)
         return TokenCost(linear=gate + width**2, mixing=_count_selective_reads(config) * width)
+    if config.associative_memory == "indexed":
+        inner = config.index_heads * config.index_head_dim
+        # Query, value and readout, both keys, and the numbers added to the scores.
+        linear = 5 * width * inner + 2 * width**2
+        linear += width * config.index_heads * (NUM_OFFSETS + NUM_KINDS)
+        entries = NUM_PLACES * NUM_OFFSETS
+        return TokenCost(linear=linear, mixing=2 * entries * inner + 2 * REACH * width)
     return TokenCost()
 
 

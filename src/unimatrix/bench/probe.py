@@ -30,7 +30,14 @@ _WARMUP_TOKENS = 512
 # Loaded before processes start: the compiler of the kernels takes a second to load.
 _PRELOADED = tuple(
     f"unimatrix.ops.{op}.native"
-    for op in ("matrix_state", "slots", "selective_slots", "suffix_automaton")
+    for op in (
+        "matrix_state",
+        "slots",
+        "selective_slots",
+        "suffix_automaton",
+        "text_index",
+        "indexed_attention",
+    )
 )
 _START_LIMIT_S = 300.0
 

@@ -1,6 +1,7 @@
 """Checks of a cache from a file, or put together by hand, before compiled code reads it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +9,8 @@ from torch import Tensor
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.ops.checks import require_dtype, require_shape
-from unimatrix.ops.suffix_automaton import AutomatonState, keep_text
+from unimatrix.ops.suffix_automaton import keep_text
+from unimatrix.ops.text_index import rebuild_index
 
 # The end of a tensor's name -> its shape. Other tensors are read by torch alone.
 _SHAPES = {
@@ -70,19 +72,35 @@ def require_sound(
             _require_range(name, tensor, 0, 2**62)
 
 
-def read_anew(automaton: AutomatonState | None, config: UniMatrixConfig) -> AutomatonState | None:
-    """Return the automaton without its index, which is built again from its text.
+def read_anew(
+    shared: Mapping[str, Any], num_tokens: Tensor, config: UniMatrixConfig
+) -> dict[str, Any]:
+    """Return the shared states with every index of a text built again from the text.
 
-    The index consists of positions in the text, and checking them all takes as long as building it.
+    An index consists of positions in the text, and checking them all takes as long as building it.
+
+    Args:
+        shared: by the mixer's name.
+        num_tokens: [B], tokens of each stream.
+        config: of the model.
 
     Raises:
-        InputError: if the text is not one of the model's tokens, or does not fit its window.
+        InputError: if a text is not one of the model's tokens, or does not fit its window.
     """
-    if automaton is None:
-        return None
-    text = keep_text(automaton, config.automaton_window)
-    _require_range("automaton.tokens", text.tokens, 0, config.vocab_size - 1)
-    return text
+    anew = dict(shared)
+    if automaton := shared.get("residual_context"):
+        text = keep_text(automaton, config.automaton_window)
+        _require_range("automaton.tokens", text.tokens, 0, config.vocab_size - 1)
+        anew["residual_context"] = text
+    if index := shared.get("indexed_attention"):
+        anew["indexed_attention"] = rebuild_index(
+            index,
+            num_tokens,
+            config.index_window,
+            config.vocab_size,
+            config.index_units == "words",
+        )
+    return anew
 
 
 def _require_range(name: str, tensor: Tensor, lowest: int, highest: int) -> None:

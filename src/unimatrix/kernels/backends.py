@@ -7,7 +7,7 @@ import torch
 
 from unimatrix.errors import InputError
 from unimatrix.nn.mixer import Mixer
-from unimatrix.ops import matrix_state, selective_slots, slots
+from unimatrix.ops import indexed_attention, matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, compiles_native, require_backend
 
 PASSES = "fused_passes"
@@ -67,6 +67,10 @@ _CHOICES: dict[str, Callable[[Any, int, torch.device], str]] = {
     ),
     "slots": lambda mixer, num_tokens, device: slots.choose_backend(
         device, num_tokens, mixer.num_slots, mixer.key_size
+    ),
+    # Of 16-bit weights the mixer makes float32.
+    "indexed_attention": lambda _, num_tokens, device: indexed_attention.choose_backend(
+        "auto", torch.empty(0, device=device)
     ),
     "selective_slots": lambda mixer, _, device: selective_slots.choose_backend(
         device, mixer.num_slots, bounded=mixer.bounded_training or not mixer.training

@@ -4,7 +4,7 @@ A plan holds, for every part, the module itself or a callable with the module's 
 made anew in each forward pass, so a hook, an adapter or another device counts from then on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from logging import INFO
 from typing import Any, NamedTuple
@@ -258,6 +258,8 @@ def explain_selective(
 def _plan_pointer(mixture: Any, like: Tensor, reasons: dict[str, str]) -> Any:
     """Return what runs the pointer mixture, and add the reason."""
     reason = explain_module("pointer_mixture", mixture, PointerMixture)
+    if mixture.head_score is not None:
+        reason = "heads of the indexed attention share in it"
     D = like.shape[-1]
     shapes = {"slot_score": (mixture.num_reads, D), "automaton_score": (1, D)}
     shapes["length_score"] = (NUM_LENGTH_BUCKETS, 1)
@@ -276,7 +278,7 @@ def _plan_pointer(mixture: Any, like: Tensor, reasons: dict[str, str]) -> Any:
 
 
 def _weigh_retrieved(
-    mixture: PointerMixture, h: Tensor, found: SelectiveRead | None, match: ResidualRead | None
+    mixture: PointerMixture, h: Tensor, reads: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Weigh retrieved tokens in one pass; as ``PointerMixture.forward``."""
     # Imported here: it loads the compiler.
@@ -288,12 +290,13 @@ def _weigh_retrieved(
 
     slots, matched = None, None
     score = mixture.slot_score
-    if score is not None and found is not None:
+    if score is not None:
+        found: SelectiveRead = reads[SelectiveMixer.name]
         read = (found.token_ids, found.log_strength, found.probe)
         slots = FoundInSlots(score.weight, score.bias, *read)
     score, by_length = mixture.automaton_score, mixture.length_score
     if score is not None and by_length is not None:
-        assert match is not None
+        match: ResidualRead = reads[ResidualContext.name]
         assert match.match_lengths is not None
         lengths = by_length.weight.flatten()
         predicted = (match.predicted_ids, match.match_lengths)

@@ -9,6 +9,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.checkpointing import CheckpointedLayer
 from unimatrix.nn.dense_mixer import DenseMixer
 from unimatrix.nn.feed_forward import build_feed_forward
+from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.mixer import Mixer, Tokens, Votes
 from unimatrix.nn.norm import build_norm
@@ -35,6 +36,7 @@ class UniMatrixBlock(CheckpointedLayer):
         self.slot_mixer = SlotMixer(config) if memory == "slots" else None
         self.dense_mixer = DenseMixer(config) if memory == "dense" else None
         self.selective_mixer = SelectiveMixer(config) if memory == "selective" else None
+        self.indexed_attention = IndexedAttention(config) if memory == "indexed" else None
         # The residual context is the model's: it is read from token ids alone.
         width, has_context = config.hidden_size, config.residual_path != "none"
         self.context_gate = nn.Linear(width, width) if has_context else None
@@ -45,8 +47,8 @@ class UniMatrixBlock(CheckpointedLayer):
     @property
     def mixers(self) -> list[Mixer]:
         """The mixers, in the order of E11."""
-        named = (self.matrix_mixer, self.slot_mixer, self.dense_mixer, self.selective_mixer)
-        return [mixer for mixer in named if mixer is not None]
+        memories = (self.slot_mixer, self.dense_mixer, self.selective_mixer, self.indexed_attention)
+        return [mixer for mixer in (self.matrix_mixer, *memories) if mixer is not None]
 
     @property
     def gates(self) -> dict[str, nn.Module]:

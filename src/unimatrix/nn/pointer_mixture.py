@@ -1,5 +1,6 @@
 """The pointer as a mixture: retrieved tokens share the probability with the vocabulary."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -7,12 +8,14 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.indexed_attention import IndexedAttention, IndexedRead
 from unimatrix.nn.padding import Padding
-from unimatrix.nn.residual_context import ResidualRead
-from unimatrix.nn.selective_mixer import SelectiveRead
+from unimatrix.nn.residual_context import ResidualContext, ResidualRead
+from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
 
 # Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
 NUM_LENGTH_BUCKETS = 10
+_FIRST_HEAD_SCORE = -4.0
 
 
 class PointerMixture(nn.Module):
@@ -20,45 +23,52 @@ class PointerMixture(nn.Module):
 
     Equation: E17. One softmax over the components: the vocabulary with score 0, each slot found
     with its strength and a score from h, the automaton's token with a score from its match length
-    and h.
+    and h, each head of the indexed attention with what it did not leave to nothing and a score.
 
     Args:
-        config: uses D, ``automaton_pointer`` and the number of reads.
-        num_reads: Q.
+        config: uses D, ``pointer``, ``automaton_pointer`` and ``index_heads``.
+        num_reads: Q, of the selective slots; 0 without them.
     """
 
     def __init__(self, config: UniMatrixConfig, num_reads: int) -> None:
         super().__init__()
+        width, is_indexed = config.hidden_size, config.associative_memory == "indexed"
         self.num_reads = num_reads
-        self.slot_score = nn.Linear(config.hidden_size, num_reads) if num_reads else None
+        self.slot_score = nn.Linear(width, num_reads) if num_reads else None
         self.automaton_score: nn.Linear | None = None
         self.length_score: nn.Embedding | None = None
         if config.automaton_pointer:
-            self.automaton_score = nn.Linear(config.hidden_size, 1)
+            self.automaton_score = nn.Linear(width, 1)
             self.length_score = nn.Embedding(NUM_LENGTH_BUCKETS, 1)
+        has_heads = config.pointer and is_indexed
+        self.head_score = nn.Linear(width, config.index_heads) if has_heads else None
 
-    def forward(
-        self, h: Tensor, found: SelectiveRead | None, match: ResidualRead | None
-    ) -> tuple[Tensor, Tensor]:
+    def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that start elsewhere: a head begins with a small share."""
+        if self.head_score is None:
+            return []
+        return [(self.head_score.bias, torch.full(self.head_score.bias.shape, _FIRST_HEAD_SCORE))]
+
+    def forward(self, h: Tensor, reads: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the tokens that share the probability, and ln of the shares.
 
         Args:
             h: [B, T, D], what the head reads.
-            found: what the selective slots found; ``None`` is nothing.
-            match: what the suffix automaton says; ``None`` where it has no score.
+            reads: what mixers have read, by the mixer's name.
 
         Returns:
             token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary first, -inf for
             what was not found.
         """
         ids, scores, probes = [], [torch.zeros_like(h[..., :1])], [torch.zeros_like(h[..., :1])]
-        if self.slot_score is not None and found is not None:
+        if self.slot_score is not None:
+            found: SelectiveRead = reads[SelectiveMixer.name]
             ids.append(found.token_ids)
             scores.append(self.slot_score(h) + found.log_strength)
             zeros = torch.zeros_like(found.log_strength)
             probes.append(zeros if found.probe is None else found.probe + zeros)
         if self.automaton_score is not None and self.length_score is not None:
-            assert match is not None
+            match: ResidualRead = reads[ResidualContext.name]
             assert match.match_lengths is not None
             predicted = match.predicted_ids.unsqueeze(-1)  # [B, T, 1]
             lengths = match.match_lengths.unsqueeze(-1)
@@ -68,8 +78,41 @@ class PointerMixture(nn.Module):
             scores.append(score.masked_fill(predicted < 0, -torch.inf))
             probes.append(torch.zeros_like(score))
             ids.append(predicted.clamp_min(0))
-        log_weights = log_softmax(torch.cat(scores, dim=-1), dim=-1)
+        log_weights = torch.cat(scores, dim=-1)
+        if self.head_score is None:
+            log_weights = log_softmax(log_weights, dim=-1)
+        else:
+            read: IndexedRead = reads[IndexedAttention.name]
+            dtype = read.weights.dtype  # at least 32 bits
+            log_weights, shares = _weigh_heads(
+                log_weights.to(dtype), self.head_score(h).to(dtype), read.weights
+            )
+            log_weights = torch.cat([log_weights, shares], dim=-1)
+            ids.append(read.token_ids)
+            probes.append(torch.zeros_like(shares))
         return torch.cat(ids, dim=-1), log_weights + torch.cat(probes, dim=-1)
+
+
+def _weigh_heads(scores: Tensor, head_scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ln of the shares of components and of the entries that heads attend to.
+
+    Args:
+        scores: [B, T, K], of the other components.
+        head_scores: [B, T, H].
+        weights: [B, T, H, E], what each head gives its entries.
+    """
+    # The component of a head weighs what its entries sum to, so an entry weighs what it has.
+    of_heads = head_scores + _log(weights.sum(dim=-1))
+    log_sum = torch.cat([scores, of_heads], dim=-1).logsumexp(dim=-1, keepdim=True)
+    # No product of matrices, whose 16 bits under autocast would not sum to 1.
+    shares = ((head_scores - log_sum).exp().unsqueeze(-1) * weights).sum(dim=2)
+    return scores - log_sum, _log(shares)
+
+
+def _log(x: Tensor) -> Tensor:
+    """Return ln, -inf without a gradient for 0."""
+    exists = x > 0
+    return x.where(exists, 1).log().masked_fill(~exists, -torch.inf)
 
 
 class Pointer(NamedTuple):
@@ -136,11 +179,15 @@ def point(logits: Tensor, pointer: Pointer) -> Tensor | MixedLogits:
 def mix_logits(mixed: MixedLogits) -> Tensor:
     """Return ln of the mixture over the whole vocabulary, [..., V].
 
-    Nothing of the vocabulary's size is made beside the result: tokens that several components
-    propose are summed among the K.
+    Of few tokens nothing of the vocabulary's size is made beside the result: those that several
+    components propose are summed among the K. Of many, that would be K x K numbers, so their shares
+    are summed over the vocabulary.
     """
     log_vocab = log_softmax(mixed.logits, dim=-1) + mixed.log_weights[..., :1]
     ids, log_pointer = mixed.token_ids, mixed.log_weights[..., 1:]
+    if ids.shape[-1] ** 2 > log_vocab.shape[-1]:
+        shares = torch.zeros_like(log_vocab).scatter_add(-1, ids, log_pointer.exp())
+        return torch.logaddexp(log_vocab, _log(shares))
     same = ids.unsqueeze(-1) == ids.unsqueeze(-2)  # [..., K, K]
     together = _log_sum(log_pointer.unsqueeze(-2).masked_fill(~same, -torch.inf))  # [..., K]
     is_first = ~(same & _below_diagonal(same)).any(dim=-1)  # [..., K]

@@ -17,6 +17,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "selective_slots": ("reference", "native", "triton"),
     "dense_memory": ("reference", "parallel"),
     "suffix_automaton": ("reference", "native"),
+    "indexed_attention": ("reference", "native"),
     "fused_passes": ("reference", "native"),
 }
 

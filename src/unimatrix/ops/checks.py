@@ -62,6 +62,38 @@ def require_lengths(lengths: Tensor, num_tokens: int) -> None:
         )
 
 
+def read_ids(input_ids: Tensor, lengths: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
+    """Return ids and lengths for an operator on the CPU, contiguous; ids at padding are 0.
+
+    Args:
+        input_ids: [B, T] int64.
+        lengths: [B] int64 in 0..T, leading real tokens of each row; ``None`` is T for all.
+        most: the largest id.
+
+    Raises:
+        InputError: if a shape, type, length or id is not as above.
+    """
+    sizes: dict[str, int] = {}
+    require_shape("input_ids", input_ids, "B T", sizes)
+    require_dtype("input_ids", input_ids, torch.int64)
+    ids = input_ids.detach().cpu().contiguous()
+    if lengths is None:
+        lengths = torch.full((sizes["B"],), sizes["T"], dtype=torch.int64)
+    else:
+        require_shape("lengths", lengths, "B", sizes)
+        require_dtype("lengths", lengths, torch.int64)
+        lengths = lengths.cpu().contiguous()
+        if ((lengths < 0) | (lengths > sizes["T"])).any():
+            raise InputError(f"lengths is {lengths.tolist()}; pass values in 0 .. {sizes['T']}.")
+        ids = torch.where(find_real_tokens(lengths, ids), ids, 0)
+    smallest, largest = (int(bound) for bound in ids.aminmax())
+    if smallest < 0 or largest > most:
+        raise InputError(
+            f"input_ids holds {smallest if smallest < 0 else largest}; pass 0 .. {most}."
+        )
+    return ids, lengths
+
+
 def find_real_tokens(lengths: Tensor | None, like: Tensor) -> Tensor:
     """Return which positions hold real tokens.
 

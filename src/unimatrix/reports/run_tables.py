@@ -113,7 +113,7 @@ def summarize_lab(records: Records) -> Table:
     rows = []
     for group, members in _group_seeds(records, "lab/").items():
         seeds = [member["results"] for member in members]
-        if group.startswith(("hindsight/", "options/")):
+        if group.startswith(("hindsight/", "options/")) or "/short-" in group:
             continue
         shares = [
             share for seed in seeds for test, share in seed["accuracy"].items() if _has_room(test)

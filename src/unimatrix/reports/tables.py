@@ -159,7 +159,7 @@ TABLES: dict[str, Write] = {
     "eval-long-text": partial(_format_evaluations, build=long_context_results.tabulate_positions),
     **{
         f"lab-{part}": _write(partial(run_tables.tabulate_lab, prefix=f"lab/{part}/"))
-        for part in ("associative", "mqar", "others", "options", "hindsight")
+        for part in ("associative", "mqar", "bindings", "others", "options", "hindsight")
     },
     "lab-summary": _write(run_tables.summarize_lab),
     "headline": _write(tabulate_headline),

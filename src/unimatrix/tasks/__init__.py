@@ -1,6 +1,7 @@
 """Synthetic tasks: one frozen object each, seeded, knowing no model."""
 
 from unimatrix.tasks.associative import AssociativeRecall
+from unimatrix.tasks.bindings import BindingsQuestion, BindingsText, choose_names
 from unimatrix.tasks.chained import ChainedRecall
 from unimatrix.tasks.compositional import CompositionalRecall
 from unimatrix.tasks.mqar import MultiQueryRecall
@@ -11,6 +12,8 @@ from unimatrix.tasks.triple import TripleInteraction
 
 __all__ = [
     "AssociativeRecall",
+    "BindingsQuestion",
+    "BindingsText",
     "ChainedRecall",
     "CompositionalRecall",
     "MultiQueryRecall",
@@ -19,4 +22,5 @@ __all__ = [
     "RotatingDataset",
     "SeededTask",
     "TripleInteraction",
+    "choose_names",
 ]

@@ -16,7 +16,7 @@ from unimatrix.studies.recall.slices import build_slices, count_pairs
 from unimatrix.tasks import Needle, NoisyKeys, TripleInteraction
 
 tasks = pytest.mark.parametrize("task", TASKS)
-# As the recipe has them, but for the needle: 131,072 bytes take seconds.
+# As the recipe has them, but for needle and bindings: 131,072 bytes take seconds.
 SHORT_WINDOWS = (200, 5000)
 
 
@@ -53,7 +53,7 @@ def test_slices_share_a_vocabulary_and_differ_in_name(task: str) -> None:
     slices = build_slices(find_short_recipe(task))
     parts = (*slices.train, *slices.test.values())
     assert len({part.vocab_size for part in parts}) == 1
-    assert slices.whole_answer == (task == "needle")
+    assert slices.whole_answer == (task in ("needle", "bindings", "reading"))
     assert (slices.first is None) == (slices.first_fraction == 0)
     assert slices.first_fraction < 1
     for part in parts:
@@ -69,6 +69,10 @@ def test_recipes_are_named_after_their_task_and_train_our_preset(task: str) -> N
     assert (recipe.task, recipe.preset) == (task, "unimatrix")
     assert recipe.to_train_section().steps == recipe.steps
     config = UniMatrixConfig.preset(recipe.preset, **recipe.overrides)
+    if task in ("bindings", "reading"):  # every part is on
+        assert (config.residual_path, config.automaton_pointer) == ("suffix_automaton", True)
+        assert (config.associative_memory, config.pointer) == ("indexed", True)
+        return
     # Recall is by the slots: nothing else may copy from the input.
     assert (config.residual_path, config.automaton_pointer) == ("none", False)
     assert not config.bounded_training

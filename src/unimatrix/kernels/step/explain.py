@@ -31,7 +31,8 @@ _ANY_VALUE = frozenset(
     slots_per_read identity_lookup identity_values match_threshold strength_floor write_gate
     pointer slot_key_patterns slot_read_offsets bounded_training slot_margin slot_fade_tokens
     hindsight hindsight_share hindsight_floor hindsight_weight automaton_window
-    automaton_pointer initializer_range layer_norm_eps use_cache pad_token_id bos_token_id
+    automaton_pointer index_window index_units index_heads index_head_dim index_reads_at
+    initializer_range layer_norm_eps use_cache pad_token_id bos_token_id
     eos_token_id tie_word_embeddings format_version
     """.split()  # noqa: SIM905
 )
@@ -81,7 +82,7 @@ def explain_config(config: UniMatrixConfig) -> str | None:
     """Return why no compiled step exists for a configuration, ``None`` if one does.
 
     The list is one of what is allowed: a field that is not on it must have its default. Not on it
-    is the dense associative memory, which grows with the stream.
+    are the dense associative memory, which grows with the stream, and the indexed attention.
     """
     for name, default in get_config_defaults().items():
         value = getattr(config, name)

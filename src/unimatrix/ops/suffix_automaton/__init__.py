@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unimatrix.errors import InputError
 from unimatrix.ops.backends import compiles_native, require_backend
-from unimatrix.ops.checks import find_real_tokens, require_dtype, require_shape
+from unimatrix.ops.checks import read_ids, require_dtype, require_shape
 from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.suffix_automaton.reference import predict_rows
 from unimatrix.ops.suffix_automaton.storage import (
@@ -96,7 +96,7 @@ def predict_from_suffix(
     if backend == "auto":
         backend = "native" if compiles_native() else "reference"
     require_backend("suffix_automaton", backend)
-    real_ids, lengths = _check_ids(input_ids, lengths)
+    real_ids, lengths = read_ids(input_ids, lengths, 2**31 - 1)
     if initial is None:
         # Nothing is dropped from the first two generations.
         if not keeps_state and window is not None and input_ids.shape[1] <= 2 * window:
@@ -136,31 +136,6 @@ match_suffixes = declare_operator(
 
 Args: input_ids [B, T] int64, and the window. Returns: ids and match lengths, [B, T, 2] int64.
 """
-
-
-def _check_ids(
-    input_ids: torch.Tensor, lengths: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and lengths, contiguous on the CPU; ids at padding are 0."""
-    sizes: dict[str, int] = {}
-    require_shape("input_ids", input_ids, "B T", sizes)
-    require_dtype("input_ids", input_ids, torch.int64)
-    ids = input_ids.detach().cpu().contiguous()
-    if lengths is None:
-        lengths = torch.full((sizes["B"],), sizes["T"], dtype=torch.int64)
-    else:
-        require_shape("lengths", lengths, "B", sizes)
-        require_dtype("lengths", lengths, torch.int64)
-        lengths = lengths.cpu().contiguous()
-        if ((lengths < 0) | (lengths > sizes["T"])).any():
-            raise InputError(f"lengths is {lengths.tolist()}; pass values in 0 .. {sizes['T']}.")
-        ids = torch.where(find_real_tokens(lengths, ids), ids, 0)
-    smallest, largest = (int(bound) for bound in ids.aminmax())
-    if smallest < 0 or largest >= 2**31:
-        raise InputError(
-            f"input_ids holds {smallest if smallest < 0 else largest}; pass 0 .. {2**31 - 1}."
-        )
-    return ids, lengths
 
 
 def _check_initial(initial: AutomatonState, batch: int, window: int | None) -> None:

@@ -60,8 +60,8 @@ def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrix
         return config
     if config.associative_memory not in ("slots", "selective"):
         raise InputError(
-            f"slots is {recipe.num_slots} and preset {recipe.preset!r} has no slots; choose preset "
-            "unimatrix or sparsepointer, or leave slots out"
+            f"slots is {recipe.num_slots} and preset {recipe.preset!r} has no slots in "
+            f"{recipe.task} (associative_memory={config.associative_memory!r}); leave slots out"
         )
     return UniMatrixConfig.preset(recipe.preset, **(fields | {"num_slots": recipe.num_slots}))
 

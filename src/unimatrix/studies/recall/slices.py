@@ -4,11 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from unimatrix.data import load_corpus
 from unimatrix.errors import InputError
 from unimatrix.studies.recall.recipe import RecallRecipe
 from unimatrix.tasks import (
     AssociativeRecall,
+    BindingsQuestion,
+    BindingsText,
     ChainedRecall,
     CompositionalRecall,
     MultiQueryRecall,
@@ -16,7 +21,10 @@ from unimatrix.tasks import (
     NoisyKeys,
     SeededTask,
     TripleInteraction,
+    choose_names,
 )
+from unimatrix.tasks.bindings import count_longest_bytes
+from unimatrix.tasks.wordings import FEW, MANY, UNSEEN
 
 _Shapes = tuple[tuple[int, int], ...]
 # (window tokens, pairs). Grid A is one model a shape in zoology; here one model learns all four.
@@ -36,6 +44,7 @@ _GRIDS: Mapping[str, tuple[Callable[[int, int], SeededTask], _Shapes, _Shapes]] 
     "mqar-chained": (ChainedRecall, _CHAINED, _CHAINED),
 }
 _NEEDLE_TRAIN_BYTES = 1024
+_BINDINGS_TRAIN_BYTES = 512
 # A megabyte of a book has hundreds of digits, a training window less than one in the mean.
 _NEEDLE_TRAIN_DECOYS = 8
 
@@ -75,6 +84,8 @@ def build_slices(recipe: RecallRecipe) -> RecallSlices:
         )
     if task == "noisy-keys":
         return RecallSlices(train=(NoisyKeys(),), test={"512x16": NoisyKeys()})
+    if task in ("bindings", "reading"):
+        return _build_bindings(recipe)
     if task == "needle":
         return _build_needle(recipe)
     return RecallSlices(
@@ -95,11 +106,45 @@ def count_pairs(task: SeededTask) -> int:
     raise InputError("test_slots 0 is as many slots as pairs; this task has none, so give a number")
 
 
-def _build_needle(recipe: RecallRecipe) -> RecallSlices:
-    """Return needles in the corpus's training text, and of several lengths in its test text."""
+def _read_texts(recipe: RecallRecipe) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the text of a recipe for training and for tests, [bytes] uint8 each."""
     corpus = load_corpus(recipe.data, recipe.test_data or None)
     test = corpus.valid if recipe.test_data or corpus.test is None else corpus.test
-    train_text, test_text = (stream.read(0, len(stream)) for stream in (corpus.train, test))
+    return corpus.train.read(0, len(corpus.train)), test.read(0, len(test))
+
+
+def _build_bindings(recipe: RecallRecipe) -> RecallSlices:
+    """Return bindings in the corpus's training text, and questions with names of their own.
+
+    Of the grammar there are tests with sentences that it does not make as well.
+    """
+    train_text, test_text = _read_texts(recipe)
+    names, others = (choose_names(train_text, tests=tests) for tests in (False, True))
+    is_few = recipe.task == "bindings"
+    wordings = FEW if is_few else MANY
+    tests = {"": wordings} if is_few else {"": wordings, " unseen": UNSEEN}
+    shapes = [(size, keys) for size in recipe.test_windows for keys in recipe.test_pairs]
+    if all(count_longest_bytes(wordings, keys) > size for size, keys in shapes):
+        raise InputError(
+            f"test_pairs is {list(recipe.test_pairs)} and test_windows is "
+            f"{list(recipe.test_windows)}; choose windows of at least "
+            f"{count_longest_bytes(wordings, min(recipe.test_pairs))} bytes"
+        )
+    return RecallSlices(
+        train=(BindingsText(_BINDINGS_TRAIN_BYTES, train_text, names, wordings),),
+        test={
+            f"{size}x{keys}{label}": BindingsQuestion(size, test_text, others, asked, keys)
+            for label, asked in tests.items()
+            for size, keys in shapes
+            if count_longest_bytes(asked, keys) <= size
+        },
+        whole_answer=True,
+    )
+
+
+def _build_needle(recipe: RecallRecipe) -> RecallSlices:
+    """Return needles in the corpus's training text, and of several lengths in its test text."""
+    train_text, test_text = _read_texts(recipe)
     return RecallSlices(
         train=(Needle(_NEEDLE_TRAIN_BYTES, train_text, _NEEDLE_TRAIN_DECOYS),),
         test={f"{size}": Needle(size, test_text) for size in recipe.test_windows},

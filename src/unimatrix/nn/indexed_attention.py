@@ -1,0 +1,234 @@
+"""An exact index finds places in the text, a small attention reads around them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv1d, gelu, normalize, pad
+
+from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.mixer import Mixer, Tokens
+from unimatrix.nn.selective_mixer import normalize_features
+from unimatrix.ops.indexed_attention import (
+    BEFORE,
+    MOST_MATCHED,
+    NUM_OFFSETS,
+    REACH,
+    Entries,
+    attend_entries,
+    find_entries,
+)
+from unimatrix.ops.text_index import (
+    MOST_COUNTED,
+    NUM_KINDS,
+    NUM_RECENT,
+    TextIndex,
+    empty_index,
+    find_new_places,
+    find_places,
+    order_tokens,
+)
+
+_SPAN = NUM_OFFSETS + 2 * REACH
+"""Tokens around a place that the keys and values of its entries are made of."""
+_FIRST_TEMPERATURE = 8.0
+_NATS_OF_MATCH, _MATCHED = 0.5, 8
+"""At the start each matched token before an entry adds to its score, up to the eighth."""
+
+
+class IndexedRead(NamedTuple):
+    """What every position read around its places, and what the pointer needs of it.
+
+    Attributes:
+        context: [B, T, D].
+        token_ids: [B, T, E] int64, the tokens read; 0 for no entry.
+        weights: [B, T, H, E], of each head; 0 for no entry.
+    """
+
+    context: Tensor
+    token_ids: Tensor
+    weights: Tensor
+
+
+class IndexedAttention(Mixer):
+    """Attend to the tokens around the places where the rarest of the last words stood before.
+
+    Keys and values are made of the tokens of the text alone, so that the text and its index are all
+    that is carried. A call makes them for the 104 tokens around each of its places, or for the
+    whole window where that is less.
+
+    Equation: E25 to E28.
+    Source: this project.
+
+    Args:
+        config: uses D, V and the ``index_*`` fields.
+    """
+
+    name, operator, part = "indexed_attention", "indexed_attention", "text and index"
+    State, state_prefix, state_device = TextIndex, "index.", "cpu"
+
+    def __init__(self, config: UniMatrixConfig) -> None:
+        super().__init__()
+        self.reads_at = config.index_reads_at
+        self.window, self.vocab_size = config.index_window, config.vocab_size
+        self.reads_bytes = config.index_units == "words"
+        self.num_heads = config.index_heads
+        width, inner = config.hidden_size, config.index_heads * config.index_head_dim
+        self.query_proj = nn.Linear(width, inner, bias=False)
+        self.key_conv = nn.Parameter(torch.empty(2, width, REACH))
+        self.key_mix = nn.Linear(width, width)
+        self.key_proj = nn.Linear(width, inner, bias=False)
+        self.value_proj = nn.Linear(width, inner, bias=False)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.offset_bias = nn.Linear(width, self.num_heads * NUM_OFFSETS)
+        self.kind_bias = nn.Linear(width, self.num_heads * NUM_KINDS)
+        self.count_bias = nn.Embedding(MOST_COUNTED + 1, self.num_heads)
+        self.age_bias = nn.Embedding(NUM_RECENT, self.num_heads)
+        self.match_bias = nn.Parameter(torch.empty(self.num_heads, MOST_MATCHED + 1))
+        self.log_temperature = nn.Parameter(torch.empty(self.num_heads))
+        self.read_gate = nn.Linear(width, width)
+
+    def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the parameters that start elsewhere than ``initializer_range`` says."""
+        matched = torch.arange(MOST_MATCHED + 1).clamp(max=_MATCHED) * _NATS_OF_MATCH
+        return [
+            (self.key_conv, torch.randn(self.key_conv.shape) * REACH**-0.5),
+            (self.match_bias, matched.expand(self.num_heads, -1)),
+            (self.log_temperature, torch.full((self.num_heads,), _FIRST_TEMPERATURE).log()),
+        ]
+
+    @property
+    def gate(self) -> nn.Module:
+        """The read gate."""
+        return self.read_gate
+
+    def forward(
+        self, source: Tensor, tokens: Tokens, state: TextIndex | None
+    ) -> tuple[IndexedRead, TextIndex | None]:
+        """Find the places of every position, and read around them; see ``Mixer.forward``."""
+        ids, text = tokens.ids, tokens.ids
+        if state is not None:
+            text = torch.cat([order_tokens(state).to(ids.device), ids], dim=1)
+        places, index = self.find_places(tokens, state)
+        distances = places[..., 0]
+        entries = find_entries(text, distances, window=self.window, **self.operator_options)
+        columns = (entries.rows // 2).clamp_min(0).long()
+        token_ids = text.gather(1, columns.flatten(1)).view(columns.shape)
+        token_ids = token_ids.masked_fill(entries.rows < 0, 0)
+        query, *biases = self.make_queries(source, places)
+        is_new = state is None or torch.compiler.is_compiling()
+        cut = None if is_new else _cut_out(text, distances, entries)
+        if cut is not None:
+            text, entries = cut
+        inputs = [query, *self.make_keys(text, tokens), *biases]
+        if cut is not None:  # all rows read from one list of pieces
+            inputs = [_join_rows(tensor) for tensor in inputs]
+        inputs = [tensor.to(query.dtype) for tensor in (*inputs, self.match_bias)]
+        context, weights = attend_entries(entries, *inputs, **self.operator_options)
+        context = self.out_proj(context.reshape(*ids.shape, -1).to(source.dtype))
+        weights = weights.view(*ids.shape, self.num_heads, -1)
+        return IndexedRead(context, token_ids, weights), index if tokens.keeps_state else None
+
+    def find_places(
+        self, tokens: Tokens, state: TextIndex | None
+    ) -> tuple[Tensor, TextIndex | None]:
+        """Return the places of every position, [B, T, 5, 4] int32, and the index afterwards."""
+        empty = (self.window, self.vocab_size, self.reads_bytes)
+        if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
+            # Padding comes last, and nothing is read from it.
+            return find_new_places(tokens.ids, *empty), None
+        index = empty_index(len(tokens.ids), *empty) if state is None else state
+        found: tuple[Tensor, TextIndex] = find_places(
+            tokens.ids,
+            initial=index,
+            lengths=tokens.lengths,
+            in_place=tokens.gives_up_state or state is None,
+            **self.operator_options,
+        )
+        return found
+
+    def make_queries(self, source: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what positions look for.
+
+        Args:
+            source: [B, T, D], the stream.
+            places: [B, T, 5, 4] int32.
+
+        Returns:
+            [B, T, H, C], the queries; [B, T, H, 80] and [B, T, H, 5], what is added to the score of
+            an entry by its offset and by its place.
+        """
+        h = normalize_features(source)
+        heads = (*h.shape[:2], self.num_heads, -1)
+        # Scores are compared and summed over hundreds of entries: no 16-bit numbers.
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        query = normalize(self.query_proj(h).view(heads).to(dtype), dim=-1)
+        query = query * self.log_temperature.exp().unsqueeze(-1)
+        _, times, ages, kinds = places.unbind(dim=-1)
+        of_units = (self.count_bias(times) + self.age_bias(ages)).transpose(2, 3)
+        chosen = kinds.unsqueeze(2).expand(-1, -1, self.num_heads, -1).long()
+        of_places = self.kind_bias(h).view(heads).gather(3, chosen) + of_units
+        return query, self.offset_bias(h).view(heads), of_places
+
+    def make_keys(self, text: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return what the tokens of a text are found by, and what they say.
+
+        Args:
+            text: [B, S] int64, -1 for no token.
+            tokens: whose ``embed`` is used.
+
+        Returns:
+            [B, 2 S, H, C], two keys of each token: of the 12 before it, and of the 12 from it on as
+            well. [B, S, H, C], the values.
+        """
+        batch, num_columns = text.shape
+        features = normalize_features(tokens.embed(text.clamp_min(0)))
+        features = features * (text >= 0).unsqueeze(-1)  # [B, S, D]
+        channels = features.transpose(1, 2)
+        past, ahead = (kernel.unsqueeze(1) for kernel in self.key_conv)  # [D, 1, 12] each
+        groups = features.shape[-1]
+        seen = conv1d(pad(channels, (REACH, -1)), past, groups=groups)
+        known = seen + conv1d(pad(channels, (0, REACH - 1)), ahead, groups=groups)
+        both = torch.stack([seen, known], dim=-1).permute(0, 2, 3, 1)  # [B, S, 2, D]
+        mixed = normalize_features(self.key_mix(gelu(both)))
+        keys = self.key_proj(mixed).view(batch, 2 * num_columns, self.num_heads, -1)
+        # The smallest length of a vector is no 16-bit number.
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        values = self.value_proj(features).view(batch, num_columns, self.num_heads, -1)
+        return normalize(keys, dim=-1), values
+
+
+def _cut_out(text: Tensor, distances: Tensor, entries: Entries) -> tuple[Tensor, Entries] | None:
+    """Return the pieces of text around all places, each once, ``None`` if they are no less.
+
+    Args:
+        text: [B, S] int64.
+        distances: [B, T, P] int32.
+        entries: those of ``find_entries`` in the text.
+
+    Returns:
+        [n, 104] int64, -1 outside the text; the entries in these pieces, one after the other, as
+        those of a single stream of B T tokens.
+    """
+    batch, num_columns = text.shape
+    num_tokens = distances.shape[1]
+    now = torch.arange(num_columns - num_tokens, num_columns, device=text.device).view(1, -1, 1)
+    first = torch.arange(batch, device=text.device).view(-1, 1, 1) * num_columns
+    places = (first + now - distances).masked_fill(distances < 0, -1)
+    places, numbers = torch.unique(places, return_inverse=True)  # [n], [B, T, P]
+    if len(places) * _SPAN >= text.numel():
+        return None
+    span = torch.arange(-BEFORE - REACH, _SPAN - BEFORE - REACH, device=text.device)
+    columns = (places % num_columns).unsqueeze(1) + span  # [n, 104]
+    rows = (places.clamp_min(0) // num_columns).unsqueeze(1)
+    pieces = text[rows, columns.clamp(0, num_columns - 1)]
+    pieces = pieces.masked_fill((columns < 0) | (columns >= num_columns), -1)
+    offsets = torch.arange(REACH, REACH + NUM_OFFSETS, device=text.device)
+    in_pieces = 2 * (numbers.unsqueeze(-1) * _SPAN + offsets).flatten(2) + entries.rows % 2
+    in_pieces = in_pieces.int().where(entries.rows >= 0, -1)
+    return pieces, Entries(_join_rows(in_pieces), _join_rows(entries.matched))
+
+
+def _join_rows(features: Tensor) -> Tensor:
+    """Return features [B, T, *] of all rows as those of one, [1, B T, *]."""
+    return features.flatten(0, 1).unsqueeze(0)

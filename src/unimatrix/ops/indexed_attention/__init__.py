@@ -1,0 +1,141 @@
+"""Attention around places: the tokens there, and a few heads that read them."""
+
+import torch
+from torch import Tensor
+
+from unimatrix.errors import InputError
+from unimatrix.ops.backends import compiles_native, require_backend
+from unimatrix.ops.checks import require_dtype, require_shape
+from unimatrix.ops.indexed_attention.entries import (
+    BEFORE,
+    MOST_MATCHED,
+    NUM_OFFSETS,
+    REACH,
+    Entries,
+)
+from unimatrix.ops.indexed_attention.reference import attend_reference, find_entries_reference
+
+__all__ = [
+    "BEFORE",
+    "MOST_MATCHED",
+    "NUM_OFFSETS",
+    "REACH",
+    "Entries",
+    "attend_entries",
+    "choose_backend",
+    "find_entries",
+]
+
+
+def choose_backend(backend: str, x: Tensor) -> str:
+    """Return the back end that ``auto`` stands for, or the one that was chosen by name.
+
+    Args:
+        backend: ``auto``, ``reference`` or ``native``.
+        x: a tensor of the call.
+
+    Raises:
+        InputError: if there is no such back end, or it cannot run here.
+    """
+    is_able = x.is_cpu and x.dtype in (torch.float32, torch.float64, torch.int64)
+    if backend == "auto":
+        return "native" if is_able and compiles_native() else "reference"
+    if require_backend("indexed_attention", backend) == "native" and not is_able:
+        raise InputError(
+            f"backend 'native' takes float32 or float64 on the CPU, not {x.dtype} on {x.device}; "
+            "pass auto"
+        )
+    return backend
+
+
+def find_entries(text: Tensor, distances: Tensor, *, window: int, backend: str = "auto") -> Entries:
+    """Return the tokens around the places of every position.
+
+    Equation: E26. A position reads the 32 tokens before a place and the 48 from it on, if they are
+    at most W - 17 tokens back and not ahead of it.
+    Source: this project.
+
+    Args:
+        text: [B, S] int64, the last tokens of each stream, of which the last T are the positions;
+            -1 is no token.
+        distances: [B, T, P] int32, how far back each place is; -1 for none.
+        window: W.
+        backend: ``auto`` is ``native`` on the CPU, where it runs.
+
+    Returns:
+        the entries, E = 80 P; not differentiable.
+
+    Raises:
+        InputError: if a shape or type is not as above, or the back end does not exist.
+    """
+    sizes: dict[str, int] = {}
+    require_shape("text", text, "B S", sizes)
+    require_shape("distances", distances, "B T P", sizes)
+    require_dtype("text", text, torch.int64)
+    require_dtype("distances", distances, torch.int32)
+    if choose_backend(backend, text) == "reference":
+        return find_entries_reference(text, distances, window)
+    from unimatrix.ops.indexed_attention.native import find_entries_native
+
+    return Entries(*find_entries_native(text, distances, window))
+
+
+def attend_entries(
+    entries: Entries,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    offset_bias: Tensor,
+    place_bias: Tensor,
+    match_bias: Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attend to the entries of every position, or to nothing, which has a score of 0.
+
+    Equation: E27.
+    Source: this project.
+
+    Args:
+        entries: what each position reads, [B, T, E].
+        query: [B, T, H, C], with the temperature.
+        keys: [B, 2 S, H, C], two rows of each token: without and with what stands ahead of it.
+        values: [B, S, H, C].
+        offset_bias: [B, T, H, 80], added to the score by the entry's offset.
+        place_bias: [B, T, H, P], added by its place.
+        match_bias: [H, 17], added by its match length.
+        backend: ``auto`` is ``native`` on the CPU, where it runs.
+
+    Returns:
+        [B, T, H, C], the weighted sum of the values; [B, T, H, E], the weights, whose sum is less
+        than 1 by the weight of nothing. Differentiable once (``native``) in the six floats.
+
+    Raises:
+        InputError: if a shape or type is not as above, or the back end does not exist.
+
+    Cost:
+        O(B T E H C), and the weights' B T E H numbers. ``reference`` copies the keys and the values
+        of every entry, B T E H C numbers each.
+    """
+    sizes: dict[str, int] = {"80": NUM_OFFSETS, "17": MOST_MATCHED + 1}
+    shapes = {
+        "entries.rows": (entries.rows, "B T E"),
+        "query": (query, "B T H C"),
+        "keys": (keys, "B R H C"),
+        "values": (values, "B S H C"),
+        "offset_bias": (offset_bias, "B T H 80"),
+        "place_bias": (place_bias, "B T H P"),
+        "match_bias": (match_bias, "H 17"),
+    }
+    for name, (tensor, letters) in shapes.items():
+        require_shape(name, tensor, letters, sizes)
+        if name != "entries.rows":
+            require_dtype(name, tensor, query.dtype)
+    inputs = (query, keys, values, offset_bias, place_bias, match_bias)
+    if choose_backend(backend, query) == "reference":
+        with torch.autocast(query.device.type, enabled=False):
+            return attend_reference(entries, *inputs)
+    from unimatrix.ops.indexed_attention.native import attend_entries_native
+
+    context, weights = attend_entries_native(*entries, *inputs)
+    return context, weights

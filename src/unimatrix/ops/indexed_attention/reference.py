@@ -1,0 +1,63 @@
+"""Attention around places by its definition."""
+
+import torch
+from torch import Tensor
+
+from unimatrix.ops.indexed_attention.entries import (
+    BEFORE,
+    MOST_MATCHED,
+    NUM_OFFSETS,
+    REACH,
+    Entries,
+)
+
+
+def find_entries_reference(text: Tensor, distances: Tensor, window: int) -> Entries:
+    """Return the entries of every position; see ``find_entries``."""
+    batch, num_tokens, num_places = distances.shape
+    num_columns = text.shape[1]
+    now = torch.arange(num_columns - num_tokens, num_columns, device=text.device).view(1, -1, 1, 1)
+    offsets = torch.arange(-BEFORE, NUM_OFFSETS - BEFORE, device=text.device)
+    columns = now - distances.unsqueeze(-1) + offsets  # [B, T, P, O]
+    exists = (distances.unsqueeze(-1) >= 0) & (columns >= 0) & (columns <= now)
+    exists &= now - columns < window - MOST_MATCHED
+    shape = (batch, num_tokens, num_places * NUM_OFFSETS)
+
+    def read(at: Tensor) -> Tensor:
+        """Return the tokens in columns, -1 outside the text."""
+        found = text.gather(1, at.clamp_min(0).flatten(1)).view(at.shape)
+        return found.masked_fill(at < 0, -1)
+
+    columns = columns.where(exists, -1)
+    exists &= read(columns) >= 0
+    matched, goes_on = torch.zeros_like(columns), exists
+    for length in range(MOST_MATCHED):
+        before = read(columns - 1 - length)
+        goes_on = goes_on & (before >= 0) & (before == read((now - length).expand_as(columns)))
+        matched += goes_on
+    rows = 2 * columns + (columns + REACH - 1 <= now)
+    return Entries(rows.where(exists, -1).view(shape).int(), matched.view(shape).int())
+
+
+def attend_reference(
+    entries: Entries,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    offset_bias: Tensor,
+    place_bias: Tensor,
+    match_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return context and weights; see ``attend_entries``."""
+    rows = entries.rows.clamp_min(0).long()  # [B, T, E]
+    streams = torch.arange(len(rows), device=rows.device).view(-1, 1, 1)
+    scores = torch.einsum("bthc,btehc->bthe", query, keys[streams, rows])
+    offsets = torch.arange(rows.shape[2], device=rows.device)
+    scores = scores + offset_bias[..., offsets % NUM_OFFSETS]
+    scores = scores + place_bias[..., offsets // NUM_OFFSETS]
+    scores = scores + match_bias[:, entries.matched.long()].permute(1, 2, 0, 3)
+    scores = scores.masked_fill((entries.rows < 0).unsqueeze(2), -torch.inf)
+    nothing = torch.zeros_like(scores[..., :1])
+    weights = torch.cat([nothing, scores], dim=-1).softmax(dim=-1)[..., 1:]
+    context = torch.einsum("bthe,btehc->bthc", weights, values[streams, rows // 2])
+    return context, weights
