@@ -140,6 +140,12 @@ def test_wrong_arguments() -> None:
         find_entries(text, distances, window=200, backend="parallel")
     with pytest.raises(InputError, match="offset_bias"):
         attend_entries(entries, **{**leaves, "offset_bias": leaves["offset_bias"][..., 1:]})
+    with pytest.raises(InputError, match="keys has 179 rows for 90 values"):
+        attend_entries(entries, **{**leaves, "keys": leaves["keys"][:, 1:]})
+    with pytest.raises(InputError, match="240 entries for 2 places"):
+        attend_entries(entries, **{**leaves, "place_bias": leaves["place_bias"][..., 1:]})
+    with pytest.raises(InputError, match=r"entries\.matched"):
+        attend_entries(Entries(entries.rows, entries.matched[:, 1:]), **leaves)
     halves = {name: leaf.half() for name, leaf in leaves.items()}
     with pytest.raises(
         InputError, match=r"takes float32 or float64 on the CPU, not torch\.float16"

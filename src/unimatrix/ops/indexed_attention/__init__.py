@@ -131,6 +131,13 @@ def attend_entries(
         require_shape(name, tensor, letters, sizes)
         if name != "entries.rows":
             require_dtype(name, tensor, query.dtype)
+    if sizes["R"] != 2 * sizes["S"] or sizes["E"] != NUM_OFFSETS * sizes["P"]:
+        raise InputError(
+            f"keys has {sizes['R']} rows for {sizes['S']} values and entries.rows {sizes['E']} "
+            f"entries for {sizes['P']} places; pass two rows a value and {NUM_OFFSETS} entries a "
+            "place"
+        )
+    require_shape("entries.matched", entries.matched, "B T E", sizes)
     inputs = (query, keys, values, offset_bias, place_bias, match_bias)
     if choose_backend(backend, query) == "reference":
         with torch.autocast(query.device.type, enabled=False):
