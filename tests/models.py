@@ -82,7 +82,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "unimatrix+indexed": {
         "associative_memory": "indexed",
         "index_units": "tokens",
-        "index_window": 128,
+        "automaton_window": 128,
         "index_head_dim": 4,
     },
     "unimatrix+automaton-alone": {"associative_memory": "none", "pointer": False},

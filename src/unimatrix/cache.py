@@ -68,7 +68,7 @@ def digest_config(config: UniMatrixConfig) -> str:
     """Return a short hash of the fields that decide what a cache holds."""
     names = list(_CARRIED_BY)
     if config.associative_memory == "indexed":
-        names += ["index_window", "index_units"]
+        names += ["index_units"]
     fields = {name: getattr(config, name) for name in names}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 

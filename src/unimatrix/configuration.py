@@ -128,11 +128,11 @@ class UniMatrixConfig(PreTrainedConfig):
             largest,
         hindsight_floor: and exceeds this many nats.
         hindsight_weight: weight of the gate's loss.
-        automaton_window: W, bound on the suffix automaton's text (at most 2 W tokens are kept);
-            ``None`` keeps the whole stream.
+        automaton_window: W, the tokens that ``indexed`` and the suffix automaton beside it remember,
+            an even number. Without ``indexed`` a bound on the automaton's text (at most 2 W tokens
+            are kept); ``None`` keeps the whole stream.
         automaton_pointer: the automaton's token shares the probability with the vocabulary; needs
             ``residual_path='suffix_automaton'``.
-        index_window: W of ``indexed``, the tokens that are remembered; even.
         index_units: what the index finds again: ``words`` of bytes, or ``tokens``.
         index_heads: heads that read around a place.
         index_head_dim: width of such a head.
@@ -206,7 +206,6 @@ class UniMatrixConfig(PreTrainedConfig):
         hindsight_weight: float = 1.0,
         automaton_window: int | None = None,
         automaton_pointer: bool = False,
-        index_window: int = 4096,
         index_units: str = "words",
         index_heads: int = 2,
         index_head_dim: int = 32,
@@ -265,7 +264,6 @@ class UniMatrixConfig(PreTrainedConfig):
         self.hindsight_weight = hindsight_weight
         self.automaton_window = automaton_window
         self.automaton_pointer = automaton_pointer
-        self.index_window = index_window
         self.index_units = index_units
         self.index_heads = index_heads
         self.index_head_dim = index_head_dim

@@ -38,7 +38,6 @@ _LEAST = {
     "modulation_size": 0,
     "conv_kernel": 0,
     "product_key_codes": 0,
-    "index_window": 1,
     "index_heads": 1,
     "index_head_dim": 1,
     "index_reads_at": 0,
@@ -164,7 +163,12 @@ def _check_pointers(config: "UniMatrixConfig") -> None:
 
 def _check_index(config: "UniMatrixConfig") -> None:
     """Raise ``InputError`` for an index that the model cannot have."""
-    require_window("index_window", config.index_window)
+    if config.automaton_window is None:
+        raise InputError(
+            "associative_memory='indexed' needs automaton_window, the tokens that it remembers; "
+            "pass an even number"
+        )
+    require_window("automaton_window", config.automaton_window)
     if config.index_units == "words" and config.vocab_size < _NUM_BYTES:
         raise InputError(
             f"index_units='words' reads ids below {_NUM_BYTES} as bytes, and vocab_size is "

@@ -136,6 +136,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         hidden_states: list[Tensor] = []
         carries: list[States] = []
         shared, votes = dict(past.shared), None
+        for mixer in self.mixers:
+            tokens, shared[mixer.name] = mixer.search(tokens, shared.get(mixer.name))
         for depth_step, carry in enumerate(past.depth):
             for mixer in self.mixers:
                 if mixer.reads_at == depth_step:

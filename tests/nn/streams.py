@@ -66,7 +66,8 @@ class Stream(NamedTuple):
 
     def read(self, mixer: Mixer, state: Any = None, lengths: Tensor | None = None) -> Result:
         """Return what a mixer reads, and its state."""
-        result: Result = mixer(self.source, self.describe(lengths), state)
+        tokens, state = mixer.search(self.describe(lengths), state)
+        result: Result = mixer(self.source, tokens, state)
         return result
 
 
@@ -163,7 +164,8 @@ def check_gradients(mixer: Mixer, *, beside: tuple[str, ...]) -> None:
         parts, state = [], None
         for first, last in ((0, 4), (4, 6)):
             part = stream._replace(source=source, table=table).cut(first, last)
-            called = functional_call(mixer, own, (part.source, part.describe(), state))
+            tokens, state = mixer.search(part.describe(), state)
+            called = functional_call(mixer, own, (part.source, tokens, state))
             parts.append(called[0].context)
             state = called[1]
         carried = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]

@@ -26,7 +26,7 @@ def build() -> IndexedAttention:
 
 def build_words(**changes) -> UniMatrixForCausalLM:
     """Return a small model of bytes in float64, its weights far from their start."""
-    options = {"associative_memory": "indexed", "index_window": 128, "index_head_dim": 4}
+    options = {"associative_memory": "indexed", "automaton_window": 128, "index_head_dim": 4}
     model = build_byte_model("unimatrix", **(options | {"num_hidden_layers": 3} | changes)).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_nothing_is_seen_ahead() -> None:
 
 @torch.no_grad()
 def test_the_answer_is_among_what_a_question_reads() -> None:
-    model = build_words(index_window=1024)
+    model = build_words(automaton_window=1024)
     read = {}
     model.model.block.indexed_attention.register_forward_hook(
         lambda _, inputs, output: read.update(found=output[0])
@@ -133,7 +133,7 @@ def test_a_saved_state_goes_on(tmp_path) -> None:
     expected = model(ids).logits
     for split in (60, 200):
         cache = model(ids[:, :split], use_cache=True).past_key_values
-        assert cache.bytes_by_part()["text and index"] <= 12 * 128 + 1400
+        assert cache.bytes_by_part()["text and index"] <= 12 * 128 + 1456
         cache.save(tmp_path / "state")
         loaded = UniMatrixCache.load(tmp_path / "state")
         found = model(ids[:, split:], past_key_values=loaded, use_cache=True)
@@ -214,10 +214,15 @@ def test_it_learns_under_autocast_and_in_16_bits() -> None:
 
 
 def test_configurations_that_cannot_be() -> None:
-    build = {"associative_memory": "indexed", "max_position_embeddings": None}
+    build = {
+        "associative_memory": "indexed",
+        "max_position_embeddings": None,
+        "automaton_window": 128,
+    }
     for changes, message in (
-        ({"index_window": 129}, "index_window is 129; pass an even number of 128 to"),
-        ({"index_window": 64}, "index_window is 64"),
+        ({"automaton_window": 129}, "automaton_window is 129; pass an even number of 128 to"),
+        ({"automaton_window": 64}, "automaton_window is 64"),
+        ({"automaton_window": None}, "needs automaton_window, the tokens that it remembers"),
         ({"index_reads_at": 3}, "index_reads_at is 3, and num_hidden_layers 3"),
         ({"vocab_size": 90, "pad_token_id": 0}, "reads ids below 256 as bytes, and vocab_size is"),
         ({"index_heads": 0}, "index_heads is 0; it must be a whole number of at least 1"),

@@ -72,7 +72,7 @@ def _answer(model: PreTrainedModel, ids: Tensor, has_label: Tensor) -> Tensor:
     num_tokens = max(STREAM_TOKENS // ids.shape[0], 1)
     if model.config.associative_memory == "indexed":
         # Each call makes the keys of the window anew.
-        num_tokens = max(num_tokens, model.config.index_window // 4)
+        num_tokens = max(num_tokens, (model.config.automaton_window or 0) // 4)
     for start in range(0, ids.shape[1], num_tokens):
         piece = slice(start, start + num_tokens)
         is_last = piece.stop >= ids.shape[1]

@@ -96,7 +96,7 @@ def read_anew(
         anew["indexed_attention"] = rebuild_index(
             index,
             num_tokens,
-            config.index_window,
+            config.automaton_window or 0,
             config.vocab_size,
             config.index_units == "words",
         )

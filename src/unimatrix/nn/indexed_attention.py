@@ -24,9 +24,9 @@ from unimatrix.ops.text_index import (
     NUM_RECENT,
     TextIndex,
     empty_index,
-    find_new_places,
-    find_places,
     order_tokens,
+    search_new_text,
+    search_text,
 )
 
 _SPAN = NUM_OFFSETS + 2 * REACH
@@ -34,6 +34,20 @@ _SPAN = NUM_OFFSETS + 2 * REACH
 _FIRST_TEMPERATURE = 8.0
 _NATS_OF_MATCH, _MATCHED = 0.5, 8
 """At the start each matched token before an entry adds to its score, up to the eighth."""
+
+
+class Search(NamedTuple):
+    """The text of every stream, and where its positions are sent.
+
+    Attributes:
+        text: [B, S] int64, the tokens remembered before these and these; -1 for none.
+        places: [B, T, 5, 4] int32; see ``ops.text_index.Found``.
+        follows_text: whether anything can have been remembered before.
+    """
+
+    text: Tensor
+    places: Tensor
+    follows_text: bool
 
 
 class IndexedRead(NamedTuple):
@@ -55,13 +69,14 @@ class IndexedAttention(Mixer):
 
     Keys and values are made of the tokens of the text alone, so that the text and its index are all
     that is carried. A call makes them for the 104 tokens around each of its places, or for the
-    whole window where that is less.
+    whole window where that is less. Before the depth steps, ``search`` finds the places and, for the
+    residual path, what followed the longest suffix: one text and one index serve both.
 
-    Equation: E25 to E28.
+    Equation: E25 to E28, and E10 with a bound.
     Source: this project.
 
     Args:
-        config: uses D, V and the ``index_*`` fields.
+        config: uses D, V, ``automaton_window`` and the ``index_*`` fields.
     """
 
     name, operator, part = "indexed_attention", "indexed_attention", "text and index"
@@ -70,7 +85,8 @@ class IndexedAttention(Mixer):
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
         self.reads_at = config.index_reads_at
-        self.window, self.vocab_size = config.index_window, config.vocab_size
+        assert config.automaton_window is not None
+        self.window, self.vocab_size = config.automaton_window, config.vocab_size
         self.reads_bytes = config.index_units == "words"
         self.num_heads = config.index_heads
         width, inner = config.hidden_size, config.index_heads * config.index_head_dim
@@ -102,22 +118,46 @@ class IndexedAttention(Mixer):
         """The read gate."""
         return self.read_gate
 
+    def search(
+        self, tokens: Tokens, state: TextIndex | None
+    ) -> tuple[Tokens, TextIndex | None]:
+        """Find places and matches; see ``Mixer.search``."""
+        ids, follows_text = tokens.ids, state is not None
+        empty = (self.window, self.vocab_size, self.reads_bytes)
+        text = ids
+        if state is not None:
+            text = torch.cat([order_tokens(state).to(ids.device), ids], dim=1)
+        if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
+            # Padding comes last, and nothing is read from it.
+            places, matches = search_new_text(ids, *empty)
+        else:
+            index = empty_index(len(ids), *empty) if state is None else state
+            (places, matches), index = search_text(
+                ids,
+                initial=index,
+                lengths=tokens.lengths,
+                in_place=tokens.gives_up_state or state is None,
+                **self.operator_options,
+            )
+            state = index if tokens.keeps_state else None
+        if tokens.suffix_match is not None:
+            matches = tokens.suffix_match
+        found = Search(text, places, follows_text)
+        return tokens._replace(found=found, suffix_match=matches), state
+
     def forward(
         self, source: Tensor, tokens: Tokens, state: TextIndex | None
     ) -> tuple[IndexedRead, TextIndex | None]:
-        """Find the places of every position, and read around them; see ``Mixer.forward``."""
-        ids, text = tokens.ids, tokens.ids
-        if state is not None:
-            text = torch.cat([order_tokens(state).to(ids.device), ids], dim=1)
-        places, index = self.find_places(tokens, state)
+        """Read around the places that ``search`` has found; see ``Mixer.forward``."""
+        text, places, follows_text = tokens.found
         distances = places[..., 0]
         entries = find_entries(text, distances, window=self.window, **self.operator_options)
         columns = (entries.rows // 2).clamp_min(0).long()
         token_ids = text.gather(1, columns.flatten(1)).view(columns.shape)
         token_ids = token_ids.masked_fill(entries.rows < 0, 0)
         query, *biases = self.make_queries(source, places)
-        is_new = state is None or torch.compiler.is_compiling()
-        cut = None if is_new else _cut_out(text, distances, entries)
+        can_cut = follows_text and not torch.compiler.is_compiling()
+        cut = _cut_out(text, distances, entries) if can_cut else None
         if cut is not None:
             text, entries = cut
         inputs = [query, *self.make_keys(text, tokens), *biases]
@@ -125,27 +165,9 @@ class IndexedAttention(Mixer):
             inputs = [_join_rows(tensor) for tensor in inputs]
         inputs = [tensor.to(query.dtype) for tensor in (*inputs, self.match_bias)]
         context, weights = attend_entries(entries, *inputs, **self.operator_options)
-        context = self.out_proj(context.reshape(*ids.shape, -1).to(source.dtype))
-        weights = weights.view(*ids.shape, self.num_heads, -1)
-        return IndexedRead(context, token_ids, weights), index if tokens.keeps_state else None
-
-    def find_places(
-        self, tokens: Tokens, state: TextIndex | None
-    ) -> tuple[Tensor, TextIndex | None]:
-        """Return the places of every position, [B, T, 5, 4] int32, and the index afterwards."""
-        empty = (self.window, self.vocab_size, self.reads_bytes)
-        if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
-            # Padding comes last, and nothing is read from it.
-            return find_new_places(tokens.ids, *empty), None
-        index = empty_index(len(tokens.ids), *empty) if state is None else state
-        found: tuple[Tensor, TextIndex] = find_places(
-            tokens.ids,
-            initial=index,
-            lengths=tokens.lengths,
-            in_place=tokens.gives_up_state or state is None,
-            **self.operator_options,
-        )
-        return found
+        context = self.out_proj(context.reshape(*tokens.ids.shape, -1).to(source.dtype))
+        weights = weights.view(*tokens.ids.shape, self.num_heads, -1)
+        return IndexedRead(context, token_ids, weights), state
 
     def make_queries(self, source: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what positions look for.

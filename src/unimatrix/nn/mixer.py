@@ -22,8 +22,9 @@ class Tokens(NamedTuple):
         modulation: [B, T, D], the factors of E12, or ``None``.
         keeps_state: whether what mixers carry is returned.
         gives_up_state: whether a mixer may change in place what was carried here.
-        suffix_match: [B, T, 2] int64, what the suffix automaton says of these tokens, where a
-            caller knows it; ``None`` runs it.
+        suffix_match: [B, T, 2] int64, what followed the longest suffix that stood before, and its
+            length, where a caller or a mixer knows it; ``None`` runs the suffix automaton.
+        found: what a mixer has found for all of these tokens (``Mixer.search``).
         reads: by name, what mixers that read once have read.
         is_last: whether this depth step is the last, whose pointer votes.
     """
@@ -38,6 +39,7 @@ class Tokens(NamedTuple):
     keeps_state: bool = False
     gives_up_state: bool = False
     suffix_match: Tensor | None = None
+    found: Any = None
     reads: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     is_last: bool = False
 
@@ -115,6 +117,19 @@ class Mixer(nn.Module):
         That of the residual context is the block's ``context_gate``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no gate")
+
+    def search(self, tokens: Tokens, state: Any) -> tuple[Tokens, Any]:
+        """Look up what the ids alone say, once before all depth steps.
+
+        Args:
+            tokens: these tokens.
+            state: a ``State`` of a mixer that reads once; ``None`` is that of an empty stream.
+
+        Returns:
+            the tokens with what was found; the state after the last real token, which ``forward``
+            is given. Most mixers look up nothing.
+        """
+        return tokens, state
 
     def forward(self, source: Tensor, tokens: Tokens, state: Any) -> tuple[Any, Any]:
         """Read at every position, and write.

@@ -46,13 +46,15 @@ class ResidualContext(Mixer):
         self.reads_at = 0
         self.uses_automaton = config.residual_path == "suffix_automaton"
         self.window = config.automaton_window
+        # An index of the text finds what an automaton would.
+        self.is_told = config.associative_memory == "indexed"
         self.pad_token_id = config.pad_token_id
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
 
     @property
     def runs_operator(self) -> bool:
         """Whether the automaton runs."""
-        return self.uses_automaton
+        return self.uses_automaton and not self.is_told
 
     @property
     def grows(self) -> bool:
@@ -74,6 +76,8 @@ class ResidualContext(Mixer):
         self, tokens: Tokens, state: AutomatonState | None
     ) -> tuple[Tensor, Tensor | None, AutomatonState | None]:
         """Return the id that each position is told and its match length, and the state afterwards.
+
+        A mixer with an index of the text has found it with the index.
 
         Returns:
             [B, T] int64, -1 for none; [B, T] int64, ``None`` with previous_token; the automaton.

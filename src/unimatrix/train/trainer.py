@@ -295,7 +295,7 @@ def choose_collator(
     would then wait for the automaton.
     """
     context = model.model.residual_context if isinstance(model, UniMatrixForCausalLM) else None
-    if device != "cuda" or context is None or not context.uses_automaton:
+    if device != "cuda" or context is None or not context.runs_operator:
         return collate
     return functools.partial(collate_with_match, window=context.window)
 

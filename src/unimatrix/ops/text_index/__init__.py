@@ -1,6 +1,6 @@
-"""The text index: where the rarest of the last units of a stream stood before."""
+"""The text index: where the last units of a stream stood before, and its longest suffix."""
 
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,25 +32,42 @@ __all__ = [
     "NUM_KINDS",
     "NUM_PLACES",
     "NUM_RECENT",
+    "Found",
     "TextIndex",
     "empty_index",
-    "find_new_places",
-    "find_places",
     "order_tokens",
     "rebuild_index",
+    "search_new_text",
+    "search_text",
 ]
 
 
+class Found(NamedTuple):
+    """What an index finds for every token.
+
+    Attributes:
+        places: [B, T, 5, 4] int32, where the last units stood before: for each place how many
+            tokens it is back, how often its unit was remembered (at most 7), how many units were
+            read after that one, and its kind: 0 to 2 are the places of the rarest unit, 3 to 6
+            those of the others; -1 and three zeros for no place.
+        matches: [B, T, 2] int64, the token that followed the longest suffix that stood before, -1
+            for none, and the length of the match.
+    """
+
+    places: Tensor
+    matches: Tensor
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def find_places(
+def search_text(
     input_ids: Tensor,
     *,
     initial: TextIndex,
     lengths: Tensor | None = None,
     in_place: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, TextIndex]:
-    """Return where the rarest of the last eight units stood before, for every token.
+) -> tuple[Found, TextIndex]:
+    """Return for every token where its last units stood before, and what followed its suffix.
 
     Equation: E25. A unit is a word of at most 64 letters or digits (three letters, or fewer with a
     digit; ASCII letters without case; any longer character is a letter), complete with the token
@@ -60,7 +77,10 @@ def find_places(
     by how often they were, the rarest first and of equals the latest. The first sends a position to
     its latest place, the one before that and the oldest; the others to their latest, until there
     are five places.
-    Source: this project.
+
+    Equation: E10. For the largest m < 64, then the largest j < t, with id_{j-m..j} = id_{t-m..t}
+    and t - j <= W - 64: id_{j+1} and the length m + 1; -1 and 0 if even id_t is new.
+    Source: this project; E10 is the residual path of the paper, with a bound.
 
     Args:
         input_ids: [B, T] int64, ids that the index's tokens can hold; what stands at positions
@@ -71,21 +91,20 @@ def find_places(
         backend: ``auto`` is ``native``, or ``reference`` where kernels do not run here.
 
     Returns:
-        [B, T, 5, 4] int32 on the device of ``input_ids``: for each place how many tokens it is
-        back, how often its unit was remembered (at most 7), how many units were read after that
-        one, and its kind: 0 to 2 are the places of the rarest unit, 3 to 6 those of the others;
-        -1 and three zeros for no place. And the index after each row's real tokens, on the CPU.
+        What was found, on the device of ``input_ids``, and the index after each row's real tokens,
+        on the CPU.
 
     Raises:
         InputError: if a shape, type or id is not as above, or the back end does not exist.
 
     Cost:
-        O(1) a token on average. At most 12 W + 1,400 bytes for words of a vocabulary below 32,768,
-        34 W for tokens. ``reference`` reads the whole window again in each call.
+        About 2 ln W suffixes are visited a token. For words of a vocabulary and a window below
+        32,768 at most 11.75 W + 1,456 bytes, 29 W for tokens; twice as many for longer windows.
+        ``reference`` reads the whole window again in each call, at quadratic cost.
 
     Note:
         Rows run in parallel on the CPU. Deterministic and causal; any split of a stream gives the
-        same places. Not differentiable.
+        same. Not differentiable.
     """
     if backend == "auto":
         backend = "native" if compiles_native() else "reference"
@@ -99,34 +118,37 @@ def find_places(
     if not in_place:
         index = TextIndex(*(x.clone() for x in index))
     places = torch.zeros(batch, num_tokens, NUM_PLACES, 4, dtype=torch.int32)
-    places[..., 0] = -1
+    matches = torch.zeros(batch, num_tokens, 2, dtype=torch.int64)
+    places[..., 0], matches[..., 0] = -1, -1
     if backend == "native":
         from unimatrix.ops.text_index.native import scan_native
 
-        scan_native(ids, lengths, index, places)
+        scan_native(ids, lengths, index, places, matches)
     else:
-        scan_reference(ids, lengths, index, places)
-    return places.to(input_ids.device), index
+        scan_reference(ids, lengths, index, places, matches)
+    return Found(places.to(input_ids.device), matches.to(input_ids.device)), index
 
 
-def _find_new_places(input_ids: Tensor, window: int, vocab_size: int, reads_bytes: bool) -> Tensor:
+def _search_new_text(
+    input_ids: Tensor, window: int, vocab_size: int, reads_bytes: bool
+) -> tuple[Tensor, Tensor]:
     index = empty_index(len(input_ids), window, vocab_size, reads_bytes)
-    places: Tensor = find_places(input_ids, initial=index, in_place=True)[0]
-    return places
+    found: Found = search_text(input_ids, initial=index, in_place=True)[0]
+    return found.places, found.matches
 
 
-find_new_places = declare_operator(
-    "find_new_places",
-    _find_new_places,
-    shapes=lambda input_ids, *_: input_ids.new_empty(
-        *input_ids.shape, NUM_PLACES, 4, dtype=torch.int32
-    ),
-    devices=None,
+def _list_found(input_ids: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    places = input_ids.new_empty(*input_ids.shape, NUM_PLACES, 4, dtype=torch.int32)
+    return places, input_ids.new_empty(*input_ids.shape, 2)
+
+
+search_new_text = declare_operator(
+    "search_new_text", _search_new_text, shapes=_list_found, devices=None
 )
-"""Return what ``find_places`` finds in new streams, which a captured graph takes whole.
+"""Return what ``search_text`` finds in new streams, which a captured graph takes whole.
 
 Args: input_ids [B, T] int64, and window, vocab_size and reads_bytes as for ``empty_index``.
-Returns: [B, T, 5, 4] int32.
+Returns: places [B, T, 5, 4] int32 and matches [B, T, 2] int64.
 """
 
 
@@ -173,6 +195,6 @@ def rebuild_index(
     anew.counters[:, HAS_LOST_LETTER] = cut
     first = ((window - held).unsqueeze(1) + torch.arange(window)).clamp(max=window - 1)
     text = tokens.gather(1, first).clamp_min(0)
-    anew = cast("TextIndex", find_places(text, initial=anew, lengths=held, in_place=True)[1])
+    anew = search_text(text, initial=anew, lengths=held, in_place=True)[1]
     anew.counters[:, NUM_UNITS] = num_units
     return anew._replace(recent_units=index.recent_units)

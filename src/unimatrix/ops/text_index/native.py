@@ -7,7 +7,6 @@ from torch import Tensor
 from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.threads import Shaped, map_rows
 from unimatrix.ops.text_index.state import (
-    CODE,
     COUNT,
     HAS_LOST_LETTER,
     LATEST,
@@ -23,6 +22,7 @@ from unimatrix.ops.text_index.state import (
     TIMES,
     TextIndex,
 )
+from unimatrix.ops.text_index.suffix_tree import insert_suffix
 from unimatrix.ops.text_index.units import (
     FIRST_HASH,
     MOST_LETTERS,
@@ -41,6 +41,7 @@ _choose_entry, _extend_hash, _fold = part()(choose_entry), part()(extend_hash), 
 _finish_hash = part()(finish_hash)
 _is_dense, _is_letter, _is_word = part()(is_dense), part()(is_letter), part()(is_word)
 _mark_run = part()(mark_run)
+_insert_suffix = part()(insert_suffix)
 
 
 @part()
@@ -72,14 +73,14 @@ def _end_alike(tokens, one, other, length, folds):
 
 
 @part()
-def _find_entry(tokens, units, column, length, code, folds):
+def _find_entry(tokens, units, codes, column, length, code, folds):
     """Return the entry of the unit that ends in a column, or the empty one where it belongs.
 
     Units of equal hashes have equal lengths, so comparing the tokens leaves no doubt.
     """
     entry = _choose_entry(code, len(units))
     while units[entry, COUNT] > 0:
-        if units[entry, CODE] & 0xFFFFFFFF == code and _end_alike(
+        if codes[entry] & 0xFFFFFFFF == code and _end_alike(
             tokens, column, units[entry, LATEST], length, folds
         ):
             break
@@ -88,29 +89,31 @@ def _find_entry(tokens, units, column, length, code, folds):
 
 
 @part()
-def _drop_entry(units, entry):
+def _drop_entry(units, codes, entry):
     """Empty an entry, and move up what it had displaced."""
     num_entries, gap = len(units), entry
     while True:
         entry = entry + 1 if entry + 1 < num_entries else 0
         if units[entry, COUNT] == 0:
             break
-        first = _choose_entry(units[entry, CODE] & 0xFFFFFFFF, num_entries)
+        first = _choose_entry(codes[entry] & 0xFFFFFFFF, num_entries)
         # Moved if the search for it, from `first` on, comes past the gap.
         if (entry - first) % num_entries >= (entry - gap) % num_entries:
-            for i in range(4):
+            for i in range(3):
                 units[gap, i] = units[entry, i]
+            codes[gap] = codes[entry]
             gap = entry
-    for i in range(4):
+    for i in range(3):
         units[gap, i] = 0
+    codes[gap] = 0
 
 
 @part()
-def _add_unit(tokens, links, units, recent, counters, place, length, code, gap):
+def _add_unit(tokens, links, units, codes, recent, counters, place, length, code, gap):
     """Note where the unit that ends with a token stood before, and remember it."""
     window = len(tokens)
     column = place % window
-    entry = _find_entry(tokens, units, column, length, code, gap > 1)
+    entry = _find_entry(tokens, units, codes, column, length, code, gap > 1)
     row, link = counters[NUM_UNITS] % NUM_RECENT, column // gap
     counters[NUM_UNITS] += 1
     count = units[entry, COUNT]
@@ -126,20 +129,20 @@ def _add_unit(tokens, links, units, recent, counters, place, length, code, gap):
         links[latest // gap, 1] = column
     else:
         units[entry, OLDEST] = column
-        units[entry, CODE] = code - (code >> 31 << 32)
+        codes[entry] = code - (code >> 31 << 32)
     units[entry, LATEST] = column
     units[entry, COUNT] = count + 1
 
 
 @part()
-def _forget_unit(tokens, links, units, first, length, gap):
+def _forget_unit(tokens, links, units, codes, first, length, gap):
     """Forget the oldest occurrence of a unit, which begins in a column."""
     column = (first + length - 1) % len(tokens)
     code = _hash_span(tokens, first, length, gap > 1)
-    entry = _find_entry(tokens, units, column, length, code, gap > 1)
+    entry = _find_entry(tokens, units, codes, column, length, code, gap > 1)
     following = links[column // gap, 1]
     if following < 0:
-        _drop_entry(units, entry)
+        _drop_entry(units, codes, entry)
     else:
         links[following // gap, 0] = -1
         units[entry, OLDEST] = following
@@ -160,7 +163,7 @@ def _is_pair(tokens, first):
 
 
 @part()
-def _forget_token(tokens, links, units, counters, gap):
+def _forget_token(tokens, links, units, codes, counters, gap):
     """Forget the unit that begins with the oldest token, which the next one replaces."""
     window = len(tokens)
     first = counters[NUM_TOKENS] % window
@@ -168,10 +171,10 @@ def _forget_token(tokens, links, units, counters, gap):
     if token < 0:
         return
     if gap == 1:
-        _forget_unit(tokens, links, units, first, 1, gap)
+        _forget_unit(tokens, links, units, codes, first, 1, gap)
         return
     if token >= 0xE0 and _is_pair(tokens, first):
-        _forget_unit(tokens, links, units, first, PAIR, gap)
+        _forget_unit(tokens, links, units, codes, first, PAIR, gap)
     if _is_letter(token) and counters[HAS_LOST_LETTER] == 0:
         column, length, marks, before = first, 0, 0, 0
         while length <= MOST_LETTERS and _is_letter(tokens[column]):
@@ -180,23 +183,23 @@ def _forget_token(tokens, links, units, counters, gap):
             length += 1
             column = column + 1 if column + 1 < window else 0
         if _is_word(length, marks):
-            _forget_unit(tokens, links, units, first, length, gap)
+            _forget_unit(tokens, links, units, codes, first, length, gap)
     counters[HAS_LOST_LETTER] = _is_letter(token)
 
 
 @part()
-def _read_token(token, tokens, links, units, recent, counters, gap):
+def _read_token(token, tokens, links, units, codes, recent, counters, gap):
     """Read one token."""
     window, now = len(tokens), counters[NUM_TOKENS]
     if now >= window:
-        _forget_token(tokens, links, units, counters, gap)
+        _forget_token(tokens, links, units, codes, counters, gap)
     column = now % window
     before = tokens[column - 1 if column > 0 else window - 1]
     tokens[column] = token
     counters[NUM_TOKENS] += 1
     if gap == 1:
         code = _finish_hash(_extend_hash(FIRST_HASH, token), 1)
-        _add_unit(tokens, links, units, recent, counters, now, 1, code, gap)
+        _add_unit(tokens, links, units, codes, recent, counters, now, 1, code, gap)
         return
     length = counters[RUN_LENGTH]
     if not _is_letter(token):
@@ -204,7 +207,7 @@ def _read_token(token, tokens, links, units, recent, counters, gap):
         counters[RUN_LENGTH], counters[RUN_MARKS], counters[RUN_CODE] = 0, 0, FIRST_HASH
         if _is_word(length, marks):
             code = _finish_hash(code, length)
-            _add_unit(tokens, links, units, recent, counters, now - 1, length, code, gap)
+            _add_unit(tokens, links, units, codes, recent, counters, now - 1, length, code, gap)
         return
     if length == 0:
         before = 0
@@ -214,7 +217,7 @@ def _read_token(token, tokens, links, units, recent, counters, gap):
     start = (now - PAIR + 1) % window
     if token >= 128 and length + 1 >= PAIR and _is_pair(tokens, start):
         code = _hash_span(tokens, start, PAIR, True)
-        _add_unit(tokens, links, units, recent, counters, now, PAIR, code, gap)
+        _add_unit(tokens, links, units, codes, recent, counters, now, PAIR, code, gap)
 
 
 @part()
@@ -255,16 +258,25 @@ def _choose_places(recent, num_units, sent):
 
 @kernel()
 def _scan_rows(
-    first, last, ids, lengths, places, tokens, links, units, recent, counters, gap
+    first, last, ids, lengths, places, matches, tokens, links, units, codes, children, roots,
+    recent, counters, gap,
 ):  # fmt: skip
     window = tokens.shape[1]
     sent = np.empty((NUM_PLACES, 4), np.int64)
+    ends = np.empty((2, 2), np.int64)
     for row in range(first, last):
-        text, chain, table = tokens[row], links[row], units[row]
-        units_read, count, found = recent[row], counters[row], places[row]
+        text, chain, table, names = tokens[row], links[row], units[row], codes[row]
+        tree, newest = children[row], roots[row]
+        units_read, count, found, matched = recent[row], counters[row], places[row], matches[row]
         num_units, num_sent = -1, 0
         for t in range(lengths[row]):
-            _read_token(ids[row, t], text, chain, table, units_read, count, gap)
+            _read_token(ids[row, t], text, chain, table, names, units_read, count, gap)
+            column = (count[NUM_TOKENS] - 1) % window
+            distance, length = _insert_suffix(text, tree, newest, column, ends)
+            if length > 0:
+                following = column - distance + 1
+                matched[t, 0] = text[following if following >= 0 else following + window]
+                matched[t, 1] = length
             if count[NUM_UNITS] != num_units:
                 num_units = count[NUM_UNITS]
                 num_sent = _choose_places(units_read, num_units, sent)
@@ -276,15 +288,20 @@ def _scan_rows(
                         found[t, k, i] = sent[k, i]
 
 
-def scan_native(ids: Tensor, lengths: Tensor, index: TextIndex, places: Tensor) -> None:
-    """Fill the places of every token and change the index in place; see ``find_places``.
+def scan_native(
+    ids: Tensor, lengths: Tensor, index: TextIndex, places: Tensor, matches: Tensor
+) -> None:
+    """Fill the places and the match of every token and change the index in place.
+
+    See ``search_text``.
 
     Args:
         ids: [B, T] int64, contiguous, on the CPU.
         lengths: [B] int64.
         index: contiguous.
         places: [B, T, 5, 4] int32.
+        matches: [B, T, 2] int64.
     """
     gap = index.tokens.shape[1] // index.links.shape[1]
-    arrays = (ids, lengths, places, *index)
+    arrays = (ids, lengths, places, matches, *index)
     map_rows(_scan_rows, len(ids), *map(Shaped, arrays), gap)

@@ -1,8 +1,10 @@
-"""The text index by its definition: every unit of the window is compared with every other."""
+"""The text index by its definition: every unit, and every suffix, is compared with every other."""
 
 import itertools
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from unimatrix.ops.text_index.state import (
@@ -19,6 +21,7 @@ from unimatrix.ops.text_index.state import (
     TextIndex,
     order_tokens,
 )
+from unimatrix.ops.text_index.suffix_tree import MOST_MATCHED, insert_suffix
 from unimatrix.ops.text_index.units import (
     FIRST_HASH,
     PAIR,
@@ -95,20 +98,53 @@ def _is_pair(pair: list[int]) -> bool:
     )
 
 
-def scan_reference(ids: Tensor, lengths: Tensor, index: TextIndex, places: Tensor) -> None:
-    """Fill the places of every token and change the index in place; see ``find_places``.
+def find_longest(text: Tensor, window: int) -> Tensor:
+    """Return after every token the longest suffix that occurred before; see ``search_text``.
+
+    Args:
+        text: [n] int64, from the start of a stream or of its window on.
+        window: W.
+
+    Returns:
+        [n, 2] int64, the token that followed, -1 for no match, and the length, 0 for no match.
+
+    Cost:
+        O(n^2) time, O(n) memory.
+    """
+    matches = torch.stack([torch.full_like(text, -1), torch.zeros_like(text)], dim=1)
+    places = torch.arange(len(text))
+    common = torch.zeros_like(text)  # of j: the common suffix of the text up to j and up to t
+    for t in range(len(text)):
+        before = torch.cat([common.new_zeros(1), common[:-1]])
+        common = torch.where((text == text[t]) & (places < t), before + 1, 0)
+        reached = common.clamp(max=MOST_MATCHED) * (t - places <= window - MOST_MATCHED)
+        longest = int(reached.max())
+        if longest > 0:
+            place = int(places[reached == longest].max())
+            matches[t, 0], matches[t, 1] = text[place + 1], longest
+    return matches
+
+
+def scan_reference(
+    ids: Tensor, lengths: Tensor, index: TextIndex, places: Tensor, matches: Tensor
+) -> None:
+    """Fill places and match of every token and change the index in place; see ``search_text``.
 
     Args:
         ids: [B, T] int64.
         lengths: [B] int64.
         index: on the CPU.
         places: [B, T, 5, 4] int32.
+        matches: [B, T, 2] int64.
     """
-    windows = order_tokens(index).tolist()
+    windows = order_tokens(index)
+    window = windows.shape[1]
     for row, num_tokens in enumerate(lengths.tolist()):
         state = TextIndex(*(part[row] for part in index))
-        before = [token for token in windows[row] if token >= 0]
-        _scan_row(before, ids[row, :num_tokens].tolist(), state, places[row])
+        before, new = windows[row][windows[row] >= 0], ids[row, :num_tokens]
+        _scan_row(before.tolist(), new.tolist(), state, places[row])
+        text = torch.cat([before, new])
+        matches[row, :num_tokens] = find_longest(text, window)[len(before) :]
 
 
 def _scan_row(before: list[int], tokens: list[int], state: TextIndex, places: Tensor) -> None:
@@ -170,6 +206,7 @@ def _set_state(state: TextIndex, text: list[int], units: list[Unit], run: Run, s
     gap = window // len(state.links)
     state.links.fill_(-1)
     state.units.zero_()
+    state.codes.zero_()
     kept: dict[tuple[int, ...], list[int]] = {}
     for unit in units:
         if unit.first >= now - window and unit.known_at < now:
@@ -182,14 +219,26 @@ def _set_state(state: TextIndex, text: list[int], units: list[Unit], run: Run, s
         entry = choose_entry(code, len(state.units))
         while int(state.units[entry, COUNT]) > 0:
             entry = (entry + 1) % len(state.units)
-        signed = code - (code >> 31 << 32)
-        state.units[entry] = state.units.new_tensor([columns[-1], columns[0], len(columns), signed])
+        state.units[entry] = state.units.new_tensor([columns[-1], columns[0], len(columns)])
+        state.codes[entry] = code - (code >> 31 << 32)
         for one, other in itertools.pairwise(columns):
             state.links[one // gap, 1] = other
             state.links[other // gap, 0] = one
+    _plant(state, max(0, now - window), now)
     state.counters[NUM_TOKENS] = now
     if gap > 1:
         state.counters[RUN_LENGTH] = run.length
         state.counters[RUN_CODE], state.counters[RUN_MARKS] = run.code, run.marks
         if len(text) > window:
             state.counters[HAS_LOST_LETTER] = is_letter(text[-window - 1])
+
+
+def _plant(state: TextIndex, first: int, stop: int) -> None:
+    """Make the tree of the suffixes that end in the tokens of the window."""
+    window, ends = len(state.tokens), np.empty((2, 2), np.int64)
+    state.roots.fill_(-1)
+    children, roots = state.children.numpy(), state.roots.numpy()
+    known = np.full(window, -1, np.int64)
+    for now in range(first, stop):
+        known[now % window] = int(state.tokens[now % window])
+        insert_suffix(known, children, roots, now % window, ends)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unimatrix.errors import InputError
+from unimatrix.ops.text_index.suffix_tree import MOST_MATCHED, NUM_ROOTS
 from unimatrix.ops.text_index.units import FIRST_HASH, MOST_LETTERS
 
 NUM_RECENT = 8
@@ -17,28 +18,32 @@ NUM_KINDS = 7
 next four the latest."""
 MOST_COUNTED = 7
 """Units that stood more often count as having stood so often."""
-LEAST_WINDOW = 2 * MOST_LETTERS
+LEAST_WINDOW = 2 * max(MOST_LETTERS, MOST_MATCHED)
 NUM_TOKENS, RUN_LENGTH, RUN_CODE, RUN_MARKS, NUM_UNITS, HAS_LOST_LETTER = range(6)
 """Columns of ``counters``: tokens read; letters of the run that may become a unit, a hash of them,
 and what is among them; units read; whether the token before the window was a letter."""
 NUM_COUNTERS = 6
 TIMES = 3
 """Column of ``recent_units`` behind the places of a unit."""
-LATEST, OLDEST, COUNT, CODE = range(4)
+LATEST, OLDEST, COUNT = range(3)
 """Columns of ``units``."""
 
 
 class TextIndex(NamedTuple):
-    """The last W tokens of each stream and an index of their units, on the CPU.
+    """The last W tokens of each stream and an index of them, on the CPU.
+
+    A column is int16 where the window has less than 32,768 tokens, otherwise int32.
 
     Attributes:
         tokens: [B, W] int16, or int32 where the vocabulary has more tokens; token n of the stream
             is in column n mod W, -1 where there is none yet.
-        links: [B, W / g, 2] int32, the columns of a unit's occurrence before and after the one
-            whose place is in column g i to g i + g - 1; -1 for none. g is 2 for words and 1 for
-            tokens.
-        units: [B, S, 4] int32, a hash table: columns of a unit's latest and oldest place, how often
-            it is remembered (0 for an empty entry) and a hash of it, with its length.
+        links: [B, W / g, 2], the columns of a unit's occurrence before and after the one whose
+            place is in column g i to g i + g - 1; -1 for none. g is 2 for words and 1 for tokens.
+        units: [B, S, 3], a hash table: columns of a unit's latest and oldest place, and how often
+            it is remembered; 0 for an empty entry.
+        codes: [B, S] int32, hashes of these units, with their lengths.
+        children: [B, W, 2], the tree of suffixes; see ``suffix_tree``.
+        roots: [B, 256], columns of its latest suffixes.
         recent_units: [B, 8, 4] int64, of the last units the latest, second latest and oldest place
             before, in tokens of the stream (-1 for none), and how often they were remembered.
         counters: [B, 6] int64.
@@ -47,6 +52,9 @@ class TextIndex(NamedTuple):
     tokens: Tensor
     links: Tensor
     units: Tensor
+    codes: Tensor
+    children: Tensor
+    roots: Tensor
     recent_units: Tensor
     counters: Tensor
 
@@ -59,10 +67,6 @@ def require_window(name: str, window: int) -> None:
         )
 
 
-_TYPES = {"links": torch.int32, "units": torch.int32}
-"""Of the tensors that are not int64, but for the tokens."""
-
-
 def list_shapes(batch: int, window: int, reads_bytes: bool) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an index by the name of the tensor; see ``TextIndex``."""
     # Words of two characters begin every three bytes. An eighth of the entries stays empty.
@@ -70,10 +74,24 @@ def list_shapes(batch: int, window: int, reads_bytes: bool) -> dict[str, tuple[i
     return {
         "tokens": (batch, window),
         "links": (batch, window // (2 if reads_bytes else 1), 2),
-        "units": (batch, num_entries, CODE + 1),
+        "units": (batch, num_entries, COUNT + 1),
+        "codes": (batch, num_entries),
+        "children": (batch, window, 2),
+        "roots": (batch, NUM_ROOTS),
         "recent_units": (batch, NUM_RECENT, TIMES + 1),
         "counters": (batch, NUM_COUNTERS),
     }
+
+
+def _choose_type(name: str, window: int, of_tokens: torch.dtype) -> torch.dtype:
+    """Return the type of a tensor of an index."""
+    if name in ("recent_units", "counters"):
+        return torch.int64
+    if name == "codes":
+        return torch.int32
+    if name == "tokens":
+        return of_tokens
+    return torch.int16 if window < 2**15 else torch.int32
 
 
 def require_form(
@@ -88,7 +106,7 @@ def require_form(
     """
     for name, shape in list_shapes(batch, window, reads_bytes).items():
         tensor = getattr(index, name)
-        expected = dtype if name == "tokens" else _TYPES.get(name, torch.int64)
+        expected = _choose_type(name, window, dtype)
         if tensor.shape != shape or tensor.dtype != expected:
             raise InputError(
                 f"index.{name} is {tensor.dtype} {list(tensor.shape)}, not {expected} "
@@ -114,18 +132,17 @@ def empty_index(batch: int, window: int, vocab_size: int, reads_bytes: bool) -> 
         InputError: if the window is odd, too short or too long.
     """
     require_window("window", window)
-    shapes = list_shapes(batch, window, reads_bytes)
-    recent = torch.full(shapes["recent_units"], -1, dtype=torch.int64)
-    recent[..., TIMES] = 0
-    counters = torch.zeros(shapes["counters"], dtype=torch.int64)
-    counters[:, RUN_CODE] = FIRST_HASH
-    return TextIndex(
-        tokens=torch.full(shapes["tokens"], -1, dtype=choose_token_type(vocab_size)),
-        links=torch.full(shapes["links"], -1, dtype=torch.int32),
-        units=torch.zeros(shapes["units"], dtype=torch.int32),
-        recent_units=recent,
-        counters=counters,
+    of_tokens = choose_token_type(vocab_size)
+    filled = {"units": 0, "codes": 0, "children": 0, "counters": 0}
+    index = TextIndex(
+        *(
+            torch.full(shape, filled.get(name, -1), dtype=_choose_type(name, window, of_tokens))
+            for name, shape in list_shapes(batch, window, reads_bytes).items()
+        )
     )
+    index.recent_units[..., TIMES] = 0
+    index.counters[:, RUN_CODE] = FIRST_HASH
+    return index
 
 
 def order_tokens(index: TextIndex) -> Tensor:

@@ -107,9 +107,8 @@ _MQAR: dict[str, Any] = _COSINE | {
     "test_examples": 1000,
     "overrides": _SLOTS_ALONE,
 }
-# The indexed attention stands for the slots, every other part is on. Index and automaton remember
-# all of a test, as they do in training: a model that copies with the automaton goes on with what it
-# says, also where the automaton has forgotten what the index found.
+# The indexed attention stands for the slots, every other part is on. Index and automaton share one
+# window, which holds all of a test.
 _BINDINGS: dict[str, Any] = _COSINE | {
     "num_slots": None,
     "steps": 1500,
@@ -127,7 +126,6 @@ _BINDINGS: dict[str, Any] = _COSINE | {
         "intermediate_size": 256,
         "associative_memory": "indexed",
         "automaton_window": 4096,
-        "index_window": 4096,
     },
 }
 # A letter of the key may be wrong, so no context relies on all of them: three of four behind the
