@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in PRESETS},
     **{f"core+{path}": {"residual_path": path} for path in CHOICES["residual_path"][1:]},
     "discovery+automaton": {"residual_path": "suffix_automaton"},
-    "core+automaton-window": {"residual_path": "suffix_automaton", "automaton_window": 4},
+    "core+automaton-window": {"residual_path": "suffix_automaton", "automaton_window": 24},
     "core+no-matrix": {"update_rules": "none", "residual_path": "previous_token"},
     "core+mixed": {"update_rules": "mixed"},
     "core+conv": {"conv_kernel": 3},

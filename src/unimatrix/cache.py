@@ -25,7 +25,7 @@ from unimatrix.nn.block import States
 from unimatrix.nn.mixer import Mixer
 from unimatrix.nn.previous_token import take_last
 from unimatrix.nn.residual_context import ResidualContext
-from unimatrix.ops.suffix_automaton import AutomatonState
+from unimatrix.ops.suffix_automaton import SuffixState
 from unimatrix.ops.text_hash import START, hash_text
 
 _logger = logging.get_logger(__name__)
@@ -117,9 +117,9 @@ class UniMatrixCache:
         return int(self.num_tokens.shape[0])
 
     @property
-    def automaton(self) -> AutomatonState | None:
-        """The suffix automaton, which lives on the CPU; ``None`` without one."""
-        automaton: AutomatonState | None = self.shared.get(ResidualContext.name)
+    def automaton(self) -> SuffixState | None:
+        """The suffix automaton or the index of its window, on the CPU; ``None`` without one."""
+        automaton: SuffixState | None = self.shared.get(ResidualContext.name)
         return automaton
 
     def tensors(self) -> dict[str, Tensor]:
@@ -434,9 +434,13 @@ def _count_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def _gather_states(tensors: Mapping[str, Tensor], prefix: str) -> States:
     """Return the states of all mixers whose tensors are stored under ``prefix``."""
-    kinds = Mixer.kinds.items()
-    states = {n: _gather(k.State, tensors, prefix + k.state_prefix) for n, k in kinds}
-    return {name: state for name, state in states.items() if state is not None}
+    states: States = {}
+    for name, kind in Mixer.kinds.items():
+        for form in (kind.State, *kind.other_states):
+            state = _gather(form, tensors, prefix + kind.state_prefix)
+            if state is not None:
+                states[name] = state
+    return states
 
 
 def _gather(kind: Any, tensors: Mapping[str, Tensor], prefix: str) -> Any:

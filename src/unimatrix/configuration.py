@@ -128,9 +128,8 @@ class UniMatrixConfig(PreTrainedConfig):
             largest,
         hindsight_floor: and exceeds this many nats.
         hindsight_weight: weight of the gate's loss.
-        automaton_window: W, the tokens that ``indexed`` and the suffix automaton beside it remember,
-            an even number. Without ``indexed`` a bound on the automaton's text (at most 2 W tokens
-            are kept); ``None`` keeps the whole stream.
+        automaton_window: W, the tokens that the suffix automaton and ``indexed`` remember, together
+            exactly the last W; ``None`` keeps the whole stream, which ``indexed`` cannot.
         automaton_pointer: the automaton's token shares the probability with the vocabulary; needs
             ``residual_path='suffix_automaton'``.
         index_units: what the index finds again: ``words`` of bytes, or ``tokens``.

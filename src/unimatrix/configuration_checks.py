@@ -9,7 +9,7 @@ from unimatrix.ops.text_index.state import require_window
 if TYPE_CHECKING:
     from unimatrix.configuration import UniMatrixConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NUM_BYTES = 256
 CHOICES: dict[str, tuple[str, ...]] = {
     "residual_path": ("none", "previous_token", "suffix_automaton"),
@@ -80,6 +80,12 @@ def check_configuration(config: "UniMatrixConfig") -> None:
         raise InputError(
             f"this model has format version {config.format_version} and this release reads up to "
             f"{FORMAT_VERSION}; upgrade unimatrix-lm"
+        )
+    if config.format_version < 2 and config.automaton_window is not None:
+        raise InputError(
+            "this model has format version 1, whose automaton kept up to twice "
+            f"automaton_window={config.automaton_window} tokens; set format_version to 2 in its "
+            "config.json to go on with exactly the last so many"
         )
 
 
@@ -168,7 +174,7 @@ def _check_index(config: "UniMatrixConfig") -> None:
             "associative_memory='indexed' needs automaton_window, the tokens that it remembers; "
             "pass an even number"
         )
-    require_window("automaton_window", config.automaton_window)
+    require_window("automaton_window", config.automaton_window, config.index_units)
     if config.index_units == "words" and config.vocab_size < _NUM_BYTES:
         raise InputError(
             f"index_units='words' reads ids below {_NUM_BYTES} as bytes, and vocab_size is "

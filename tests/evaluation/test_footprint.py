@@ -83,7 +83,11 @@ def test_backends_are_resolved(variant, num_tokens) -> None:
     assert ("slots" in backends) == (model.config.associative_memory == "slots")
     assert ("selective_slots" in backends) == (model.config.associative_memory == "selective")
     assert ("dense_memory" in backends) == (model.config.associative_memory == "dense")
-    assert ("suffix_automaton" in backends) == (model.config.residual_path == "suffix_automaton")
+    is_indexed = model.config.associative_memory == "indexed"
+    assert ("indexed_attention" in backends) == is_indexed
+    # An index of the text finds the longest suffix as well.
+    runs_automaton = model.config.residual_path == "suffix_automaton" and not is_indexed
+    assert ("suffix_automaton" in backends) == runs_automaton
     model.set_backend("reference")
     assert set(model.name_backends(num_tokens).values()) <= {"reference"}
 

@@ -23,11 +23,12 @@ def build(variant: str) -> ResidualContext:
 
 def search(ids: list[int], t: int, window: int | None) -> tuple[int, int]:
     """Return what followed the longest match of what ends at t, the last of several; its length."""
-    first = 0 if window is None else max(0, (t // window - 1) * window)
+    most = t + 1 if window is None else window // 2
+    first = 0 if window is None else max(0, t - window + most)
     best = (-1, 0)
     for j in range(first, t):
         length = 0
-        while j - length >= first and ids[j - length] == ids[t - length]:
+        while length <= j and length < most and ids[j - length] == ids[t - length]:
             length += 1
         if length and length >= best[1]:
             best = (ids[j + 1], length)

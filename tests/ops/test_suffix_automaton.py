@@ -18,12 +18,13 @@ from unimatrix.ops.backends import BACKENDS
 from unimatrix.ops.suffix_automaton import (
     AutomatonState,
     SuffixPrediction,
+    SuffixState,
     count_live_bytes,
-    empty_automaton,
     native,
     predict_from_suffix,
 )
 from unimatrix.ops.suffix_automaton.storage import NUM_HELD, NUM_TOKENS, NUM_VISITS
+from unimatrix.ops.text_index import state as text_index
 
 ALL = BACKENDS["suffix_automaton"]
 CANDIDATES = candidates("suffix_automaton")
@@ -39,11 +40,12 @@ def predict_by_slices(ids: list[int], window: int | None) -> tuple[list[int], li
     """Follow E10 to the letter: every m from the longest, every j from the latest."""
     predicted, lengths = [], []
     for t in range(len(ids)):
-        start = 0 if window is None else max(0, (t // window - 1) * window)
+        most = t + 1 if window is None else min(64, max(1, window // 2))
+        first = 0 if window is None else max(0, t - (window - most))
         matches = (
             (m + 1, ids[j + 1])
-            for m in range(t, -1, -1)
-            for j in range(t - 1, start + m - 1, -1)
+            for m in range(min(t, most - 1), -1, -1)
+            for j in range(t - 1, max(m, first) - 1, -1)
             if ids[j - m : j + 1] == ids[t - m : t + 1]
         )
         length, token = next(matches, (0, -1))
@@ -54,9 +56,9 @@ def predict_by_slices(ids: list[int], window: int | None) -> tuple[list[int], li
 
 def predict_in_pieces(
     ids: Tensor, sizes: list[int], lengths: Tensor, window: int | None, in_place: bool
-) -> tuple[SuffixPrediction, AutomatonState]:
-    """Predict piece by piece, the sizes taken in turn, through the automaton."""
-    automaton, pieces, first = empty_automaton(len(ids), window), [], 0
+) -> tuple[SuffixPrediction, SuffixState]:
+    """Predict piece by piece, the sizes taken in turn, through what is carried."""
+    automaton, pieces, first = None, [], 0
     for size in itertools.cycle(sizes):
         piece = ids[:, first : first + size]
         prediction, automaton = predict_from_suffix(
@@ -247,7 +249,8 @@ def test_any_split_meets_reference(
         actual, automaton = predict_in_pieces(ids, sizes, lengths, window, in_place)
     for name, value in expected._asdict().items():
         assert torch.equal(getattr(actual, name), value), name
-    assert automaton.counters[:, NUM_TOKENS].tolist() == lengths.tolist()
+    column = NUM_TOKENS if window is None else text_index.NUM_TOKENS
+    assert automaton.counters[:, column].tolist() == lengths.tolist()
 
 
 @pytest.mark.parametrize("window", [None, 16])
@@ -273,7 +276,8 @@ def test_initial_is_left_as_it_was(backend: str, window: int | None) -> None:
     for _ in range(2):
         _, final = predict_from_suffix(ids, initial=initial, window=window, backend=backend)
     assert all(map(torch.equal, initial, before))
-    assert not {tensor.data_ptr() for tensor in initial} & {tensor.data_ptr() for tensor in final}
+    pointers = [{t.data_ptr() for t in state if t.numel()} for state in (initial, final)]
+    assert not pointers[0] & pointers[1]
 
 
 def test_in_place_reuses_the_tensors() -> None:
@@ -312,7 +316,7 @@ def test_gathered_and_saved_rows_go_on(window: int | None) -> None:
     expected, _ = predict_from_suffix(ids[rows], window=window)
     _, automaton = predict_from_suffix(ids[:, :50], window=window)
     gathered = {name: t.index_select(0, rows) for name, t in automaton._asdict().items()}
-    loaded = AutomatonState(**load(save(gathered)))
+    loaded = type(automaton)(**load(save(gathered)))
     actual, _ = predict_from_suffix(ids[rows, 50:], initial=loaded, window=window)
     assert torch.equal(actual.predicted_ids, expected.predicted_ids[:, 50:])
     assert torch.equal(actual.match_lengths, expected.match_lengths[:, 50:])
@@ -326,17 +330,18 @@ def test_large_ids_and_many_children(backend: str) -> None:
     compare(backend, torch.cat([ids, many[None]]), None, None)
 
 
-def test_bytes_are_constant_with_a_window() -> None:
-    def count(automaton: AutomatonState) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in automaton)
+@pytest.mark.parametrize(("vocab_size", "of_token"), [(259, 2), (2**31, 4)])
+def test_bytes_are_constant_with_a_window(vocab_size: int, of_token: int) -> None:
+    def count(state: SuffixState) -> int:
+        return sum(tensor.nbytes for tensor in state)
 
-    automaton = empty_automaton(2, window=32)
-    expected = count(automaton)
-    assert expected == 2 * (124 * 32 + 80)
-    for name in ("random 2", "random 8192", "rising runs", "all different"):
-        ids = torch.tensor([TEXTS[name](300)] * 2)
-        _, automaton = predict_from_suffix(ids, initial=automaton, window=32)
-        assert count(automaton) == expected
+    automaton: SuffixState | None = None
+    for name in ("random 2", "rising runs", "all different"):
+        ids = torch.tensor([TEXTS[name](300)] * 2) % 259
+        _, automaton = predict_from_suffix(ids, initial=automaton, window=32, vocab_size=vocab_size)
+        assert automaton is not None
+        # The text and the tree, its 256 roots, and what other indexes need.
+        assert count(automaton) == 2 * ((of_token + 4) * 32 + 512 + 304)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -379,7 +384,8 @@ def test_visits_are_log_linear_on_a_million_tokens(name: str) -> None:
 def test_unusable_inputs_are_named() -> None:
     ids = torch.zeros(2, 3, dtype=torch.int64)
     _, automaton = predict_from_suffix(ids, window=4)
-    one_row = AutomatonState(*(tensor[:1] for tensor in automaton))
+    _, unbounded = predict_from_suffix(ids)
+    one_row = AutomatonState(*(tensor[:1] for tensor in unbounded))
     cases: list[tuple[Tensor, dict[str, object], str]] = [
         (ids[0], {}, "shape"),
         (ids[:, :0], {}, "shape"),
@@ -391,7 +397,10 @@ def test_unusable_inputs_are_named() -> None:
         (ids, {"lengths": torch.tensor([1.0, 2.0])}, "dtype"),
         (ids, {"window": 0}, "window is 0"),
         (ids, {"initial": automaton}, "built with 4"),
-        (ids, {"initial": one_row, "window": 4}, "1 rows"),
+        (ids, {"initial": automaton, "window": 5}, "window is 5 but .* built with 4"),
+        (ids, {"initial": unbounded, "window": 4}, "window is 4 but .* built with None"),
+        (ids, {"initial": one_row}, "1 rows"),
+        (ids[:1], {"initial": automaton, "window": 4}, r"index\.tokens is torch\.int32 \[2, 4\]"),
         (ids, {"backend": "parallel"}, "parallel"),
     ]
     for bad_ids, options, message in cases:

@@ -35,7 +35,7 @@ def read_text(
     text: bytes, backend: str, *, window: int = LEAST_WINDOW, words: bool = True
 ) -> Tensor:
     """Return the places of every byte, [T, 5, 4]."""
-    index = empty_index(1, window, 259, words)
+    index = empty_index(1, window, 259, "words" if words else "tokens")
     found, _ = search_text(torch.tensor([list(text)]), initial=index, backend=backend)
     return found.places[0]
 
@@ -134,7 +134,7 @@ def test_any_split_and_any_back_end_give_the_same(
     rows: list[list[int]], sizes: list[int], words: bool, in_place: bool, backends: tuple[str, ...]
 ) -> None:
     ids = torch.tensor(rows)
-    index = empty_index(len(ids), LEAST_WINDOW, 259, words)
+    index = empty_index(len(ids), LEAST_WINDOW, 259, "words" if words else "tokens")
     expected, _ = search_text(ids, initial=index, backend="reference")
     found, _ = read_in_pieces(ids, sizes, backends, index, in_place)
     assert is_same(found, expected)
@@ -143,7 +143,7 @@ def test_any_split_and_any_back_end_give_the_same(
 @pytest.mark.parametrize("backend", ALL)
 def test_an_index_that_is_not_given_up_stays(backend: str) -> None:
     ids = torch.tensor([list(b"some words, and some more ")])
-    _, index = search_text(ids, initial=empty_index(1, 128, 259, True), backend=backend)
+    _, index = search_text(ids, initial=empty_index(1, 128, 259, "words"), backend=backend)
     before = TextIndex(*(part.clone() for part in index))
     search_text(ids, initial=index, backend=backend)
     assert all(torch.equal(one, other) for one, other in zip(index, before, strict=True))
@@ -153,7 +153,7 @@ def test_an_index_that_is_not_given_up_stays(backend: str) -> None:
 def test_padding_is_not_read(backend: str) -> None:
     ids = torch.tensor([list(b"abc 12 abc "), list(b"12 12 \0\0\0\0\0")])
     lengths = torch.tensor([11, 6])
-    empty = empty_index(2, 128, 259, True)
+    empty = empty_index(2, 128, 259, "words")
     found, index = search_text(ids, initial=empty, lengths=lengths, backend=backend)
     for row, length in enumerate(lengths.tolist()):
         one = TextIndex(*(part[row : row + 1] for part in empty))
@@ -186,7 +186,7 @@ def test_the_worst_texts_fit(backend: str, name: str) -> None:
 
 def test_bytes_a_token() -> None:
     for window in (1 << 12, 1 << 16):
-        index = empty_index(1, window, 259, True)
+        index = empty_index(1, window, 259, "words")
         limit = 11.75 * window + 1456
         assert sum(part.nbytes for part in index) <= (limit if window < 2**15 else 2 * limit)
         ids = torch.randint(32, 127, (1, 300))
@@ -200,7 +200,7 @@ def test_an_index_from_a_file_is_built_again(num_tokens: int, words: bool) -> No
     generator = torch.Generator().manual_seed(num_tokens)
     letters = torch.tensor(list(ALPHABET))
     ids = letters[torch.randint(0, len(letters), (2, num_tokens + 60), generator=generator)]
-    empty = empty_index(2, 128, 259, words)
+    empty = empty_index(2, 128, 259, "words" if words else "tokens")
     _, index = search_text(ids[:, :num_tokens], initial=empty)
     expected, _ = search_text(ids[:, num_tokens:], initial=index)
     broken = index._replace(
@@ -210,30 +210,30 @@ def test_an_index_from_a_file_is_built_again(num_tokens: int, words: bool) -> No
         roots=index.roots - 2**14,
     )
     counts = torch.full((2,), num_tokens)
-    anew = rebuild_index(broken, counts, 128, 259, words)
+    anew = rebuild_index(broken, counts, 128, 259, "words" if words else "tokens")
     found, _ = search_text(ids[:, num_tokens:], initial=anew)
     assert is_same(found, expected)
 
 
 def test_an_index_that_is_none_is_refused() -> None:
-    index = empty_index(1, 128, 259, True)
+    index = empty_index(1, 128, 259, "words")
     counts = torch.tensor([3])
     with pytest.raises(InputError, match="does not hold the last tokens of the stream"):
-        rebuild_index(index, counts, 128, 259, True)
+        rebuild_index(index, counts, 128, 259, "words")
     with pytest.raises(InputError, match=r"index\.tokens is torch\.int16 \[1, 128\], not"):
-        rebuild_index(index, counts, 256, 259, True)
+        rebuild_index(index, counts, 256, 259, "words")
     _, index = search_text(torch.tensor([[1, 2, 260]]), initial=index)
     with pytest.raises(InputError, match="does not hold"):
-        rebuild_index(index, counts, 128, 259, True)
+        rebuild_index(index, counts, 128, 259, "words")
 
     ids = torch.tensor([list(b"abc abc ")])
-    _, index = search_text(ids, initial=empty_index(1, 128, 259, True))
-    rebuild_index(index, torch.tensor([8]), 128, 259, True)
+    _, index = search_text(ids, initial=empty_index(1, 128, 259, "words"))
+    rebuild_index(index, torch.tensor([8]), 128, 259, "words")
     for column, value in ((0, 8), (1, -2), (2, 2**40), (TIMES, -1)):
         broken = index.recent_units.clone()
         broken[0, 0, column] = value
         with pytest.raises(InputError, match="does not hold"):
-            rebuild_index(index._replace(recent_units=broken), torch.tensor([8]), 128, 259, True)
+            rebuild_index(index._replace(recent_units=broken), torch.tensor([8]), 128, 259, "words")
 
 
 def list_remembered(index: TextIndex, words: bool) -> dict[tuple[int, ...], int]:
@@ -252,7 +252,7 @@ def list_remembered(index: TextIndex, words: bool) -> dict[tuple[int, ...], int]
 def test_the_table_holds_what_is_remembered_and_nothing_else(backend: str, words: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     letters = torch.tensor(list(ALPHABET + "é光明ไทยabcdefg  ..".encode()))
-    index = empty_index(1, 256, 259, words)
+    index = empty_index(1, 256, 259, "words" if words else "tokens")
     for _ in range(40):
         ids = letters[torch.randint(0, len(letters), (1, 97), generator=generator)]
         _, index = search_text(ids, initial=index, backend=backend)
@@ -282,19 +282,19 @@ def test_words_of_equal_hashes_are_told_apart(backend: str) -> None:
 @pytest.mark.parametrize("backend", ALL)
 def test_a_stream_of_any_length(backend: str) -> None:
     text = torch.tensor([list(b"harkov, and some other words; harkov ")])
-    _, index = search_text(text[:, :12], initial=empty_index(1, 128, 259, True))
+    _, index = search_text(text[:, :12], initial=empty_index(1, 128, 259, "words"))
     far = 128 * 2**30
     index.counters[:, NUM_TOKENS] += far
     index.recent_units[..., :TIMES] += far * (index.recent_units[..., :TIMES] >= 0)
     found, _ = search_text(text[:, 12:], initial=index, backend=backend)
-    expected, _ = search_text(text, initial=empty_index(1, 128, 259, True))
+    expected, _ = search_text(text, initial=empty_index(1, 128, 259, "words"))
     assert is_same(found, Found(*(part[:, 12:] for part in expected)))
 
 
 def test_wrong_arguments() -> None:
-    index, ids = empty_index(1, 128, 259, True), torch.zeros(1, 3, dtype=torch.int64)
+    index, ids = empty_index(1, 128, 259, "words"), torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(InputError, match="window is 127; pass an even number of 128 to"):
-        empty_index(1, 127, 259, True)
+        empty_index(1, 127, 259, "words")
     with pytest.raises(InputError, match=r"holds 40000; pass 0 \.\. 32767"):
         search_text(ids + 40_000, initial=index)
     with pytest.raises(InputError, match="holds -1"):
@@ -314,12 +314,12 @@ def test_wrong_arguments() -> None:
         short = index._replace(**{name: getattr(index, name)[:, 1:]})
         with pytest.raises(InputError, match=rf"index\.{name} is torch\.int"):
             search_text(ids, initial=short)
-    assert search_text(ids + 40_000, initial=empty_index(1, 128, 50_000, False))
+    assert search_text(ids + 40_000, initial=empty_index(1, 128, 50_000, "tokens"))
 
 
 def find_matches(text: Tensor, backend: str, window: int) -> Tensor:
     """Return what followed the longest suffix of a text [T], and the lengths: [T, 2]."""
-    index = empty_index(1, window, 2**15, reads_bytes=False)
+    index = empty_index(1, window, 2**15, "none")
     found, _ = search_text(text[None], initial=index, in_place=True, backend=backend)
     return found.matches[0]
 
@@ -369,9 +369,7 @@ def test_matches_of_texts_of_any_order(backend: str, name: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    text=st.lists(st.integers(0, 2), min_size=1, max_size=400), spread=st.sampled_from([1, 256])
-)
+@given(text=st.lists(st.integers(0, 2), min_size=1, max_size=400), spread=st.sampled_from([1, 256]))
 @pytest.mark.parametrize("backend", CANDIDATES)
 def test_matches_of_random_texts(backend: str, text: list[int], spread: int) -> None:
     tokens = torch.tensor(text) * spread

@@ -46,8 +46,9 @@ def list_names(config: UniMatrixConfig, *, learns: bool = False) -> set[str]:
     names |= {f"depth.{i}.{name}" for i in range(config.num_hidden_layers) for name in of_steps}
     if config.associative_memory == "indexed":
         names |= {f"index.{name}" for name in TextIndex._fields}
-    if config.residual_path == "suffix_automaton":
-        names |= {f"automaton.{name}" for name in AUTOMATON}
+    if config.residual_path == "suffix_automaton" and config.associative_memory != "indexed":
+        fields = AUTOMATON if config.automaton_window is None else TextIndex._fields
+        names |= {f"automaton.{name}" for name in fields}
     return names
 
 

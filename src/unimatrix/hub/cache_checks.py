@@ -10,7 +10,7 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.ops.checks import require_dtype, require_shape
 from unimatrix.ops.suffix_automaton import keep_text
-from unimatrix.ops.text_index import rebuild_index
+from unimatrix.ops.text_index import TextIndex, rebuild_index
 
 # The end of a tensor's name -> its shape. Other tensors are read by torch alone.
 _SHAPES = {
@@ -88,18 +88,24 @@ def read_anew(
         InputError: if a text is not one of the model's tokens, or does not fit its window.
     """
     anew = dict(shared)
+    window, vocab_size = config.automaton_window, config.vocab_size
     if automaton := shared.get("residual_context"):
-        text = keep_text(automaton, config.automaton_window)
-        _require_range("automaton.tokens", text.tokens, 0, config.vocab_size - 1)
-        anew["residual_context"] = text
+        if isinstance(automaton, TextIndex) is (window is None):
+            raise InputError(
+                "this cache holds another kind of automaton, as earlier releases had with a "
+                "window; read the text again"
+            )
+        if window is None:
+            anew["residual_context"] = keep_text(automaton)
+            _require_range("automaton.tokens", anew["residual_context"].tokens, 0, vocab_size - 1)
+        else:
+            anew["residual_context"] = rebuild_index(
+                automaton, num_tokens, window, vocab_size, "none"
+            )
     if index := shared.get("indexed_attention"):
-        anew["indexed_attention"] = rebuild_index(
-            index,
-            num_tokens,
-            config.automaton_window or 0,
-            config.vocab_size,
-            config.index_units == "words",
-        )
+        assert window is not None
+        units = config.index_units
+        anew["indexed_attention"] = rebuild_index(index, num_tokens, window, vocab_size, units)
     return anew
 
 

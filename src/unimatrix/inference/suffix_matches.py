@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from unimatrix.data import ByteStream, StreamMatches
-from unimatrix.ops.suffix_automaton import AutomatonState, SuffixPrediction, predict_from_suffix
+from unimatrix.ops.suffix_automaton import SuffixPrediction, SuffixState, predict_from_suffix
+from unimatrix.tokenization import VOCAB_SIZE
 
 _CHUNK_TOKENS = 2**20
 
@@ -31,9 +32,9 @@ def match_stream(stream: ByteStream, window: int | None) -> StreamMatches:
 
 def read_with_automaton(
     stream: ByteStream, num_tokens: int, window: int | None
-) -> AutomatonState | None:
+) -> SuffixState | None:
     """Return the automaton after the first tokens of a stream, BOS included, if there are any."""
-    last: AutomatonState | None = None
+    last: SuffixState | None = None
     for _, _, automaton in _scan_chunks(stream, num_tokens, window):
         last = automaton
     return last
@@ -41,12 +42,14 @@ def read_with_automaton(
 
 def _scan_chunks(
     stream: ByteStream, num_tokens: int, window: int | None
-) -> Iterator[tuple[slice, SuffixPrediction, AutomatonState]]:
+) -> Iterator[tuple[slice, SuffixPrediction, SuffixState]]:
     """Yield the tokens read, what was predicted there, and the automaton after them."""
-    automaton: AutomatonState | None = None
+    automaton: SuffixState | None = None
     for start in range(0, num_tokens, _CHUNK_TOKENS):
         stop = min(start + _CHUNK_TOKENS, num_tokens)
         ids = torch.from_numpy(stream.read_tokens(start, stop))[None]
-        found, automaton = predict_from_suffix(ids, initial=automaton, window=window, in_place=True)
+        found, automaton = predict_from_suffix(
+            ids, initial=automaton, window=window, vocab_size=VOCAB_SIZE, in_place=True
+        )
         assert automaton is not None
         yield slice(start, stop), found, automaton

@@ -69,8 +69,8 @@ class IndexedAttention(Mixer):
 
     Keys and values are made of the tokens of the text alone, so that the text and its index are all
     that is carried. A call makes them for the 104 tokens around each of its places, or for the
-    whole window where that is less. Before the depth steps, ``search`` finds the places and, for the
-    residual path, what followed the longest suffix: one text and one index serve both.
+    whole window where that is less. Before the depth steps, ``search`` finds the places and, for
+    the residual path, what followed the longest suffix: one text and one index serve both.
 
     Equation: E25 to E28, and E10 with a bound.
     Source: this project.
@@ -87,7 +87,7 @@ class IndexedAttention(Mixer):
         self.reads_at = config.index_reads_at
         assert config.automaton_window is not None
         self.window, self.vocab_size = config.automaton_window, config.vocab_size
-        self.reads_bytes = config.index_units == "words"
+        self.units = config.index_units
         self.num_heads = config.index_heads
         width, inner = config.hidden_size, config.index_heads * config.index_head_dim
         self.query_proj = nn.Linear(width, inner, bias=False)
@@ -118,12 +118,10 @@ class IndexedAttention(Mixer):
         """The read gate."""
         return self.read_gate
 
-    def search(
-        self, tokens: Tokens, state: TextIndex | None
-    ) -> tuple[Tokens, TextIndex | None]:
+    def search(self, tokens: Tokens, state: TextIndex | None) -> tuple[Tokens, TextIndex | None]:
         """Find places and matches; see ``Mixer.search``."""
         ids, follows_text = tokens.ids, state is not None
-        empty = (self.window, self.vocab_size, self.reads_bytes)
+        empty = (self.window, self.vocab_size, self.units)
         text = ids
         if state is not None:
             text = torch.cat([order_tokens(state).to(ids.device), ids], dim=1)

@@ -73,6 +73,7 @@ class Mixer(nn.Module):
             one form of it, and nothing to choose.
         operator_options: keyword arguments for its operator.
         State: named tuple of tensors, batch first, that it carries from call to call.
+        other_states: the same, where what it carries depends on the configuration.
         state_prefix: of the tensors' names in a cache file.
         part: what ``unimatrix info`` calls its state.
         state_device: where the state lies; ``None`` is where the model is.
@@ -84,6 +85,7 @@ class Mixer(nn.Module):
     name: ClassVar[str]
     operator: ClassVar[str | None] = None
     State: ClassVar[type[Any]]
+    other_states: ClassVar[tuple[type[Any], ...]] = ()
     state_prefix: ClassVar[str]
     part: ClassVar[str]
     state_device: ClassVar[str | None] = None

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.previous_token import shift_to_previous
-from unimatrix.ops.suffix_automaton import AutomatonState, match_suffixes, predict_from_suffix
+from unimatrix.ops.suffix_automaton import (
+    AutomatonState,
+    SuffixState,
+    match_suffixes,
+    predict_from_suffix,
+)
+from unimatrix.ops.text_index import TextIndex
 
 
 class ResidualRead(NamedTuple):
@@ -40,12 +46,13 @@ class ResidualContext(Mixer):
 
     name, operator, part = "residual_context", "suffix_automaton", "automaton"
     State, state_prefix, state_device = AutomatonState, "automaton.", "cpu"
+    other_states = (TextIndex,)
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
         self.reads_at = 0
         self.uses_automaton = config.residual_path == "suffix_automaton"
-        self.window = config.automaton_window
+        self.window, self.vocab_size = config.automaton_window, config.vocab_size
         # An index of the text finds what an automaton would.
         self.is_told = config.associative_memory == "indexed"
         self.pad_token_id = config.pad_token_id
@@ -62,8 +69,8 @@ class ResidualContext(Mixer):
         return self.uses_automaton and self.window is None
 
     def forward(
-        self, source: Tensor, tokens: Tokens, state: AutomatonState | None
-    ) -> tuple[ResidualRead, AutomatonState | None]:
+        self, source: Tensor, tokens: Tokens, state: SuffixState | None
+    ) -> tuple[ResidualRead, SuffixState | None]:
         """Embed what each position is told; see ``Mixer.forward``."""
         predicted, lengths, state = self.predict(tokens, state)
         if self.uses_automaton:
@@ -73,8 +80,8 @@ class ResidualContext(Mixer):
         return ResidualRead(context, predicted, lengths), state
 
     def predict(
-        self, tokens: Tokens, state: AutomatonState | None
-    ) -> tuple[Tensor, Tensor | None, AutomatonState | None]:
+        self, tokens: Tokens, state: SuffixState | None
+    ) -> tuple[Tensor, Tensor | None, SuffixState | None]:
         """Return the id that each position is told and its match length, and the state afterwards.
 
         A mixer with an index of the text has found it with the index.
@@ -96,6 +103,7 @@ class ResidualContext(Mixer):
             lengths=None if tokens.lengths is None else tokens.lengths.cpu(),
             initial=state,
             window=self.window,
+            vocab_size=self.vocab_size,
             in_place=tokens.gives_up_state,
             keeps_state=tokens.keeps_state,
             **self.operator_options,

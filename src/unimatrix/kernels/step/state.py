@@ -18,8 +18,10 @@ from unimatrix.nn.slot_mixer import SlotMixer, SlotMixerState
 from unimatrix.ops.selective_slots import SelectiveSlots, empty_selective_slots
 from unimatrix.ops.slots import SlotState, empty_slots
 from unimatrix.ops.slots.native_step import prepare_slots
-from unimatrix.ops.suffix_automaton import empty_automaton
-from unimatrix.ops.suffix_automaton.native_step import AutomatonStream, copy_automaton
+from unimatrix.ops.suffix_automaton import copy_automaton, empty_automaton
+from unimatrix.ops.suffix_automaton.native_step import AutomatonStream
+from unimatrix.ops.text_index import TextIndex, copy_index, empty_index
+from unimatrix.ops.text_index.native_step import IndexStream
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +51,7 @@ class StepState:
     selective: tuple[Array, ...] | None
     counters: Array
     knows_text: bool
-    automaton: AutomatonStream | None
+    automaton: AutomatonStream | IndexStream | None
 
     @property
     def carried(self) -> tuple[Any, ...]:
@@ -70,7 +72,7 @@ class StepState:
             arrays.append(self.recents)
         num_bytes = sum(array.nbytes for array in arrays)
         if self.automaton is not None:
-            num_bytes += sum(t.numel() * t.element_size() for t in self.automaton.automaton)
+            num_bytes += sum(t.numel() * t.element_size() for t in self.automaton.carried)
         return num_bytes
 
 
@@ -85,16 +87,8 @@ def read_cache(
         num_recent: tokens that the contexts of selective slots reach back; 0 without.
         dtype: of floating state, float32 or float64.
     """
-    batch = cache.batch_size
     text_hash = torch.zeros_like(cache.num_tokens) if cache.text_hash is None else cache.text_hash
     counters = torch.stack([cache.num_tokens, cache.last_token_ids, text_hash], dim=1)
-    stream = None
-    if config.residual_path == "suffix_automaton":
-        automaton = cache.automaton
-        if automaton is None:
-            stream = AutomatonStream(empty_automaton(batch, config.automaton_window))
-        else:
-            stream = AutomatonStream(copy_automaton(automaton))
     return StepState(
         num_columns=cache.num_columns,
         matrix_states=_read_matrix_states(cache, config, dtype),
@@ -103,7 +97,7 @@ def read_cache(
         selective=_read_selective(cache, config, num_recent),
         counters=_copy(counters, torch.int64),
         knows_text=cache.text_hash is not None,
-        automaton=stream,
+        automaton=_read_automaton(cache, config),
     )
 
 
@@ -111,6 +105,21 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Array:
     """Return a contiguous copy as an array."""
     copied: Array = tensor.detach().to("cpu", dtype, copy=True).contiguous().numpy()
     return copied
+
+
+def _read_automaton(
+    cache: UniMatrixCache, config: UniMatrixConfig
+) -> AutomatonStream | IndexStream | None:
+    if config.residual_path != "suffix_automaton":
+        return None
+    batch, window, state = cache.batch_size, config.automaton_window, cache.automaton
+    if window is None:
+        assert not isinstance(state, TextIndex)
+        return AutomatonStream(empty_automaton(batch) if state is None else copy_automaton(state))
+    if state is None:
+        return IndexStream(empty_index(batch, window, config.vocab_size, "none"))
+    assert isinstance(state, TextIndex)
+    return IndexStream(copy_index(state))
 
 
 def _read_matrix_states(
@@ -199,7 +208,7 @@ def write_cache(
     if state.selective is not None:
         shared[SelectiveMixer.name] = _write_selective(state.selective, config)
     if state.automaton is not None:
-        shared[ResidualContext.name] = copy_automaton(state.automaton.automaton)
+        shared[ResidualContext.name] = state.automaton.copy()
     return UniMatrixCache(
         config_digest=digest_config(config),
         num_columns=state.num_columns,

@@ -14,17 +14,19 @@ from unimatrix.ops.suffix_automaton.storage import (
     DTYPES,
     LETTERS,
     NUM_COUNTERS,
-    WINDOW,
     AutomatonState,
     copy_automaton,
     count_live_bytes,
     empty_automaton,
     keep_text,
 )
+from unimatrix.ops.text_index import TextIndex, empty_index, search_text
 
 __all__ = [
     "AutomatonState",
     "SuffixPrediction",
+    "SuffixState",
+    "copy_automaton",
     "count_live_bytes",
     "empty_automaton",
     "keep_text",
@@ -35,6 +37,10 @@ __all__ = [
 
 _MOST_ROOM = 1 << 16
 """Tokens up to which an automaton that is not returned has room for any text from the start."""
+
+
+SuffixState = AutomatonState | TextIndex
+"""What is carried: the automaton of the whole stream, or with a window the index of its end."""
 
 
 class SuffixPrediction(NamedTuple):
@@ -49,44 +55,47 @@ def predict_from_suffix(
     input_ids: torch.Tensor,
     *,
     lengths: torch.Tensor | None = None,
-    initial: AutomatonState | None = None,
+    initial: SuffixState | None = None,
     window: int | None = None,
+    vocab_size: int = 2**31,
     in_place: bool = False,
     keeps_state: bool = True,
     backend: str = "auto",
-) -> tuple[SuffixPrediction, AutomatonState | None]:
+) -> tuple[SuffixPrediction, SuffixState | None]:
     """Predict after every token what followed the longest suffix that occurred before.
 
     Equation: E10. For the largest m, then the largest j < t, with id_{j-m..j} = id_{t-m..t}:
         p_t = id_{j+1} and the match length is m + 1; p_t = -1 and 0 if even id_t is new.
-        With a window W, j - m >= max(0, (t // W - 1) W) as well.
+        With a window W, m < M and t - j <= W - M as well; M is 64, or W / 2 where that is less.
     Source: the residual path; what RWKV-8 calls ROSA.
 
     Args:
         input_ids: ``[B, T]`` int64, ids in 0 .. 2**31 - 1; what stands at positions
             ``lengths[b]`` and after is not looked at.
         lengths: ``[B]`` int64 in 0 .. T, the real tokens that lead each row; ``None`` means T.
-        initial: the automaton to go on with, rows as in ``input_ids``; ``None`` starts new streams.
-        window: W in tokens, that of ``initial``; ``None`` means unbounded.
+        initial: what a call with the same window has returned, rows as in ``input_ids``; ``None``
+            starts new streams.
+        window: W in tokens, of which no more are kept; ``None`` means unbounded.
+        vocab_size: V, above all ids: below 2**15 a window keeps a token in two bytes.
         in_place: change the tensors of ``initial``, which the caller then gives up.
-        keeps_state: return the automaton; without it, rows no longer than the window are answered
-            by an automaton of their own size instead of the window's.
+        keeps_state: return what goes on.
         backend: ``auto`` is ``native``, or ``reference`` where kernels do not run here.
 
     Returns:
         The prediction, ``[B, T]`` int64 on the device of ``input_ids``, -1 and 0 at padding, and
-        the automaton after each row's real tokens, on the CPU, ``None`` unless it is kept. Unless
-        ``in_place``, it shares nothing with ``initial``, which is left as it was.
+        the automaton after each row's real tokens, with a window the index of the last W, on the
+        CPU, ``None`` unless it is kept. Unless ``in_place``, it shares nothing with ``initial``,
+        which is left as it was.
 
     Raises:
-        InputError: if a shape, type or id is not as above, ``window`` is not in 1 .. 2**29 or
+        InputError: if a shape, type or id is not as above, ``window`` is not in 1 .. 2**30 - 1 or
             not the one ``initial`` was built with, a stream without a window passes 2**30 tokens,
             or the back end does not exist.
 
     Cost:
-        Amortised O(log n) a token for any text of n tokens; a single token may cost O(match
-        length). Without a window, at most 38 bytes a token of a novel and 62 at worst, twice that
-        after growing; with one, 124 W bytes a row for ever and every token is indexed twice.
+        Without a window amortised O(log n) a token for any text of n tokens; a single token may
+        cost O(match length); at most 38 bytes a token of a novel and 62 at worst, twice that after
+        growing. With one, about 2 ln W visits a token and 6 to 12 bytes a row and token of it.
         Unless ``in_place``, ``initial`` is copied.
 
     Note:
@@ -96,20 +105,22 @@ def predict_from_suffix(
     if backend == "auto":
         backend = "native" if compiles_native() else "reference"
     require_backend("suffix_automaton", backend)
+    if window is not None:
+        prediction, index = _predict_from_window(
+            input_ids, lengths, initial, window, vocab_size, in_place, backend
+        )
+        return prediction, index if keeps_state else None
     real_ids, lengths = read_ids(input_ids, lengths, 2**31 - 1)
     if initial is None:
-        # Nothing is dropped from the first two generations.
-        if not keeps_state and window is not None and input_ids.shape[1] <= 2 * window:
-            window = None
         batch, num_tokens = input_ids.shape
-        room = {} if keeps_state or num_tokens > _MOST_ROOM else {"num_tokens": num_tokens}
-        automaton = empty_automaton(batch, window, **room)
+        has_room = not keeps_state and num_tokens <= _MOST_ROOM
+        automaton = empty_automaton(batch, *([num_tokens] if has_room else []))
     else:
-        _check_initial(initial, input_ids.shape[0], window)
+        automaton = _require_automaton(initial, input_ids.shape[0])
         if in_place:
-            automaton = AutomatonState(*(x.to("cpu").contiguous() for x in initial))
+            automaton = AutomatonState(*(x.to("cpu").contiguous() for x in automaton))
         else:
-            automaton = copy_automaton(initial)
+            automaton = copy_automaton(automaton)
     if backend == "native":
         from unimatrix.ops.suffix_automaton.native import scan_native
 
@@ -138,7 +149,32 @@ Args: input_ids [B, T] int64, and the window. Returns: ids and match lengths, [B
 """
 
 
-def _check_initial(initial: AutomatonState, batch: int, window: int | None) -> None:
+def _predict_from_window(
+    input_ids: Tensor,
+    lengths: Tensor | None,
+    initial: SuffixState | None,
+    window: int,
+    vocab_size: int,
+    in_place: bool,
+    backend: str,
+) -> tuple[SuffixPrediction, TextIndex]:
+    """Predict from the last W tokens; see ``predict_from_suffix``."""
+    if initial is None:
+        initial, in_place = empty_index(len(input_ids), window, vocab_size, "none"), True
+    elif not isinstance(initial, TextIndex) or initial.tokens.shape[1] != window:
+        built_with = initial.tokens.shape[1] if isinstance(initial, TextIndex) else None
+        raise InputError(f"window is {window} but initial was built with {built_with}; pass that.")
+    found, index = search_text(
+        input_ids, initial=initial, lengths=lengths, in_place=in_place, backend=backend
+    )
+    return SuffixPrediction(*found.matches.unbind(dim=-1)), index
+
+
+def _require_automaton(initial: SuffixState, batch: int) -> AutomatonState:
+    """Raise ``InputError`` unless this is an automaton without a window, of so many rows."""
+    if isinstance(initial, TextIndex):
+        built_with = initial.tokens.shape[1]
+        raise InputError(f"window is None but initial was built with {built_with}; pass that.")
     if initial.counters.shape[0] != batch:
         raise InputError(
             f"initial has {initial.counters.shape[0]} rows; pass one for each of the {batch} rows "
@@ -149,6 +185,4 @@ def _check_initial(initial: AutomatonState, batch: int, window: int | None) -> N
         tensor = getattr(initial, name)
         require_shape(f"initial.{name}", tensor, letters, sizes)
         require_dtype(f"initial.{name}", tensor, DTYPES.get(name, torch.int32))
-    built_with = int(initial.counters[0, WINDOW]) or None
-    if window != built_with:
-        raise InputError(f"window is {window} but initial was built with {built_with}; pass that.")
+    return initial

@@ -50,7 +50,6 @@ from unimatrix.ops.suffix_automaton.storage import (
     RIGHT,
     SYMBOL_A,
     SYMBOL_B,
-    WINDOW,
     AutomatonState,
     bound_capacity,
     extend_rows,
@@ -264,24 +263,6 @@ def _scan_row(
     counters[ACTIVE_NODE], counters[NUM_VISITS] = node, visits
 
 
-@part()
-def _drop_generation(tokens, nodes, edges, counters):
-    """Keep the newer half of the text, none of it indexed yet."""
-    window = counters[WINDOW]
-    # Loops: an assignment to a slice compiles a sentence on shapes that do not fit, for a second.
-    for i in range(window):
-        tokens[i] = tokens[window + i]
-    for column in range(nodes.shape[1]):
-        nodes[0, column] = 0
-    for slot in range(edges.shape[0]):
-        for column in range(edges.shape[1]):
-            edges[slot, column] = 0
-    for column in (NUM_INDEXED, MATCH_LENGTH, MATCH_START, ACTIVE_NODE, NUM_EDGES):
-        counters[column] = 0
-    counters[NUM_NODES] = 1
-    counters[NUM_HELD] = window
-
-
 @kernel()
 def _scan_rows(
     first, last, input_ids, lengths, predicted_ids, match_lengths, progress,
@@ -290,10 +271,7 @@ def _scan_rows(
     for row in range(first, last):
         progress[row, NODES_NEEDED] = 0
         while progress[row, NUM_PREDICTED] < lengths[row] and progress[row, NODES_NEEDED] == 0:
-            indexed = counters[row, NUM_INDEXED]
             counters[row, NUM_NODES] = max(1, counters[row, NUM_NODES])
-            if indexed == counters[row, NUM_HELD] and indexed == 2 * counters[row, WINDOW] > 0:
-                _drop_generation(tokens[row], nodes[row], edges[row], counters[row])
             _scan_row(
                 input_ids[row], lengths[row], predicted_ids[row], match_lengths[row], progress[row],
                 tokens[row], nodes[row], splays[row], edges[row], counters[row], splay_length,
@@ -332,9 +310,9 @@ def _reserve_tokens(automaton: AutomatonState, num_new: int) -> AutomatonState:
 
     There is room for the nodes and hash slots of text; the kernel stops where that is too little.
     """
-    held, window = automaton.counters[:, [NUM_HELD, WINDOW]].amax(0).tolist()
+    held = int(automaton.counters[:, NUM_HELD].max())
     capacity = automaton.tokens.shape[1]
-    if window > 0 or held + num_new <= capacity:
+    if held + num_new <= capacity:
         return automaton
     if held + num_new > MAX_TOKENS:
         raise InputError(

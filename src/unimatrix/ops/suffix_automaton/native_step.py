@@ -11,8 +11,7 @@ from unimatrix.ops.suffix_automaton.native import (
     _reserve_tokens,
     _scan_rows,
 )
-from unimatrix.ops.suffix_automaton.storage import NUM_HELD, WINDOW, AutomatonState
-from unimatrix.ops.suffix_automaton.storage import copy_automaton as copy_automaton
+from unimatrix.ops.suffix_automaton.storage import NUM_HELD, AutomatonState, copy_automaton
 
 
 class AutomatonStream:
@@ -25,7 +24,7 @@ class AutomatonStream:
             up.
 
     Attributes:
-        automaton: what it has become.
+        carried: what the automaton has become.
         predicted_ids: [B, 1] int64 after the last token, -1 for no match; overwritten by the next.
         match_lengths: [B, 1] int64, 0 for no match; likewise.
     """
@@ -39,11 +38,9 @@ class AutomatonStream:
         self._hold(automaton)
 
     def _hold(self, automaton: AutomatonState) -> None:
-        self.automaton = automaton
+        self.carried = automaton
         self._arrays = [tensor.numpy() for tensor in automaton]
-        held, window = automaton.counters[:, [NUM_HELD, WINDOW]].amax(0).tolist()
-        # With a window the kernel makes room itself.
-        self._room = automaton.tokens.shape[1] - held if window == 0 else None
+        self._room = automaton.tokens.shape[1] - int(automaton.counters[:, NUM_HELD].max())
 
     def push(self, token_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         """Predict after one more token of every row.
@@ -51,11 +48,9 @@ class AutomatonStream:
         Args:
             token_ids: [B] int64.
         """
-        if self._room is not None:
-            if self._room == 0:
-                self._hold(_reserve_tokens(self.automaton, 1))
-                assert self._room is not None
-            self._room -= 1
+        if self._room == 0:
+            self._hold(_reserve_tokens(self.carried, 1))
+        self._room -= 1
         self.predicted_ids.fill(-1)
         self.match_lengths.fill(0)
         progress = self._progress
@@ -69,5 +64,9 @@ class AutomatonStream:
             num_nodes = int(progress[:, NODES_NEEDED].max())
             num_edges = int(progress[:, EDGES_NEEDED].max())
             room = self._room
-            self._hold(_grow_index(self.automaton, num_nodes, num_edges))
+            self._hold(_grow_index(self.carried, num_nodes, num_edges))
             self._room = room
+
+    def copy(self) -> AutomatonState:
+        """Return a copy of the automaton that shares nothing."""
+        return copy_automaton(self.carried)

@@ -2,23 +2,18 @@
 
 import torch
 
-from unimatrix.ops.suffix_automaton.storage import NUM_HELD, NUM_TOKENS, WINDOW, AutomatonState
+from unimatrix.ops.suffix_automaton.storage import NUM_HELD, NUM_TOKENS, AutomatonState
 
 
-def predict_by_definition(
-    tokens: torch.Tensor, first: int, window: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def predict_by_definition(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Find, after every token of one stream, the longest suffix that occurred before.
 
     Equation: E10. For the largest m, then the largest j < t, with id_{j-m..j} = id_{t-m..t}:
         p_t = id_{j+1} and the match length is m + 1; p_t = -1 and 0 if even id_t is new.
-        With a window W, j - m >= max(0, (t // W - 1) W) as well.
     Source: paper, residual path; RWKV-8 ROSA.
 
     Args:
-        tokens: ``[n]`` int64, the stream's tokens ``first`` .. ``first + n - 1``.
-        first: how many tokens of the stream came before; none of them is in a window.
-        window: W, or ``None`` for no bound.
+        tokens: ``[n]`` int64, the whole stream.
 
     Returns:
         Predicted ids and match lengths, ``[n]`` int64 each.
@@ -31,14 +26,12 @@ def predict_by_definition(
     index = torch.arange(n)
     common = torch.zeros_like(tokens)  # of j: the common suffix of id_0..id_j and id_0..id_t
     for t in range(n):
-        start = 0 if window is None else max(0, ((first + t) // window - 1) * window - first)
         before = torch.cat([common.new_zeros(1), common[:-1]])
         common = torch.where((tokens == tokens[t]) & (index < t), before + 1, 0)
-        inside = torch.minimum(common, index - start + 1)[:t]
-        if t > 0 and inside.max() > 0:
-            longest = inside.max()
-            j = index[:t][inside == longest].max()
-            predicted_ids[t], match_lengths[t] = tokens[j + 1], longest
+        longest = common.max()
+        if longest > 0:
+            predicted_ids[t] = tokens[index[common == longest].max() + 1]
+            match_lengths[t] = longest
     return predicted_ids, match_lengths
 
 
@@ -54,18 +47,13 @@ def predict_rows(
     texts = []
     counters = torch.zeros_like(automaton.counters)
     for row, length in enumerate(lengths.tolist()):
-        num_tokens, held, window = automaton.counters[row, [NUM_TOKENS, NUM_HELD, WINDOW]].tolist()
-        text = torch.cat([automaton.tokens[row, :held].long(), input_ids[row, :length]])
-        first = num_tokens - held
-        ids, matched = predict_by_definition(text, first, window or None)
+        num_tokens, held = automaton.counters[row, [NUM_TOKENS, NUM_HELD]].tolist()
+        texts.append(torch.cat([automaton.tokens[row, :held].long(), input_ids[row, :length]]))
+        ids, matched = predict_by_definition(texts[-1])
         predicted_ids[row, :length] = ids[held:]
         match_lengths[row, :length] = matched[held:]
-        num_tokens += length
-        start = 0 if window == 0 else max(0, ((num_tokens - 1) // window - 1) * window)
-        texts.append(text[max(0, start - first) :])
-        counters[row, NUM_TOKENS] = num_tokens
-        counters[row, NUM_HELD] = texts[-1].shape[0]
-        counters[row, WINDOW] = window
+        counters[row, NUM_TOKENS] = num_tokens + length
+        counters[row, NUM_HELD] = len(texts[-1])
     capacity = max(automaton.tokens.shape[1], *(text.shape[0] for text in texts))
     tokens = automaton.tokens.new_zeros(len(texts), capacity)
     for row, text in enumerate(texts):

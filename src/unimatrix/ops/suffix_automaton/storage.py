@@ -36,9 +36,9 @@ EDGE_NODE, EDGE_SYMBOL, EDGE_CHILD = range(3)
     NUM_NODES,  # 0: none yet, and everything in the index is 0
     NUM_EDGES,
     NUM_VISITS,  # nodes visited and splay rotations: the work done, for tests
-    WINDOW,  # 0: unbounded
-) = range(10)
+) = range(9)
 NUM_COUNTERS = 10
+"""One more than are used: files have it, 0 unless an earlier release had a window."""
 
 MAX_TOKENS = 2**30
 _MIN_TOKENS = 16
@@ -68,39 +68,26 @@ DTYPES = {"counters": torch.int64}
 """Of the tensors that are not int32."""
 
 
-def empty_automaton(
-    batch: int, window: int | None = None, *, num_tokens: int = _MIN_TOKENS
-) -> AutomatonState:
+def empty_automaton(batch: int, num_tokens: int = _MIN_TOKENS) -> AutomatonState:
     """Build the automaton of ``batch`` empty streams.
 
     Args:
         batch: number of rows B.
-        window: tokens W of a generation; fixes the capacity for ever. ``None``: grows as needed.
-        num_tokens: tokens for which there is room from the start, without a window.
+        num_tokens: tokens for which there is room from the start.
 
     Returns:
         A new automaton on the CPU.
 
-    Raises:
-        InputError: if ``window`` is not in 1 .. 2**29.
-
     Cost:
-        124 bytes a row and token of the window, or 62 bytes a row and token.
+        62 bytes a row and token.
     """
-    if window is not None and not 1 <= window <= MAX_TOKENS // 2:
-        raise InputError(
-            f"window is {window}; pass 1 to {MAX_TOKENS // 2} tokens, or None for no bound."
-        )
-    num_tokens = num_tokens if window is None else 2 * window
     num_nodes, num_slots = bound_capacity(num_tokens)
-    counters = torch.zeros(batch, NUM_COUNTERS, dtype=torch.int64)
-    counters[:, WINDOW] = window or 0
     return AutomatonState(
         tokens=torch.zeros(batch, num_tokens, dtype=torch.int32),
         nodes=torch.zeros(batch, num_nodes, 8, dtype=torch.int32),
         splays=torch.zeros(batch, num_nodes, 2, dtype=torch.int32),
         edges=torch.zeros(batch, num_slots, 3, dtype=torch.int32),
-        counters=counters,
+        counters=torch.zeros(batch, NUM_COUNTERS, dtype=torch.int64),
     )
 
 
@@ -123,12 +110,11 @@ def copy_automaton(automaton: AutomatonState) -> AutomatonState:
     return AutomatonState(*(x.to("cpu", copy=True, memory_format=layout) for x in automaton))
 
 
-def keep_text(automaton: AutomatonState, window: int | None) -> AutomatonState:
+def keep_text(automaton: AutomatonState) -> AutomatonState:
     """Return the automaton of the same text without its index, sharing nothing.
 
     Args:
         automaton: from anywhere; of its numbers, those of tokens alone are used.
-        window: W with which it was built.
 
     Raises:
         InputError: if shapes, types or counts are not those of an automaton.
@@ -139,14 +125,16 @@ def keep_text(automaton: AutomatonState, window: int | None) -> AutomatonState:
         require_shape(f"automaton.{name}", tensor, letters, sizes)
         require_dtype(f"automaton.{name}", tensor, DTYPES.get(name, torch.int32))
     capacity, counters = automaton.tokens.shape[1], torch.zeros_like(automaton.counters)
-    of_text = [NUM_TOKENS, NUM_HELD, WINDOW]
+    of_text = [NUM_TOKENS, NUM_HELD]
     counters[:, of_text] = automaton.counters[:, of_text]
-    num_tokens, held, windows = counters[:, of_text].unbind(dim=1)
-    is_sound = (held >= 0) & (held <= capacity) & (held <= num_tokens) & (windows == (window or 0))
-    if not is_sound.all() or (window is not None and capacity != 2 * window):
+    num_tokens, held = counters[:, of_text].unbind(dim=1)
+    if (
+        automaton.counters[:, -1].any()
+        or not ((held == num_tokens) & (held >= 0) & (held <= capacity)).all()
+    ):
         raise InputError(
             f"the automaton counts {held.tolist()} tokens held of {num_tokens.tolist()} in room "
-            f"for {capacity}, with windows {windows.tolist()}, which is not one of window {window}"
+            f"for {capacity}; pass one that this model has made"
         )
     is_held = torch.arange(capacity) < held.unsqueeze(1)
     return AutomatonState(

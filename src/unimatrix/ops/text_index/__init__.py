@@ -1,6 +1,6 @@
 """The text index: where the last units of a stream stood before, and its longest suffix."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from unimatrix.ops.text_index.state import (
     TIMES,
     TextIndex,
     choose_token_type,
+    copy_index,
     empty_index,
+    name_units,
     order_tokens,
     require_form,
 )
@@ -34,6 +36,7 @@ __all__ = [
     "NUM_RECENT",
     "Found",
     "TextIndex",
+    "copy_index",
     "empty_index",
     "order_tokens",
     "rebuild_index",
@@ -78,8 +81,9 @@ def search_text(
     its latest place, the one before that and the oldest; the others to their latest, until there
     are five places.
 
-    Equation: E10. For the largest m < 64, then the largest j < t, with id_{j-m..j} = id_{t-m..t}
-    and t - j <= W - 64: id_{j+1} and the length m + 1; -1 and 0 if even id_t is new.
+    Equation: E10. For the largest m < M, then the largest j < t, with id_{j-m..j} = id_{t-m..t}
+    and t - j <= W - M: id_{j+1} and the length m + 1; -1 and 0 if even id_t is new. M is 64, or
+    W / 2 where that is less.
     Source: this project; E10 is the residual path of the paper, with a bound.
 
     Args:
@@ -112,11 +116,8 @@ def search_text(
     ids, lengths = read_ids(input_ids, lengths, torch.iinfo(initial.tokens.dtype).max)
     batch, num_tokens = ids.shape
     window = initial.tokens.shape[1]
-    reads_bytes = initial.links.shape[1] < window
-    require_form(initial, batch, window, reads_bytes, initial.tokens.dtype)
-    index = TextIndex(*(x.cpu().contiguous() for x in initial))
-    if not in_place:
-        index = TextIndex(*(x.clone() for x in index))
+    require_form(initial, batch, window, name_units(initial), initial.tokens.dtype)
+    index = TextIndex(*(x.cpu().contiguous() for x in initial)) if in_place else copy_index(initial)
     places = torch.zeros(batch, num_tokens, NUM_PLACES, 4, dtype=torch.int32)
     matches = torch.zeros(batch, num_tokens, 2, dtype=torch.int64)
     places[..., 0], matches[..., 0] = -1, -1
@@ -130,9 +131,9 @@ def search_text(
 
 
 def _search_new_text(
-    input_ids: Tensor, window: int, vocab_size: int, reads_bytes: bool
+    input_ids: Tensor, window: int, vocab_size: int, units: str
 ) -> tuple[Tensor, Tensor]:
-    index = empty_index(len(input_ids), window, vocab_size, reads_bytes)
+    index = empty_index(len(input_ids), window, vocab_size, units)
     found: Found = search_text(input_ids, initial=index, in_place=True)[0]
     return found.places, found.matches
 
@@ -147,13 +148,13 @@ search_new_text = declare_operator(
 )
 """Return what ``search_text`` finds in new streams, which a captured graph takes whole.
 
-Args: input_ids [B, T] int64, and window, vocab_size and reads_bytes as for ``empty_index``.
+Args: input_ids [B, T] int64, and window, vocab_size and units as for ``empty_index``.
 Returns: places [B, T, 5, 4] int32 and matches [B, T, 2] int64.
 """
 
 
 def rebuild_index(
-    index: TextIndex, num_tokens: Tensor, window: int, vocab_size: int, reads_bytes: bool
+    index: TextIndex, num_tokens: Tensor, window: int, vocab_size: int, units: str
 ) -> TextIndex:
     """Return an index from elsewhere with its table and links built again from its tokens.
 
@@ -162,7 +163,7 @@ def rebuild_index(
         num_tokens: [B] int64, tokens of each stream.
         window: W.
         vocab_size: V.
-        reads_bytes: as for ``empty_index``.
+        units: as for ``empty_index``.
 
     Raises:
         InputError: if its tensors do not have the shapes and types of such an index, a token is
@@ -171,8 +172,8 @@ def rebuild_index(
     """
     index = TextIndex(*(part.cpu() for part in index))
     dtype = choose_token_type(vocab_size)
-    require_form(index, len(num_tokens), window, reads_bytes, dtype)
-    anew = empty_index(len(num_tokens), window, vocab_size, reads_bytes)
+    require_form(index, len(num_tokens), window, units, dtype)
+    anew = empty_index(len(num_tokens), window, vocab_size, units)
     num_tokens = num_tokens.cpu()
     held = num_tokens.clamp(max=window)
     anew.counters[:, NUM_TOKENS] = num_tokens
@@ -180,7 +181,12 @@ def rebuild_index(
     is_held = torch.arange(window) >= (window - held).unsqueeze(1)
     places, times = index.recent_units[..., :TIMES], index.recent_units[..., TIMES]
     num_units = index.counters[:, NUM_UNITS]
-    is_unsound = ((tokens >= 0) != is_held).any() or int(tokens.max()) >= vocab_size
+    if int(tokens.max()) >= vocab_size:
+        raise InputError(
+            f"the text index holds {int(tokens.max())}, and the vocabulary has {vocab_size} "
+            "tokens; pass a cache that this model has made"
+        )
+    is_unsound = ((tokens >= 0) != is_held).any()
     is_unsound |= (places >= num_tokens.view(-1, 1, 1)).any() or int(places.min()) < -1
     is_unsound |= int(times.min()) < 0 or int(num_units.min()) < 0
     if is_unsound:
@@ -195,6 +201,6 @@ def rebuild_index(
     anew.counters[:, HAS_LOST_LETTER] = cut
     first = ((window - held).unsqueeze(1) + torch.arange(window)).clamp(max=window - 1)
     text = tokens.gather(1, first).clamp_min(0)
-    anew = search_text(text, initial=anew, lengths=held, in_place=True)[1]
+    anew = cast("TextIndex", search_text(text, initial=anew, lengths=held, in_place=True)[1])
     anew.counters[:, NUM_UNITS] = num_units
     return anew._replace(recent_units=index.recent_units)

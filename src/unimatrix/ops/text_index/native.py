@@ -8,6 +8,7 @@ from unimatrix.ops.numba.compile import kernel, part
 from unimatrix.ops.numba.threads import Shaped, map_rows
 from unimatrix.ops.text_index.state import (
     COUNT,
+    GAPS,
     HAS_LOST_LETTER,
     LATEST,
     MOST_COUNTED,
@@ -21,6 +22,7 @@ from unimatrix.ops.text_index.state import (
     RUN_MARKS,
     TIMES,
     TextIndex,
+    name_units,
 )
 from unimatrix.ops.text_index.suffix_tree import insert_suffix
 from unimatrix.ops.text_index.units import (
@@ -191,12 +193,14 @@ def _forget_token(tokens, links, units, codes, counters, gap):
 def _read_token(token, tokens, links, units, codes, recent, counters, gap):
     """Read one token."""
     window, now = len(tokens), counters[NUM_TOKENS]
-    if now >= window:
+    if now >= window and gap > 0:
         _forget_token(tokens, links, units, codes, counters, gap)
     column = now % window
     before = tokens[column - 1 if column > 0 else window - 1]
     tokens[column] = token
     counters[NUM_TOKENS] += 1
+    if gap == 0:
+        return
     if gap == 1:
         code = _finish_hash(_extend_hash(FIRST_HASH, token), 1)
         _add_unit(tokens, links, units, codes, recent, counters, now, 1, code, gap)
@@ -302,6 +306,6 @@ def scan_native(
         places: [B, T, 5, 4] int32.
         matches: [B, T, 2] int64.
     """
-    gap = index.tokens.shape[1] // index.links.shape[1]
+    gap = GAPS[name_units(index)]
     arrays = (ids, lengths, places, matches, *index)
     map_rows(_scan_rows, len(ids), *map(Shaped, arrays), gap)

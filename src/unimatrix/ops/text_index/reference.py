@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unimatrix.ops.text_index.state import (
     COUNT,
+    GAPS,
     HAS_LOST_LETTER,
     MOST_COUNTED,
     NUM_PLACES,
@@ -19,6 +20,7 @@ from unimatrix.ops.text_index.state import (
     RUN_LENGTH,
     RUN_MARKS,
     TextIndex,
+    name_units,
     order_tokens,
 )
 from unimatrix.ops.text_index.suffix_tree import MOST_MATCHED, insert_suffix
@@ -111,13 +113,14 @@ def find_longest(text: Tensor, window: int) -> Tensor:
     Cost:
         O(n^2) time, O(n) memory.
     """
+    most = min(MOST_MATCHED, max(1, window // 2))
     matches = torch.stack([torch.full_like(text, -1), torch.zeros_like(text)], dim=1)
     places = torch.arange(len(text))
     common = torch.zeros_like(text)  # of j: the common suffix of the text up to j and up to t
     for t in range(len(text)):
         before = torch.cat([common.new_zeros(1), common[:-1]])
         common = torch.where((text == text[t]) & (places < t), before + 1, 0)
-        reached = common.clamp(max=MOST_MATCHED) * (t - places <= window - MOST_MATCHED)
+        reached = common.clamp(max=most) * (t - places <= window - most)
         longest = int(reached.max())
         if longest > 0:
             place = int(places[reached == longest].max())
@@ -151,7 +154,10 @@ def _scan_row(before: list[int], tokens: list[int], state: TextIndex, places: Te
     """Read the tokens of one row after those of its window."""
     window, num_before = len(state.tokens), int(state.counters[NUM_TOKENS])
     text, start = [*before, *tokens], num_before - len(before)
-    if len(state.links) == window:
+    gap = GAPS[name_units(state)]
+    if gap == 0:
+        units, run = [], Run()
+    elif gap == 1:
         units = [Unit(start + i, start + i, start + i, (x,)) for i, x in enumerate(text)]
         run = Run()
     else:
@@ -203,7 +209,7 @@ def _set_state(state: TextIndex, text: list[int], units: list[Unit], run: Run, s
     window, now = len(state.tokens), start + len(text)
     for i, token in enumerate(text[-window:], start=max(0, len(text) - window)):
         state.tokens[(start + i) % window] = token
-    gap = window // len(state.links)
+    gap = GAPS[name_units(state)]
     state.links.fill_(-1)
     state.units.zero_()
     state.codes.zero_()

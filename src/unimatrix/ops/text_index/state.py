@@ -16,6 +16,10 @@ NUM_PLACES = 5
 NUM_KINDS = 7
 """Kinds of places: of the rarest unit the latest, the one before it and the oldest; of each of the
 next four the latest."""
+UNITS = ("words", "tokens", "none")
+"""What is found again beside the longest suffix: words of bytes, single tokens, or nothing."""
+GAPS = {"words": 2, "tokens": 1, "none": 0}
+"""Columns of the text for each row of links."""
 MOST_COUNTED = 7
 """Units that stood more often count as having stood so often."""
 LEAST_WINDOW = 2 * max(MOST_LETTERS, MOST_MATCHED)
@@ -38,7 +42,8 @@ class TextIndex(NamedTuple):
         tokens: [B, W] int16, or int32 where the vocabulary has more tokens; token n of the stream
             is in column n mod W, -1 where there is none yet.
         links: [B, W / g, 2], the columns of a unit's occurrence before and after the one whose
-            place is in column g i to g i + g - 1; -1 for none. g is 2 for words and 1 for tokens.
+            place is in column g i to g i + g - 1; -1 for none. g is 2 for words and 1 for tokens;
+            without units there are no links and S is 0.
         units: [B, S, 3], a hash table: columns of a unit's latest and oldest place, and how often
             it is remembered; 0 for an empty entry.
         codes: [B, S] int32, hashes of these units, with their lengths.
@@ -59,21 +64,25 @@ class TextIndex(NamedTuple):
     counters: Tensor
 
 
-def require_window(name: str, window: int) -> None:
-    """Raise ``InputError`` unless a window is even, and long enough for any unit."""
-    if window < LEAST_WINDOW or window % 2 or window >= 2**24:
+def require_window(name: str, window: int, units: str) -> None:
+    """Raise ``InputError`` unless a window is even, and long enough for any unit; see ``UNITS``."""
+    if units == "none":
+        if not 1 <= window < 2**30:
+            raise InputError(f"{name} is {window}; pass 1 to {2**30 - 1} tokens, or None")
+    elif window < LEAST_WINDOW or window % 2 or window >= 2**24:
         raise InputError(
             f"{name} is {window}; pass an even number of {LEAST_WINDOW} to {2**24 - 2} tokens"
         )
 
 
-def list_shapes(batch: int, window: int, reads_bytes: bool) -> dict[str, tuple[int, ...]]:
+def list_shapes(batch: int, window: int, units: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an index by the name of the tensor; see ``TextIndex``."""
     # Words of two characters begin every three bytes. An eighth of the entries stays empty.
-    num_entries = 3 * window // 8 + 64 if reads_bytes else 3 * window // 2
+    num_entries = {"words": 3 * window // 8 + 64, "tokens": 3 * window // 2, "none": 0}[units]
+    num_links = window // GAPS[units] if GAPS[units] else 0
     return {
         "tokens": (batch, window),
-        "links": (batch, window // (2 if reads_bytes else 1), 2),
+        "links": (batch, num_links, 2),
         "units": (batch, num_entries, COUNT + 1),
         "codes": (batch, num_entries),
         "children": (batch, window, 2),
@@ -94,17 +103,15 @@ def _choose_type(name: str, window: int, of_tokens: torch.dtype) -> torch.dtype:
     return torch.int16 if window < 2**15 else torch.int32
 
 
-def require_form(
-    index: TextIndex, batch: int, window: int, reads_bytes: bool, dtype: torch.dtype
-) -> None:
+def require_form(index: TextIndex, batch: int, window: int, units: str, dtype: torch.dtype) -> None:
     """Raise ``InputError`` unless all tensors have the shapes and types of such an index.
 
     Args:
         index: of which nothing is known.
-        batch, window, reads_bytes: as for ``empty_index``.
+        batch, window, units: as for ``empty_index``.
         dtype: of the tokens.
     """
-    for name, shape in list_shapes(batch, window, reads_bytes).items():
+    for name, shape in list_shapes(batch, window, units).items():
         tensor = getattr(index, name)
         expected = _choose_type(name, window, dtype)
         if tensor.shape != shape or tensor.dtype != expected:
@@ -119,30 +126,36 @@ def choose_token_type(vocab_size: int) -> torch.dtype:
     return torch.int16 if vocab_size <= 2**15 else torch.int32
 
 
-def empty_index(batch: int, window: int, vocab_size: int, reads_bytes: bool) -> TextIndex:
+def empty_index(batch: int, window: int, vocab_size: int, units: str) -> TextIndex:
     """Return the index of empty streams.
 
     Args:
         batch: B.
         window: W, the tokens that are remembered.
         vocab_size: V.
-        reads_bytes: whether units are words of bytes; otherwise every token is one.
+        units: one of ``UNITS``.
 
     Raises:
         InputError: if the window is odd, too short or too long.
     """
-    require_window("window", window)
+    require_window("window", window, units)
     of_tokens = choose_token_type(vocab_size)
     filled = {"units": 0, "codes": 0, "children": 0, "counters": 0}
     index = TextIndex(
         *(
             torch.full(shape, filled.get(name, -1), dtype=_choose_type(name, window, of_tokens))
-            for name, shape in list_shapes(batch, window, reads_bytes).items()
+            for name, shape in list_shapes(batch, window, units).items()
         )
     )
     index.recent_units[..., TIMES] = 0
     index.counters[:, RUN_CODE] = FIRST_HASH
     return index
+
+
+def copy_index(index: TextIndex) -> TextIndex:
+    """Return a copy that shares nothing, contiguous on the CPU."""
+    layout = torch.contiguous_format
+    return TextIndex(*(x.to("cpu", copy=True, memory_format=layout) for x in index))
 
 
 def order_tokens(index: TextIndex) -> Tensor:
@@ -151,3 +164,9 @@ def order_tokens(index: TextIndex) -> Tensor:
     first = index.counters[:, NUM_TOKENS, None]  # the oldest, or an empty column
     columns = (first + torch.arange(window)) % window
     return index.tokens.long().gather(1, columns)
+
+
+def name_units(index: TextIndex) -> str:
+    """Return which of ``UNITS`` an index finds."""
+    num_links, window = index.links.shape[-2], index.tokens.shape[-1]
+    return {0: "none", window: "tokens"}.get(num_links, "words")

@@ -1,6 +1,6 @@
 """The tree of suffixes: the longest of them that stood before, found while the latest is put in.
 
-A suffix is the last 64 tokens up to a column, read backwards. The suffixes that end in the window
+A suffix is the last M tokens up to a column, read backwards. The suffixes that end in the window
 form a binary search tree by these strings in which a parent is always later than its children. So
 the new suffix is put in at the root: on the way down, the tree falls into what is smaller and what
 is greater. Of all suffixes that share m tokens with the new one the latest is on this way, since
@@ -18,7 +18,8 @@ Source: binary trees as in the match finder of LZMA; here on reversed text.
 from typing import Any
 
 MOST_MATCHED = 64
-"""Tokens that are compared; a longer match counts as one of so many."""
+"""M, the tokens that are compared: a longer match counts as one of so many. Less in windows of less
+than twice as many."""
 NUM_ROOTS = 256
 
 
@@ -35,9 +36,10 @@ def insert_suffix(tokens: Any, children: Any, roots: Any, column: int, ends: Any
         ends: [2, 2], overwritten: where the smaller and the greater half go on.
 
     Returns:
-        how many tokens back the match ends, at most W - 64, and its length, at most 64; 0 for none.
+        how many tokens back the match ends, at most W - M, and its length, at most M; 0 for none.
     """
     window = len(tokens)
+    most = min(MOST_MATCHED, max(1, window // 2))
     root = tokens[column] % NUM_ROOTS
     visited, distance = int(roots[root]), window
     if visited >= 0 and tokens[visited] % NUM_ROOTS == root:
@@ -45,18 +47,18 @@ def insert_suffix(tokens: Any, children: Any, roots: Any, column: int, ends: Any
     roots[root] = column
     ends[0, 0], ends[0, 1], ends[1, 0], ends[1, 1] = column, 0, column, 1
     shared_smaller, shared_greater, longest, found = 0, 0, 0, 0
-    while distance <= window - MOST_MATCHED:
+    while distance <= window - most:
         # Whatever is between two suffixes shares with both what they share with each other.
         length = min(shared_smaller, shared_greater)
         new = column - length if column >= length else column - length + window
         old = visited - length if visited >= length else visited - length + window
-        while length < MOST_MATCHED and tokens[new] == tokens[old]:
+        while length < most and tokens[new] == tokens[old]:
             length += 1
             new = new - 1 if new > 0 else window - 1
             old = old - 1 if old > 0 else window - 1
         if length > longest:
             longest, found = length, distance
-        if length == MOST_MATCHED:
+        if length == most:
             break
         of_depth = length * 0x5BD1
         order_old = ((tokens[old] ^ of_depth) * 0x9E3779B1) & 0xFFFFFFFF
@@ -70,11 +72,11 @@ def insert_suffix(tokens: Any, children: Any, roots: Any, column: int, ends: Any
         child = int(children[visited, 1 - side])
         further = column - child if column > child else column - child + window
         # In the column of one that has left is a later one.
-        distance = further if 0 <= child and further > distance else window
+        distance = further if child >= 0 and further > distance else window
         visited = child
     for side in range(2):
         child = -1
-        if longest == MOST_MATCHED:  # the new suffix takes the place of an equal one
+        if longest == most:  # the new suffix takes the place of an equal one
             child = int(children[visited, side])
             further = column - child if column > child else column - child + window
             child = child if further > distance else -1
