@@ -130,6 +130,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             keeps_state=keeps_cache,
             gives_up_state=gives_up_cache,
             suffix_match=suffix_match,
+            embed_weights=tuple(self.embed_tokens.parameters()),
         )
 
         # 4. The same block at every depth step; some mixers read once, for all that follow.

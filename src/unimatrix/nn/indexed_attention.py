@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, gelu, normalize, pad
 
 from unimatrix.configuration import UniMatrixConfig
+from unimatrix.nn.key_ring import KeyRing, extend_ring, keep_ring
 from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.selective_mixer import normalize_features
 from unimatrix.ops.indexed_attention import (
@@ -42,12 +43,12 @@ class Search(NamedTuple):
     Attributes:
         text: [B, S] int64, the tokens remembered before these and these; -1 for none.
         places: [B, T, 5, 4] int32; see ``ops.text_index.Found``.
-        follows_text: whether anything can have been remembered before.
+        carried: [B, W], the tokens of the index before these; ``None`` for new streams.
     """
 
     text: Tensor
     places: Tensor
-    follows_text: bool
+    carried: Tensor | None
 
 
 class IndexedRead(NamedTuple):
@@ -120,7 +121,7 @@ class IndexedAttention(Mixer):
 
     def search(self, tokens: Tokens, state: TextIndex | None) -> tuple[Tokens, TextIndex | None]:
         """Find places and matches; see ``Mixer.search``."""
-        ids, follows_text = tokens.ids, state is not None
+        ids, carried = tokens.ids, None if state is None else state.tokens
         empty = (self.window, self.vocab_size, self.units)
         text = ids
         if state is not None:
@@ -140,32 +141,58 @@ class IndexedAttention(Mixer):
             state = index if tokens.keeps_state else None
         if tokens.suffix_match is not None:
             matches = tokens.suffix_match
-        found = Search(text, places, follows_text)
+        found = Search(text, places, carried)
         return tokens._replace(found=found, suffix_match=matches), state
 
     def forward(
         self, source: Tensor, tokens: Tokens, state: TextIndex | None
     ) -> tuple[IndexedRead, TextIndex | None]:
         """Read around the places that ``search`` has found; see ``Mixer.forward``."""
-        text, places, follows_text = tokens.found
+        text, places, carried = tokens.found
         distances = places[..., 0]
         entries = find_entries(text, distances, window=self.window, **self.operator_options)
         columns = (entries.rows // 2).clamp_min(0).long()
         token_ids = text.gather(1, columns.flatten(1)).view(columns.shape)
         token_ids = token_ids.masked_fill(entries.rows < 0, 0)
         query, *biases = self.make_queries(source, places)
-        can_cut = follows_text and not torch.compiler.is_compiling()
-        cut = _cut_out(text, distances, entries) if can_cut else None
-        if cut is not None:
-            text, entries = cut
-        inputs = [query, *self.make_keys(text, tokens), *biases]
+        ring, cut = self._find_ring(tokens), None
+        if ring is not None:
+            known = text.shape[1] - tokens.ids.shape[1]
+            inputs = [query, ring.keys, ring.values, *biases]
+            entries = ring.place(entries, tokens.num_before, known)
+        else:
+            can_cut = carried is not None and not torch.compiler.is_compiling()
+            cut = _cut_out(text, distances, entries) if can_cut else None
+            if cut is not None:
+                text, entries = cut
+            inputs = [query, *self.make_keys(text, tokens), *biases]
         if cut is not None:  # all rows read from one list of pieces
             inputs = [_join_rows(tensor) for tensor in inputs]
         inputs = [tensor.to(query.dtype) for tensor in (*inputs, self.match_bias)]
         context, weights = attend_entries(entries, *inputs, **self.operator_options)
         context = self.out_proj(context.reshape(*tokens.ids.shape, -1).to(source.dtype))
         weights = weights.view(*tokens.ids.shape, self.num_heads, -1)
+        if ring is not None and state is not None:
+            lengths = tokens.ids.shape[1] if tokens.lengths is None else tokens.lengths
+            keep_ring(ring, state.tokens, tokens.num_before + lengths)
         return IndexedRead(context, token_ids, weights), state
+
+    def _find_ring(self, tokens: Tokens) -> KeyRing | None:
+        """Return the keys of the window and these tokens, where they are kept from call to call."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not tokens.keeps_state:
+            return None
+        text, _, carried = tokens.found
+        own = (self.key_conv, *self.key_mix.parameters(), *self.key_proj.parameters())
+        weights = [*own, *self.value_proj.parameters(), *tokens.embed_weights]
+        return extend_ring(
+            text,
+            tokens.num_before,
+            tokens.ids.shape[1],
+            self.window,
+            carried,
+            weights,
+            lambda piece: self.make_keys(piece, tokens),
+        )
 
     def make_queries(self, source: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what positions look for.

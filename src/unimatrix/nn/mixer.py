@@ -16,6 +16,7 @@ class Tokens(NamedTuple):
         ids: [B, T] int64.
         embeddings: [B, T, D], before positions are added.
         embed: returns the embeddings [..., D] of ids [...].
+        embed_weights: what it depends on, for a mixer that keeps features from call to call.
         lengths: [B] int64, real tokens of each row; ``None`` is T for all.
         num_before: [B] int64, tokens of the stream before these.
         last_ids: [B] int64, the token before these, -1 where there is none.
@@ -40,6 +41,7 @@ class Tokens(NamedTuple):
     gives_up_state: bool = False
     suffix_match: Tensor | None = None
     found: Any = None
+    embed_weights: tuple[Tensor, ...] = ()
     reads: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     is_last: bool = False
 

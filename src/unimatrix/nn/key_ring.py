@@ -1,0 +1,127 @@
+"""Keys and values of the last tokens of streams, kept from call to call for speed alone."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from unimatrix.ops.indexed_attention import REACH, Entries
+
+MOST_NEW = 4096
+"""Tokens of a call for which a ring has room."""
+_LEAST_NEW = 256
+"""A ring is made for so many tokens; around the places of fewer, making the keys costs less."""
+_MOST_BYTES = 2**26
+
+MakeKeys = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class KeyRing(NamedTuple):
+    """What ``make_keys`` makes of the last R tokens of each stream; nothing that is saved.
+
+    Attributes:
+        keys: [B, 2 R, H, C]; token n has the rows 2 (n mod R) and 2 (n mod R) + 1.
+        values: [B, R, H, C].
+        num_tokens: [B] int64, tokens of each stream so far.
+        weights: what they were made with.
+    """
+
+    keys: Tensor
+    values: Tensor
+    num_tokens: Tensor
+    weights: tuple[tuple[int, int], ...]
+
+    def place(self, entries: Entries, num_tokens: Tensor, num_columns: int) -> Entries:
+        """Return entries of a text as those of the ring.
+
+        Args:
+            entries: whose rows are those of a text [B, S].
+            num_tokens: [B] int64, tokens of each stream before the last T columns of the text.
+            num_columns: S - T, columns of the text before these.
+        """
+        size = self.values.shape[1]
+        shift = (2 * (num_tokens - num_columns) % (2 * size)).int().view(-1, 1, 1)
+        rows = (entries.rows + shift) % (2 * size)
+        return Entries(rows.where(entries.rows >= 0, -1), entries.matched)
+
+
+_rings = WeakTensorKeyDictionary()
+"""By the tensor of the tokens that an index carries: a copy of the index has no ring."""
+
+
+def _describe(weights: list[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Return what tells weights from others, and from the same ones changed in place."""
+    return tuple((weight.data_ptr(), weight._version) for weight in weights)
+
+
+def extend_ring(
+    text: Tensor,
+    num_before: Tensor,
+    num_new: int,
+    window: int,
+    carried: Tensor | None,
+    weights: list[Tensor],
+    make_keys: MakeKeys,
+) -> KeyRing | None:
+    """Return the ring of streams after more tokens, ``None`` where none is worth its memory.
+
+    Args:
+        text: [B, W + T] int64, the tokens remembered before and T new ones; or [B, T], the first.
+        num_before: [B] int64, tokens of each stream before the new ones.
+        num_new: T.
+        window: W.
+        carried: the tokens of the index before these, whose ring goes on.
+        weights: that make keys and values.
+        make_keys: takes tokens [B, S], returns keys [B, 2 S, H, C] and values [B, S, H, C].
+    """
+    if num_new > MOST_NEW:
+        return None
+    described = _describe(weights)
+    ring: KeyRing | None = None if carried is None else _rings.get(carried)
+    if ring is not None:
+        is_same = ring.weights == described and torch.equal(ring.num_tokens, num_before)
+        ring = ring if is_same else None
+    if ring is None and num_new < _LEAST_NEW:
+        return None
+    known = text.shape[1] - num_new
+    first = 0 if ring is None else max(0, known - 2 * REACH + 1)
+    keys, values = make_keys(text[:, first:])
+    # Of the first tokens of a piece those before are not seen; their keys are there already.
+    skipped = 0 if first == 0 else REACH
+    keys, values = keys[:, 2 * skipped :], values[:, skipped:]
+    if ring is None:
+        ring = _start_ring(keys, values, window + MOST_NEW)
+        if ring is None:
+            return None
+    size = ring.values.shape[1]
+    columns = torch.arange(first + skipped - known, num_new, device=text.device)
+    columns = (num_before.unsqueeze(1) + columns) % size  # [B, S]
+    rows = torch.stack([2 * columns, 2 * columns + 1], dim=-1).flatten(1)
+    batch = torch.arange(len(text), device=text.device).unsqueeze(1)
+    ring.keys[batch, rows] = keys.to(ring.keys.dtype)
+    ring.values[batch, columns] = values.to(ring.values.dtype)
+    return ring._replace(weights=described)
+
+
+def keep_ring(ring: KeyRing | None, carried: Tensor, num_tokens: Tensor) -> None:
+    """Keep a ring for the streams whose index carries these tokens now.
+
+    Args:
+        ring: after the last call; ``None`` is none.
+        carried: the tokens of the index.
+        num_tokens: [B] int64, tokens of each stream now.
+    """
+    if ring is not None:
+        _rings[carried] = ring._replace(num_tokens=num_tokens)
+
+
+def _start_ring(keys: Tensor, values: Tensor, size: int) -> KeyRing | None:
+    batch, _, *heads = values.shape
+    num_bytes = batch * size * (2 * keys.element_size() + values.element_size())
+    if num_bytes * heads[0] * heads[1] > _MOST_BYTES:
+        return None
+    shape = (batch, size, *heads)
+    empty = keys.new_zeros(batch, 2 * size, *heads)
+    return KeyRing(empty, values.new_zeros(shape), torch.zeros(batch, dtype=torch.int64), ())
