@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
 # Every preset as published, and core on every residual path; then what only options reach.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in PRESETS},
+    "unimatrix": {"index_units": "tokens", "automaton_window": 128, "index_head_dim": 4},
     **{f"core+{path}": {"residual_path": path} for path in CHOICES["residual_path"][1:]},
     "discovery+automaton": {"residual_path": "suffix_automaton"},
     "core+automaton-window": {"residual_path": "suffix_automaton", "automaton_window": 24},
@@ -43,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "identity_lookup": False,
         "slot_key_size": 6,
     },
-    "unimatrix+two-hops": {
+    "selective+two-hops": {
         "slot_key_patterns": [[0]],
         "slot_read_offsets": [0, 1],
         "slot_hops": 2,
@@ -51,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "bounded_training": False,
     },
     "sparsepointer+automaton": {"residual_path": "suffix_automaton", "write_gate": False},
-    "unimatrix+small": {
+    "selective+small": {
         "num_slots": 3,
         "slot_read_offsets": [0, 1],
         "slot_fade_tokens": None,
@@ -62,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "update_rules": "delta",
         "conv_kernel": 2,
     },
-    "unimatrix+hidden": {
+    "selective+hidden": {
         "slot_source": "hidden",
         "num_slots": 4,
         "slot_key_patterns": [[0, 1]],
@@ -71,7 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "update_rules": "delta",
         "repeated_key": "first",
     },
-    "unimatrix+no-automaton": {
+    "selective+no-automaton": {
         "residual_path": "none",
         "automaton_pointer": False,
         "slot_key_patterns": [[0]],
@@ -79,13 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "conv_kernel": 0,
         "modulation_size": 4,
     },
-    "unimatrix+indexed": {
-        "associative_memory": "indexed",
-        "index_units": "tokens",
-        "automaton_window": 128,
-        "index_head_dim": 4,
-    },
-    "unimatrix+automaton-alone": {"associative_memory": "none", "pointer": False},
+    "selective+automaton-alone": {"associative_memory": "none", "pointer": False},
     "sparsepointer+table": {"max_position_embeddings": 80},
 }
 

@@ -16,7 +16,7 @@ from unimatrix.ops.matrix_state import bind_and_scan
 from unimatrix.ops.selective_slots import empty_selective_slots, scan_selective_slots
 
 VOCAB = SMALL["vocab_size"]
-MODELS = ("core", "rosa", "discovery", "sparsepointer", "unimatrix")
+MODELS = ("core", "rosa", "discovery", "sparsepointer", "selective")
 
 
 @pytest.mark.parametrize("variant", MODELS)
@@ -35,7 +35,7 @@ def test_ids_outside_the_vocabulary_are_refused(variant: str, strange: int) -> N
         Decoder(model).step(torch.tensor([strange]))
 
 
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "unimatrix"])
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "selective"])
 @pytest.mark.parametrize("loss_only", [False, True])
 @pytest.mark.parametrize("hidden_size", [12, 16])  # of whole registers: the compiled loss
 def test_labels_outside_the_vocabulary_are_refused(
@@ -61,7 +61,7 @@ def test_labels_outside_the_vocabulary_are_refused(
 
 
 def test_ids_and_matches_of_another_kind_are_refused() -> None:
-    model, ids = build_model("unimatrix"), draw_ids(1, 40)
+    model, ids = build_model("selective"), draw_ids(1, 40)
     with pytest.raises(InputError, match=r"input_ids has dtype torch.float32"):
         model(ids.float())
     match = torch.stack([ids, torch.ones_like(ids)], dim=-1)
@@ -73,7 +73,7 @@ def test_ids_and_matches_of_another_kind_are_refused() -> None:
 
 
 def test_a_decoder_refuses_what_it_cannot_read() -> None:
-    decoder, ids = Decoder(build_model("unimatrix"), batch_size=2), torch.tensor([3, 4])
+    decoder, ids = Decoder(build_model("selective"), batch_size=2), torch.tensor([3, 4])
     with pytest.raises(InputError, match=r"token_ids is torch.bfloat16 on cpu"):
         decoder.step(ids.bfloat16())
     with pytest.raises(InputError, match=f"pad_id {VOCAB}"):
@@ -105,10 +105,10 @@ def load_changed(
         ("core", "last_token_ids", VOCAB),
         ("sparsepointer+table", "num_tokens", -1),
         ("sparsepointer", "associations.slots.slot_token_ids", VOCAB),
-        ("unimatrix", "associations.selective.slots.slot_value_ids", VOCAB),
-        ("unimatrix", "associations.selective.recent_token_ids", -2),
+        ("selective", "associations.selective.slots.slot_value_ids", VOCAB),
+        ("selective", "associations.selective.recent_token_ids", -2),
         ("rosa", "last_token_ids", 10**9),
-        ("unimatrix", "automaton.tokens", VOCAB),
+        ("selective", "automaton.tokens", VOCAB),
         ("core+suffix_automaton", "automaton.counters", -1),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_cache_with_strange_numbers_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore:.*does not say")
-@pytest.mark.parametrize("variant", ["core+suffix_automaton", "unimatrix+small"])
+@pytest.mark.parametrize("variant", ["core+suffix_automaton", "selective+small"])
 def test_the_index_of_an_automaton_is_not_believed(variant: str, tmp_path: Path) -> None:
     """A cache from a file is read on as the one that was saved, whatever its index says."""
 
@@ -150,7 +150,7 @@ def test_the_index_of_an_automaton_is_not_believed(variant: str, tmp_path: Path)
         torch.testing.assert_close(decoded, expected)
 
 
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "unimatrix+small"])
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "selective+small"])
 def test_a_cache_of_other_shapes_is_refused(variant: str) -> None:
     model = build_model(variant)
     with torch.no_grad():

@@ -131,7 +131,7 @@ def test_weights_that_are_not_here_are_not_compared(tmp_path) -> None:
 
 
 def test_a_file_of_an_earlier_release_loads_with_a_warning(tmp_path) -> None:
-    model = build_model("unimatrix+small")
+    model = build_model("selective+small")
     cache = read(model)
     cache.save(tmp_path / "new")
     with safe_open(tmp_path / "new", framework="pt") as file:

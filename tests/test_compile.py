@@ -25,7 +25,7 @@ from unimatrix.train import trainer as training
 from unimatrix.train.trainer import train_model
 
 # Every preset, and the delta rule with a gate that sees the stream.
-CAPTURED = [*PRESETS, "unimatrix+hidden", "unimatrix+indexed"]
+CAPTURED = [*PRESETS, "selective+hidden"]
 # The guard makes the recurrence nonlinear: it has compiled loops of its own, outside the graph.
 GUARDED = [name for name in CAPTURED if name.startswith("discovery")]
 UNPADDED = draw_ids(2, 24)
@@ -113,7 +113,7 @@ def test_an_operator_keeps_its_promises(op: str) -> None:
 # Passes over whole layers take a width of 16, not of 12.
 @pytest.mark.parametrize(
     ("variant", "width"),
-    [*((variant, 12) for variant in CAPTURED), ("sparsepointer", 16), ("unimatrix", 16)],
+    [*((variant, 12) for variant in CAPTURED), ("sparsepointer", 16), ("selective", 16)],
 )
 def test_a_train_step_is_one_graph_with_the_same_numbers(variant: str, width: int) -> None:
     """Captured and differentiated as for any compiler; what stands behind it is torch's own."""
@@ -142,7 +142,7 @@ def test_a_loop_over_tokens_is_not_unrolled() -> None:
     assert torch.equal(torch.compile(run, backend="eager")(), run())
 
 
-@pytest.mark.parametrize("variant", ["core", "discovery", "sparsepointer", "unimatrix"])
+@pytest.mark.parametrize("variant", ["core", "discovery", "sparsepointer", "selective"])
 def test_a_compiled_model_still_reads_on(variant: str) -> None:
     """Padding and a cache break the graph; nothing else changes."""
     model = build_model(variant).double().eval()

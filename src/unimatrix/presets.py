@@ -17,6 +17,20 @@ _ASSOC: dict[str, Any] = {
     "slots_per_read": 8,
 }
 _HARD: dict[str, Any] = {"slots_per_read": 1}
+_TEXT: dict[str, Any] = {
+    "max_position_embeddings": None,
+    "norm_type": "rms_norm",
+    "feed_forward_type": "swiglu",
+    "intermediate_size": 171,
+    "update_rules": "mixed",
+    "conv_kernel": 4,
+    "normalized_keys": True,
+    "longest_retention": 512,
+    "residual_path": "suffix_automaton",
+    "automaton_window": 16_384,
+    "automaton_pointer": True,
+    "pointer": True,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "core": {},
     "rosa": _ROSA,
@@ -33,19 +47,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "identity_values": True,
         "pointer": True,
     },
-    "unimatrix": {
-        "max_position_embeddings": None,
-        "norm_type": "rms_norm",
-        "feed_forward_type": "swiglu",
-        "intermediate_size": 171,
-        "update_rules": "mixed",
-        "conv_kernel": 4,
-        "normalized_keys": True,
-        "longest_retention": 512,
-        "residual_path": "suffix_automaton",
-        # 2 MB of state for ever. Half the window would hold too little of a library's sources.
-        "automaton_window": 16_384,
-        "automaton_pointer": True,
+    # Slots that learn in hindsight what to keep, in the place of the indexed attention.
+    "selective": _TEXT
+    | {
         "associative_memory": "selective",
         "slot_source": "token",
         "num_slots": 64,
@@ -54,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "slot_read_offsets": [0],
         "slot_fade_tokens": 32,
         "bounded_training": True,
-        "pointer": True,
     },
+    # Every part on.
+    "unimatrix": _TEXT | {"associative_memory": "indexed", "modulation_size": 32},
 }

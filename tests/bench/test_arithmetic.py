@@ -15,7 +15,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "h
 INDEXED = {"associative_memory": "indexed", "index_head_dim": 8}
 NAMES = [
     *PRESETS,
-    "unimatrix+indexed",
+    "unimatrix",
     *(name for name, peer in TIMED_PEERS.items() if not peer.needs),
 ]
 

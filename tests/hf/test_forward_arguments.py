@@ -118,7 +118,7 @@ def test_generate_takes_positions_as_forward_does() -> None:
         model.generate(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), **kwargs)
 
 
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "unimatrix"])
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "selective"])
 def test_logits_at_positions_by_number(variant: str) -> None:
     model, ids = build_model(variant), draw_ids(2, 6)
     kept = model(ids, logits_to_keep=torch.tensor([1, 4]), labels=None).logits
@@ -190,7 +190,7 @@ def test_hidden_states_lie_on_the_way_to_the_logits(variant: str) -> None:
 
 
 def test_the_configuration_asks_for_outputs() -> None:
-    model, ids = build_model("unimatrix"), draw_ids(2, 5)
+    model, ids = build_model("selective"), draw_ids(2, 5)
     asked = model(ids, output_hidden_states=True)
     model.config.output_hidden_states = True
     assert len(model(ids).hidden_states) == len(asked.hidden_states)

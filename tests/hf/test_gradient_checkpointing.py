@@ -48,7 +48,7 @@ def test_checkpointing_changes_nothing(variant: str, use_reentrant: bool) -> Non
 
 
 @reentrant
-@pytest.mark.parametrize("variant", ["sparsepointer", "unimatrix", "unimatrix+hidden"])
+@pytest.mark.parametrize("variant", ["sparsepointer", "selective", "selective+hidden"])
 def test_the_layer_is_computed_again(variant: str, use_reentrant: bool) -> None:
     model = build_model(variant).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -59,7 +59,7 @@ def test_the_layer_is_computed_again(variant: str, use_reentrant: bool) -> None:
 
 
 @reentrant
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "unimatrix"])
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "selective"])
 def test_checkpointing_of_adapters(variant: str, use_reentrant: bool) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
@@ -77,7 +77,7 @@ def test_a_stream_trains_through_its_cache_with_checkpointing(use_reentrant: boo
     """What a layer carries is a result of it too, and its gradient counts."""
     grads = []
     for checkpoints in (False, True):
-        model = build_model("unimatrix", dropout=0.0).train()
+        model = build_model("selective", dropout=0.0).train()
         if checkpoints:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         ids = draw_ids(2, 12)

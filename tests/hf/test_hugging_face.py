@@ -84,7 +84,7 @@ def test_initial_scale() -> None:
 
 def test_parameters_that_start_elsewhere(tmp_path) -> None:
     """transformers passes modules over that have no parameters of their own."""
-    config = UniMatrixConfig.preset("unimatrix", longest_retention=512)
+    config = UniMatrixConfig.preset("selective", longest_retention=512)
     model = UniMatrixForCausalLM(config)
     block = model.model.block
     retention = torch.sigmoid(block.matrix_mixer.retention_proj.bias)
@@ -336,7 +336,7 @@ def test_bad_inputs_say_what_to_do() -> None:
 )
 def test_unusable_selective_fields_say_what_to_do(fields: dict[str, object], named: str) -> None:
     with pytest.raises(InputError) as caught:
-        UniMatrixConfig.preset("unimatrix", **fields)
+        UniMatrixConfig.preset("selective", **fields)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -385,7 +385,7 @@ def test_lora_trains() -> None:
 
 def test_lora_around_the_token_embedding_and_the_gate_trains() -> None:
     peft = pytest.importorskip("peft")
-    model = build_model("unimatrix", dtype=torch.float32, tie_word_embeddings=False)
+    model = build_model("selective", dtype=torch.float32, tie_word_embeddings=False)
     targets = ["embed_tokens", "gate_up", "value_proj"]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2))
     ids = draw_ids(2, 24)
@@ -408,6 +408,6 @@ def test_names_load_lazily() -> None:
 
 
 def test_logits_at_beside_labels_is_refused() -> None:
-    model, ids = build_model("unimatrix+small"), draw_ids(1, 6)
+    model, ids = build_model("selective+small"), draw_ids(1, 6)
     with pytest.raises(InputError, match="logits_at"):
         model(ids, labels=ids, logits_at=torch.ones_like(ids, dtype=torch.bool))

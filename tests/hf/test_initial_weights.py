@@ -59,7 +59,7 @@ def test_missing_weights_start_as_in_a_fresh_model(name: str) -> None:
 
 
 def test_a_missing_bias_leaves_the_weight_beside_it() -> None:
-    fresh = UniMatrixForCausalLM(UniMatrixConfig.preset("unimatrix"))
+    fresh = UniMatrixForCausalLM(UniMatrixConfig.preset("selective"))
     weights = {n: torch.full_like(p, 0.25) for n, p in fresh.state_dict().items()}
     gate = "model.block.matrix_mixer.retention_proj"
     del weights[f"{gate}.bias"]
@@ -69,7 +69,7 @@ def test_a_missing_bias_leaves_the_weight_beside_it() -> None:
     assert all((tensor == 0.25).all() for tensor in started.values())
 
 
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "discovery", "unimatrix+small"])
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "discovery", "selective+small"])
 def test_what_is_frozen_is_frozen_after_loading(variant: str, tmp_path) -> None:
     model = build_model(variant, dtype=torch.float32)
     model.save_pretrained(tmp_path)

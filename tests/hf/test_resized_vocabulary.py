@@ -44,7 +44,7 @@ def test_every_way_of_running_takes_the_new_ids(variant: str, num_tokens: int) -
     assert model.config.vocab_size == num_tokens
     logits = model(ids).logits
     assert logits.shape == (2, 24, num_tokens)
-    if variant in ("rosa", "unimatrix"):  # shorter than the vocabulary: other passes
+    if variant in ("rosa", "selective"):  # shorter than the vocabulary: other passes
         torch.testing.assert_close(model(ids[:, :3]).logits, logits[:, :3])
     loss = model(ids, labels=ids, loss_only=True).loss
     torch.testing.assert_close(loss, model(ids, labels=ids).loss)
@@ -70,7 +70,7 @@ def test_old_tokens_keep_their_logits(variant: str) -> None:
     torch.testing.assert_close(differences, torch.zeros_like(differences))
 
 
-@pytest.mark.parametrize("variant", ["core", "rosa", "discovery", "unimatrix"])
+@pytest.mark.parametrize("variant", ["core", "rosa", "discovery", "selective"])
 @torch.no_grad()
 def test_a_resized_model_is_saved_loaded_and_trained(variant: str, tmp_path: Path) -> None:
     model, ids = resize(variant, GROWN).float(), draw_text(GROWN)
@@ -86,7 +86,7 @@ def test_a_resized_model_is_saved_loaded_and_trained(variant: str, tmp_path: Pat
 
 def test_slots_hold_ids_of_the_grown_vocabulary() -> None:
     """A value takes two bytes up to 32,767 tokens."""
-    model = build_model("unimatrix+small", dtype=torch.float32)
+    model = build_model("selective+small", dtype=torch.float32)
     model.resize_token_embeddings(40_000, mean_resizing=False)
     ids = torch.tensor([[39_999, 35_000] * 4])
     with torch.no_grad():

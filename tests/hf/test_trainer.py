@@ -62,9 +62,9 @@ def wrap(model: PreTrainedModel, adapter: str) -> Any:
     [
         ("core", "bare"),
         ("sparsepointer", "bare"),
-        ("unimatrix", "bare"),
-        ("unimatrix", "causal-lm"),
-        ("unimatrix", "any-task"),
+        ("selective", "bare"),
+        ("selective", "causal-lm"),
+        ("selective", "any-task"),
     ],
 )
 def test_evaluation_has_a_loss_and_the_best_model_is_kept(
@@ -81,7 +81,7 @@ def test_evaluation_has_a_loss_and_the_best_model_is_kept(
     assert trainer.state.best_metric < before
 
 
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "unimatrix", "unimatrix+small"])
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "selective", "selective+small"])
 def test_predictions_are_the_logits_alone(variant: str, tmp_path: Path) -> None:
     seen: list[Any] = []
 

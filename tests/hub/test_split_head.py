@@ -17,14 +17,14 @@ from unimatrix.hub.split_head import PointedHidden
 
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Where the split is true, where votes are added, and where shares are mixed.
-WHOLE = ["core", "rosa-assoc", "unimatrix+hindsight-alone"]
-POINTED = ["sparsepointer", "unimatrix", "unimatrix+no-automaton", "unimatrix+automaton-alone"]
+WHOLE = ["core", "rosa-assoc", "selective+hindsight-alone"]
+POINTED = ["sparsepointer", "selective", "selective+no-automaton", "selective+automaton-alone"]
 
 
 def build(variant: str, dtype: torch.dtype = torch.float32) -> UniMatrixForCausalLM:
-    if variant == "unimatrix+hindsight-alone":
+    if variant == "selective+hindsight-alone":
         alone = {"pointer": False, "automaton_pointer": False}
-        return build_model("unimatrix+small", dtype=dtype, dropout=0.0, **alone)
+        return build_model("selective+small", dtype=dtype, dropout=0.0, **alone)
     return build_model(variant, dtype=dtype, dropout=0.0)
 
 
@@ -86,7 +86,7 @@ def test_the_fields_are_those_of_the_logits(variant) -> None:
 
 
 def test_shifted_labels_are_not_shifted_again() -> None:
-    model, ids = build("unimatrix"), draw_ids()
+    model, ids = build("selective"), draw_ids()
     add_fused_lm_head(model)
     found = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:], fused_lm_head=True).log_probs
     expected = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
@@ -94,7 +94,7 @@ def test_shifted_labels_are_not_shifted_again() -> None:
 
 
 def test_it_holds_under_an_adapter_and_autocast() -> None:
-    model, ids = build("unimatrix"), draw_ids()
+    model, ids = build("selective"), draw_ids()
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     add_fused_lm_head(adapted.get_base_model())
     own = model.forward.__wrapped__(model, input_ids=ids, labels=ids).loss
@@ -110,7 +110,7 @@ def test_what_a_loss_wants_less_likely_teaches_the_gate_nothing() -> None:
     ids, found = draw_ids(), {}
     for sign, hindsight in itertools.product((1, -1), ("attribution", "none")):
         given = {"dropout": 0.0, "hindsight": hindsight}
-        model = build_model("unimatrix+small", dtype=torch.float32, **given).train()
+        model = build_model("selective+small", dtype=torch.float32, **given).train()
         add_fused_lm_head(model)
         log_probs = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
         found[sign, hindsight] = take_gradients(model, -sign * log_probs.mean())
@@ -124,7 +124,7 @@ def test_a_fused_forward_that_is_not_known_is_refused() -> None:
         return fused_lm_head
 
     with pytest.raises(InputError, match=r"install trl==1.16, or train with transformers.Trainer"):
-        build("unimatrix").forward = forward
+        build("selective").forward = forward
     core = build("core")
     core.forward = forward
     assert core.forward is forward
@@ -156,7 +156,7 @@ def test_a_product_with_the_head_is_refused_where_it_drops_the_pointer(variant, 
 
 
 def test_hidden_states_are_ordinary_otherwise(tmp_path) -> None:
-    model, ids = build("unimatrix").train(), draw_ids()
+    model, ids = build("selective").train(), draw_ids()
     hidden = model.get_decoder()(ids).last_hidden_state
     probe = torch.nn.Linear(12, 3)
     loss = probe(hidden[:, -1]).logsumexp(-1).mean()

@@ -178,7 +178,7 @@ def test_a_decoder_keeps_the_weights_it_was_made_with() -> None:
 
 
 def test_unusable_tokens_change_nothing() -> None:
-    model = build_model("unimatrix+small")
+    model = build_model("selective+small")
     decoder = Decoder(model, batch_size=2)
     ids = draw_ids(2, 9)
     for column in ids[:, :8].unbind(1):
@@ -213,7 +213,7 @@ def test_unusable_models_and_caches() -> None:
 
 
 @pytest.mark.parametrize("end_ids", [(), (5,), (3, 4, 5, 6, 7)])
-@pytest.mark.parametrize("variant", ["core", "unimatrix", "sparsepointer+hidden"])
+@pytest.mark.parametrize("variant", ["core", "selective", "sparsepointer+hidden"])
 def test_written_tokens_are_those_of_single_steps(variant: str, end_ids: tuple[int, ...]) -> None:
     model = build_model(variant)
     prompt = draw_ids(3, 20, seed=2)

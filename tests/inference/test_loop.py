@@ -86,7 +86,7 @@ def test_the_same_tokens(variant: str, options: dict[str, Any], generate_both) -
 )
 @pytest.mark.parametrize("sampled", [False, True])
 def test_arguments_of_generate(options: dict[str, Any], sampled: bool, generate_both) -> None:
-    model = build_model("unimatrix+small", seed=2)
+    model = build_model("selective+small", seed=2)
     ids, mask = pad_left(draw_ids(1, 5, seed=1), draw_ids(1, 8, seed=2))
     arguments = (SAMPLED if sampled else GREEDY) | options
     ours, theirs = generate_both(model, ids, attention_mask=mask, **arguments)
@@ -163,7 +163,7 @@ def test_what_a_dictionary_returns(num_new: int, generate_both) -> None:
 
 
 def test_a_callers_cache_is_continued_and_left_alone() -> None:
-    model, ids = build_model("unimatrix"), draw_ids(1, 12)
+    model, ids = build_model("selective"), draw_ids(1, 12)
     cache = read(model, ids[:, :7]).past_key_values
     before = {name: tensor.clone() for name, tensor in cache.tensors().items()}
     continued = generate(model, ids, past_key_values=cache, **GREEDY)

@@ -14,7 +14,7 @@ from unimatrix.errors import InputError
 NUM_NEW = 4
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": NUM_NEW, "eos_token_id": None}
 # The compiled step, and transformers' own loop.
-VARIANTS = ["unimatrix+small", "assoc"]
+VARIANTS = ["selective+small", "assoc"]
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -84,7 +84,7 @@ def test_the_whole_text_of_a_left_padded_batch(variant) -> None:
 
 
 def test_what_one_generate_returns_goes_into_the_next() -> None:
-    model, ids = build_model("unimatrix+small"), draw_ids(1, 7)
+    model, ids = build_model("selective+small"), draw_ids(1, 7)
     first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
     whole = torch.cat([first.sequences, draw_ids(1, 3, seed=4)], dim=1)
     expected = write(model, whole)
@@ -95,7 +95,7 @@ def test_what_one_generate_returns_goes_into_the_next() -> None:
 
 
 def test_a_stream_of_single_tokens_knows_its_text(tmp_path) -> None:
-    model, ids = build_model("unimatrix+small"), draw_ids(2, 12)
+    model, ids = build_model("selective+small"), draw_ids(2, 12)
     decoder = Decoder(model, read(model, ids[:, :3]))
     for column in ids[:, 3:8].unbind(1):
         decoder.step(column)

@@ -18,7 +18,7 @@ from unimatrix.ops.numba.tiles import TILE
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "head_dim": 8, "slot_key_size": 16}
 # Without associations and with, squashed vectors and unit vectors, one rule and all, a convolution.
-VARIANTS = ("core", "core+mixed", "core+conv", "core+suffix_automaton", "unimatrix")
+VARIANTS = ("core", "core+mixed", "core+conv", "core+suffix_automaton", "selective")
 PARTS = ("y", "matrix_state", "recent")
 
 
@@ -129,14 +129,14 @@ def test_rows_of_their_own_lengths(variant: str) -> None:
 
 @pytest.mark.parametrize("kept", [("y",), ("matrix_state",), ("recent",)])
 def test_what_is_not_used_afterwards_sends_no_gradient(kept: tuple[str, ...]) -> None:
-    leaves = draw_leaves("unimatrix", torch.float64, 40, carries=True)
-    run = functools.partial(run_block, "unimatrix", None, kept)
+    leaves = draw_leaves("selective", torch.float64, 40, carries=True)
+    run = functools.partial(run_block, "selective", None, kept)
     compare_with_reference("fused_passes", "native", run, leaves)
 
 
 def test_a_step_without_gradient_is_the_same() -> None:
-    leaves = draw_leaves("unimatrix", torch.float64, 40, carries=True)
-    run = functools.partial(run_block, "unimatrix", None, PARTS, "native")
+    leaves = draw_leaves("selective", torch.float64, 40, carries=True)
+    run = functools.partial(run_block, "selective", None, PARTS, "native")
     with torch.no_grad():
         apart = run(**leaves)
     recorded = run(**{name: leaf.clone().requires_grad_() for name, leaf in leaves.items()})

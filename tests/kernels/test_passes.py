@@ -160,7 +160,7 @@ def test_extreme_gates_stay_finite() -> None:
 
 
 def test_a_back_end_that_the_passes_do_not_have() -> None:
-    model = build_model("unimatrix")
+    model = build_model("selective")
     with pytest.raises(InputError, match="not available for fused_passes"):
         model.set_backend({"fused_passes": "triton-like"})
 

@@ -28,7 +28,7 @@ PARTS = ("embed", "block", "norm", "pointer", "residual_context", "selective_mix
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def build(variant: str = "unimatrix", **changes: Any) -> UniMatrixForCausalLM:
+def build(variant: str = "selective", **changes: Any) -> UniMatrixForCausalLM:
     """Return a model whose widths kernels read."""
     own = {key: value for key, value in SIZES.items() if key not in VARIANTS[variant]}
     return build_model(variant, **(own | changes))
@@ -109,7 +109,7 @@ def runs_compiled(model: UniMatrixForCausalLM, part: str) -> bool:
     return part != "pointer" or (mixture is not None and mixture.head_score is None)
 
 
-def list_passes(variant: str = "unimatrix", **changes: Any) -> list[bool]:
+def list_passes(variant: str = "selective", **changes: Any) -> list[bool]:
     """Return which parts of a block run compiled: projections, mixing, network; all as one."""
     reasons = explain(build(variant, dtype=torch.float32, **changes))
     if "all parts" in reasons:

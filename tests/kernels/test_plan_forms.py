@@ -22,29 +22,29 @@ NETWORK, MIXTURE = "model.block.feed_forward", "model.pointer_mixture"
 # Name of the layer, what takes its place, variant, sizes. Those below the line have another shape,
 # which torch refuses and a pass would read out of bounds.
 CASES: list[tuple[str, Callable[[], nn.Module], str, dict[str, int]]] = [
-    (f"{MATRIX}.q_proj", lambda: nn.Linear(16, 16), "unimatrix", WIDE),
-    (f"{MATRIX}.out_proj", lambda: nn.Linear(16, 16), "unimatrix", WIDE),
-    (f"{SELECTIVE}.value_proj", lambda: nn.Linear(16, 16), "unimatrix", WIDE),
-    (f"{NETWORK}.up_proj", lambda: nn.Linear(16, 171), "unimatrix", WIDE),
-    (f"{NETWORK}.down_proj", lambda: nn.Linear(171, 16), "unimatrix", WIDE),
-    ("lm_head", lambda: nn.Linear(16, 23), "unimatrix", WIDE),
-    (f"{MATRIX}.residual_gate", lambda: nn.Linear(12, 12, bias=False), "unimatrix", NARROW),
-    ("model.block.context_gate", lambda: nn.Linear(16, 16, bias=False), "unimatrix", WIDE),
-    ("model.block.context_gate", lambda: nn.Linear(12, 12, bias=False), "unimatrix", NARROW),
-    (f"{MIXTURE}.slot_score", lambda: nn.Linear(16, 1, bias=False), "unimatrix", WIDE),
+    (f"{MATRIX}.q_proj", lambda: nn.Linear(16, 16), "selective", WIDE),
+    (f"{MATRIX}.out_proj", lambda: nn.Linear(16, 16), "selective", WIDE),
+    (f"{SELECTIVE}.value_proj", lambda: nn.Linear(16, 16), "selective", WIDE),
+    (f"{NETWORK}.up_proj", lambda: nn.Linear(16, 171), "selective", WIDE),
+    (f"{NETWORK}.down_proj", lambda: nn.Linear(171, 16), "selective", WIDE),
+    ("lm_head", lambda: nn.Linear(16, 23), "selective", WIDE),
+    (f"{MATRIX}.residual_gate", lambda: nn.Linear(12, 12, bias=False), "selective", NARROW),
+    ("model.block.context_gate", lambda: nn.Linear(16, 16, bias=False), "selective", WIDE),
+    ("model.block.context_gate", lambda: nn.Linear(12, 12, bias=False), "selective", NARROW),
+    (f"{MIXTURE}.slot_score", lambda: nn.Linear(16, 1, bias=False), "selective", WIDE),
     (f"{NETWORK}.up_proj", lambda: nn.Linear(16, 64, bias=False), "core", WIDE),
-    ("model.block.norm", lambda: nn.RMSNorm(16, 1e-5, elementwise_affine=False), "unimatrix", WIDE),
-    ("model.norm", lambda: nn.RMSNorm(16), "unimatrix", WIDE),
+    ("model.block.norm", lambda: nn.RMSNorm(16, 1e-5, elementwise_affine=False), "selective", WIDE),
+    ("model.norm", lambda: nn.RMSNorm(16), "selective", WIDE),
     ("model.block.norm", lambda: nn.LayerNorm(16, bias=False), "core", WIDE),
     # ---
-    ("model.block.context_gate", lambda: nn.Linear(16, 8), "unimatrix", WIDE),
-    ("model.block.context_gate", lambda: nn.Linear(12, 6), "unimatrix", NARROW),
-    (f"{SELECTIVE}.read_gate", lambda: nn.Linear(16, 8), "unimatrix", WIDE),
-    (f"{MATRIX}.retention_proj", lambda: nn.Linear(16, 8), "unimatrix", WIDE),
-    (f"{SELECTIVE}.value_proj", lambda: nn.Linear(16, 8, bias=False), "unimatrix", WIDE),
-    (f"{MIXTURE}.slot_score", lambda: nn.Linear(16, 3), "unimatrix", WIDE),
-    ("model.residual_context.embed", lambda: nn.Embedding(23, 8), "unimatrix", WIDE),
-    ("model.norm", lambda: nn.RMSNorm(8, 1e-5), "unimatrix", WIDE),
+    ("model.block.context_gate", lambda: nn.Linear(16, 8), "selective", WIDE),
+    ("model.block.context_gate", lambda: nn.Linear(12, 6), "selective", NARROW),
+    (f"{SELECTIVE}.read_gate", lambda: nn.Linear(16, 8), "selective", WIDE),
+    (f"{MATRIX}.retention_proj", lambda: nn.Linear(16, 8), "selective", WIDE),
+    (f"{SELECTIVE}.value_proj", lambda: nn.Linear(16, 8, bias=False), "selective", WIDE),
+    (f"{MIXTURE}.slot_score", lambda: nn.Linear(16, 3), "selective", WIDE),
+    ("model.residual_context.embed", lambda: nn.Embedding(23, 8), "selective", WIDE),
+    ("model.norm", lambda: nn.RMSNorm(8, 1e-5), "selective", WIDE),
     (f"{NETWORK}.up_proj", lambda: nn.Linear(16, 100), "core", WIDE),
 ]
 
@@ -91,7 +91,7 @@ def test_a_layer_of_another_form_is_called(case: int) -> None:
 
 def test_the_same_form_again_runs_compiled() -> None:
     gate = nn.Linear(16, 16)
-    model = replace("model.block.context_gate", gate, "unimatrix", WIDE)
+    model = replace("model.block.context_gate", gate, "selective", WIDE)
     assert explain_plan(model, 80) == explain_plan(model, 1) == {}
     model.model.norm = nn.RMSNorm(16, eps=1e-3)
     assert explain_plan(model, 80) == {}  # a pass is told the eps, the step is not
@@ -100,7 +100,7 @@ def test_the_same_form_again_runs_compiled() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_hooked_dropout_is_called(training: bool) -> None:
-    model = build_model("unimatrix", dtype=torch.float32, dropout=0.0, **WIDE).train(training)
+    model = build_model("selective", dtype=torch.float32, dropout=0.0, **WIDE).train(training)
     calls: list[int] = []
     model.model.block.dropout.register_forward_hook(lambda *_: calls.append(1))
     model(IDS)
@@ -108,7 +108,7 @@ def test_a_hooked_dropout_is_called(training: bool) -> None:
 
 
 def test_a_hook_on_every_module_is_called() -> None:
-    model = build_model("unimatrix", dtype=torch.float32, dropout=0.0, **WIDE)
+    model = build_model("selective", dtype=torch.float32, dropout=0.0, **WIDE)
     kinds: set[str] = set()
     hook = register_module_forward_hook(lambda module, *_: kinds.add(type(module).__name__))
     try:

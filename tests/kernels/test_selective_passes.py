@@ -24,7 +24,7 @@ VOCAB = 9
 
 def build_mixer(width: int, num_patterns: int = 2) -> SelectiveMixer:
     """Return a mixer of so many patterns, each read at two offsets."""
-    config = build_model("unimatrix").config
+    config = build_model("selective").config
     config.hidden_size, config.slot_read_offsets = width, [0, 1]
     config.slot_key_patterns = [list(range(n + 1)) for n in range(num_patterns)]
     return SelectiveMixer(config)

@@ -19,7 +19,7 @@ def test_a_field_that_nobody_listed_must_have_its_default(monkeypatch) -> None:
     monkeypatch.delitem(explain._KNOWN, "repeated_key")
     assert explain_config(UniMatrixConfig.preset("core")) is None
     assert explain_config(UniMatrixConfig.preset("core", norm_guard=True)) == "norm_guard is True"
-    first = UniMatrixConfig.preset("unimatrix", repeated_key="first")
+    first = UniMatrixConfig.preset("selective", repeated_key="first")
     assert explain_config(first) == "repeated_key is 'first'"
 
 
@@ -31,7 +31,7 @@ def test_a_value_that_nobody_listed(monkeypatch) -> None:
 
 def test_usable_models() -> None:
     for dtype in (torch.float32, torch.float64):
-        assert explain_step(build_model("unimatrix", dtype=dtype)) is None
+        assert explain_step(build_model("selective", dtype=dtype)) is None
 
 
 def test_models_that_are_not_as_they_were_built() -> None:

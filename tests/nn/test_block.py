@@ -13,7 +13,7 @@ from unimatrix.nn.mixer import Read, Tokens, Votes
 from unimatrix.nn.slot_mixer import SlotMixer
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
-EACH_MIXER = ("core+conv", "assoc", "sparsepointer", "sparsepointer+hidden", "unimatrix")
+EACH_MIXER = ("core+conv", "assoc", "sparsepointer", "sparsepointer+hidden", "selective")
 each_mixer = pytest.mark.parametrize("variant", EACH_MIXER)
 
 
@@ -129,7 +129,7 @@ def test_padding_is_nothing(variant: str) -> None:
         ("discovery+automaton", set()),
         # These act where the slots are read: before.
         (
-            "unimatrix",
+            "selective",
             {f"selective_mixer.{name}" for name in ("gate_up", "gate_down", "value_proj")},
         ),
     ],
@@ -149,7 +149,7 @@ def test_every_parameter_learns(variant: str, silent: set[str]) -> None:
 @torch.no_grad()
 def test_a_mixer_that_has_not_read_yet_adds_nothing() -> None:
     """Before the first depth step, selective slots whose gate sees the stream have read nothing."""
-    block, stream = build("unimatrix+hidden"), draw_stream(2, 9)
+    block, stream = build("selective+hidden"), draw_stream(2, 9)
     tokens = describe(block, stream)
     reads = dict(tokens.reads)
     read = reads.pop("selective_mixer")

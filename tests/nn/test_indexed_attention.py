@@ -11,7 +11,7 @@ from unimatrix.errors import InputError
 from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.ops.indexed_attention import REACH
 
-NAME, VARIANT = "indexed_attention", "unimatrix+indexed"
+NAME, VARIANT = "indexed_attention", "unimatrix"
 TEXT = (
     b"The code of harkov is 5202798. Nothing else was said that day, and the rain went on; the "
     b"number of selim is 1148. He walked down to the harbour and saw no ship.\n"
@@ -141,7 +141,7 @@ def test_a_saved_state_goes_on(tmp_path) -> None:
         loaded = UniMatrixCache.load(tmp_path / "state")
         state = loaded.shared[NAME]
         loaded.shared = {**loaded.shared, NAME: state._replace(tokens=state.tokens + 300)}
-        with pytest.raises(InputError, match="does not hold the last tokens"):
+        with pytest.raises(InputError, match="and the vocabulary has 259 tokens"):
             model(ids[:, split:], past_key_values=loaded)
 
 

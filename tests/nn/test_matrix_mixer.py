@@ -10,7 +10,7 @@ from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
 from unimatrix.nn.mixer import Read
 
 # Outer products and mixed rules, the guard, unit vectors, the delta rule; with a convolution.
-VARIANTS = ("core", "core+mixed", "discovery", "core+conv", "unimatrix", "unimatrix+small")
+VARIANTS = ("core", "core+mixed", "discovery", "core+conv", "selective", "selective+small")
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -101,11 +101,11 @@ def test_a_diagonal_that_no_rule_uses_is_frozen() -> None:
         variant: not build(variant).diag_proj.weight.requires_grad for variant in VARIANTS[:3]
     }
     assert frozen == {"core": True, "core+mixed": False, "discovery": False}
-    assert not hasattr(build("unimatrix+small"), "diag_proj")
+    assert not hasattr(build("selective+small"), "diag_proj")
 
 
 def test_the_heads_start_on_scales_from_two_tokens_on() -> None:
-    mixer = build_model("unimatrix").model.block.matrix_mixer
+    mixer = build_model("selective").model.block.matrix_mixer
     ((bias, start),) = mixer.retention_proj.list_starts()
     assert bias is mixer.retention_proj.bias
     lasts = 1 / (1 - torch.sigmoid(start.double()))

@@ -94,7 +94,9 @@ def test_a_state_is_a_named_tuple_of_tensors(name: str) -> None:
             if hint not in (Tensor, Tensor | None):
                 check(hint)
 
-    check(Mixer.kinds[name].State)
+    kind = Mixer.kinds[name]
+    for form in (kind.State, *kind.other_states):
+        check(form)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -111,7 +113,7 @@ def test_a_model_holds_each_under_its_name(variant: str) -> None:
     def note(module: Mixer, given: Any, output: Any) -> None:
         read_at.setdefault(module.name, []).append(steps[0])
         assert output[0].context.shape == given[0].shape
-        assert output[1] is None or type(output[1]) is module.State
+        assert output[1] is None or type(output[1]) in (module.State, *module.other_states)
 
     inner.block.register_forward_hook(count_step)
     for mixer in inner.mixers:
@@ -127,7 +129,7 @@ def test_a_model_holds_each_under_its_name(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["core+conv", "assoc", "rosa", "core+suffix_automaton", "unimatrix+small"]
+    "variant", ["core+conv", "assoc", "rosa", "core+suffix_automaton", "selective+small"]
 )
 @torch.no_grad()
 def test_a_state_grows_where_the_mixer_says_so(variant: str) -> None:

@@ -96,7 +96,7 @@ def gather(found: SelectiveRead | None, match: ResidualRead | None) -> dict[str,
 
 def build_mixture(num_reads: int, matches: bool, width: int) -> PointerMixture:
     """Return a mixture of so many reads and perhaps an automaton's token."""
-    config = build_model("unimatrix").config
+    config = build_model("selective").config
     config.hidden_size, config.automaton_pointer = width, matches
     return PointerMixture(config, num_reads)
 
@@ -211,7 +211,7 @@ def test_what_it_is_made_of() -> None:
 
 def build_heads(width: int = 4) -> PointerMixture:
     """Return a mixture of three heads of the indexed attention and an automaton's token."""
-    config = build_model("unimatrix+indexed").config
+    config = build_model("unimatrix").config
     config.hidden_size, config.index_heads = width, 3
     return PointerMixture(config, 0).double()
 

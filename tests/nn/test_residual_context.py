@@ -88,7 +88,7 @@ def test_an_automaton_is_changed_in_place_where_it_is_given_up() -> None:
     assert dropped is None
 
 
-@pytest.mark.parametrize("variant", ["unimatrix", "core+automaton-window"])
+@pytest.mark.parametrize("variant", ["selective", "core+automaton-window"])
 def test_a_match_found_before_changes_nothing(variant: str) -> None:
     model = build_model(variant).train()
     ids = draw_ids(2, 40)
@@ -108,7 +108,7 @@ def test_a_match_found_before_changes_nothing(variant: str) -> None:
 
 
 def test_a_match_that_cannot_be_is_refused() -> None:
-    model = build_model("unimatrix").eval()
+    model = build_model("selective").eval()
     ids = draw_ids(2, 40)
     match = torch.zeros(2, 40, 2, dtype=torch.int64)
     with pytest.raises(InputError, match=r"\[2, 39, 2\] torch.int64; pass \[2, 40, 2\]"):

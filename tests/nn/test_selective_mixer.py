@@ -28,12 +28,12 @@ from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead, Selectiv
 
 # Long contexts, which fade; two patterns read at two offsets; a gate that sees the stream, where
 # the first value is kept; two hops.
-VARIANTS = ("unimatrix", "unimatrix+small", "unimatrix+hidden", "unimatrix+two-hops")
+VARIANTS = ("selective", "selective+small", "selective+hidden", "selective+two-hops")
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def build(variant: str) -> SelectiveMixer:
-    changes = {"slot_key_patterns": [[0, 1]]} if variant == "unimatrix" else {}
+    changes = {"slot_key_patterns": [[0, 1]]} if variant == "selective" else {}
     mixer: SelectiveMixer = build_mixer("selective_mixer", variant, **changes)
     if mixer.fade_tokens:
         mixer.fade_tokens = 5
@@ -176,7 +176,7 @@ def test_the_gradient_of_a_code_is_that_of_its_logit(variant: str) -> None:
     assert_same(grads[0], grads[1])
 
 
-@pytest.mark.parametrize("variant", ["unimatrix+small", "unimatrix+two-hops"])
+@pytest.mark.parametrize("variant", ["selective+small", "selective+two-hops"])
 def test_gradients_of_what_is_read(variant: str) -> None:
     """With codes that do not depend on the embeddings: a step of a code has no derivative."""
     mixer = build(variant)
@@ -186,7 +186,7 @@ def test_gradients_of_what_is_read(variant: str) -> None:
 
 def test_gradients_pass_from_call_to_call() -> None:
     """Through the logits behind the slots, which are kept while gradients are recorded."""
-    mixer, stream = build("unimatrix+small"), draw_stream(2, 30)
+    mixer, stream = build("selective+small"), draw_stream(2, 30)
     mixer.rules = None
     grads = []
     for parts in ([stream], [stream.cut(0, 13), stream.cut(13, 30)]):
@@ -248,7 +248,7 @@ class Calling(nn.Module):
 
 
 def test_where_the_table_is_not_used() -> None:
-    model = build_model("unimatrix", dtype=torch.float32)
+    model = build_model("selective", dtype=torch.float32)
     mixer, embed = model.model.block.selective_mixer, model.get_input_embeddings()
     weight = embed.weight
 
@@ -278,7 +278,7 @@ def test_where_the_table_is_not_used() -> None:
 
 
 def test_a_read_starts_above_nothing() -> None:
-    mixer = build("unimatrix+small")
+    mixer = build("selective+small")
     ((score, start),) = mixer.list_starts()
     assert score is mixer.read_score
     assert start.tolist() == mixer.num_reads * [4.0]

@@ -14,6 +14,7 @@ from unimatrix.ops.indexed_attention import (
     Entries,
     attend_entries,
     find_entries,
+    share_heads,
 )
 
 OP = "indexed_attention"
@@ -47,7 +48,8 @@ def draw_entries(seed: int = 0, *, dtype: torch.dtype = torch.float64, width: in
 def test_which_tokens_are_read(backend: str) -> None:
     text = torch.arange(200).unsqueeze(0) % 7
     distances = torch.tensor([[[100, 5, -1], [199, 150, 60]]], dtype=torch.int32)
-    rows, matched = find_entries(text, distances, window=160, backend=backend)
+    rows, matched, tokens = find_entries(text, distances, window=160, backend=backend)
+    assert torch.equal(tokens, (rows.long() // 2 % 7).where(rows >= 0, 0))
     rows, matched = rows.view(2, 3, NUM_OFFSETS), matched.view(2, 3, NUM_OFFSETS)
     # The first position is column 198: its place 98 is read from 66 to 145, all known.
     columns = torch.arange(98 - BEFORE, 98 - BEFORE + NUM_OFFSETS)
@@ -76,6 +78,7 @@ def test_entries_are_those_of_the_reference(backend: str, window: int) -> None:
         expected = find_entries(text, distances, window=window, backend="reference")
         assert torch.equal(found.rows, expected.rows)
         assert torch.equal(found.matched, expected.matched)
+        assert torch.equal(found.token_ids, expected.token_ids)
         assert (found.rows >= 0).any()
 
 
@@ -145,7 +148,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(InputError, match="240 entries for 2 places"):
         attend_entries(entries, **{**leaves, "place_bias": leaves["place_bias"][..., 1:]})
     with pytest.raises(InputError, match=r"entries\.matched"):
-        attend_entries(Entries(entries.rows, entries.matched[:, 1:]), **leaves)
+        attend_entries(entries._replace(matched=entries.matched[:, 1:]), **leaves)
     halves = {name: leaf.half() for name, leaf in leaves.items()}
     with pytest.raises(
         InputError, match=r"takes float32 or float64 on the CPU, not torch\.float16"
@@ -153,3 +156,45 @@ def test_wrong_arguments() -> None:
         attend_entries(entries, **halves, backend="native")
     context, _ = attend_entries(Entries(*entries), **halves)
     assert context.dtype == torch.float16
+
+
+def draw_shares(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return scores and weights; some entries and some positions have nothing."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(B, T, 3, generator=generator, dtype=torch.float64)
+    weights = torch.rand(B, T, H, 20, generator=generator, dtype=torch.float64)
+    weights[..., 4:9] = 0
+    weights[0, 1] = 0
+    return {
+        "scores": scores.to(dtype),
+        "head_scores": torch.randn(B, T, H, generator=generator, dtype=torch.float64).to(dtype),
+        "weights": (weights / weights.sum(dim=-1, keepdim=True).clamp_min(1) * 0.9).to(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_shares_of_heads_are_those_of_the_reference(backend: str, dtype: torch.dtype) -> None:
+    leaves = draw_shares(dtype)
+    leaves["scores"][:, :, 1] = -torch.inf  # nothing there
+
+    exists = leaves["weights"] > 0
+
+    def run(backend: str, weights: Tensor, **given: Tensor) -> Outputs:
+        shares = share_heads(weights=weights * exists, **given, backend=backend)
+        return {"shares": shares.clamp_min(-1e3), "none": shares.isneginf()}
+
+    compare_with_reference(OP, backend, run, leaves)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_shares_sum_to_one(backend: str) -> None:
+    leaves = draw_shares(torch.float64)
+    leaves["scores"] += 500  # no power of it is a number
+    shares = share_heads(**leaves, backend=backend)
+    torch.testing.assert_close(shares.exp().sum(dim=-1), torch.ones(B, T, dtype=torch.float64))
+    assert shares[..., 3 + 4 : 3 + 9].isneginf().all()
+    with pytest.raises(InputError, match="head_scores"):
+        share_heads(leaves["scores"], leaves["head_scores"][:, :1], leaves["weights"])
+    with pytest.raises(InputError, match="scores has dtype"):
+        share_heads(leaves["scores"].float(), *list(leaves.values())[1:])

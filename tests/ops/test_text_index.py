@@ -223,7 +223,7 @@ def test_an_index_that_is_none_is_refused() -> None:
     with pytest.raises(InputError, match=r"index\.tokens is torch\.int16 \[1, 128\], not"):
         rebuild_index(index, counts, 256, 259, "words")
     _, index = search_text(torch.tensor([[1, 2, 260]]), initial=index)
-    with pytest.raises(InputError, match="does not hold"):
+    with pytest.raises(InputError, match="holds 260, and the vocabulary has 259 tokens"):
         rebuild_index(index, counts, 128, 259, "words")
 
     ids = torch.tensor([list(b"abc abc ")])

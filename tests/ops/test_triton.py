@@ -266,7 +266,7 @@ def test_deterministic_algorithms_are_respected(device: str) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("preset", ["unimatrix", "sparsepointer"])
+@pytest.mark.parametrize("preset", ["selective", "sparsepointer"])
 def test_model(preset: str, device: str) -> None:
     """A whole model with every operator in Triton that has one: logits, loss and gradients."""
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def test_model(preset: str, device: str) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("preset", ["unimatrix", "sparsepointer"])
+@pytest.mark.parametrize("preset", ["selective", "sparsepointer"])
 def test_a_train_step_is_one_graph_with_the_same_numbers(preset: str, device: str) -> None:
     """``torch.compile`` takes the kernels as they are, and differentiates through them."""
     torch.manual_seed(0)
@@ -362,7 +362,7 @@ def test_training_on_a_gpu_is_that_on_the_cpu() -> None:
     losses = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        model = UniMatrixForCausalLM(UniMatrixConfig.preset("unimatrix", dropout=0.0))
+        model = UniMatrixForCausalLM(UniMatrixConfig.preset("selective", dropout=0.0))
         model.to(device).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         losses.append([])

@@ -7,6 +7,7 @@ import torch
 
 from unimatrix.errors import InputError
 from unimatrix.nn.mixer import Mixer
+from unimatrix.nn.pointer_mixture import PointerMixture
 from unimatrix.ops import indexed_attention, matrix_state, selective_slots, slots
 from unimatrix.ops.backends import BACKENDS, compiles_native, require_backend
 
@@ -19,7 +20,7 @@ def set_backend(model: Any, backend: str | dict[str, str]) -> None:
     if isinstance(backend, str) and backend not in ("auto", *BACKENDS[PASSES]):
         # Fused passes are no scan and have no other form: they stay as they are.
         del chosen[PASSES]
-    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    mixers = [m for m in model.modules() if isinstance(m, Mixer | PointerMixture)]
     for op, name in chosen.items():
         if op not in BACKENDS:
             raise InputError(f"unknown operator {op!r}; choose from {', '.join(BACKENDS)}")

@@ -151,9 +151,7 @@ class IndexedAttention(Mixer):
         text, places, carried = tokens.found
         distances = places[..., 0]
         entries = find_entries(text, distances, window=self.window, **self.operator_options)
-        columns = (entries.rows // 2).clamp_min(0).long()
-        token_ids = text.gather(1, columns.flatten(1)).view(columns.shape)
-        token_ids = token_ids.masked_fill(entries.rows < 0, 0)
+        token_ids = entries.token_ids
         query, *biases = self.make_queries(source, places)
         ring, cut = self._find_ring(tokens), None
         if ring is not None:
@@ -273,7 +271,8 @@ def _cut_out(text: Tensor, distances: Tensor, entries: Entries) -> tuple[Tensor,
     offsets = torch.arange(REACH, REACH + NUM_OFFSETS, device=text.device)
     in_pieces = 2 * (numbers.unsqueeze(-1) * _SPAN + offsets).flatten(2) + entries.rows % 2
     in_pieces = in_pieces.int().where(entries.rows >= 0, -1)
-    return pieces, Entries(_join_rows(in_pieces), _join_rows(entries.matched))
+    entries = entries._replace(rows=in_pieces)
+    return pieces, Entries(*(_join_rows(part) for part in entries))
 
 
 def _join_rows(features: Tensor) -> Tensor:

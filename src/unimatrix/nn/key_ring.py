@@ -44,7 +44,7 @@ class KeyRing(NamedTuple):
         size = self.values.shape[1]
         shift = (2 * (num_tokens - num_columns) % (2 * size)).int().view(-1, 1, 1)
         rows = (entries.rows + shift) % (2 * size)
-        return Entries(rows.where(entries.rows >= 0, -1), entries.matched)
+        return entries._replace(rows=rows.where(entries.rows >= 0, -1))
 
 
 _rings = WeakTensorKeyDictionary()
@@ -79,7 +79,9 @@ def extend_ring(
     if num_new > MOST_NEW:
         return None
     described = _describe(weights)
-    ring: KeyRing | None = None if carried is None else _rings.get(carried)
+    ring: KeyRing | None = None
+    if carried is not None and carried in _rings:
+        ring = _rings[carried]
     if ring is not None:
         is_same = ring.weights == described and torch.equal(ring.num_tokens, num_before)
         ring = ring if is_same else None

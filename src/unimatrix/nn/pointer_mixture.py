@@ -12,6 +12,7 @@ from unimatrix.nn.indexed_attention import IndexedAttention, IndexedRead
 from unimatrix.nn.padding import Padding
 from unimatrix.nn.residual_context import ResidualContext, ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
+from unimatrix.ops.indexed_attention import share_heads
 
 # Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
 NUM_LENGTH_BUCKETS = 10
@@ -28,7 +29,13 @@ class PointerMixture(nn.Module):
     Args:
         config: uses D, ``pointer``, ``automaton_pointer`` and ``index_heads``.
         num_reads: Q, of the selective slots; 0 without them.
+
+    Attributes:
+        operator: of the shares of heads.
+        operator_options: keyword arguments for it.
     """
+
+    operator = IndexedAttention.operator
 
     def __init__(self, config: UniMatrixConfig, num_reads: int) -> None:
         super().__init__()
@@ -42,6 +49,12 @@ class PointerMixture(nn.Module):
             self.length_score = nn.Embedding(NUM_LENGTH_BUCKETS, 1)
         has_heads = config.pointer and is_indexed
         self.head_score = nn.Linear(width, config.index_heads) if has_heads else None
+        self.operator_options: dict[str, Any] = {}
+
+    @property
+    def runs_operator(self) -> bool:
+        """Whether heads of the indexed attention share in it."""
+        return self.head_score is not None
 
     def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that start elsewhere: a head begins with a small share."""
@@ -79,34 +92,14 @@ class PointerMixture(nn.Module):
             probes.append(torch.zeros_like(score))
             ids.append(predicted.clamp_min(0))
         log_weights = torch.cat(scores, dim=-1)
-        if self.head_score is None:
-            log_weights = log_softmax(log_weights, dim=-1)
-        else:
+        if self.head_score is not None:
             read: IndexedRead = reads[IndexedAttention.name]
             dtype = read.weights.dtype  # at least 32 bits
-            log_weights, shares = _weigh_heads(
-                log_weights.to(dtype), self.head_score(h).to(dtype), read.weights
-            )
-            log_weights = torch.cat([log_weights, shares], dim=-1)
+            heads = (self.head_score(h).to(dtype), read.weights)
+            log_weights = share_heads(log_weights.to(dtype), *heads, **self.operator_options)
             ids.append(read.token_ids)
-            probes.append(torch.zeros_like(shares))
-        return torch.cat(ids, dim=-1), log_weights + torch.cat(probes, dim=-1)
-
-
-def _weigh_heads(scores: Tensor, head_scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ln of the shares of components and of the entries that heads attend to.
-
-    Args:
-        scores: [B, T, K], of the other components.
-        head_scores: [B, T, H].
-        weights: [B, T, H, E], what each head gives its entries.
-    """
-    # The component of a head weighs what its entries sum to, so an entry weighs what it has.
-    of_heads = head_scores + _log(weights.sum(dim=-1))
-    log_sum = torch.cat([scores, of_heads], dim=-1).logsumexp(dim=-1, keepdim=True)
-    # No product of matrices, whose 16 bits under autocast would not sum to 1.
-    shares = ((head_scores - log_sum).exp().unsqueeze(-1) * weights).sum(dim=2)
-    return scores - log_sum, _log(shares)
+            return torch.cat(ids, dim=-1), log_weights
+        return torch.cat(ids, dim=-1), log_softmax(log_weights, dim=-1) + torch.cat(probes, dim=-1)
 
 
 def _log(x: Tensor) -> Tensor:

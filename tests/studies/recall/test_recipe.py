@@ -65,8 +65,8 @@ def test_slices_share_a_vocabulary_and_differ_in_name(task: str) -> None:
 @tasks
 def test_recipes_are_named_after_their_task_and_train_our_preset(task: str) -> None:
     recipe = RECIPES[task]
-    assert find_recall_recipe(task) == find_recall_recipe(task, "unimatrix") == recipe
-    assert (recipe.task, recipe.preset) == (task, "unimatrix")
+    assert find_recall_recipe(task) == find_recall_recipe(task, recipe.preset) == recipe
+    assert recipe.task == task
     assert recipe.to_train_section().steps == recipe.steps
     config = UniMatrixConfig.preset(recipe.preset, **recipe.overrides)
     if task in ("bindings", "reading"):  # every part is on

@@ -13,7 +13,11 @@ from unimatrix.ops.indexed_attention.entries import (
     REACH,
     Entries,
 )
-from unimatrix.ops.indexed_attention.reference import attend_reference, find_entries_reference
+from unimatrix.ops.indexed_attention.reference import (
+    attend_reference,
+    find_entries_reference,
+    share_reference,
+)
 
 __all__ = [
     "BEFORE",
@@ -24,6 +28,7 @@ __all__ = [
     "attend_entries",
     "choose_backend",
     "find_entries",
+    "share_heads",
 ]
 
 
@@ -144,5 +149,39 @@ def attend_entries(
             return attend_reference(entries, *inputs)
     from unimatrix.ops.indexed_attention.native import attend_entries_native
 
-    context, weights = attend_entries_native(*entries, *inputs)
+    context, weights = attend_entries_native(entries.rows, entries.matched, *inputs)
     return context, weights
+
+
+def share_heads(
+    scores: Tensor, head_scores: Tensor, weights: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Return ln of the shares of components, and of the entries that heads attend to.
+
+    Equation: E17. A head weighs exp(its score) times what its weights sum to.
+    Source: this project.
+
+    Args:
+        scores: [B, T, K], of the other components; -inf for what is not there.
+        head_scores: [B, T, H].
+        weights: [B, T, H, E], what each head gives its entries.
+        backend: ``auto`` is ``native`` on the CPU, where it runs.
+
+    Returns:
+        [B, T, K + E], sums to 1 after exponentiation; -inf for 0. Differentiable once (``native``).
+
+    Raises:
+        InputError: if a shape or type is not as above, or the back end does not exist.
+    """
+    sizes: dict[str, int] = {}
+    require_shape("weights", weights, "B T H E", sizes)
+    require_shape("head_scores", head_scores, "B T H", sizes)
+    require_shape("scores", scores, "B T K", sizes)
+    for name, tensor in (("scores", scores), ("head_scores", head_scores)):
+        require_dtype(name, tensor, weights.dtype)
+    if choose_backend(backend, weights) == "reference":
+        return share_reference(scores, head_scores, weights)
+    from unimatrix.ops.indexed_attention.native import share_heads_native
+
+    shares: Tensor = share_heads_native(scores, head_scores, weights)
+    return shares

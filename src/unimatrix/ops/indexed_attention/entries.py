@@ -21,7 +21,9 @@ class Entries(NamedTuple):
             plus 1 where all tokens that its key sees ahead are known; -1 for no entry.
         matched: [B, T, E] int32, how many tokens before it are those before the position, its own
             the last of these; at most 16.
+        token_ids: [B, T, E] int64, the tokens; 0 for no entry.
     """
 
     rows: Tensor
     matched: Tensor
+    token_ids: Tensor

@@ -18,9 +18,9 @@ from unimatrix.ops.operator import declare_operator
 @kernel(**OPTIONS)
 def _find_rows(
     first, last, lanes, num_tokens, num_columns, num_places, window,
-    text, distances, rows, matched,
+    text, distances, rows, matched, token_ids,
 ):  # fmt: skip
-    """Set the row of every entry, -1 for none, and how many tokens before it match."""
+    """Set row and token of every entry, -1 and 0 for none, and how many tokens before it match."""
     num_entries = num_places * NUM_OFFSETS
     for row in range(first, last):
         batch, t = row // num_tokens, row % num_tokens
@@ -28,7 +28,7 @@ def _find_rows(
         for e in range(num_entries):
             entry = row * num_entries + e
             distance = distances[row * num_places + e // NUM_OFFSETS]
-            rows[entry], matched[entry] = -1, 0
+            rows[entry], matched[entry], token_ids[entry] = -1, 0, 0
             if distance < 0:
                 continue
             column = now - distance + e % NUM_OFFSETS - BEFORE
@@ -36,6 +36,7 @@ def _find_rows(
                 continue
             if text[start + column] < 0:
                 continue
+            token_ids[entry] = text[start + column]
             rows[entry] = 2 * column + (1 if column + REACH - 1 <= now else 0)
             length = 0
             while (
@@ -138,24 +139,23 @@ def _backward_rows(
                     of_match[head * (MOST_MATCHED + 1) + lengths[e]] += slope
 
 
-def _find_entries(text: Tensor, distances: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _find_entries(text: Tensor, distances: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_tokens, num_places = distances.shape
-    rows = distances.new_empty(batch, num_tokens, num_places * NUM_OFFSETS)
-    matched = distances.new_empty(rows.shape)
+    found = _list_found(text, distances, window)
     sizes = (num_tokens, text.shape[1], num_places, window)
     work = 4 * num_places * NUM_OFFSETS
-    run_rows(_find_rows, LANES, batch * num_tokens, work, *sizes, text, distances, rows, matched)
-    return rows, matched
+    run_rows(_find_rows, LANES, batch * num_tokens, work, *sizes, text, distances, *found)
+    return found
 
 
-def _list_found(text: Tensor, distances: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _list_found(text: Tensor, distances: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_tokens, num_places = distances.shape
     rows = distances.new_empty(batch, num_tokens, num_places * NUM_OFFSETS)
-    return rows, rows.new_empty(rows.shape)
+    return rows, rows.new_empty(rows.shape), text.new_empty(rows.shape)
 
 
 find_entries_native = declare_operator("find_entries", _find_entries, shapes=_list_found)
-"""Return rows and match lengths of all entries, [B, T, E] int32; see ``find_entries``."""
+"""Return the fields of ``Entries``; see ``find_entries``."""
 
 
 def _run_forward(
@@ -214,3 +214,120 @@ attend_entries_native = declare_operator(
     gradient_shapes=_list_gradients,
 )
 """Return context and weights; see ``attend_entries``."""
+
+
+@kernel(**OPTIONS)
+def _share_rows(
+    first, last, lanes, num_others, num_heads, num_entries,
+    scores, head_scores, weights, shares, powers,
+):  # fmt: skip
+    """Set the shares of entries, ln of those of the others, and the power of each head."""
+    width = num_others + num_entries
+    for row in range(first, last):
+        best = 0.0
+        for k in range(num_others):
+            best = max(best, scores[row * num_others + k])
+        for h in range(num_heads):
+            best = max(best, head_scores[row * num_heads + h])
+        total = 0.0
+        for k in range(num_others):
+            total += math.exp(scores[row * num_others + k] - best)
+        of_entries = pointer(shares, row * width + num_others)
+        for e in range(num_entries):
+            of_entries[e] = 0
+        for h in range(num_heads):
+            at = row * num_heads + h
+            power = math.exp(head_scores[at] - best)
+            powers[at] = power
+            of_head = pointer(weights, at * num_entries)
+            add_multiple(lanes, of_head, power, num_entries, of_entries)
+        for e in range(num_entries):
+            total += of_entries[e]
+        log_sum = best + math.log(total)
+        for h in range(num_heads):
+            powers[row * num_heads + h] /= total
+        for e in range(num_entries):
+            of_entries[e] /= total
+        for k in range(num_others):
+            shares[row * width + k] = scores[row * num_others + k] - log_sum
+
+
+@kernel(**OPTIONS)
+def _share_backward_rows(
+    first, last, lanes, num_others, num_heads, num_entries,
+    weights, powers, log_shares, dshares, dscores, dheads, dweights,
+):  # fmt: skip
+    width = num_others + num_entries
+    slopes = np.empty(num_entries, weights.dtype)
+    for row in range(first, last):
+        total = 0.0
+        for i in range(width):
+            total += dshares[row * width + i]
+        for k in range(num_others):
+            at = row * width + k
+            dscores[row * num_others + k] = dshares[at] - total * math.exp(log_shares[at])
+        for e in range(num_entries):
+            share = 0.0
+            for h in range(num_heads):
+                at = row * num_heads + h
+                share += powers[at] * weights[at * num_entries + e]
+            # What has no share has no gradient of its own.
+            slope = dshares[row * width + num_others + e]
+            slopes[e] = (slope / share if share > 0 else 0.0) - total
+        for h in range(num_heads):
+            at = row * num_heads + h
+            slope = 0.0
+            for e in range(num_entries):
+                dweights[at * num_entries + e] = powers[at] * slopes[e]
+                slope += slopes[e] * weights[at * num_entries + e]
+            dheads[at] = powers[at] * slope
+
+
+def _share(scores: Tensor, head_scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    *_, num_heads, num_entries = weights.shape
+    shares, powers = _list_shares(scores, head_scores, weights)
+    sizes = (scores.shape[-1], num_heads, num_entries)
+    num_rows, work = scores.shape[:-1].numel(), 2 * num_heads * num_entries
+    inputs = (scores, head_scores, weights)
+    run_rows(_share_rows, LANES, num_rows, work, *sizes, *inputs, shares, powers)
+    shares[..., scores.shape[-1] :].log_()
+    return shares, powers
+
+
+def _list_shares(scores: Tensor, head_scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    width = scores.shape[-1] + weights.shape[-1]
+    shape = (*scores.shape[:-1], width)
+    return scores.new_empty(shape), head_scores.new_empty(head_scores.shape)
+
+
+def _share_backward(
+    scores: Tensor, weights: Tensor, powers: Tensor, shares: Tensor, dshares: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, num_heads, num_entries = weights.shape
+    grads = _list_share_gradients(scores, weights, powers)
+    sizes = (scores.shape[-1], num_heads, num_entries)
+    num_rows, work = scores.shape[:-1].numel(), 4 * num_heads * num_entries
+    inputs = (weights, powers, shares, dshares)
+    run_rows(_share_backward_rows, LANES, num_rows, work, *sizes, *inputs, *grads)
+    return grads
+
+
+def _list_share_gradients(
+    scores: Tensor, weights: Tensor, powers: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = (scores, powers, weights)
+    dscores, dheads, dweights = (tensor.new_empty(tensor.shape) for tensor in like)
+    return dscores, dheads, dweights
+
+
+share_heads_native = declare_operator(
+    "share_heads",
+    _share,
+    backward=_share_backward,
+    results="shares",
+    saved="powers",
+    gradients="scores head_scores weights",
+    shapes=_list_shares,
+    gradient_shapes=_list_share_gradients,
+)
+"""Return ln of the shares; see ``share_heads``."""

@@ -29,14 +29,31 @@ def find_entries_reference(text: Tensor, distances: Tensor, window: int) -> Entr
         return found.masked_fill(at < 0, -1)
 
     columns = columns.where(exists, -1)
-    exists &= read(columns) >= 0
+    tokens = read(columns)
+    exists &= tokens >= 0
     matched, goes_on = torch.zeros_like(columns), exists
     for length in range(MOST_MATCHED):
         before = read(columns - 1 - length)
         goes_on = goes_on & (before >= 0) & (before == read((now - length).expand_as(columns)))
         matched += goes_on
     rows = 2 * columns + (columns + REACH - 1 <= now)
-    return Entries(rows.where(exists, -1).view(shape).int(), matched.view(shape).int())
+    found = (rows.where(exists, -1).int(), matched.int(), tokens.where(exists, 0))
+    return Entries(*(part.reshape(shape) for part in found))
+
+
+def share_reference(scores: Tensor, head_scores: Tensor, weights: Tensor) -> Tensor:
+    """Return ln of the shares; see ``share_heads``."""
+    of_heads = head_scores + _log(weights.sum(dim=-1))
+    log_sum = torch.cat([scores, of_heads], dim=-1).logsumexp(dim=-1, keepdim=True)
+    # No product of matrices, whose 16 bits under autocast would not sum to 1.
+    shares = ((head_scores - log_sum).exp().unsqueeze(-1) * weights).sum(dim=-2)
+    return torch.cat([scores - log_sum, _log(shares)], dim=-1)
+
+
+def _log(x: Tensor) -> Tensor:
+    """Return ln, -inf without a gradient for 0."""
+    exists = x > 0
+    return x.where(exists, 1).log().masked_fill(~exists, -torch.inf)
 
 
 def attend_reference(

@@ -8,6 +8,7 @@ from unimatrix.errors import InputError, require_choice
 from unimatrix.train.recipe import TrainSection
 
 DEFAULT_PRESET = "unimatrix"
+_SLOTS_PRESET = "selective"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +95,7 @@ _SLOTS_ALONE = _BY_TOKEN | {
     "num_hidden_layers": 1,
 }
 _COSINE: dict[str, Any] = {
-    "preset": DEFAULT_PRESET,
+    "preset": _SLOTS_PRESET,
     "dropout": 0.0,
     "num_slots": 256,
     "steps": 600,
@@ -107,9 +108,9 @@ _MQAR: dict[str, Any] = _COSINE | {
     "test_examples": 1000,
     "overrides": _SLOTS_ALONE,
 }
-# The indexed attention stands for the slots, every other part is on. Index and automaton share one
-# window, which holds all of a test.
+# Every part is on. The window holds all of a test.
 _BINDINGS: dict[str, Any] = _COSINE | {
+    "preset": DEFAULT_PRESET,
     "num_slots": None,
     "steps": 1500,
     "batch_size": 8,
@@ -124,7 +125,6 @@ _BINDINGS: dict[str, Any] = _COSINE | {
         "num_hidden_layers": 4,
         "num_attention_heads": 6,
         "intermediate_size": 256,
-        "associative_memory": "indexed",
         "automaton_window": 4096,
     },
 }
@@ -134,7 +134,7 @@ _NOISY_PATTERNS = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [0, 1
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "associative": {
-        "preset": DEFAULT_PRESET,
+        "preset": _SLOTS_PRESET,
         "num_slots": 8,
         "steps": 400,
         "learning_rate": 1e-3,
@@ -228,10 +228,10 @@ def find_recall_recipe(
     """
     require_choice("unknown task", task, TASKS)
     recipe = RECIPES[task]
-    if preset is not None and preset != DEFAULT_PRESET:
+    if preset is not None and preset != recipe.preset:
         if task != "associative":
             raise InputError(
-                f"preset is {preset!r} and the recipe of {task} is made for {DEFAULT_PRESET}; "
+                f"preset is {preset!r} and the recipe of {task} is made for {recipe.preset}; "
                 "leave --preset out"
             )
         recipe = RecallRecipe(preset=preset)

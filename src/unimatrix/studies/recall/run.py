@@ -27,6 +27,7 @@ from unimatrix.train.run_folder import create_folder, require_unicode_path, star
 
 _BYTE_VOCAB_SIZE = 259
 _COPY_RULE_EXAMPLES = 200
+_ANY_LENGTH = ("selective", "unimatrix")
 # Copy rules read the whole example in Python.
 _LONGEST_COPIED_TOKENS = 20_000
 # A test of longer examples takes fewer at a time; the longest are read in pieces.
@@ -52,7 +53,7 @@ def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrix
         fields |= describe_vocabulary(task) | {"max_position_embeddings": task.window_tokens}
     elif task.vocab_size != _BYTE_VOCAB_SIZE:
         fields |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
-    if recipe.preset == "unimatrix":
+    if recipe.preset in _ANY_LENGTH:
         fields["max_position_embeddings"] = None
     fields |= recipe.overrides
     config = UniMatrixConfig.preset(recipe.preset, **fields)
