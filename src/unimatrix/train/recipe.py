@@ -70,11 +70,19 @@ class DataSection:
     carried_automaton: bool = False
     """Let the suffix automaton of a window remember all of the training text before it, as far as
     model.automaton_window reaches, instead of the window alone."""
+    document_share: float = 0.0
+    """Share of the windows that are generated documents with bindings and questions, for a reader
+    (`unimatrix ask`); the others are cut from the text, which gives names and filler to all."""
 
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("data.data is empty; name a corpus, files or folders")
-        _require(self, "data", window_tokens=(1, None))
+        _require(self, "data", window_tokens=(1, None), document_share=(0, 1))
+        if self.document_share and self.carried_automaton:
+            raise InputError(
+                f"data.document_share is {self.document_share} and data.carried_automaton is true; "
+                "documents do not continue the text, so leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

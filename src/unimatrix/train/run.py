@@ -13,10 +13,12 @@ from transformers import TrainerCallback
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, Corpus, StreamMatches, WindowDataset, load_corpus
 from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
+from unimatrix.data.indexed import IndexedDataset
 from unimatrix.errors import InputError
 from unimatrix.hub.load import load_byte_model, load_config, require_byte_level, save_model
 from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.tasks import MixedWindows, ReaderText, choose_names
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import (
@@ -54,6 +56,8 @@ from unimatrix.train.run_folder import (
 from unimatrix.train.trainer import TrainResult, split_batch, train_model
 
 _WARMUP_ITEMS = 10**7
+_DOCUMENT_TEXT_BYTES = 2**26
+"""Documents take names and filler from so many bytes at the beginning of the training text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,8 +85,11 @@ class TrainingRun:
     record: dict[str, Any]
     matches: StreamMatches | None = None
 
-    def cut_windows(self, num_windows: int) -> WindowDataset:
-        """Return ``num_windows`` windows of the training text, drawn from the recipe's seed."""
+    def cut_windows(self, num_windows: int) -> IndexedDataset:
+        """Return ``num_windows`` windows of the training text, drawn from the recipe's seed.
+
+        ``data.document_share`` of them are generated documents with its names and words.
+        """
         if self.recipe.data.carried_automaton and self.matches is None:
             self.matches = match_stream(self.corpus.train, self.model.config.automaton_window)
         return _cut_windows(self.recipe, self.corpus, num_windows, self.matches)
@@ -360,8 +367,8 @@ def _open_corpus(
 
 def _cut_windows(
     recipe: Recipe, corpus: Corpus, num_windows: int, matches: StreamMatches | None = None
-) -> WindowDataset:
-    return WindowDataset(
+) -> IndexedDataset:
+    windows = WindowDataset(
         corpus.train,
         recipe.data.window_tokens,
         num_windows,
@@ -369,3 +376,8 @@ def _cut_windows(
         leading_bos=recipe.data.leading_bos,
         matches=matches,
     )
+    if recipe.data.document_share == 0:
+        return windows
+    text = corpus.train.read(0, min(len(corpus.train), _DOCUMENT_TEXT_BYTES))
+    task = ReaderText(recipe.data.window_tokens, text, choose_names(text, tests=False))
+    return MixedWindows(windows, task, recipe.data.document_share)
