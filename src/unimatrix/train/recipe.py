@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from unimatrix.errors import InputError, require_choice, suggest
+from unimatrix.hub.packaged import find_packaged
 from unimatrix.train.field_types import (
     NOTHING,
     convert_value,
@@ -342,7 +343,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
     data = dataclasses.replace(
         section, data=make_absolute(section.data), valid_data=make_absolute(section.valid_data)
     )
-    if init is not None:
+    if init is not None and find_packaged(init) is None:
         init = str(Path.cwd() / Path(init).expanduser())
     return dataclasses.replace(
         recipe, model=dataclasses.replace(recipe.model, init=init), data=data
