@@ -262,4 +262,6 @@ def _render_result(result: dict[str, Any]) -> str:
         f'  unimatrix generate {folder} "{prompt}"{prime}',
         f"  unimatrix eval {folder}{prime}",
     ]
+    if result["document_share"] > 0:
+        lines.append(f'  unimatrix ask "QUESTION" --file FILE --model {folder}')
     return "\n".join(lines)

@@ -46,6 +46,7 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
         **results,
         "run": str(run.path),
         "data": list(run.recipe.data.data),
+        "document_share": run.recipe.data.document_share,
         "prime": _name_prime(run),
         "optim_steps": run.num_steps,
         "tokens": tokens,
