@@ -5,6 +5,7 @@ import torch
 
 from tests.byte_models import build_byte_model, prefer
 from unimatrix.errors import InputError
+from unimatrix.inference import text_reader
 from unimatrix.inference.generation import generate_bytes
 from unimatrix.inference.sampling import Sampling
 from unimatrix.inference.text_reader import ANSWER_BYTES, TextReader, watch_place
@@ -51,9 +52,32 @@ def test_parts_questions_and_training_mode_leave_no_trace() -> None:
 def test_the_state_does_not_grow() -> None:
     reader = build_reader()
     before = reader.state_bytes
-    reader.read(TEXT * 10)
+    reader.read(TEXT * 200)
     assert reader.state_bytes == before
     assert reader.window == 256
+
+
+@pytest.mark.parametrize("automaton", ["suffix_automaton", "none"])
+def test_index_and_automaton_alone_read_what_lies_far_back(
+    monkeypatch: pytest.MonkeyPatch, automaton: str
+) -> None:
+    options = {} if automaton != "none" else {"residual_path": "none", "automaton_pointer": False}
+    whole, skimming = build_reader(**options), build_reader(**options)
+    text = TEXT * 8 + bytes(range(256)) + TEXT * 4
+    whole.read(text)
+    monkeypatch.setattr(text_reader, "TAIL_BYTES", 300)
+    monkeypatch.setattr(text_reader, "_SKIMMED_BYTES", 100)
+    for start in range(0, len(text), 77):
+        skimming.read(text[start : start + 77])
+    assert len(skimming._waiting) < len(text)
+    one, other = whole.catch_up(), skimming.catch_up()
+    assert one.num_columns == other.num_columns == len(text) + 1
+    carried = [name for name in one.tensors() if name.startswith(("index.", "automaton."))]
+    assert any(name.startswith("index.") for name in carried)
+    assert any(name.startswith("automaton.") for name in carried) == (automaton != "none")
+    for name in ("num_tokens", "last_token_ids", *carried):
+        assert torch.equal(one.tensors()[name], other.tensors()[name]), name
+    assert whole.ask("mill?").bytes_back == skimming.ask("mill?").bytes_back
 
 
 def test_the_passage_is_where_attention_is() -> None:

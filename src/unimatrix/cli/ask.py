@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from unimatrix.inference.text_reader import Answer, TextReader
 
 _CHUNK_BYTES = 2**14
+_HALF_PASSAGE = 48
+"""A passage nearer than this to an end of the text is not cut there."""
 
 QuestionArgument = Annotated[
     str | None,
@@ -153,6 +155,7 @@ def _read_visibly(reader: "TextReader", text: _Source) -> float:
             # Small parts, so that the bar moves and Ctrl-C is heard.
             reader.read(chunk)
             progress.advance(bar, len(chunk))
+        reader.catch_up()
     seconds = time.perf_counter() - start
     log.print(
         f"[dim]read {reader.bytes_read:,} bytes in {seconds:.1f} s; the model carries "
@@ -192,8 +195,11 @@ def _print(answer: "Answer", reader: "TextReader", *, titled: bool, follows: boo
     console.print(Text(shown or "(an empty answer)", style="bold"))
     if answer.passage is None or answer.bytes_back is None:
         return
+    place = reader.bytes_read - answer.bytes_back
+    before = "… " if place > _HALF_PASSAGE else ""
+    after = " …" if answer.bytes_back > _HALF_PASSAGE else ""
     passage = " ".join(show_bytes(answer.passage).strip("\ufffd").split())
-    quoted = Text(f"  … {passage} …", style="dim")
+    quoted = Text(f"  {before}{passage}{after}", style="dim")
     if shown:
         quoted.highlight_words([shown], style="bold not dim")
     console.print(quoted)

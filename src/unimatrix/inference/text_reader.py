@@ -3,21 +3,23 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from unimatrix.cache import UniMatrixCache
+from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.errors import InputError
 from unimatrix.inference.generation import limit_threads, read_prompt
 from unimatrix.inference.streams import require_state
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.nn.indexed_attention import IndexedAttention
+from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.ops.indexed_attention import find_entries
-from unimatrix.ops.text_index import order_tokens
+from unimatrix.ops.suffix_automaton import predict_from_suffix
+from unimatrix.ops.text_index import find_places, order_tokens
 from unimatrix.tasks import NOT_IN_TEXT, frame_question
 from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, encode_bytes
 
@@ -25,6 +27,10 @@ ANSWER_BYTES = 64
 """An answer that does not end before is cut here."""
 PASSAGE_BYTES = 96
 """About so many bytes of the text are shown around the place an answer was read from."""
+TAIL_BYTES = 8192
+"""The whole model reads so many bytes at the end of a text; index and automaton alone read those
+before, of which matrix states would keep nothing: sixteen times the retention they begin with."""
+_SKIMMED_BYTES = 2**16
 _LONGEST_WORD = 16
 _NEWLINE = ord("\n")
 
@@ -67,7 +73,8 @@ class TextReader:
     """Reads a text of any length in constant memory, and answers any number of questions.
 
     Every question continues the text, and none the other questions. Answers are greedy: the same
-    text and question give the same answer.
+    text and question give the same answer. Of a long text the whole model reads the end
+    (``TAIL_BYTES``), index and automaton all.
 
     Args:
         model: a byte-level model with an index of the text (``associative_memory="indexed"``),
@@ -87,12 +94,14 @@ class TextReader:
         require_state(model)
         self.model = model
         self.bytes_read = 0
-        self._cache = self._read_ids(torch.tensor([[BOS_ID]]), None)
+        self._waiting = bytearray()
+        # Who asks knows the text, so that nothing counts it: index and automaton alone would not.
+        self._cache = replace(self._read_ids(torch.tensor([[BOS_ID]]), None), text_hash=None)
 
     @property
     def state_bytes(self) -> int:
         """The bytes that are carried, whatever the length of the text."""
-        return self._cache.num_bytes()
+        return self.catch_up().num_bytes()
 
     @property
     def window(self) -> int:
@@ -101,10 +110,24 @@ class TextReader:
 
     def read(self, data: bytes) -> None:
         """Read on, any bytes; the time is linear in them."""
-        if data:
-            ids = torch.from_numpy(encode_bytes(data))[None]
+        self.bytes_read += len(data)
+        self._waiting += data
+        # What waits is at most twice the tail, so that a byte is moved once at most.
+        if len(self._waiting) > 2 * TAIL_BYTES and self._can_skim():
+            num_skimmed = len(self._waiting) - TAIL_BYTES
+            for start in range(0, num_skimmed, _SKIMMED_BYTES):
+                self._skim(self._waiting[start : min(start + _SKIMMED_BYTES, num_skimmed)])
+            del self._waiting[:num_skimmed]
+        elif len(self._waiting) > 2 * TAIL_BYTES:
+            self.catch_up()
+
+    def catch_up(self) -> UniMatrixCache:
+        """Let the whole model read what still waits, as ``ask`` does; return the cache after it."""
+        if self._waiting:
+            ids = torch.from_numpy(encode_bytes(self._waiting))[None]
             self._cache = self._read_ids(ids, self._cache)
-            self.bytes_read += len(data)
+            self._waiting.clear()
+        return self._cache
 
     def ask(self, question: str) -> Answer:
         """Answer a question about all that was read so far.
@@ -117,7 +140,7 @@ class TextReader:
         """
         if not question.strip():
             raise InputError(f"the question is {question!r}; ask in words")
-        start = time.perf_counter()
+        cache, start = self.catch_up(), time.perf_counter()
         prompt = frame_question(question).encode("utf-8", errors="surrogateescape")
         ids = torch.from_numpy(encode_bytes(prompt))[None].to(self.model.device)
         with (
@@ -125,7 +148,7 @@ class TextReader:
             limit_threads(self.model),
             watch_place(self.model) as places,
         ):
-            output = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         with suspend_training(self.model), limit_threads(self.model):
             data = self._write(output)
         place = places[0] if places and data != NOT_IN_TEXT.encode() else None
@@ -135,6 +158,33 @@ class TextReader:
             passage=None if place is None else place.passage,
             bytes_back=None if place is None else place.bytes_back,
             seconds=time.perf_counter() - start,
+        )
+
+    def _can_skim(self) -> bool:
+        """Whether nothing but index and automaton has a long memory."""
+        parts = {IndexedAttention.name, ResidualContext.name}
+        path = self.model.config.residual_path
+        return set(self._cache.shared) <= parts and path in ("none", "suffix_automaton")
+
+    def _skim(self, data: bytearray) -> None:
+        """Let index and automaton read on alone; the states of the depth steps begin again."""
+        config, cache = self.model.config, self._cache
+        ids = torch.from_numpy(encode_bytes(data))[None]
+        index = cache.shared[IndexedAttention.name]
+        shared = {IndexedAttention.name: find_places(ids, initial=index, in_place=True)[1]}
+        if cache.automaton is not None:
+            window = config.automaton_window
+            shared[ResidualContext.name] = predict_from_suffix(
+                ids, initial=cache.automaton, window=window, in_place=True
+            )[1]
+        last_ids = ids[:, -1].to(self.model.device)
+        self._cache = replace(
+            start_cache(config, last_ids[None]),
+            num_columns=cache.num_columns + len(data),
+            num_tokens=cache.num_tokens + len(data),
+            last_token_ids=last_ids,
+            shared=shared,
+            text_hash=None,
         )
 
     def _read_ids(self, ids: Tensor, cache: UniMatrixCache | None) -> UniMatrixCache:
