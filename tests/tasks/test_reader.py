@@ -10,7 +10,7 @@ from unimatrix import tokenization
 from unimatrix.data import ByteStream, StreamMatches, WindowDataset
 from unimatrix.errors import InputError
 from unimatrix.tasks import NOT_IN_TEXT, MixedWindows, ReaderText, frame_question
-from unimatrix.tasks.reader import cut_question
+from unimatrix.tasks.reader import QUESTION_KINDS, cut_question
 from unimatrix.tasks.reader_wordings import READER, ReaderWordings
 from unimatrix.tasks.wordings import FEW, MANY, UNSEEN, Wordings
 
@@ -182,3 +182,25 @@ def test_documents_have_no_automaton_from_before() -> None:
     matches = StreamMatches(np.zeros(9, np.int16), np.zeros(9, np.int32))
     with pytest.raises(InputError, match=r"leave data.carried_automaton or data.document_share"):
         mix(0.5, matches=matches)
+
+
+def test_one_question_about_a_document() -> None:
+    task = ReaderText(600, TEXT, NAMES, MARKED.bindings, MARKED)
+    for index in range(40):
+        example = task.draw_question(2, index)
+        assert example == task.draw_question(2, index)
+        assert example.kind == QUESTION_KINDS[index % 4]
+        told: dict[str, list[str]] = {}
+        for event in EVENT.finditer(example.text.decode()):
+            if event["value"]:
+                told.setdefault(event["key"], []).append(event["value"])
+        opening = "FIRST " if example.kind == "first" else "ASK "
+        key = example.question.removeprefix(opening).removesuffix("?")
+        assert example.question == f"{opening}{key}?"
+        values = told.get(key, [])
+        assert (len(values) > 1) == (example.kind in ("latest", "first"))
+        if example.kind == "not told":
+            assert (values, example.answer) == ([], NOT_IN_TEXT)
+        else:
+            assert example.answer == values[0 if example.kind == "first" else -1]
+        assert 590 < len(example.text) < 900

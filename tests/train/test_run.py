@@ -360,3 +360,19 @@ def test_a_share_of_the_windows_are_documents(tmp_path: Path) -> None:
     assert judge_run(run)["document_share"] == 0.5
     plain = replace(recipe, data=replace(recipe.data, document_share=0.0))
     assert not isinstance(start(plain, tmp_path / "plain").cut_windows(8), MixedWindows)
+
+
+def test_a_reader_is_asked_after_training(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path, steps=2)
+    recipe = replace(recipe, eval=replace(recipe.eval, questions=8))
+    with pytest.raises(InputError, match=r"eval.questions is 8 and the model keeps no index"):
+        prepare_run(recipe, None, "cpu")
+    model = replace(recipe.model, overrides=OVERRIDES | {"associative_memory": "indexed"})
+    with pytest.raises(InputError, match=r"words for names; give more text"):
+        prepare_run(replace(recipe, model=model), None, "cpu")
+    (tmp_path / "corpus.txt").write_bytes(TEXT.tobytes())
+    run = start(replace(recipe, model=model), tmp_path / "run")
+    train_run(run)
+    answers = judge_run(run)["answers"]
+    assert list(answers) == ["grammar", "unseen"]
+    assert read_record(tmp_path / "run")["results"]["answers"] == answers

@@ -15,6 +15,9 @@ from unimatrix.tasks.wordings import Wordings
 NOT_IN_TEXT = "not in the text"
 """What is answered where the text does not say."""
 
+QUESTION_KINDS = ("told once", "latest", "first", "not told")
+"""Kinds of questions: for a value told once, the latest or the first of several, or none."""
+
 _NUM_KEYS, _NUM_VALUES, _NUM_QUESTIONS = (1, 1, 2, 2, 3, 4), (1, 1, 1, 2, 2, 3), (1, 1, 2, 2, 3, 4)
 _MOST_DIGITS, _FILLER_BYTES, _LEAD_BYTES = 12, (0, 0, 0, 20, 60), (0, 0, 0, 40, 120)
 _BYTES_A_KEY = 140
@@ -57,6 +60,22 @@ class _Binding(NamedTuple):
     values: tuple[str, ...]
 
 
+class ReaderQuestion(NamedTuple):
+    """A document, and one question about it.
+
+    Attributes:
+        text: of the document.
+        question: in words, without the frame.
+        answer: the right one.
+        kind: of ``QUESTION_KINDS``.
+    """
+
+    text: bytes
+    question: str
+    answer: str
+    kind: str
+
+
 @dataclass(frozen=True, eq=False)
 class ReaderText(Bindings):
     """Text for a reader to learn from: every byte of it has a label.
@@ -82,6 +101,43 @@ class ReaderText(Bindings):
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build chosen windows; see ``SeededTask.build_batch``."""
         return self._build_windows(seed, indices, self._write_window)
+
+    def draw_question(self, seed: int, index: int) -> ReaderQuestion:
+        """Return a document of about ``window_bytes`` and a question; kinds take turns.
+
+        Args:
+            seed: >= 0.
+            index: >= 0; the example is a pure function of (task, seed, index).
+        """
+        draws, told = Draws(seed, index), set[str]()
+        kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
+        keys = self._draw_keys(draws, told)
+        bindings = [_Binding(key, self._draw_values(draws)) for key in keys]
+        key, values = bindings[0]
+        while (len(values) > 1) != (kind in ("latest", "first")):
+            values = self._draw_values(draws)
+        bindings[0] = _Binding(key, values)
+        if kind == "not told":
+            key = self._draw_absent(draws, keys, told)
+        parts = self._tell_all(
+            draws, bindings, [key][: draws.below(2)] if kind == "not told" else []
+        )
+        answers = {"told once": values[0], "latest": values[-1], "first": values[0]}
+        asks_first = kind == "first"
+        questions = self.sentences.first_questions if asks_first else self.wordings.questions
+        question = self._tell(draws, cut_question(draws.choose(questions)), key, "")
+        text = self._spread(draws, parts)
+        return ReaderQuestion(text, question, answers.get(kind, NOT_IN_TEXT), kind)
+
+    def _spread(self, draws: Draws, parts: Sequence[str]) -> bytes:
+        """Return sentences evenly spread over text, ``window_bytes`` together where they fit."""
+        told = [part.encode() for part in parts]
+        filler = self._cut_filler(draws, max(0, self.window_bytes - sum(map(len, told))))
+        cuts = [len(filler) * i // (len(told) + 1) for i in range(len(told) + 2)]
+        text = filler[: cuts[1]]
+        for part, first, last in zip(told, cuts[1:-1], cuts[2:], strict=True):
+            text += b" " + part + b" " + filler[first:last]
+        return text
 
     def _write_window(self, draws: Draws) -> bytes:
         """Return documents, one after the other."""

@@ -191,6 +191,9 @@ class EvalSection:
     """Windows per forward pass with the windows protocol; it does not move the result."""
     sample_bytes: int = 240
     """Length of the text that the trained model writes at the end; 0 is none."""
+    questions: int = 0
+    """Questions about documents with unseen names and text that the trained model is asked, half of
+    them in unseen wordings; 0 is none. At least 8, of a model with an index of the text."""
 
     def __post_init__(self) -> None:
         require_choice("eval.protocol is", self.protocol, PROTOCOLS)
@@ -201,7 +204,10 @@ class EvalSection:
             prime_bytes=(0, None),
             batch_size=(1, None),
             sample_bytes=(0, None),
+            questions=(0, None),
         )
+        if 0 < self.questions < 8:
+            raise InputError(f"eval.questions is {self.questions}; it must be 0, or at least 8")
         if self.prime_bytes and self.protocol != "carried":
             raise InputError(
                 f"eval.prime_bytes is {self.prime_bytes} and eval.protocol is {self.protocol!r}; "

@@ -19,6 +19,8 @@ from unimatrix.hub.load import load_byte_model, load_config, require_byte_level,
 from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.tasks import MixedWindows, ReaderText, choose_names
+from unimatrix.tasks.reader_wordings import READER
+from unimatrix.tasks.wordings import UNSEEN
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import (
@@ -56,6 +58,7 @@ from unimatrix.train.run_folder import (
 from unimatrix.train.trainer import TrainResult, split_batch, train_model
 
 _WARMUP_ITEMS = 10**7
+_QUESTION_BYTES = 1000
 _DOCUMENT_TEXT_BYTES = 2**26
 """Documents take names and filler from so many bytes at the beginning of the training text."""
 
@@ -358,8 +361,15 @@ def _open_corpus(
     split_batch(recipe.train)
     if recipe.train.optimizer == "muon":
         require_muon()
+    if recipe.eval.questions and model.config.associative_memory != "indexed":
+        raise InputError(
+            f"eval.questions is {recipe.eval.questions} and the model keeps no index of the text "
+            "to answer from; leave it out, or add --set model.associative_memory=indexed"
+        )
     corpus = load(recipe.data.data, recipe.data.valid_data or None)
     _cut_windows(recipe, corpus, 1)
+    if recipe.eval.questions:
+        build_question_tasks(corpus)
     if recipe.eval.protocol == "windows":
         ConsecutiveWindows(corpus.valid, recipe.data.window_tokens, 1)
     return corpus
@@ -381,3 +391,21 @@ def _cut_windows(
     text = corpus.train.read(0, min(len(corpus.train), _DOCUMENT_TEXT_BYTES))
     task = ReaderText(recipe.data.window_tokens, text, choose_names(text, tests=False))
     return MixedWindows(windows, task, recipe.data.document_share)
+
+
+def build_question_tasks(corpus: Corpus) -> dict[str, ReaderText]:
+    """Return what a trained reader is asked about: validation text, names never trained on.
+
+    Returns:
+        ``grammar``, with the sentences of training, and ``unseen``, with sentences held out.
+
+    Raises:
+        InputError: if the text is too short, or has too few words for names.
+    """
+    text = corpus.valid.read(0, min(len(corpus.valid), _DOCUMENT_TEXT_BYTES))
+    trained = corpus.train.read(0, min(len(corpus.train), _DOCUMENT_TEXT_BYTES))
+    names = choose_names(trained, tests=True)
+    wordings = {"grammar": READER.bindings, "unseen": UNSEEN._replace(kinds=READER.bindings.kinds)}
+    return {
+        name: ReaderText(_QUESTION_BYTES, text, names, chosen) for name, chosen in wordings.items()
+    }
