@@ -29,6 +29,11 @@ format:
 tables:
     {{python}} -m unimatrix.reports
 
+# Train the model of `unimatrix ask` and put its weights into the package: just reader --data FOLDER
+reader *settings:
+    {{python}} -m unimatrix train reader --out runs/reader {{settings}}
+    {{python}} -m unimatrix.train.export runs/reader
+
 # Everything that a change must pass.
 ci:
     bash .ci/run

@@ -16,7 +16,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "unimatrix"
 # of its path that stands here says which layer a file belongs to. `hub` meets the rest of Hugging
 # Face at every height, so that its files stand in several.
 LAYERS = (
-    ("errors.py", "hub/checkpointing.py", "hub/saved_loader.py", "hub/weights_origin.py"),
+    (
+        "errors.py",
+        "hub/checkpointing.py",
+        "hub/packaged.py",
+        "hub/saved_loader.py",
+        "hub/weights_origin.py",
+    ),
     ("ops/",),
     ("configuration", "presets.py"),
     ("nn/",),

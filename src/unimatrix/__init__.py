@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unimatrix.cache import UniMatrixCache
     from unimatrix.configuration import UniMatrixConfig
     from unimatrix.errors import InputError
+    from unimatrix.hub.packaged import find_packaged
     from unimatrix.hub.published import from_published
     from unimatrix.inference.decoder import Decoder
     from unimatrix.modeling import UniMatrixForCausalLM, UniMatrixModel
@@ -38,6 +39,7 @@ _HOMES = {
     "build_tokenizer": "tokenization",
     "decode_bytes": "tokenization",
     "encode_bytes": "tokenization",
+    "find_packaged": "hub.packaged",
     "from_published": "hub.published",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "build_tokenizer",
     "decode_bytes",
     "encode_bytes",
+    "find_packaged",
     "from_published",
 ]
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from unimatrix.configuration_checks import FORMAT_VERSION, check_configuration
 from unimatrix.errors import InputError, require_choice, suggest
+from unimatrix.hub.packaged import replace_name
 from unimatrix.hub.saved_loader import AUTO_MAP, save_loader
 from unimatrix.presets import PRESETS
 
@@ -293,6 +294,14 @@ class UniMatrixConfig(PreTrainedConfig):
         """
         require_choice("unknown preset", name, PRESETS)
         return cls(**(PRESETS[name] | overrides))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, or by the name of a model that comes with the package.
+
+        The arguments, and what is returned, are those of ``PretrainedConfig.from_pretrained``.
+        """
+        return super().from_pretrained(*replace_name(args, kwargs), **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from unimatrix.cache import UniMatrixCache, require_own_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.hub.packaged import replace_name
 from unimatrix.hub.weights_origin import HasOrigin
 from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
@@ -56,9 +57,10 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does; what a fresh model freezes is frozen.
 
-        The arguments, and what is returned, are those of ``PreTrainedModel.from_pretrained``.
+        The arguments, and what is returned, are those of ``PreTrainedModel.from_pretrained``; the
+        name may also be of a model that comes with the package (``hub/packaged.py``).
         """
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*replace_name(args, kwargs), **kwargs)
         # Loading makes every parameter anew, and each of them trainable.
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
             if isinstance(module, MatrixMixer):

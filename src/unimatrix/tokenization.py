@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from unimatrix.errors import InputError
+from unimatrix.hub.packaged import replace_name
 from unimatrix.hub.saved_loader import TOKENIZER_AUTO_MAP, save_loader
 
 NUM_BYTES = 256
@@ -57,6 +58,14 @@ class UniMatrixTokenizer(PreTrainedTokenizerFast):
     def _save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         files: tuple[str, ...] = super()._save_pretrained(save_directory, *args, **kwargs)
         return (*files, save_loader(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, or by the name of a model that comes with the package.
+
+        The arguments, and what is returned, are those of ``PreTrainedTokenizerBase``.
+        """
+        return super().from_pretrained(*replace_name(args, kwargs), **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:

@@ -87,7 +87,14 @@ def test_recipe_survives_its_dictionary() -> None:
             if getattr(one, f.name) == getattr(other, f.name)
         ]
         # Not with what another field says.
-        assert set(same) <= {"init", "steps", "compile", "prime_bytes"}
+        assert set(same) <= {
+            "init",
+            "steps",
+            "compile",
+            "prime_bytes",
+            "document_share",
+            "questions",
+        }
 
 
 def test_every_field_has_help() -> None:
@@ -134,6 +141,8 @@ def test_unknown_key_names_the_nearest(assignment: str, hint: str) -> None:
         ("eval.protocol=window", "Did you mean 'windows'"),
         ("data.data=3", "list of texts"),
         ("data.data=[]", "is empty"),
+        ("data.document_share=2", "from 0 to 1"),
+        ("eval.questions=3", "0, or at least 8"),
         ("model.hidden_size=big", "whole number"),
         ("model.overrides=3", "table"),
         ("model.preset=none", "exactly one"),

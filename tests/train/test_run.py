@@ -8,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from tests.locks import hold_elsewhere
+from tests.tasks.test_bindings import TEXT
 from tests.train.small_training import (
     OVERRIDES,
     WINDOW_TOKENS,
@@ -21,6 +22,7 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.bits_per_byte import measure_bits_per_byte
 from unimatrix.evaluation.compressors import xz_bits_per_byte
 from unimatrix.hub.load import load_model
+from unimatrix.tasks import MixedWindows
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import find_fault, find_last_checkpoint
 from unimatrix.train.judge import judge_model, judge_run
@@ -341,3 +343,36 @@ def test_protocols_of_validation(tmp_path: Path) -> None:
     )
     assert windows.bytes == 100 // WINDOW_TOKENS * WINDOW_TOKENS
     assert windows.context == f"consecutive windows of {WINDOW_TOKENS}"
+
+
+def test_a_share_of_the_windows_are_documents(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path, steps=2)
+    shared = replace(recipe, data=replace(recipe.data, document_share=0.5, window_tokens=128))
+    with pytest.raises(InputError, match=r"the text has \d words for names; give more text"):
+        prepare_run(shared, None, "cpu")
+    (tmp_path / "corpus.txt").write_bytes(TEXT.tobytes())
+    run = start(shared, tmp_path / "run")
+    windows = run.cut_windows(8)
+    assert isinstance(windows, MixedWindows)
+    assert windows.share == 0.5
+    assert len(windows) == 8
+    train_run(run)
+    assert judge_run(run)["document_share"] == 0.5
+    plain = replace(recipe, data=replace(recipe.data, document_share=0.0))
+    assert not isinstance(start(plain, tmp_path / "plain").cut_windows(8), MixedWindows)
+
+
+def test_a_reader_is_asked_after_training(tmp_path: Path) -> None:
+    recipe = build_recipe(tmp_path, steps=2)
+    recipe = replace(recipe, eval=replace(recipe.eval, questions=8))
+    with pytest.raises(InputError, match=r"eval.questions is 8 and the model keeps no index"):
+        prepare_run(recipe, None, "cpu")
+    model = replace(recipe.model, overrides=OVERRIDES | {"associative_memory": "indexed"})
+    with pytest.raises(InputError, match=r"words for names; give more text"):
+        prepare_run(replace(recipe, model=model), None, "cpu")
+    (tmp_path / "corpus.txt").write_bytes(TEXT.tobytes())
+    run = start(replace(recipe, model=model), tmp_path / "run")
+    train_run(run)
+    answers = judge_run(run)["answers"]
+    assert list(answers) == ["grammar", "unseen"]
+    assert read_record(tmp_path / "run")["results"]["answers"] == answers

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from unimatrix.errors import InputError, require_choice
+from unimatrix.hub.packaged import READER
 from unimatrix.train.recipe import Recipe, override
 
 if TYPE_CHECKING:
@@ -35,7 +36,11 @@ SeedOption = Annotated[
 ]
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Run folder, checkpoint or saved model.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"Run folder, checkpoint or saved model; or {READER}, the packaged model.",
+    ),
 ]
 PrimeOption = Annotated[
     list[str] | None,

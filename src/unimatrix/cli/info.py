@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, pick_device
 from unimatrix.cli.terminal import to_text
+from unimatrix.hub.packaged import READER
 
 _MANY_TOKENS = 2048
 
@@ -16,7 +17,7 @@ def run(
         str | None,
         typer.Argument(
             metavar="MODEL|PRESET",
-            help="Run folder, saved model or preset; nothing lists the presets.",
+            help=f"Run folder, saved model, {READER} or preset; nothing lists the presets.",
         ),
     ] = None,
     seed: SeedOption = None,

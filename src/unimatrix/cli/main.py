@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import unimatrix
 from unimatrix.cli import (
+    ask,
     bench,
     compare,
     eval_long,
@@ -69,6 +70,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.run)
+app.command("ask")(ask.run)
 app.command("generate")(generate.run)
 app.command("eval")(evaluate.run)
 app.command("eval-long")(eval_long.run)

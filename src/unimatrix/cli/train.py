@@ -251,6 +251,12 @@ def _render_result(result: dict[str, Any]) -> str:
         f"{result['train_s']:.1f} s, {result['parameters']:,} parameters",
         f"run folder     {result['run']}",
     ]
+    if result["answers"] is not None:
+        shares = {name: 100 * found["all"] for name, found in result["answers"].items()}
+        lines.append(
+            f"right answers  {shares['grammar']:.0f} % in the words of training, "
+            f"{shares['unseen']:.0f} % in others, to questions about unseen documents"
+        )
     if result["sample"] is not None:
         begun, written = (show_bytes(part.encode()) for part in result["sample"].values())
         lines += ["", "a sample (prompt | continuation):", f"{begun}|{written}"]
@@ -262,4 +268,6 @@ def _render_result(result: dict[str, Any]) -> str:
         f'  unimatrix generate {folder} "{prompt}"{prime}',
         f"  unimatrix eval {folder}{prime}",
     ]
+    if result["document_share"] > 0:
+        lines.append(f'  unimatrix ask "QUESTION" --file FILE --model {folder}')
     return "\n".join(lines)

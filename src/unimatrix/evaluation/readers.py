@@ -33,6 +33,7 @@ from unimatrix.errors import InputError, explain
 from unimatrix.evaluation.byte_costs import Score, score_tokens
 from unimatrix.hub.auto import register
 from unimatrix.hub.load import CONFIG_FILE, hide_progress, load_byte_model
+from unimatrix.hub.packaged import PACKAGED_MODELS
 from unimatrix.inference.generation import generate_bytes
 from unimatrix.inference.sampling import Sampling
 from unimatrix.inference.streams import CHUNK_TOKENS, carry_state, name_state
@@ -239,8 +240,8 @@ def open_reader(name: str, *, device: torch.device | str = "cpu") -> Reader:
     """Load a model of ours, or any causal model of transformers with its tokenizer.
 
     Args:
-        name: a run folder, a saved model, or a name on the Hugging Face hub. A saved model without
-            a tokenizer reads bytes if its vocabulary is ours.
+        name: a run folder, a saved or packaged model, or a name on the Hugging Face hub. A saved
+            model without a tokenizer reads bytes if its vocabulary is ours.
 
     Raises:
         InputError: if there is no such model, it is unusable, or its tokenizer is missing.
@@ -249,7 +250,7 @@ def open_reader(name: str, *, device: torch.device | str = "cpu") -> Reader:
     looks_like_path = name.startswith((".", "/", "~")) or (
         len(folder.parts) > 1 and Path(folder.parts[0]).exists()
     )
-    is_path = folder.exists() or looks_like_path or name in PRESETS
+    is_path = folder.exists() or looks_like_path or name in (*PRESETS, *PACKAGED_MODELS)
     kind = _read_kind(folder)
     if is_path and kind in (None, "unimatrix"):
         return Reader(name, load_byte_model(name, device=device), None)

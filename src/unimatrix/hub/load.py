@@ -1,4 +1,4 @@
-"""Load and save models by name: a run folder, a saved model or a preset."""
+"""Load and save models by name: a run folder, a saved model, a packaged model or a preset."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError, explain, suggest
 from unimatrix.hub.auto import register
+from unimatrix.hub.packaged import PACKAGED_MODELS, find_packaged
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.presets import PRESETS
 from unimatrix.tokenization import BOS_ID, EOS_ID, VOCAB_SIZE, UniMatrixTokenizer, build_tokenizer
@@ -48,8 +49,9 @@ def load_model(
     """Load what ``unimatrix train`` or ``save_pretrained`` wrote, or build a preset.
 
     Args:
-        name_or_path: a run folder, a saved model or a checkpoint; or a preset, if weights are not
-            required. A folder comes before a preset of the same name.
+        name_or_path: a run folder, a saved model or a checkpoint; the name of a model that comes
+            with the package (``hub/packaged.py``); or a preset, if weights are not required. A
+            folder comes before anything else of the same name.
         weights_required: refuse a model without trained weights; otherwise it gets fresh ones.
 
     Returns:
@@ -82,7 +84,7 @@ def load_byte_model(
 
 
 def load_config(name_or_path: Name) -> UniMatrixConfig:
-    """Return the configuration of a run folder, a saved model or a preset."""
+    """Return the configuration of a run folder, a saved or packaged model, or a preset."""
     folder = _find_folder(name_or_path)
     if folder is not None:
         _check_config(folder)
@@ -113,7 +115,7 @@ def find_run_recipe(name_or_path: Name) -> Path | None:
 
 def _find_folder(name_or_path: Name) -> Path | None:
     path = Path(name_or_path).expanduser()
-    return path if (path / CONFIG_FILE).is_file() else None
+    return path if (path / CONFIG_FILE).is_file() else find_packaged(name_or_path)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -196,7 +198,8 @@ def _explain_missing(path: Path) -> InputError:
     folders = [str(entry) for entry in parent.iterdir()] if parent.is_dir() else []
     return InputError(
         f"there is no run folder, saved model or preset {str(path)!r}; the presets are "
-        f"{', '.join(PRESETS)}.{suggest(str(path), [*PRESETS, *folders])}"
+        f"{', '.join(PRESETS)}, and {', '.join(PACKAGED_MODELS)} comes with the package."
+        f"{suggest(str(path), [*PRESETS, *PACKAGED_MODELS, *folders])}"
     )
 
 

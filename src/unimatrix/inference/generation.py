@@ -107,7 +107,7 @@ def generate_bytes(
         input_ids = torch.from_numpy(ids)[None].to(model.device)  # [1, T]
         # `generate` reads the last id, since it needs the logits.
         cache = read_prompt(model, input_ids[:, :-1], cache, gives_up_cache=True)
-        with _limit_threads(model):
+        with limit_threads(model):
             model.generate(
                 input_ids[:, -1:],
                 past_key_values=cache,
@@ -216,7 +216,7 @@ def _list_criteria(ends_at: Callable[[bytes], bool] | None) -> StoppingCriteriaL
 
 
 @contextmanager
-def _limit_threads(model: UniMatrixForCausalLM) -> Iterator[None]:
+def limit_threads(model: UniMatrixForCausalLM) -> Iterator[None]:
     """Give small models one thread: waking a second one takes longer than it saves.
 
     A call may start while another has limited the number of threads; all of them restore the number

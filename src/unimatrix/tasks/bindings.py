@@ -3,7 +3,7 @@
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -45,7 +45,7 @@ def choose_names(text: NDArray[np.uint8], *, tests: bool) -> tuple[str, ...]:
 _Option = TypeVar("_Option")
 
 
-class _Draws:
+class Draws:
     """Draws that are the same in every release of Python: made of ``Random.random`` alone."""
 
     def __init__(self, seed: int, index: int) -> None:
@@ -53,12 +53,15 @@ class _Draws:
         self._random = random.Random(int(words[0, 0])).random
 
     def below(self, size: int) -> int:
+        """Return a number of 0 to size - 1."""
         return int(self._random() * size)
 
     def choose(self, options: Sequence[_Option]) -> _Option:
+        """Return one of the options; of a single one without a draw."""
         return options[self.below(len(options)) if len(options) > 1 else 0]
 
     def sample(self, options: Sequence[_Option], count: int) -> list[_Option]:
+        """Return so many different options."""
         found: dict[int, _Option] = {}
         while len(found) < count:
             place = self.below(len(options))
@@ -66,6 +69,7 @@ class _Draws:
         return list(found.values())
 
     def shuffle(self, options: Sequence[_Option]) -> list[_Option]:
+        """Return all options in a random order."""
         return self.sample(options, len(options))
 
 
@@ -100,7 +104,7 @@ class Bindings(SeededTask):
                 f"{self.window_bytes:,}; give more text or a smaller window_bytes."
             )
 
-    def _draw_value(self, draws: _Draws, num_digits: int) -> str:
+    def _draw_value(self, draws: Draws, num_digits: int) -> str:
         """Return a value of one of the kinds of ``Wordings``; a number has so many digits."""
         kind = draws.choose(self.wordings.kinds)
         if kind == "number":
@@ -114,7 +118,7 @@ class Bindings(SeededTask):
         num_words = 1 if kind == "word" else 2 + draws.below(2)
         return " ".join(draws.choose(self.names) for _ in range(num_words))
 
-    def _tell(self, draws: _Draws, wording: str, key: str, value: str) -> str:
+    def _tell(self, draws: Draws, wording: str, key: str, value: str) -> str:
         """Return a sentence of the wordings about a key and its value."""
         aside = ""
         if "{aside}" in wording and draws.below(1000) < 1000 * _ASIDE_SHARE:
@@ -123,10 +127,26 @@ class Bindings(SeededTask):
         noun = draws.choose(self.wordings.nouns)
         return wording.format(key=key, value=value, noun=noun, aside=aside)
 
-    def _cut_filler(self, draws: _Draws, num_bytes: int) -> bytes:
+    def _cut_filler(self, draws: Draws, num_bytes: int) -> bytes:
         """Return so many bytes from anywhere in the text, on one line."""
         start = draws.below(len(self.text) - num_bytes)
         return self.text[start : start + num_bytes].tobytes().replace(b"\n", b" ")
+
+    def _build_windows(
+        self, seed: int, indices: NDArray[np.int64], write: Callable[[Draws], bytes]
+    ) -> dict[str, Tensor]:
+        """Return windows, all of whose bytes have labels, as ``SeededTask.build_batch`` does.
+
+        Args:
+            seed, indices: as there.
+            write: returns at least the bytes of one window; more are cut off.
+        """
+        windows = np.empty((len(indices), self.window_bytes), np.int64)
+        for row, index in enumerate(indices):
+            window = write(Draws(seed, int(index)))
+            windows[row] = np.frombuffer(window[: self.window_bytes], np.uint8)
+        ids = np.concatenate([np.full((len(indices), 1), BOS_ID), windows[:, :-1]], axis=1)
+        return label_positions(ids, np.arange(self.window_bytes)[None], windows)
 
 
 def count_longest_bytes(wordings: Wordings, num_keys: int) -> int:
@@ -153,18 +173,17 @@ class BindingsText(Bindings):
 
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Build chosen windows; see ``SeededTask.build_batch``."""
-        windows = np.empty((len(indices), self.window_bytes), np.int64)
-        for row, index in enumerate(indices):
-            draws = _Draws(seed, int(index))
-            document = self._write_document(draws)
-            window = document[draws.below(len(document)) :]
-            while len(window) < self.window_bytes:
-                window += self._write_document(draws)
-            windows[row] = np.frombuffer(window[: self.window_bytes], np.uint8)
-        ids = np.concatenate([np.full((len(indices), 1), BOS_ID), windows[:, :-1]], axis=1)
-        return label_positions(ids, np.arange(self.window_bytes)[None], windows)
+        return self._build_windows(seed, indices, self._write_window)
 
-    def _write_document(self, draws: _Draws) -> bytes:
+    def _write_window(self, draws: Draws) -> bytes:
+        """Return documents from anywhere in the first on."""
+        document = self._write_document(draws)
+        window = document[draws.below(len(document)) :]
+        while len(window) < self.window_bytes:
+            window += self._write_document(draws)
+        return window
+
+    def _write_document(self, draws: Draws) -> bytes:
         """Return one document and the empty line after it."""
         if draws.below(1000) < 1000 * _PLAIN_SHARE:
             return self._cut_filler(draws, _PLAIN_BYTES) + b"\n\n"
@@ -211,11 +230,11 @@ class BindingsQuestion(Bindings):
         """Build chosen examples; see ``SeededTask.build_batch``."""
         documents = np.empty((len(indices), self.window_bytes), np.uint8)
         for row, index in enumerate(indices):
-            document = self._write_document(_Draws(seed, int(index)))
+            document = self._write_document(Draws(seed, int(index)))
             documents[row] = np.frombuffer(document, np.uint8)
         return split_answer(documents, _NUM_DIGITS)
 
-    def _write_document(self, draws: _Draws) -> bytes:
+    def _write_document(self, draws: Draws) -> bytes:
         """Return text with the bindings, and the question with its answer at the end."""
         names = draws.sample(self.names, self.num_keys)
         smallest = 10 ** (_NUM_DIGITS - 1)

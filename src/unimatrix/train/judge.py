@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from unimatrix.data import ByteStream, ConsecutiveWindows, Corpus
+from unimatrix.evaluation.answers import measure_answers
 from unimatrix.evaluation.bits_per_byte import (
     BitsPerByte,
     measure_bits_per_byte,
@@ -14,7 +15,7 @@ from unimatrix.inference.generation import generate_bytes
 from unimatrix.inference.sampling import Sampling
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.train.recipe import EvalSection
-from unimatrix.train.run import TrainingRun
+from unimatrix.train.run import TrainingRun, build_question_tasks
 from unimatrix.train.run_folder import hold_folder, write_record
 
 _SAMPLE_PROMPT_BYTES = 48
@@ -29,7 +30,7 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
         run.model.eval()
         score = judge_model(run.model, run.corpus, settings, run.recipe.data.window_tokens)
         sample = draw_sample(run.model, run.corpus, settings, run.recipe.train.seed)
-        results = {
+        results: dict[str, Any] = {
             "bits_per_byte": score.bits_per_byte,
             "xz_bits_per_byte": measure_xz_bits_per_byte(run.corpus.valid, limit_bytes=score.bytes),
             "valid_bytes": score.bytes,
@@ -37,6 +38,7 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
             "prime_bytes": min(settings.prime_bytes, len(run.corpus.train)),
             "state_bytes": score.state_bytes,
             "eval_s": round(time.perf_counter() - start, 3),
+            "answers": judge_answers(run.model, run.corpus, settings.questions),
             "parameters": sum(p.numel() for p in run.model.parameters()),
         }
         run.record |= {"status": "done", "results": results}
@@ -46,6 +48,7 @@ def judge_run(run: TrainingRun) -> dict[str, Any]:
         **results,
         "run": str(run.path),
         "data": list(run.recipe.data.data),
+        "document_share": run.recipe.data.document_share,
         "prime": _name_prime(run),
         "optim_steps": run.num_steps,
         "tokens": tokens,
@@ -64,6 +67,24 @@ def judge_model(
         return measure_bits_per_byte(model, corpus.valid, limit_bytes=num_bytes, prime=prime)
     windows = ConsecutiveWindows(corpus.valid, window_tokens, max(1, num_bytes // window_tokens))
     return measure_consecutive_windows(model, windows, batch_size=settings.batch_size)
+
+
+def judge_answers(
+    model: UniMatrixForCausalLM, corpus: Corpus, num_questions: int
+) -> dict[str, Any] | None:
+    """Ask a reader about documents with names and text it was not trained on.
+
+    Returns:
+        the shares of right answers of ``measure_answers`` in the words of training (``grammar``)
+        and in others (``unseen``), half of the questions each; ``None`` without questions.
+    """
+    if num_questions == 0:
+        return None
+    tasks = build_question_tasks(corpus)
+    return {
+        name: measure_answers(model, task, num_questions // 2, seed=0)
+        for name, task in tasks.items()
+    }
 
 
 def draw_sample(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from unimatrix.errors import InputError, require_choice, suggest
+from unimatrix.hub.packaged import find_packaged
 from unimatrix.train.field_types import (
     NOTHING,
     convert_value,
@@ -70,11 +71,19 @@ class DataSection:
     carried_automaton: bool = False
     """Let the suffix automaton of a window remember all of the training text before it, as far as
     model.automaton_window reaches, instead of the window alone."""
+    document_share: float = 0.0
+    """Share of the windows that are generated documents with bindings and questions, for a reader
+    (`unimatrix ask`); the others are cut from the text, which gives names and filler to all."""
 
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("data.data is empty; name a corpus, files or folders")
-        _require(self, "data", window_tokens=(1, None))
+        _require(self, "data", window_tokens=(1, None), document_share=(0, 1))
+        if self.document_share and self.carried_automaton:
+            raise InputError(
+                f"data.document_share is {self.document_share} and data.carried_automaton is true; "
+                "documents do not continue the text, so leave one of them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +191,9 @@ class EvalSection:
     """Windows per forward pass with the windows protocol; it does not move the result."""
     sample_bytes: int = 240
     """Length of the text that the trained model writes at the end; 0 is none."""
+    questions: int = 0
+    """Questions about documents with unseen names and text that the trained model is asked, half of
+    them in unseen wordings; 0 is none. At least 8, of a model with an index of the text."""
 
     def __post_init__(self) -> None:
         require_choice("eval.protocol is", self.protocol, PROTOCOLS)
@@ -192,7 +204,10 @@ class EvalSection:
             prime_bytes=(0, None),
             batch_size=(1, None),
             sample_bytes=(0, None),
+            questions=(0, None),
         )
+        if 0 < self.questions < 8:
+            raise InputError(f"eval.questions is {self.questions}; it must be 0, or at least 8")
         if self.prime_bytes and self.protocol != "carried":
             raise InputError(
                 f"eval.prime_bytes is {self.prime_bytes} and eval.protocol is {self.protocol!r}; "
@@ -334,7 +349,7 @@ def make_paths_absolute(recipe: Recipe) -> Recipe:
     data = dataclasses.replace(
         section, data=make_absolute(section.data), valid_data=make_absolute(section.valid_data)
     )
-    if init is not None:
+    if init is not None and find_packaged(init) is None:
         init = str(Path.cwd() / Path(init).expanduser())
     return dataclasses.replace(
         recipe, model=dataclasses.replace(recipe.model, init=init), data=data

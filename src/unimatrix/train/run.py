@@ -13,10 +13,14 @@ from transformers import TrainerCallback
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.data import ConsecutiveWindows, Corpus, StreamMatches, WindowDataset, load_corpus
 from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
+from unimatrix.data.indexed import IndexedDataset
 from unimatrix.errors import InputError
 from unimatrix.hub.load import load_byte_model, load_config, require_byte_level, save_model
 from unimatrix.inference.suffix_matches import match_stream
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.tasks import MixedWindows, ReaderText, choose_names
+from unimatrix.tasks.reader_wordings import READER
+from unimatrix.tasks.wordings import UNSEEN
 from unimatrix.tokenization import build_tokenizer
 from unimatrix.train.callbacks import NonFiniteError
 from unimatrix.train.checkpoints import (
@@ -54,6 +58,9 @@ from unimatrix.train.run_folder import (
 from unimatrix.train.trainer import TrainResult, split_batch, train_model
 
 _WARMUP_ITEMS = 10**7
+_QUESTION_BYTES = 1000
+_DOCUMENT_TEXT_BYTES = 2**26
+"""Documents take names and filler from so many bytes at the beginning of the training text."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,8 +88,11 @@ class TrainingRun:
     record: dict[str, Any]
     matches: StreamMatches | None = None
 
-    def cut_windows(self, num_windows: int) -> WindowDataset:
-        """Return ``num_windows`` windows of the training text, drawn from the recipe's seed."""
+    def cut_windows(self, num_windows: int) -> IndexedDataset:
+        """Return ``num_windows`` windows of the training text, drawn from the recipe's seed.
+
+        ``data.document_share`` of them are generated documents with its names and words.
+        """
         if self.recipe.data.carried_automaton and self.matches is None:
             self.matches = match_stream(self.corpus.train, self.model.config.automaton_window)
         return _cut_windows(self.recipe, self.corpus, num_windows, self.matches)
@@ -351,8 +361,15 @@ def _open_corpus(
     split_batch(recipe.train)
     if recipe.train.optimizer == "muon":
         require_muon()
+    if recipe.eval.questions and model.config.associative_memory != "indexed":
+        raise InputError(
+            f"eval.questions is {recipe.eval.questions} and the model keeps no index of the text "
+            "to answer from; leave it out, or add --set model.associative_memory=indexed"
+        )
     corpus = load(recipe.data.data, recipe.data.valid_data or None)
     _cut_windows(recipe, corpus, 1)
+    if recipe.eval.questions:
+        build_question_tasks(corpus)
     if recipe.eval.protocol == "windows":
         ConsecutiveWindows(corpus.valid, recipe.data.window_tokens, 1)
     return corpus
@@ -360,8 +377,8 @@ def _open_corpus(
 
 def _cut_windows(
     recipe: Recipe, corpus: Corpus, num_windows: int, matches: StreamMatches | None = None
-) -> WindowDataset:
-    return WindowDataset(
+) -> IndexedDataset:
+    windows = WindowDataset(
         corpus.train,
         recipe.data.window_tokens,
         num_windows,
@@ -369,3 +386,26 @@ def _cut_windows(
         leading_bos=recipe.data.leading_bos,
         matches=matches,
     )
+    if recipe.data.document_share == 0:
+        return windows
+    text = corpus.train.read(0, min(len(corpus.train), _DOCUMENT_TEXT_BYTES))
+    task = ReaderText(recipe.data.window_tokens, text, choose_names(text, tests=False))
+    return MixedWindows(windows, task, recipe.data.document_share)
+
+
+def build_question_tasks(corpus: Corpus) -> dict[str, ReaderText]:
+    """Return what a trained reader is asked about: validation text, names never trained on.
+
+    Returns:
+        ``grammar``, with the sentences of training, and ``unseen``, with sentences held out.
+
+    Raises:
+        InputError: if the text is too short, or has too few words for names.
+    """
+    text = corpus.valid.read(0, min(len(corpus.valid), _DOCUMENT_TEXT_BYTES))
+    trained = corpus.train.read(0, min(len(corpus.train), _DOCUMENT_TEXT_BYTES))
+    names = choose_names(trained, tests=True)
+    wordings = {"grammar": READER.bindings, "unseen": UNSEEN._replace(kinds=READER.bindings.kinds)}
+    return {
+        name: ReaderText(_QUESTION_BYTES, text, names, chosen) for name, chosen in wordings.items()
+    }
