@@ -12,7 +12,7 @@ from unimatrix.inference.text_reader import ANSWER_BYTES, TextReader, watch_plac
 from unimatrix.tasks import NOT_IN_TEXT, frame_question
 from unimatrix.tokenization import encode_bytes
 
-INDEXED = {"associative_memory": "indexed", "index_window": 256, "automaton_window": 64}
+INDEXED = {"associative_memory": "indexed", "automaton_window": 256}
 TEXT = b"The number of harkov is 4711. They went on. The code of mill is QX-2041, he said. " * 2
 
 
@@ -82,7 +82,7 @@ def test_index_and_automaton_alone_read_what_lies_far_back(
 
 def test_the_passage_is_where_attention_is() -> None:
     """Of a text with one place that the question leads to, the passage holds that place."""
-    reader = build_reader(index_window=4096)
+    reader = build_reader(automaton_window=4096)
     # Words that stand once lead nowhere.
     words = [f"{a}{b}{c}nd" for a in "bcdfg" for b in "aeiou" for c in "lmnrs"]
     first, last = " ".join(words[:60]), " ".join(words[60:])

@@ -16,10 +16,8 @@ from unimatrix.inference.streams import require_state
 from unimatrix.inference.suspend_training import suspend_training
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.nn.indexed_attention import IndexedAttention
-from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.ops.indexed_attention import find_entries
-from unimatrix.ops.suffix_automaton import predict_from_suffix
-from unimatrix.ops.text_index import find_places, order_tokens
+from unimatrix.ops.text_index import search_text
 from unimatrix.tasks import NOT_IN_TEXT, frame_question
 from unimatrix.tokenization import BOS_ID, EOS_ID, NUM_BYTES, PAD_ID, encode_bytes
 
@@ -106,7 +104,8 @@ class TextReader:
     @property
     def window(self) -> int:
         """How many bytes of the text are remembered, the last of them."""
-        return int(self.model.config.index_window)
+        window: int = self.model.config.automaton_window
+        return window
 
     def read(self, data: bytes) -> None:
         """Read on, any bytes; the time is linear in them."""
@@ -162,21 +161,16 @@ class TextReader:
 
     def _can_skim(self) -> bool:
         """Whether nothing but index and automaton has a long memory."""
-        parts = {IndexedAttention.name, ResidualContext.name}
         path = self.model.config.residual_path
-        return set(self._cache.shared) <= parts and path in ("none", "suffix_automaton")
+        is_alone = set(self._cache.shared) == {IndexedAttention.name}
+        return is_alone and path in ("none", "suffix_automaton")
 
     def _skim(self, data: bytearray) -> None:
-        """Let index and automaton read on alone; the states of the depth steps begin again."""
+        """Let the index read on alone; the states of the depth steps begin again."""
         config, cache = self.model.config, self._cache
         ids = torch.from_numpy(encode_bytes(data))[None]
         index = cache.shared[IndexedAttention.name]
-        shared = {IndexedAttention.name: find_places(ids, initial=index, in_place=True)[1]}
-        if cache.automaton is not None:
-            window = config.automaton_window
-            shared[ResidualContext.name] = predict_from_suffix(
-                ids, initial=cache.automaton, window=window, in_place=True
-            )[1]
+        shared = {IndexedAttention.name: search_text(ids, initial=index, in_place=True)[1]}
         last_ids = ids[:, -1].to(self.model.device)
         self._cache = replace(
             start_cache(config, last_ids[None]),
@@ -228,17 +222,12 @@ def watch_place(model: UniMatrixForCausalLM) -> Iterator[list[_Place]]:
     found: list[_Place] = []
 
     def note(module: IndexedAttention, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
-        _, tokens, index = inputs
-        before = order_tokens(index).to(tokens.ids.device)
-        places, _ = module.find_places(tokens, index)
-        entries = find_entries(
-            torch.cat([before, tokens.ids], dim=1),
-            places[..., 0],
-            window=module.window,
-            **module.operator_options,
-        )
-        rows = entries.rows[0, -1]
-        place = _choose_place(before[0], rows, output[0].weights[0, -1].sum(dim=0))
+        tokens = inputs[1]
+        text, places, _ = tokens.found
+        options = {"window": module.window, **module.operator_options}
+        rows = find_entries(text, places[..., 0], **options).rows[0, -1]
+        before = text[0, : -tokens.ids.shape[1]]
+        place = _choose_place(before, rows, output[0].weights[0, -1].sum(dim=0))
         if place is not None:
             found.append(place)
 
