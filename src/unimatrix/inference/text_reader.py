@@ -26,7 +26,7 @@ ANSWER_BYTES = 64
 PASSAGE_BYTES = 96
 """About so many bytes of the text are shown around the place an answer was read from."""
 TAIL_BYTES = 8192
-"""The whole model reads so many bytes at the end of a text; index and automaton alone read those
+"""The whole model reads so many bytes at the end of a text; the index alone reads those
 before, of which matrix states would keep nothing: sixteen times the retention they begin with."""
 _SKIMMED_BYTES = 2**16
 _LONGEST_WORD = 16
@@ -72,7 +72,7 @@ class TextReader:
 
     Every question continues the text, and none the other questions. Answers are greedy: the same
     text and question give the same answer. Of a long text the whole model reads the end
-    (``TAIL_BYTES``), index and automaton all.
+    (``TAIL_BYTES``), the index all.
 
     Args:
         model: a byte-level model with an index of the text (``associative_memory="indexed"``),
@@ -93,7 +93,7 @@ class TextReader:
         self.model = model
         self.bytes_read = 0
         self._waiting = bytearray()
-        # Who asks knows the text, so that nothing counts it: index and automaton alone would not.
+        # Who asks knows the text, so that nothing counts it: the index alone would not.
         self._cache = replace(self._read_ids(torch.tensor([[BOS_ID]]), None), text_hash=None)
 
     @property
@@ -160,7 +160,7 @@ class TextReader:
         )
 
     def _can_skim(self) -> bool:
-        """Whether nothing but index and automaton has a long memory."""
+        """Whether nothing but the index has a long memory."""
         path = self.model.config.residual_path
         is_alone = set(self._cache.shared) == {IndexedAttention.name}
         return is_alone and path in ("none", "suffix_automaton")
