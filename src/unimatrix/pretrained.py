@@ -23,6 +23,7 @@ from unimatrix.nn.padding import align_right, cut_mask, find_padding
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.token_modulation import TokenModulation
+from unimatrix.ops.text_index.state import require_window
 
 
 class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
@@ -135,6 +136,29 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
             InputError: if an operator of this model has no such back end.
         """
         set_backend(self, backend)
+
+    def set_window(self, num_tokens: int) -> None:
+        """Remember exactly the last so many tokens from now on: the same weights in another state.
+
+        Caches of another window are refused.
+
+        Args:
+            num_tokens: W; even, and at least 128, for a model with an index of the text.
+
+        Raises:
+            InputError: if the model remembers no text, or there is no such window.
+        """
+        has_index = self.config.associative_memory == "indexed"
+        if not has_index and self.config.residual_path != "suffix_automaton":
+            raise InputError(
+                "the model has neither an index of the text nor a suffix automaton, whose window "
+                f"{num_tokens} could be; leave the window out"
+            )
+        require_window("window", num_tokens, self.config.index_units if has_index else "none")
+        self.config.automaton_window = num_tokens
+        for mixer in self.base_model.mixers:
+            if isinstance(mixer, IndexedAttention | ResidualContext):
+                mixer.window = num_tokens
 
     def name_backends(
         self, num_tokens: int, device: torch.device | str | None = None

@@ -63,7 +63,9 @@ def test_files_and_a_pipe_are_one_text(folder, tmp_path) -> None:
     ask = ("ask", QUESTION, "--model", folder, "--json")
     read = run_command(*ask, "--file", first, "--file", last).result
     piped = run_command(*ask, stdin=TEXT).result
-    seconds = ("seconds", "read_seconds")
+    # Of a pipe nobody knows the length.
+    assert read["state_bytes"] < 12_000 < 10**7 < piped["state_bytes"]
+    seconds = ("seconds", "read_seconds", "state_bytes")
     assert {k: v for k, v in read.items() if k not in seconds} == {
         k: v for k, v in piped.items() if k not in seconds
     }
@@ -93,8 +95,11 @@ def test_several_questions_after_one_reading(folder, text) -> None:
 def test_what_is_forgotten_is_said(folder, tmp_path) -> None:
     path = tmp_path / "long"
     path.write_bytes(TEXT * 3)
-    answer = run_command("ask", QUESTION, "--file", path, "--model", folder)
+    ask = ("ask", QUESTION, "--file", path, "--model", folder)
+    assert "remembers" not in run_command(*ask).stderr
+    answer = run_command(*ask, "--window", 256)
     assert "remembers the last 256 bytes" in answer.stderr
+    assert_refused(run_command(*ask, "--window", 255), "window is 255", "even number of 128")
 
 
 def test_the_packaged_model_is_the_default(text, tmp_path, monkeypatch) -> None:

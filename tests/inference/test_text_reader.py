@@ -58,7 +58,7 @@ def test_the_state_does_not_grow() -> None:
 
 
 @pytest.mark.parametrize("automaton", ["suffix_automaton", "none"])
-def test_index_and_automaton_alone_read_what_lies_far_back(
+def test_the_index_alone_reads_what_lies_far_back(
     monkeypatch: pytest.MonkeyPatch, automaton: str
 ) -> None:
     options = {} if automaton != "none" else {"residual_path": "none", "automaton_pointer": False}
@@ -74,7 +74,7 @@ def test_index_and_automaton_alone_read_what_lies_far_back(
     assert one.num_columns == other.num_columns == len(text) + 1
     carried = [name for name in one.tensors() if name.startswith(("index.", "automaton."))]
     assert any(name.startswith("index.") for name in carried)
-    assert any(name.startswith("automaton.") for name in carried) == (automaton != "none")
+    assert not any(name.startswith("automaton.") for name in carried)
     for name in ("num_tokens", "last_token_ids", *carried):
         assert torch.equal(one.tensors()[name], other.tensors()[name]), name
     assert whole.ask("mill?").bytes_back == skimming.ask("mill?").bytes_back
@@ -153,8 +153,23 @@ def test_the_hook_leaves_the_model_as_it_was() -> None:
 
 def test_models_and_questions_that_cannot_be_used() -> None:
     with pytest.raises(InputError, match=r"associative_memory 'selective' and keeps no index"):
-        TextReader(build_byte_model("unimatrix"))
+        TextReader(build_byte_model("selective"))
     with pytest.raises(InputError, match="reads windows and nothing before them"):
         build_reader(max_position_embeddings=80)
     with pytest.raises(InputError, match=r"the question is ' '; ask in words"):
         build_reader().ask(" ")
+
+
+def test_the_window_is_chosen_for_a_text() -> None:
+    model = build_byte_model("unimatrix", seed=1, **INDEXED)
+    small, large = TextReader(model), None
+    before = small.state_bytes
+    assert small.window == 256
+    large = TextReader(model, window=8192)
+    assert large.window == model.config.automaton_window == 8192
+    assert large.state_bytes > before + 11 * (8192 - 256)
+    for window, message in ((1001, "window is 1001; pass an even number"), (64, "window is 64")):
+        with pytest.raises(InputError, match=message):
+            TextReader(model, window=window)
+    with pytest.raises(InputError, match="neither an index of the text nor a suffix automaton"):
+        build_byte_model("core").set_window(128)

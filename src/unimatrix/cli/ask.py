@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from unimatrix.inference.text_reader import Answer, TextReader
 
 _CHUNK_BYTES = 2**14
+_MOST_REMEMBERED = 2**20
+_ROOM_FOR_QUESTIONS = 512
+"""What a question and its answer take of the window."""
 _HALF_PASSAGE = 48
 """A passage nearer than this to an end of the text is not cut there."""
 
@@ -44,6 +47,15 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", help="Run folder, checkpoint or saved model; by default the packaged."),
 ]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        help="Bytes of the text that are remembered, the last of them; even, at least 128. One "
+        "costs 12 bytes of state, 20 from 32,768 on. \\[default: all of a file, at most 1,048,576]",
+        show_default=False,
+    ),
+]
 
 
 def run(
@@ -52,6 +64,7 @@ def run(
     questions: QuestionOption = None,
     file: FileOption = None,
     model: ModelOption = READER,
+    window: WindowOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -69,7 +82,8 @@ def run(
     from unimatrix.hub.load import load_byte_model
     from unimatrix.inference.text_reader import TextReader
 
-    reader = TextReader(load_byte_model(model, device=place))
+    window = _choose_window(text.num_bytes) if window is None else window
+    reader = TextReader(load_byte_model(model, device=place), window)
     seconds = _read_visibly(reader, text)
     for number, words in enumerate(asked):
         answer = reader.ask(words)
@@ -78,6 +92,14 @@ def run(
         else:
             _print(answer, reader, titled=len(asked) > 1, follows=number > 0)
         sys.stdout.flush()
+
+
+def _choose_window(num_bytes: int | None) -> int:
+    """Return the window that holds a text and some questions, or the most that is remembered."""
+    if num_bytes is None:
+        return _MOST_REMEMBERED
+    needed = num_bytes + num_bytes % 2 + _ROOM_FOR_QUESTIONS
+    return min(needed, _MOST_REMEMBERED)
 
 
 def _list_questions(question: str | None, more: list[str] | None) -> list[str]:

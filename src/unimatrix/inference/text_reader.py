@@ -77,12 +77,15 @@ class TextReader:
     Args:
         model: a byte-level model with an index of the text (``associative_memory="indexed"``),
             trained with ``data.document_share``; its mode is restored after each call.
+        window: bytes of the text that are remembered, the last of them; an even number, which
+            stays the model's. ``None`` is the model's own.
 
     Raises:
-        InputError: if the model has no such index, or has a position table.
+        InputError: if the model has no such index, or has a position table, or there is no such
+            window.
     """
 
-    def __init__(self, model: UniMatrixForCausalLM) -> None:
+    def __init__(self, model: UniMatrixForCausalLM, window: int | None = None) -> None:
         memory = model.config.associative_memory
         if memory != "indexed":
             raise InputError(
@@ -90,6 +93,8 @@ class TextReader:
                 "answer from; give one trained with `unimatrix train reader`"
             )
         require_state(model)
+        if window is not None:
+            model.set_window(window)
         self.model = model
         self.bytes_read = 0
         self._waiting = bytearray()
