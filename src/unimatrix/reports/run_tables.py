@@ -20,7 +20,10 @@ def tabulate_default(records: Records) -> Table:
             "bits per byte": f"{results['bits_per_byte']:.3f}",
             "`xz -9e`": f"{results['xz_bits_per_byte']:.3f}",
             "bytes judged": f"{results['valid_bytes']:,}",
+            "steps": f"{record['num_optim_steps']:,}",
             "training s": f"{record['train_s']:.0f}",
+            "state bytes": f"{results['state_bytes']:,}",
+            "parameters": f"{results['parameters']:,}",
             "seed": str(record["seed"]),
             "verdict": "beats xz"
             if results["bits_per_byte"] < results["xz_bits_per_byte"]

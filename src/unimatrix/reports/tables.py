@@ -18,7 +18,13 @@ from unimatrix.studies.compare.recipe import DEFAULT_COMPARISON
 from unimatrix.studies.records import Record, Records, select_records
 from unimatrix.studies.reproduce.claims import GROUPS
 
-DOCUMENTS = ("README.md", "docs/clients.md", "docs/hindsight.md", "docs/results.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/clients.md",
+    "docs/hindsight.md",
+    "docs/one-model.md",
+    "docs/results.md",
+)
 """Documents of the checkout that hold tables."""
 
 # A comparison with a table of its own.
