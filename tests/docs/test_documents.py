@@ -18,7 +18,7 @@ COMMANDS = typer.main.get_command(app).commands
 
 # The options of every verb. A new one is a decision: change this list with it.
 OPTIONS = {
-    "ask": "device file help json model question",
+    "ask": "device file help json model question window",
     "bench": "batch-size budget compile data device equal-parameters help json length mode out "
     "peer precision preset quick rounds seed set threads",
     "compare": "data device help json only out quick report",

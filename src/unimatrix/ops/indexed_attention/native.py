@@ -4,6 +4,7 @@
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from unimatrix.ops.indexed_attention.entries import BEFORE, MOST_MATCHED, NUM_OFFSETS, REACH
@@ -219,9 +220,9 @@ attend_entries_native = declare_operator(
 @kernel(**OPTIONS)
 def _share_rows(
     first, last, lanes, num_others, num_heads, num_entries,
-    scores, head_scores, weights, shares, powers,
+    least, scores, head_scores, weights, shares, log_others, powers,
 ):  # fmt: skip
-    """Set the shares of entries, ln of those of the others, and the power of each head."""
+    """Set the shares of entries, at least ``least``; ln of the others'; the power of each head."""
     width = num_others + num_entries
     for row in range(first, last):
         best = 0.0
@@ -247,9 +248,10 @@ def _share_rows(
         for h in range(num_heads):
             powers[row * num_heads + h] /= total
         for e in range(num_entries):
-            of_entries[e] /= total
+            of_entries[e] = max(of_entries[e] / total, least[0])
         for k in range(num_others):
-            shares[row * width + k] = scores[row * num_others + k] - log_sum
+            shares[row * width + k] = 1
+            log_others[row * num_others + k] = scores[row * num_others + k] - log_sum
 
 
 @kernel(**OPTIONS)
@@ -267,12 +269,13 @@ def _share_backward_rows(
             at = row * width + k
             dscores[row * num_others + k] = dshares[at] - total * math.exp(log_shares[at])
         for e in range(num_entries):
-            share = 0.0
-            for h in range(num_heads):
-                at = row * num_heads + h
-                share += powers[at] * weights[at * num_entries + e]
+            # Most entries are another token than the target, and only their sum matters.
+            slope, share = dshares[row * width + num_others + e], 0.0
+            if slope != 0:
+                for h in range(num_heads):
+                    at = row * num_heads + h
+                    share += powers[at] * weights[at * num_entries + e]
             # What has no share has no gradient of its own.
-            slope = dshares[row * width + num_others + e]
             slopes[e] = (slope / share if share > 0 else 0.0) - total
         for h in range(num_heads):
             at = row * num_heads + h
@@ -288,9 +291,15 @@ def _share(scores: Tensor, head_scores: Tensor, weights: Tensor) -> tuple[Tensor
     shares, powers = _list_shares(scores, head_scores, weights)
     sizes = (scores.shape[-1], num_heads, num_entries)
     num_rows, work = scores.shape[:-1].numel(), 2 * num_heads * num_entries
-    inputs = (scores, head_scores, weights)
-    run_rows(_share_rows, LANES, num_rows, work, *sizes, *inputs, shares, powers)
-    shares[..., scores.shape[-1] :].log_()
+    # The logarithm of 0 takes ten times that of a number.
+    least = torch.finfo(weights.dtype).tiny
+    log_others = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    results = (shares, log_others, powers)
+    inputs = (weights.new_tensor([least]), scores, head_scores, weights)
+    run_rows(_share_rows, LANES, num_rows, work, *sizes, *inputs, *results)
+    shares.log_()
+    shares.masked_fill_(shares < math.log(2 * least), -torch.inf)
+    shares[..., : scores.shape[-1]] = log_others
     return shares, powers
 
 
