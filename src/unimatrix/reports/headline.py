@@ -54,7 +54,7 @@ def _list_language(records: Records) -> list[list[str]]:
     steps = f"{peer['num_optim_steps']} of {ours['num_optim_steps']} steps"
     return [
         [
-            "1,345 steps on Python's sources (two minutes of a quiet machine without the index), bits per byte",
+            "1,345 steps on Python's sources, bits per byte",
             f"{default['bits_per_byte']:.3f}",
             f"xz {default['xz_bits_per_byte']:.3f}",
             f"{default['state_bytes']:,}",
