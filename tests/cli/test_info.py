@@ -15,7 +15,8 @@ PARAMETERS = {
     "rosa-assoc-hard": 120_324,
     "discovery-assoc": 131_632,
     "sparsepointer": 87_494,
-    "unimatrix": 108_830,
+    "selective": 108_830,
+    "unimatrix": 144_431,
 }
 
 
@@ -36,8 +37,10 @@ def test_the_table_of_presets() -> None:
     assert head.split() == ["preset", "parameters", "state", "bytes", "carries"]
     for line, preset in zip(lines, PRESETS, strict=False):
         assert line.split()[:2] == [preset, f"{PARAMETERS[preset]:,}"]
+    by_name = dict(zip(PRESETS, lines, strict=False))
     for part in ("slots", "automaton", "previous token"):
-        assert part in lines[len(PRESETS) - 1]
+        assert part in by_name["selective"]
+    assert "text and index" in by_name["unimatrix"]
     assert "(grows)" not in lines[len(PRESETS) - 1]
     assert "(grows)" in lines[list(PRESETS).index("assoc")]
     assert max(map(len, answer.text.splitlines())) <= 100
@@ -79,18 +82,19 @@ def test_one_preset(preset) -> None:
 def test_our_own_preset() -> None:
     result = run_command("info", "unimatrix", "--json").result
     assert result["parameters"] == PARAMETERS["unimatrix"]
-    assert {"selective_mixer", "pointer_mixture"} < set(result["parameters_by_part"])
+    assert {"indexed_attention", "pointer_mixture"} < set(result["parameters_by_part"])
+    # One index finds places and the longest suffix: there is no automaton beside it.
     assert set(result["state_bytes_by_part"]) == {
         "matrix_state",
-        "slots",
-        "automaton",
+        "text and index",
         "previous_token",
         "counters",
     }
+    assert result["state_bytes"] < 256 * 1024
     assert (result["grows"], result["max_position_embeddings"]) == ([], None)
-    assert result["backends"]["decoding"]["selective_slots"] == "native"
+    assert result["backends"]["decoding"]["indexed_attention"] == "native"
     text = run_command("info", "unimatrix").text
-    for words in ("selective mixer", "pointer mixture", "any"):
+    for words in ("indexed attention", "pointer mixture", "any"):
         assert words in text
 
 

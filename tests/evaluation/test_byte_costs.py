@@ -150,7 +150,7 @@ def test_states_are_constant_and_counted(name) -> None:
 
 def test_an_automaton_grows_with_the_text(monkeypatch) -> None:
     monkeypatch.setattr(footprint, "CHUNK_TOKENS", 64)
-    model = build_byte_model("unimatrix", automaton_window=None)
+    model = build_byte_model("selective", automaton_window=None)
     ids, cache = torch.tensor([[BOS_ID, *DATA[:149]]]), None
     with torch.no_grad():
         for piece in ids.split(64, dim=1):
@@ -166,6 +166,6 @@ def test_an_automaton_grows_with_the_text(monkeypatch) -> None:
     primed = measure_carried_bytes(model, STREAM, 50, first)
     assert cache.num_bytes() / 2 < primed < 2 * cache.num_bytes()
     assert primed > measure_carried_bytes(model, STREAM, 50)
-    bounded = build_byte_model("unimatrix", automaton_window=64)
+    bounded = build_byte_model("selective", automaton_window=64)
     sizes = {measure_carried_bytes(bounded, STREAM, n) for n in (150, 1000)}
     assert max(sizes) <= 2 * min(sizes)

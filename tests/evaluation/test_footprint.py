@@ -34,7 +34,7 @@ def test_parts_of_the_published_core() -> None:
 
 
 def test_parts_of_the_selective_slots() -> None:
-    model = UniMatrixForCausalLM(UniMatrixConfig.preset("unimatrix"))
+    model = UniMatrixForCausalLM(UniMatrixConfig.preset("selective"))
     counts = count_parameters(model)
     gate = 2 * 64 * 32 + 32 + 32 + 1
     # One read; the automaton's token has a score from the stream and one a length bucket.

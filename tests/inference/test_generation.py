@@ -65,7 +65,7 @@ def test_long_prompts_are_read_in_parts(monkeypatch, chunk) -> None:
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_prompt_read_in_parts_leaves_the_same_cache(monkeypatch, batch, window, chunk) -> None:
-    model = build_byte_model("unimatrix", automaton_window=window).double()
+    model = build_byte_model("selective", automaton_window=window).double()
     ids = torch.tensor([list(EVERY_BYTE[:50] * 3), list(b"abc" * 50)])[:batch]
     monkeypatch.setattr(generation, "PREFILL_TOKENS", chunk)
     before = read_prompt(model.eval(), ids[:, :61])
@@ -92,7 +92,7 @@ def test_an_empty_prompt_leaves_no_cache() -> None:
 @pytest.mark.parametrize("prompt", [b"", b"x", EVERY_BYTE[40:90]])
 def test_a_prompt_goes_on_where_a_text_read_first_ends(prompt, dtype, monkeypatch) -> None:
     monkeypatch.setattr(generation, "PREFILL_TOKENS", 20)
-    model = build_byte_model("unimatrix", automaton_window=None).to(dtype)
+    model = build_byte_model("selective", automaton_window=None).to(dtype)
     first = EVERY_BYTE[:70] * 2
     prime = ByteStream.from_bytes(first, name="first")
     expected = generate_bytes(model, first + prompt, max_new_bytes=30, sampling=GREEDY)
