@@ -16,8 +16,9 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "h
     [
         ("core", ["matrix_state", "fused_passes", "decoding"]),
         ("sparsepointer", ["matrix_state", "slots", "fused_passes", "decoding"]),
+        ("unimatrix", ["matrix_state", "indexed_attention", "fused_passes", "decoding"]),
         (
-            "unimatrix",
+            "selective",
             ["matrix_state", "selective_slots", "suffix_automaton", "fused_passes", "decoding"],
         ),
     ],

@@ -49,7 +49,7 @@ def test_a_train_step_changes_the_weights(name: str) -> None:
 
 
 def test_a_train_step_sees_the_objective_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, model = build("unimatrix")
+    spec, model = build("selective")
     seen = []
     forward = model.forward
     monkeypatch.setattr(
@@ -93,7 +93,7 @@ def watch_products(seen: set[torch.dtype]):
 
 
 def test_a_loader_runs_the_automaton_while_the_step_before_runs() -> None:
-    _, model = build("unimatrix")
+    _, model = build("selective")
     ids, made = draw_ids(2, 9), []
     collate = choose_collator(model, "cuda")
 

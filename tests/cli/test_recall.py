@@ -16,7 +16,7 @@ def test_json_and_progress(monkeypatch, tmp_path, preset, parameters) -> None:
     answer = run_command("recall", *QUICK, *options, "--json")
     assert answer.exit_code == 0
     result = answer.result
-    assert result["recipe"]["preset"] == (preset or "unimatrix")
+    assert result["recipe"]["preset"] == (preset or "selective")
     assert set(result["accuracy"]) == {"4", "6", "8"}
     assert result["parameters"] == parameters
     assert result["state_bytes"] > 0
@@ -89,7 +89,7 @@ def test_text() -> None:
         (("--preset", "sparsepointer", "--test-slots", 4), "has no selective slots"),
         (("--test-slots", -1), "test_slots holds -1"),
         (("needle", "--test-slots", 0), "this task has none"),
-        (("triple", "--test-slots", 3), "triple with preset 'unimatrix' has no selective slots"),
+        (("triple", "--test-slots", 3), "triple with preset 'selective' has no selective slots"),
         (("--preset", "core", "--test-tokens", 200), "an example has 200 tokens"),
         (("--test-tokens", 9), "window_tokens is 9, too short"),
         (("--set", "slot_key_patterns=[[0,0]]"), "none twice"),
@@ -123,5 +123,5 @@ def test_report(tmp_path) -> None:
 
 def test_another_task() -> None:
     text = run_command("recall", "noisy-keys", *QUICK, "--test-slots", 3).text
-    assert text.startswith("noisy-keys recall: unimatrix, 2 steps of 4")
+    assert text.startswith("noisy-keys recall: selective, 2 steps of 4")
     assert " in 3 slots" in text
