@@ -10,6 +10,7 @@ from torch import Tensor
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.errors import InputError
 from unimatrix.kernels.step.explain import explain_step
+from unimatrix.kernels.step.indexed_native import write_keys
 from unimatrix.kernels.step.native import advance
 from unimatrix.kernels.step.state import read_cache, write_cache
 from unimatrix.kernels.step.weights import pack_step
@@ -50,6 +51,8 @@ class Decoder:
         self._state = read_cache(cache, model.config, num_recent, self._weights.dtype)
         self._most_tokens = int(cache.num_tokens.max())
         self._carried, self._match = self._state.carried, self._state.match
+        self._indexed = self._state.indexed
+        self._write_keys(self._most_tokens)
 
     @property
     def batch_size(self) -> int:
@@ -145,11 +148,21 @@ class Decoder:
 
     def _read(self, ids: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> None:
         """Read valid ids [B] and write the logits [B, V] of the next."""
-        if self._state.automaton is not None:
-            self._state.automaton.push(ids)
-        advance(ids, self._weights.arrays, *self._carried, self._match, logits)
+        stream = self._state.index or self._state.automaton
+        if stream is not None:
+            stream.push(ids)
+        self._write_keys(1)
+        advance(ids, self._weights.arrays, *self._carried, self._match, self._indexed, logits)
         self._most_tokens += 1
         self._state.num_columns += 1
+
+    def _write_keys(self, num_tokens: int) -> None:
+        """Make the keys of the last tokens of every row, if the model has an index of its text."""
+        index, keys = self._state.index, self._state.keys
+        if index is not None:
+            size = min(num_tokens, index.tokens.shape[1])
+            weights = self._weights.arrays[:3]
+            write_keys(size, *weights, index.tokens, index.counters, keys)
 
     def _require_room(self) -> None:
         """Raise ``InputError`` if the position table has no row left."""
@@ -166,5 +179,12 @@ class Decoder:
         return write_cache(self._state, self._weights.config, self._origin)
 
     def num_bytes(self) -> int:
-        """Return the bytes that the streams carry, as allocated."""
+        """Return the bytes that the streams carry, as allocated; beside them see ``scratch_bytes``."""
         return self._state.num_bytes()
+
+    def scratch_bytes(self) -> int:
+        """Return the bytes of the indexed attention's keys, one of each token of the window.
+
+        They are made of the text when the streams are gone on with, so a cache does not hold them.
+        """
+        return self._state.scratch_bytes()

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from unimatrix.kernels.step import layout as at
+from unimatrix.kernels.step.indexed_native import mix_heads, read_places, sum_heads
 from unimatrix.kernels.step.selective_native import retrieve_selective
 from unimatrix.kernels.step.vectors_native import (
     NUM_RULES,
@@ -153,12 +154,14 @@ def _feed_forward(h, weights, offsets, sizes, x):
 
 
 @part(**OPTIONS)
-def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, sizes):
+def _mix_logits(
+    h, logits, read_ids, log_strengths, match, shares, totals, weights, offsets, sizes
+):
     """Turn logits [B, V] into ln of the mixture's probabilities: ``nn.pointer_mixture``."""
     batch = h.shape[0]
     num_reads = sizes[at.NUM_SLOT_SCORES]
     num_scores = num_reads + sizes[at.AUTOMATON_SCORE]
-    scores = np.empty((batch, num_scores), h.dtype)
+    scores = np.empty((batch, num_scores + sizes[at.NUM_HEAD_SCORES]), h.dtype)
     project(weights, offsets[at.MIXTURE], offsets[at.MIXTURE_BIAS], h, scores)
     ids = np.empty(num_scores, np.int64)
     for b in range(batch):
@@ -177,6 +180,8 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, siz
         sharing = 0.0  # ln of the sum over the vocabulary, whose score is 0, and the others
         for n in range(num_scores):
             sharing = add_log(sharing, np.float64(scores[b, n]))
+        if shares is not None and sizes[at.NUM_HEAD_SCORES]:
+            sharing = sum_heads(scores[b, num_scores:], totals[b], sharing)
         largest, total = -np.inf, 0.0
         for number in logits[b]:
             largest = max(largest, np.float64(number))
@@ -191,6 +196,8 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, siz
                 logits[b, token_id] = add_log(
                     np.float64(logits[b, token_id]), np.float64(scores[b, n]) - sharing
                 )
+        if shares is not None and sizes[at.NUM_HEAD_SCORES]:
+            mix_heads(scores[b, num_scores:], shares[b], sharing, logits[b])
 
 
 @part(**OPTIONS)
@@ -206,7 +213,7 @@ def _embed(token_ids, weights, offsets, counters, source, x):
 
 @kernel(**OPTIONS)
 def advance(
-    token_ids, packed, matrix_states, recents, slots, selective, counters, match, logits
+    token_ids, packed, matrix_states, recents, slots, selective, counters, match, indexed, logits
 ):  # fmt: skip
     """Read one token of every row.
 
@@ -222,6 +229,7 @@ def advance(
         counters: of every row.
         match: the automaton's predicted ids and match lengths after the token, [B, 1] each, or
             ``None``.
+        indexed: tokens and places of the index, the token among them, and its keys; or ``None``.
         logits: [B, V], written here.
     """
     weights, offsets, sizes, parts, numbers, patterns = packed
@@ -263,12 +271,21 @@ def advance(
     y = np.empty((batch, inner), weights.dtype)
     num_depth_steps = sizes[at.NUM_DEPTH_STEPS]
     has_read = sizes[at.ASSOCIATIONS] == at.SLOTS
+    shares, totals = None, None
+    if indexed is not None:
+        shares = np.empty((batch, sizes[at.INDEX_HEADS], logits.shape[1]), weights.dtype)
+        totals = np.empty((batch, sizes[at.INDEX_HEADS]), weights.dtype)
     for depth_step in range(num_depth_steps):
         if selective is not None and depth_step == sizes[at.FROM_HIDDEN]:
             retrieve_selective(
                 token_ids, x, counters, weights, offsets, sizes, patterns, selective,
                 read_context, read_ids, votes,
             )  # fmt: skip
+            has_read = True
+        if indexed is not None and depth_step == sizes[at.INDEX_READS_AT]:
+            read_places(
+                x, counters, weights, offsets, sizes, indexed, shares, totals, read_context
+            )
             has_read = True
         if offsets[at.DEPTH] >= 0:
             for b in range(batch):
@@ -311,7 +328,9 @@ def advance(
     normalize(x, weights, offsets[at.FINAL_NORM], offsets[at.FINAL_NORM_BIAS], centered, eps, h)
     project(weights, offsets[at.HEAD], -1, h, logits)
     if offsets[at.MIXTURE] >= 0:
-        _mix_logits(h, logits, read_ids, votes, match, weights, offsets, sizes)
+        _mix_logits(
+            h, logits, read_ids, votes, match, shares, totals, weights, offsets, sizes
+        )
     for b in range(batch):
         if sizes[at.POINTER_VOTES]:
             gate = weights.dtype.type(sigmoid(projected[b, parts[at.POINTER_GATE]]))

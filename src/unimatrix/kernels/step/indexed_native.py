@@ -1,0 +1,309 @@
+"""The indexed attention of one decode step: the keys of new tokens, and the read around places.
+
+Of every token of the window one key is held, by column of the ring: that of the tokens before it,
+until the tokens are known that the other key of E28 sees ahead. The keys of eight neighbouring
+columns lie number by number side by side, [B, W / 8, H C, 8], so that eight scores are sums of
+whole registers.
+"""
+# mypy: allow-untyped-defs
+
+import math
+
+import numpy as np
+
+from unimatrix.kernels.step import layout as at
+from unimatrix.kernels.step.layout import KEY_BLOCK
+from unimatrix.kernels.step.vectors_native import (
+    OPTIONS,
+    add_log,
+    bound,
+    copy,
+    fill,
+    gelu,
+    get_row,
+    project,
+    scale_to_unit_square,
+)
+from unimatrix.ops.indexed_attention.entries import BEFORE, MOST_MATCHED, NUM_OFFSETS, REACH
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import exponential, keep, load, minus, plus, pointer, store, times
+from unimatrix.ops.numba.lanes import zeros as zero_lanes
+from unimatrix.ops.text_index.state import MOST_COUNTED, NUM_KINDS, NUM_PLACES
+from unimatrix.ops.text_index.state import NUM_TOKENS as INDEXED_TOKENS
+
+_LANES = (0,) * KEY_BLOCK
+_AHEAD = REACH - 1
+_KEYS_AT_ONCE = 16
+_MOST_ENTRIES = NUM_PLACES * NUM_OFFSETS
+
+
+@part(**OPTIONS)
+def _convolve_features(weights, offsets, tokens, number, oldest, sees_ahead, seen):
+    """Write to seen [D] what the key of a token of the stream sees of its neighbours (E28)."""
+    width, window = seen.shape[0], tokens.shape[0]
+    fill(seen, 0.0)
+    first = max(number - REACH, oldest)
+    last = number + REACH if sees_ahead else number
+    for n in range(first, last):
+        token_id = tokens[n % window]
+        scale = weights[offsets[at.FEATURE_SCALE] + token_id]
+        features = get_row(weights, offsets[at.EMBED], token_id, width)
+        # Behind the rows of the tokens before it are those of the token and what is ahead of it.
+        kernel_row = get_row(weights, offsets[at.KEY_CONV], n - number + REACH, width)
+        for i in range(width):
+            seen[i] += scale * features[i] * kernel_row[i]
+
+
+@part(**OPTIONS)
+def _list_keys(num_new, tokens, counters, which):
+    """Write row and number in the stream of every key that new tokens change; return how many."""
+    window, num_keys = tokens.shape[1], 0
+    for b in range(tokens.shape[0]):
+        count = counters[b, INDEXED_TOKENS]
+        for n in range(max(0, count - window, count - num_new - _AHEAD), count):
+            # In between are keys that saw all but what is not known yet.
+            if n < count - _AHEAD or n >= count - num_new:
+                which[num_keys, 0], which[num_keys, 1] = b, n
+                num_keys += 1
+    return num_keys
+
+
+@kernel(**OPTIONS)
+def write_keys(num_new, weights, offsets, sizes, tokens, counters, keys):
+    """Make the keys that the last tokens of every row change: ``IndexedAttention.make_keys``.
+
+    One kernel for one token and for a whole window, so that both give the same bits.
+
+    Args:
+        num_new: tokens since the keys were made, at most W; counted from the first where a row has
+            fewer.
+        weights: as for ``advance``, like the next two.
+        offsets: of the weights.
+        sizes: of the model.
+        tokens: [B, W], of the index.
+        counters: [B, 6] int64, of the index.
+        keys: [B, ceil(W / 8), H C, 8], changed in place.
+    """
+    window, width, inner = tokens.shape[1], sizes[at.HIDDEN_SIZE], keys.shape[2]
+    which = np.empty((tokens.shape[0] * (num_new + _AHEAD), 2), np.int64)
+    num_keys = _list_keys(num_new, tokens, counters, which)
+    eps = np.float64(np.finfo(weights.dtype).eps)
+    for first in range(0, num_keys, _KEYS_AT_ONCE):
+        size = min(_KEYS_AT_ONCE, num_keys - first)
+        seen = np.empty((size, width), weights.dtype)
+        mixed = np.empty((size, width), weights.dtype)
+        made = np.empty((size, inner), weights.dtype)
+        for i in range(size):
+            b, n = which[first + i]
+            count = counters[b, INDEXED_TOKENS]
+            sees_ahead, oldest = n + _AHEAD < count, max(0, count - window)
+            _convolve_features(weights, offsets, tokens[b], n, oldest, sees_ahead, seen[i])
+            for j in range(width):
+                seen[i, j] = gelu(seen[i, j])
+        project(weights, offsets[at.KEY_MIX], offsets[at.KEY_MIX_BIAS], seen, mixed)
+        for i in range(size):
+            scale_to_unit_square(mixed[i], eps)
+        project(weights, offsets[at.PLACE_KEY], -1, mixed, made)
+        for i in range(size):
+            bound(made[i], sizes[at.INDEX_HEAD_DIM], True)
+            b, column = which[first + i, 0], which[first + i, 1] % window
+            for j in range(inner):
+                keys[b, column // KEY_BLOCK, j, column % KEY_BLOCK] = made[i, j]
+
+
+@part(**OPTIONS)
+def _count_matched(tokens, column, now, most):
+    """Return how many tokens before a column are those up to the column ``now``, at most 16."""
+    window, length = tokens.shape[0], 0
+    while length < min(most, MOST_MATCHED):
+        before = column - 1 - length
+        latest = now - length
+        before = before if before >= 0 else before + window
+        latest = latest if latest >= 0 else latest + window
+        if tokens[before] != tokens[latest]:
+            break
+        length += 1
+    return length
+
+
+@part(**OPTIONS)
+def _score_columns(query, keys, column, length, heads, size, dots):
+    """Write query times key of neighbouring columns to dots [H, n].
+
+    Returns at which of the dots the first column stands.
+    """
+    first, last = column // KEY_BLOCK, (column + length - 1) // KEY_BLOCK
+    for block in range(first, last + 1):
+        for head in range(heads):
+            block_keys = pointer(keys, (block * heads + head) * size * KEY_BLOCK)
+            even, odd = zero_lanes(block_keys, _LANES), zero_lanes(block_keys, _LANES)
+            numbers = query[head * size : (head + 1) * size]
+            for i in range(0, size - 1, 2):
+                even = plus(even, times(load(block_keys, i * KEY_BLOCK, _LANES), numbers[i]))
+                following = load(block_keys, (i + 1) * KEY_BLOCK, _LANES)
+                odd = plus(odd, times(following, numbers[i + 1]))
+            if size % 2:
+                last_keys = load(block_keys, (size - 1) * KEY_BLOCK, _LANES)
+                even = plus(even, times(last_keys, numbers[size - 1]))
+            target = pointer(dots, head * dots.shape[1] + (block - first) * KEY_BLOCK)
+            store(target, 0, plus(even, odd))
+    return column % KEY_BLOCK
+
+
+@part(**OPTIONS)
+def _weigh(scores, num_entries):
+    """Turn scores [n] into weights beside nothing, whose score is 0; return their sum."""
+    largest = 0.0
+    for e in range(num_entries):
+        largest = max(largest, np.float64(scores[e]))
+    shift = scores.dtype.type(largest)
+    source = pointer(scores, 0)
+    for e in range(0, num_entries, KEY_BLOCK):
+        powers = exponential(minus(load(source, e, _LANES), shift))
+        store(source, e, powers)
+    total = 0.0
+    for e in range(num_entries):
+        total += np.float64(scores[e])
+    scale = scores.dtype.type(1.0 / (total + math.exp(-largest)))
+    for e in range(num_entries):
+        scores[e] *= scale
+    keep(scores)
+    return total / (total + math.exp(-largest))
+
+
+@part(**OPTIONS)
+def _find_bias(weights, offsets, heads, place, projected, head):
+    """Return what is added to the scores of a place (E27)."""
+    kinds = projected[(projected.shape[0] - heads * NUM_KINDS) + head * NUM_KINDS :]
+    of_count = weights[offsets[at.COUNT_BIAS] + min(place[1], MOST_COUNTED) * heads + head]
+    of_age = weights[offsets[at.AGE_BIAS] + place[2] * heads + head]
+    return kinds[place[3]] + of_count + of_age
+
+
+@part(**OPTIONS)
+def _score_entries(
+    projected, now, places, tokens, keys, weights, offsets, heads, size, scores, entry_ids
+):
+    """Write scores [H, n] and token ids [n] of the entries around one row's places; return n.
+
+    Equation: E26, E27.
+    """
+    window, num_entries = tokens.shape[0], 0
+    farthest = min(now, window - MOST_MATCHED - 1)  # how far back entries are, at most
+    dots = np.empty((heads, NUM_OFFSETS + 2 * KEY_BLOCK), scores.dtype)
+    matched = np.empty(NUM_OFFSETS, np.int64)
+    for p in range(places.shape[0]):
+        distance = places[p, 0]
+        if distance < 0:
+            continue
+        offset = max(0, distance + BEFORE - farthest)
+        end = min(NUM_OFFSETS, distance + BEFORE + 1)
+        while offset < end:  # twice where the ring ends in between
+            number = now - distance - BEFORE + offset
+            column = number % window
+            length = min(end - offset, window - column)
+            for i in range(length):
+                most = number + i
+                matched[i] = _count_matched(tokens, column + i, now % window, most)
+                entry_ids[num_entries + i] = tokens[column + i]
+            shift = _score_columns(projected, keys, column, length, heads, size, dots)
+            for head in range(heads):
+                of_place = _find_bias(weights, offsets, heads, places[p], projected, head)
+                of_match = get_row(weights, offsets[at.MATCH_BIAS], head, MOST_MATCHED + 1)
+                of_offset = projected[heads * size + head * NUM_OFFSETS + offset :]
+                for i in range(length):
+                    scores[head, num_entries + i] = (
+                        dots[head, shift + i] + of_offset[i] + (of_match[matched[i]] + of_place)
+                    )
+            offset += length
+            num_entries += length
+    return num_entries
+
+
+@part(**OPTIONS)
+def _sum_values(shares, weights, offsets, size, read):
+    """Write the values of tokens, weighted with shares [H, V], to read [H C]."""
+    heads, vocab_size = shares.shape
+    fill(read, 0.0)
+    for token_id in range(vocab_size):
+        is_read = False
+        for head in range(heads):
+            is_read = is_read or shares[head, token_id] > 0
+        if not is_read:
+            continue
+        values = get_row(weights, offsets[at.PLACE_VALUES], token_id, heads * size)
+        for head in range(heads):
+            share = shares[head, token_id]
+            for i in range(head * size, (head + 1) * size):
+                read[i] += share * values[i]
+
+
+@part(**OPTIONS)
+def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, context):
+    """Read around the places of every row: ``IndexedAttention.forward``.
+
+    Args:
+        x: [B, D], the stream.
+        counters: of every row, before the token is counted.
+        weights: as for ``advance``, like the next two.
+        offsets: of the weights.
+        sizes: of the model.
+        indexed: tokens [B, W] and places [B, 1, 5, 4] of the index, the token among them; keys
+            [B, ceil(W / 8), H C, 8].
+        shares: [B, H, V], written: what each head gives every token of the vocabulary.
+        totals: [B, H], written: the sums of these.
+        context: [B, D], written.
+    """
+    tokens, places, keys = indexed
+    batch, width = x.shape
+    heads, size = sizes[at.INDEX_HEADS], sizes[at.INDEX_HEAD_DIM]
+    h = np.empty((batch, width), x.dtype)
+    for b in range(batch):
+        copy(x[b], h[b])
+        scale_to_unit_square(h[b], np.float64(np.finfo(x.dtype).eps))
+    projected = np.empty((batch, heads * (size + NUM_OFFSETS + NUM_KINDS)), x.dtype)
+    project(weights, offsets[at.PLACE_QUERY], offsets[at.PLACE_QUERY_BIAS], h, projected)
+    scores = np.zeros((heads, _MOST_ENTRIES + KEY_BLOCK), x.dtype)
+    entry_ids = np.empty(_MOST_ENTRIES, np.int64)
+    read = np.empty((batch, heads * size), x.dtype)
+    for b in range(batch):
+        bound(projected[b, : heads * size], size, True)
+        for i in range(heads * size):
+            projected[b, i] *= weights[offsets[at.TEMPERATURE] + i // size]
+        num_entries = _score_entries(
+            projected[b], counters[b, at.NUM_TOKENS], places[b, 0], tokens[b], keys[b], weights,
+            offsets, heads, size, scores, entry_ids,
+        )  # fmt: skip
+        for head in range(heads):
+            fill(shares[b, head], 0.0)
+            totals[b, head] = _weigh(scores[head], num_entries)
+            for e in range(num_entries):
+                shares[b, head, entry_ids[e]] += scores[head, e]
+        _sum_values(shares[b], weights, offsets, size, read[b])
+    project(weights, offsets[at.PLACE_OUTPUT], -1, read, context)
+
+
+@part(**OPTIONS)
+def sum_heads(head_scores, totals, sharing):
+    """Return ln of a sum with the components of the heads added, [H] each; see ``read_places``."""
+    for head in range(totals.shape[0]):
+        if totals[head] > 0:
+            of_head = np.float64(head_scores[head]) + math.log(np.float64(totals[head]))
+            sharing = add_log(sharing, of_head)
+    return sharing
+
+
+@part(**OPTIONS)
+def mix_heads(head_scores, shares, sharing, logits):
+    """Add what heads read to logits [V] that are ln of probabilities; see ``sum_heads``.
+
+    The scores are used up.
+    """
+    for head in range(head_scores.shape[0]):
+        head_scores[head] = math.exp(np.float64(head_scores[head]) - sharing)
+    for token_id in range(logits.shape[0]):
+        share = 0.0
+        for head in range(head_scores.shape[0]):
+            share += np.float64(head_scores[head]) * np.float64(shares[head, token_id])
+        if share > 0:
+            logits[token_id] = add_log(np.float64(logits[token_id]), math.log(share))
