@@ -148,7 +148,7 @@ class Decoder:
 
     def _read(self, ids: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> None:
         """Read valid ids [B] and write the logits [B, V] of the next."""
-        stream = self._state.index or self._state.automaton
+        stream = self._state.stream
         if stream is not None:
             stream.push(ids)
         self._write_keys(1)
@@ -179,7 +179,7 @@ class Decoder:
         return write_cache(self._state, self._weights.config, self._origin)
 
     def num_bytes(self) -> int:
-        """Return the bytes that the streams carry, as allocated; beside them see ``scratch_bytes``."""
+        """Return the bytes that the streams carry, as allocated, without ``scratch_bytes``."""
         return self._state.num_bytes()
 
     def scratch_bytes(self) -> int:

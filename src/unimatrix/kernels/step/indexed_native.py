@@ -1,8 +1,8 @@
 """The indexed attention of one decode step: the keys of new tokens, and the read around places.
 
 Of every token of the window one key is held, by column of the ring: that of the tokens before it,
-until the tokens are known that the other key of E28 sees ahead. The keys of eight neighbouring
-columns lie number by number side by side, [B, W / 8, H C, 8], so that eight scores are sums of
+until the tokens are known that the other key of E28 sees ahead. The keys of 16 neighbouring
+columns lie number by number side by side, [B, ceil(W / 16), H C, 16], so that 16 scores are sums of
 whole registers.
 """
 # mypy: allow-untyped-defs
@@ -82,7 +82,7 @@ def write_keys(num_new, weights, offsets, sizes, tokens, counters, keys):
         sizes: of the model.
         tokens: [B, W], of the index.
         counters: [B, 6] int64, of the index.
-        keys: [B, ceil(W / 8), H C, 8], changed in place.
+        keys: [B, ceil(W / 16), H C, 16], changed in place.
     """
     window, width, inner = tokens.shape[1], sizes[at.HIDDEN_SIZE], keys.shape[2]
     which = np.empty((tokens.shape[0] * (num_new + _AHEAD), 2), np.int64)
@@ -112,18 +112,27 @@ def write_keys(num_new, weights, offsets, sizes, tokens, counters, keys):
 
 
 @part(**OPTIONS)
-def _count_matched(tokens, column, now, most):
-    """Return how many tokens before a column are those up to the column ``now``, at most 16."""
-    window, length = tokens.shape[0], 0
-    while length < min(most, MOST_MATCHED):
-        before = column - 1 - length
-        latest = now - length
-        before = before if before >= 0 else before + window
-        latest = latest if latest >= 0 else latest + window
-        if tokens[before] != tokens[latest]:
-            break
-        length += 1
-    return length
+def _copy_text(tokens, number, length, text):
+    """Write so many tokens of a stream from one of its numbers on to text; -1 before the first."""
+    window = tokens.shape[0]
+    column = number % window
+    for i in range(length):
+        text[i] = tokens[column] if number + i >= 0 else -1
+        column = column + 1 if column + 1 < window else 0
+
+
+@part(**OPTIONS)
+def _count_matched(text, length, latest, matched):
+    """Write how many tokens before each of the last ones of text are those that end in latest.
+
+    Before the ``length`` tokens in question, text has 16 others; latest [16] has what they are
+    compared with.
+    """
+    for i in range(length):
+        last, count = i + MOST_MATCHED - 1, 0
+        while count < MOST_MATCHED and text[last - count] == latest[MOST_MATCHED - 1 - count]:
+            count += 1
+        matched[i] = count
 
 
 @part(**OPTIONS)
@@ -133,20 +142,17 @@ def _score_columns(query, keys, column, length, heads, size, dots):
     Returns at which of the dots the first column stands.
     """
     first, last = column // KEY_BLOCK, (column + length - 1) // KEY_BLOCK
-    for block in range(first, last + 1):
-        for head in range(heads):
-            block_keys = pointer(keys, (block * heads + head) * size * KEY_BLOCK)
-            even, odd = zero_lanes(block_keys, _LANES), zero_lanes(block_keys, _LANES)
-            numbers = query[head * size : (head + 1) * size]
+    for head in range(heads):
+        q, target = pointer(query, head * size), pointer(dots, head * dots.shape[1])
+        for block in range(first, last + 1):
+            k = pointer(keys, (block * heads + head) * size * KEY_BLOCK)
+            even, odd = zero_lanes(k, _LANES), zero_lanes(k, _LANES)
             for i in range(0, size - 1, 2):
-                even = plus(even, times(load(block_keys, i * KEY_BLOCK, _LANES), numbers[i]))
-                following = load(block_keys, (i + 1) * KEY_BLOCK, _LANES)
-                odd = plus(odd, times(following, numbers[i + 1]))
+                even = plus(even, times(load(k, i * KEY_BLOCK, _LANES), q[i]))
+                odd = plus(odd, times(load(k, (i + 1) * KEY_BLOCK, _LANES), q[i + 1]))
             if size % 2:
-                last_keys = load(block_keys, (size - 1) * KEY_BLOCK, _LANES)
-                even = plus(even, times(last_keys, numbers[size - 1]))
-            target = pointer(dots, head * dots.shape[1] + (block - first) * KEY_BLOCK)
-            store(target, 0, plus(even, odd))
+                even = plus(even, times(load(k, (size - 1) * KEY_BLOCK, _LANES), q[size - 1]))
+            store(target, (block - first) * KEY_BLOCK, plus(even, odd))
     return column % KEY_BLOCK
 
 
@@ -191,6 +197,9 @@ def _score_entries(
     window, num_entries = tokens.shape[0], 0
     farthest = min(now, window - MOST_MATCHED - 1)  # how far back entries are, at most
     dots = np.empty((heads, NUM_OFFSETS + 2 * KEY_BLOCK), scores.dtype)
+    latest = np.empty(MOST_MATCHED, np.int64)
+    _copy_text(tokens, now - MOST_MATCHED + 1, MOST_MATCHED, latest)
+    text = np.empty(MOST_MATCHED + NUM_OFFSETS, np.int64)
     matched = np.empty(NUM_OFFSETS, np.int64)
     for p in range(places.shape[0]):
         distance = places[p, 0]
@@ -202,10 +211,9 @@ def _score_entries(
             number = now - distance - BEFORE + offset
             column = number % window
             length = min(end - offset, window - column)
-            for i in range(length):
-                most = number + i
-                matched[i] = _count_matched(tokens, column + i, now % window, most)
-                entry_ids[num_entries + i] = tokens[column + i]
+            _copy_text(tokens, number - MOST_MATCHED, MOST_MATCHED + length, text)
+            _count_matched(text, length, latest, matched)
+            copy(text[MOST_MATCHED : MOST_MATCHED + length], entry_ids[num_entries:])
             shift = _score_columns(projected, keys, column, length, heads, size, dots)
             for head in range(heads):
                 of_place = _find_bias(weights, offsets, heads, places[p], projected, head)
@@ -249,7 +257,7 @@ def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, c
         offsets: of the weights.
         sizes: of the model.
         indexed: tokens [B, W] and places [B, 1, 5, 4] of the index, the token among them; keys
-            [B, ceil(W / 8), H C, 8].
+            [B, ceil(W / 16), H C, 16].
         shares: [B, H, V], written: what each head gives every token of the vocabulary.
         totals: [B, H], written: the sums of these.
         context: [B, D], written.

@@ -114,4 +114,4 @@ NORM_EPS, MATCH_THRESHOLD, STRENGTH_FLOOR = range(3)
 NUM_TOKENS, LAST_TOKEN_ID, TEXT_HASH = range(3)
 
 # Neighbouring columns of the index whose keys lie number by number side by side.
-KEY_BLOCK = 8
+KEY_BLOCK = 16

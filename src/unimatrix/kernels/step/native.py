@@ -154,9 +154,7 @@ def _feed_forward(h, weights, offsets, sizes, x):
 
 
 @part(**OPTIONS)
-def _mix_logits(
-    h, logits, read_ids, log_strengths, match, shares, totals, weights, offsets, sizes
-):
+def _mix_logits(h, logits, read_ids, log_strengths, match, shares, totals, weights, offsets, sizes):
     """Turn logits [B, V] into ln of the mixture's probabilities: ``nn.pointer_mixture``."""
     batch = h.shape[0]
     num_reads = sizes[at.NUM_SLOT_SCORES]
@@ -283,9 +281,7 @@ def advance(
             )  # fmt: skip
             has_read = True
         if indexed is not None and depth_step == sizes[at.INDEX_READS_AT]:
-            read_places(
-                x, counters, weights, offsets, sizes, indexed, shares, totals, read_context
-            )
+            read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, read_context)
             has_read = True
         if offsets[at.DEPTH] >= 0:
             for b in range(batch):
@@ -328,9 +324,7 @@ def advance(
     normalize(x, weights, offsets[at.FINAL_NORM], offsets[at.FINAL_NORM_BIAS], centered, eps, h)
     project(weights, offsets[at.HEAD], -1, h, logits)
     if offsets[at.MIXTURE] >= 0:
-        _mix_logits(
-            h, logits, read_ids, votes, match, shares, totals, weights, offsets, sizes
-        )
+        _mix_logits(h, logits, read_ids, votes, match, shares, totals, weights, offsets, sizes)
     for b in range(batch):
         if sizes[at.POINTER_VOTES]:
             gate = weights.dtype.type(sigmoid(projected[b, parts[at.POINTER_GATE]]))

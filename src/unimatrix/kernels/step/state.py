@@ -45,7 +45,7 @@ class StepState:
         knows_text: whether that hash is of the whole text.
         automaton: what predicts from the longest suffix; ``None`` where the model has none.
         index: of the indexed attention, and then the automaton as well; or ``None``.
-        keys: [B, ceil(W / 8), H C, 8], those of the tokens that the index remembers, or ``None``:
+        keys: [B, ceil(W / 16), H C, 16], those of the tokens that the index remembers, or ``None``:
             scratch, which is made of the tokens anew and never carried.
     """
 
@@ -64,6 +64,11 @@ class StepState:
     def carried(self) -> tuple[Any, ...]:
         """What the kernel takes of it."""
         return self.matrix_states, self.recents, self.slots, self.selective, self.counters
+
+    @property
+    def stream(self) -> AutomatonStream | IndexStream | None:
+        """What every token is pushed to: an index is the automaton as well."""
+        return self.automaton if self.index is None else self.index
 
     @property
     def match(self) -> tuple[Array, Array] | None:
@@ -89,7 +94,8 @@ class StepState:
         if self.recents is not None:
             arrays.append(self.recents)
         num_bytes = sum(array.nbytes for array in arrays)
-        for stream in {self.automaton, self.index} - {None}:
+        stream = self.stream
+        if stream is not None:
             num_bytes += sum(tensor.nbytes for tensor in stream.carried)
         return num_bytes
 
