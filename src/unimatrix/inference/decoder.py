@@ -53,6 +53,10 @@ class Decoder:
         self._carried, self._match = self._state.carried, self._state.match
         self._indexed = self._state.indexed
         self._write_keys(self._most_tokens)
+        # A configuration looks every attribute up among others, a microsecond each.
+        config = self._weights.config
+        self._vocab_size, self._limit = config.vocab_size, config.max_position_embeddings
+        self._form = (self.batch_size, config.vocab_size), self._weights.arrays[0].dtype
 
     @property
     def batch_size(self) -> int:
@@ -72,7 +76,6 @@ class Decoder:
             InputError: if there is not one token a row, one is not of the vocabulary, or the
                 position table has no row left.
         """
-        config = self._weights.config
         try:
             ids = np.ascontiguousarray(token_ids.detach().numpy())
         except TypeError as error:  # of torch, which names neither the argument nor its device
@@ -81,14 +84,14 @@ class Decoder:
             ) from error
         if ids.dtype == np.int32:
             ids = ids.astype(np.int64)
-        if ids.shape != (self.batch_size,) or ids.dtype != np.int64:
+        if ids.shape != self._form[0][:1] or ids.dtype != np.int64:
             raise InputError(
                 f"token_ids has shape {list(token_ids.shape)} and type {token_ids.dtype}; pass "
                 f"[{self.batch_size}] of torch.int64"
             )
         listed = ids.tolist()  # of few rows, quicker than two reductions
-        if min(listed) < 0 or max(listed) >= config.vocab_size:
-            raise InputError(f"token_ids holds {listed}; pass ids in 0..{config.vocab_size - 1}")
+        if min(listed) < 0 or max(listed) >= self._vocab_size:
+            raise InputError(f"token_ids holds {listed}; pass ids in 0..{self._vocab_size - 1}")
         self._require_room()
         logits = self._allocate_logits()
         self._read(ids, logits)
@@ -119,7 +122,7 @@ class Decoder:
             InputError: as ``step``, or for a ``num_tokens``, ``pad_id`` or ``ended`` that is not as
                 above.
         """
-        vocab_size = self._weights.config.vocab_size
+        vocab_size = self._vocab_size
         if num_tokens < 1 or not 0 <= pad_id < vocab_size:
             raise InputError(
                 f"num_tokens is {num_tokens} and pad_id {pad_id}; pass at least 1, and an id in "
@@ -143,8 +146,8 @@ class Decoder:
         return torch.from_numpy(written)
 
     def _allocate_logits(self) -> np.ndarray[Any, Any]:
-        dtype = self._weights.arrays[0].dtype
-        return np.empty((self.batch_size, self._weights.config.vocab_size), dtype=dtype)
+        shape, dtype = self._form
+        return np.empty(shape, dtype=dtype)
 
     def _read(self, ids: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> None:
         """Read valid ids [B] and write the logits [B, V] of the next."""
@@ -166,7 +169,7 @@ class Decoder:
 
     def _require_room(self) -> None:
         """Raise ``InputError`` if the position table has no row left."""
-        limit = self._weights.config.max_position_embeddings
+        limit = self._limit
         if limit is not None and self._most_tokens >= limit:
             raise InputError(
                 f"the input reaches {self._most_tokens + 1} tokens and the position table has "

@@ -23,15 +23,18 @@ from unimatrix.kernels.step.vectors_native import (
     fill,
     gelu,
     get_row,
+    multiply_silu,
     normalize,
     project,
     scale_to_unit_square,
     sigmoid,
     softmax_rules,
+    sum_powers,
 )
 from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
 from unimatrix.ops.matrix_state.reference import READOUT_EPS
 from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import pointer
 from unimatrix.ops.slots.native_step import advance_slots
 from unimatrix.ops.text_hash import MULTIPLIER
 
@@ -62,33 +65,34 @@ def _mix_matrix(projected, vectors, sizes, parts, S, y):
     """Advance the matrix states of one row [H, N, N] and write the readouts to y [H N]."""
     num_heads, size = sizes[at.NUM_HEADS], sizes[at.HEAD_DIM]
     inner = num_heads * size
-    num_vectors = 4 if sizes[at.MIXES_RULES] else 3
+    mixes_rules, num_vectors = sizes[at.MIXES_RULES] != 0, 4 if sizes[at.MIXES_RULES] else 3
     for i in range(num_vectors):
         if i != 1 or not sizes[at.USES_DELTA]:  # the payload of the delta rule has no bound
             bound(vectors[i * inner : (i + 1) * inner], size, sizes[at.NORMALIZED_KEYS] != 0)
-    rules = projected[:0]
-    if sizes[at.MIXES_RULES]:
-        rules = projected[parts[at.RULES] : parts[at.RULES] + num_heads * NUM_RULES]
-        softmax_rules(rules)
+    first_rule = parts[at.RULES] if mixes_rules else 0
+    if mixes_rules:
+        softmax_rules(projected[first_rule : first_rule + num_heads * NUM_RULES])
     for h in range(num_heads):
-        q = vectors[h * size : (h + 1) * size]
-        k = vectors[inner + h * size : inner + (h + 1) * size]
-        v = vectors[2 * inner + h * size : 2 * inner + (h + 1) * size]
-        d = q
-        if sizes[at.MIXES_RULES]:
-            d = vectors[3 * inner + h * size : 3 * inner + (h + 1) * size]
-        readout = y[h * size : (h + 1) * size]
         log_odds = projected[parts[at.RETENTION] + h]
         if sizes[at.USES_DELTA]:
+            q = vectors[h * size : (h + 1) * size]
+            k = vectors[inner + h * size : inner + (h + 1) * size]
+            v = vectors[2 * inner + h * size : 2 * inner + (h + 1) * size]
             strength = sigmoid(projected[parts[at.WRITE_STRENGTH] + h])
-            advance_delta(S[h], q, k, v, log_odds, strength, readout)
-        else:
-            advance_matrix(
-                S[h], q, k, v, d, log_odds, rules[h * NUM_RULES : (h + 1) * NUM_RULES],
-                sizes[at.NORM_GUARD] != 0, readout,
-            )  # fmt: skip
-        if sizes[at.NORMALIZED_KEYS]:
-            scale_to_unit_square(readout, READOUT_EPS)
+            advance_delta(S[h], q, k, v, log_odds, strength, y[h * size : (h + 1) * size])
+            continue
+        # 1 - rho without cancellation is the logistic function of minus the log odds.
+        rho, write = y.dtype.type(sigmoid(log_odds)), y.dtype.type(sigmoid(-log_odds))
+        d = (3 * inner if mixes_rules else 0) + h * size
+        advance_matrix(
+            size, pointer(S, h * size * size), pointer(vectors, h * size),
+            pointer(vectors, inner + h * size), pointer(vectors, 2 * inner + h * size),
+            pointer(vectors, d), rho, write, pointer(projected, first_rule + h * NUM_RULES),
+            mixes_rules, sizes[at.NORM_GUARD] != 0, pointer(y, h * size),
+        )  # fmt: skip
+    if sizes[at.NORMALIZED_KEYS]:
+        for h in range(num_heads):
+            scale_to_unit_square(y[h * size : (h + 1) * size], READOUT_EPS)
 
 
 @part(**OPTIONS)
@@ -139,9 +143,7 @@ def _feed_forward(h, weights, offsets, sizes, x):
         both = np.empty((batch, 2 * size), h.dtype)
         project(weights, offsets[at.UP], -1, h, both)
         for b in range(batch):
-            for i in range(size):
-                gate = both[b, i]
-                inner[b, i] = gate * sigmoid(gate) * both[b, size + i]
+            multiply_silu(both[b, :size], both[b, size:], inner[b])
     else:
         project(weights, offsets[at.UP], offsets[at.UP_BIAS], h, inner)
         for b in range(batch):
@@ -180,11 +182,10 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, shares, totals, weigh
             sharing = add_log(sharing, np.float64(scores[b, n]))
         if shares is not None and sizes[at.NUM_HEAD_SCORES]:
             sharing = sum_heads(scores[b, num_scores:], totals[b], sharing)
-        largest, total = -np.inf, 0.0
+        largest = logits[b, 0]
         for number in logits[b]:
-            largest = max(largest, np.float64(number))
-        for number in logits[b]:
-            total += math.exp(number - largest)
+            largest = max(largest, number)
+        total = sum_powers(logits[b], largest)
         shift = weights.dtype.type(largest + math.log(total) + sharing)
         for i in range(logits.shape[1]):
             logits[b, i] -= shift
