@@ -26,12 +26,27 @@ from unimatrix.kernels.step.vectors_native import (
 )
 from unimatrix.ops.indexed_attention.entries import BEFORE, MOST_MATCHED, NUM_OFFSETS, REACH
 from unimatrix.ops.numba.compile import kernel, part
-from unimatrix.ops.numba.lanes import exponential, keep, load, minus, plus, pointer, store, times
+from unimatrix.ops.numba.lanes import at as move
+from unimatrix.ops.numba.lanes import (
+    exponential,
+    keep,
+    larger,
+    largest,
+    load,
+    minus,
+    plus,
+    pointer,
+    store,
+    times,
+)
+from unimatrix.ops.numba.lanes import total as sum_lanes
 from unimatrix.ops.numba.lanes import zeros as zero_lanes
+from unimatrix.ops.numba.tiles import add_multiple
 from unimatrix.ops.text_index.state import MOST_COUNTED, NUM_KINDS, NUM_PLACES
 from unimatrix.ops.text_index.state import NUM_TOKENS as INDEXED_TOKENS
 
 _LANES = (0,) * KEY_BLOCK
+_VALUE_LANES = (0,) * 8
 _AHEAD = REACH - 1
 _KEYS_AT_ONCE = 16
 _MOST_ENTRIES = NUM_PLACES * NUM_OFFSETS
@@ -158,23 +173,27 @@ def _score_columns(query, keys, column, length, heads, size, dots):
 
 @part(**OPTIONS)
 def _weigh(scores, num_entries):
-    """Turn scores [n] into weights beside nothing, whose score is 0; return their sum."""
-    largest = 0.0
-    for e in range(num_entries):
-        largest = max(largest, np.float64(scores[e]))
-    shift = scores.dtype.type(largest)
-    source = pointer(scores, 0)
-    for e in range(0, num_entries, KEY_BLOCK):
+    """Turn scores [n] into weights beside nothing, whose score is 0; return their sum.
+
+    What follows the entries, up to a whole register, is overwritten.
+    """
+    source, whole = pointer(scores, 0), -(-num_entries // KEY_BLOCK) * KEY_BLOCK
+    best = zero_lanes(source, _LANES)
+    for e in range(num_entries, whole):
+        source[e] = -np.inf
+    for e in range(0, whole, KEY_BLOCK):
+        best = larger(load(source, e, _LANES), best)
+    shift, sums = largest(best), zero_lanes(source, _LANES)
+    for e in range(0, whole, KEY_BLOCK):
         powers = exponential(minus(load(source, e, _LANES), shift))
         store(source, e, powers)
-    total = 0.0
-    for e in range(num_entries):
-        total += np.float64(scores[e])
-    scale = scores.dtype.type(1.0 / (total + math.exp(-largest)))
-    for e in range(num_entries):
-        scores[e] *= scale
+        sums = plus(sums, powers)
+    read = np.float64(sum_lanes(sums))  # with less than 1e-36 for what is no entry
+    everything = read + math.exp(-np.float64(shift))
+    for e in range(0, whole, KEY_BLOCK):
+        store(source, e, times(load(source, e, _LANES), scores.dtype.type(1.0 / everything)))
     keep(scores)
-    return total / (total + math.exp(-largest))
+    return read / everything
 
 
 @part(**OPTIONS)
@@ -233,17 +252,15 @@ def _sum_values(shares, weights, offsets, size, read):
     """Write the values of tokens, weighted with shares [H, V], to read [H C]."""
     heads, vocab_size = shares.shape
     fill(read, 0.0)
+    of_tokens, values = pointer(shares, 0), pointer(weights, offsets[at.PLACE_VALUES])
+    target = pointer(read, 0)
     for token_id in range(vocab_size):
-        is_read = False
         for head in range(heads):
-            is_read = is_read or shares[head, token_id] > 0
-        if not is_read:
-            continue
-        values = get_row(weights, offsets[at.PLACE_VALUES], token_id, heads * size)
-        for head in range(heads):
-            share = shares[head, token_id]
-            for i in range(head * size, (head + 1) * size):
-                read[i] += share * values[i]
+            share = of_tokens[head * vocab_size + token_id]
+            if share != 0:  # what is no number goes on
+                row = (token_id * heads + head) * size
+                of_token, of_head = move(values, row), move(target, head * size)
+                add_multiple(_VALUE_LANES, of_token, share, size, of_head)
 
 
 @part(**OPTIONS)
@@ -295,7 +312,7 @@ def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, c
 def sum_heads(head_scores, totals, sharing):
     """Return ln of a sum with the components of the heads added, [H] each; see ``read_places``."""
     for head in range(totals.shape[0]):
-        if totals[head] > 0:
+        if totals[head] != 0:
             of_head = np.float64(head_scores[head]) + math.log(np.float64(totals[head]))
             sharing = add_log(sharing, of_head)
     return sharing
@@ -313,5 +330,5 @@ def mix_heads(head_scores, shares, sharing, logits):
         share = 0.0
         for head in range(head_scores.shape[0]):
             share += np.float64(head_scores[head]) * np.float64(shares[head, token_id])
-        if share > 0:
-            logits[token_id] = add_log(np.float64(logits[token_id]), math.log(share))
+        if share != 0:
+            logits[token_id] = math.log(math.exp(np.float64(logits[token_id])) + share)
