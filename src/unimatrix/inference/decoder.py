@@ -10,7 +10,6 @@ from torch import Tensor
 from unimatrix.cache import UniMatrixCache, start_cache
 from unimatrix.errors import InputError
 from unimatrix.kernels.step.explain import explain_step
-from unimatrix.kernels.step.indexed_native import write_keys
 from unimatrix.kernels.step.native import advance
 from unimatrix.kernels.step.state import read_cache, write_cache
 from unimatrix.kernels.step.weights import pack_step
@@ -52,7 +51,6 @@ class Decoder:
         self._most_tokens = int(cache.num_tokens.max())
         self._carried, self._match = self._state.carried, self._state.match
         self._indexed = self._state.indexed
-        self._write_keys(self._most_tokens)
         # A configuration looks every attribute up among others, a microsecond each.
         config = self._weights.config
         self._vocab_size, self._limit = config.vocab_size, config.max_position_embeddings
@@ -154,18 +152,9 @@ class Decoder:
         stream = self._state.stream
         if stream is not None:
             stream.push(ids)
-        self._write_keys(1)
         advance(ids, self._weights.arrays, *self._carried, self._match, self._indexed, logits)
         self._most_tokens += 1
         self._state.num_columns += 1
-
-    def _write_keys(self, num_tokens: int) -> None:
-        """Make the keys of the last tokens of every row, if the model has an index of its text."""
-        index, keys = self._state.index, self._state.keys
-        if index is not None:
-            size = min(num_tokens, index.tokens.shape[1])
-            weights = self._weights.arrays[:3]
-            write_keys(size, *weights, index.tokens, index.counters, keys)
 
     def _require_room(self) -> None:
         """Raise ``InputError`` if the position table has no row left."""
@@ -188,6 +177,6 @@ class Decoder:
     def scratch_bytes(self) -> int:
         """Return the bytes of the indexed attention's keys, one of each token of the window.
 
-        They are made of the text when the streams are gone on with, so a cache does not hold them.
+        They are made of the text when they are read, so a cache does not hold them.
         """
         return self._state.scratch_bytes()

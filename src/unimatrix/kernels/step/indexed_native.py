@@ -1,9 +1,10 @@
-"""The indexed attention of one decode step: the keys of new tokens, and the read around places.
+"""The indexed attention of one decode step: the keys of what is read, and the read around places.
 
-Of every token of the window one key is held, by column of the ring: that of the tokens before it,
-until the tokens are known that the other key of E28 sees ahead. The keys of 16 neighbouring
-columns lie number by number side by side, [B, ceil(W / 16), H C, 16], so that 16 scores are sums of
-whole registers.
+Of every token of the window one key can be held, by column of the ring: that of the tokens before
+it, until the tokens are known that the other key of E28 sees ahead. A key is made when it is first
+read and serves until it sees more, so a token costs at most two and most cost none. The keys of 16
+neighbouring columns lie number by number side by side, [B, ceil(W / 16), H C, 16], so that 16
+scores are sums of whole registers.
 """
 # mypy: allow-untyped-defs
 
@@ -25,7 +26,7 @@ from unimatrix.kernels.step.vectors_native import (
     scale_to_unit_square,
 )
 from unimatrix.ops.indexed_attention.entries import BEFORE, MOST_MATCHED, NUM_OFFSETS, REACH
-from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.compile import part
 from unimatrix.ops.numba.lanes import at as move
 from unimatrix.ops.numba.lanes import (
     exponential,
@@ -43,21 +44,20 @@ from unimatrix.ops.numba.lanes import total as sum_lanes
 from unimatrix.ops.numba.lanes import zeros as zero_lanes
 from unimatrix.ops.numba.tiles import add_multiple
 from unimatrix.ops.text_index.state import MOST_COUNTED, NUM_KINDS, NUM_PLACES
-from unimatrix.ops.text_index.state import NUM_TOKENS as INDEXED_TOKENS
 
 _LANES = (0,) * KEY_BLOCK
 _VALUE_LANES = (0,) * 8
-_AHEAD = REACH - 1
+_NO_KEY, _PAST, _BOTH_SIDES = range(3)
 _KEYS_AT_ONCE = 16
 _MOST_ENTRIES = NUM_PLACES * NUM_OFFSETS
 
 
 @part(**OPTIONS)
-def _convolve_features(weights, offsets, tokens, number, oldest, sees_ahead, seen):
+def _convolve_features(weights, offsets, tokens, number, sees_ahead, seen):
     """Write to seen [D] what the key of a token of the stream sees of its neighbours (E28)."""
     width, window = seen.shape[0], tokens.shape[0]
     fill(seen, 0.0)
-    first = max(number - REACH, oldest)
+    first = max(number - REACH, 0)
     last = number + REACH if sees_ahead else number
     for n in range(first, last):
         token_id = tokens[n % window]
@@ -70,60 +70,47 @@ def _convolve_features(weights, offsets, tokens, number, oldest, sees_ahead, see
 
 
 @part(**OPTIONS)
-def _list_keys(num_new, tokens, counters, which):
-    """Write row and number in the stream of every key that new tokens change; return how many."""
-    window, num_keys = tokens.shape[1], 0
-    for b in range(tokens.shape[0]):
-        count = counters[b, INDEXED_TOKENS]
-        for n in range(max(0, count - window, count - num_new - _AHEAD), count):
-            # In between are keys that saw all but what is not known yet.
-            if n < count - _AHEAD or n >= count - num_new:
-                which[num_keys, 0], which[num_keys, 1] = b, n
-                num_keys += 1
-    return num_keys
+def _list_missing(number, length, now, forms, missing):
+    """Note which keys of neighbouring tokens are not held as they are now; return how many."""
+    window, num_missing = forms.shape[0], 0
+    column = number % window
+    for i in range(length):
+        form = _BOTH_SIDES if number + i + REACH - 1 <= now else _PAST
+        if forms[column + i] != form:
+            forms[column + i] = form
+            missing[num_missing] = number + i
+            num_missing += 1
+    return num_missing
 
 
-@kernel(**OPTIONS)
-def write_keys(num_new, weights, offsets, sizes, tokens, counters, keys):
-    """Make the keys that the last tokens of every row change: ``IndexedAttention.make_keys``.
+@part(**OPTIONS)
+def _make_keys(missing, num_missing, tokens, forms, weights, offsets, width, size, keys):
+    """Make the keys of tokens of one stream: ``IndexedAttention.make_keys``.
 
-    One kernel for one token and for a whole window, so that both give the same bits.
-
-    Args:
-        num_new: tokens since the keys were made, at most W; counted from the first where a row has
-            fewer.
-        weights: as for ``advance``, like the next two.
-        offsets: of the weights.
-        sizes: of the model.
-        tokens: [B, W], of the index.
-        counters: [B, 6] int64, of the index.
-        keys: [B, ceil(W / 16), H C, 16], changed in place.
+    Row by row, so that a key has the same bits whichever are made with it.
     """
-    window, width, inner = tokens.shape[1], sizes[at.HIDDEN_SIZE], keys.shape[2]
-    which = np.empty((tokens.shape[0] * (num_new + _AHEAD), 2), np.int64)
-    num_keys = _list_keys(num_new, tokens, counters, which)
+    window, inner = tokens.shape[0], keys.shape[1]
     eps = np.float64(np.finfo(weights.dtype).eps)
-    for first in range(0, num_keys, _KEYS_AT_ONCE):
-        size = min(_KEYS_AT_ONCE, num_keys - first)
-        seen = np.empty((size, width), weights.dtype)
-        mixed = np.empty((size, width), weights.dtype)
-        made = np.empty((size, inner), weights.dtype)
-        for i in range(size):
-            b, n = which[first + i]
-            count = counters[b, INDEXED_TOKENS]
-            sees_ahead, oldest = n + _AHEAD < count, max(0, count - window)
-            _convolve_features(weights, offsets, tokens[b], n, oldest, sees_ahead, seen[i])
+    for first in range(0, num_missing, _KEYS_AT_ONCE):
+        num_rows = min(_KEYS_AT_ONCE, num_missing - first)
+        seen = np.empty((num_rows, width), weights.dtype)
+        mixed = np.empty((num_rows, width), weights.dtype)
+        made = np.empty((num_rows, inner), weights.dtype)
+        for i in range(num_rows):
+            n = missing[first + i]
+            sees_ahead = forms[n % window] == _BOTH_SIDES
+            _convolve_features(weights, offsets, tokens, n, sees_ahead, seen[i])
             for j in range(width):
                 seen[i, j] = gelu(seen[i, j])
         project(weights, offsets[at.KEY_MIX], offsets[at.KEY_MIX_BIAS], seen, mixed)
-        for i in range(size):
+        for i in range(num_rows):
             scale_to_unit_square(mixed[i], eps)
         project(weights, offsets[at.PLACE_KEY], -1, mixed, made)
-        for i in range(size):
-            bound(made[i], sizes[at.INDEX_HEAD_DIM], True)
-            b, column = which[first + i, 0], which[first + i, 1] % window
+        for i in range(num_rows):
+            bound(made[i], size, True)
+            column = missing[first + i] % window
             for j in range(inner):
-                keys[b, column // KEY_BLOCK, j, column % KEY_BLOCK] = made[i, j]
+                keys[column // KEY_BLOCK, j, column % KEY_BLOCK] = made[i, j]
 
 
 @part(**OPTIONS)
@@ -206,20 +193,20 @@ def _find_bias(weights, offsets, heads, place, projected, head):
 
 
 @part(**OPTIONS)
-def _score_entries(
-    projected, now, places, tokens, keys, weights, offsets, heads, size, scores, entry_ids
-):
+def _score_entries(projected, now, places, held, weights, offsets, form, scores, entry_ids):
     """Write scores [H, n] and token ids [n] of the entries around one row's places; return n.
 
     Equation: E26, E27.
     """
+    (tokens, keys, forms), (width, heads, size) = held, form
     window, num_entries = tokens.shape[0], 0
     farthest = min(now, window - MOST_MATCHED - 1)  # how far back entries are, at most
     dots = np.empty((heads, NUM_OFFSETS + 2 * KEY_BLOCK), scores.dtype)
     latest = np.empty(MOST_MATCHED, np.int64)
     _copy_text(tokens, now - MOST_MATCHED + 1, MOST_MATCHED, latest)
     text = np.empty(MOST_MATCHED + NUM_OFFSETS, np.int64)
-    matched = np.empty(NUM_OFFSETS, np.int64)
+    matched, missing = np.empty(NUM_OFFSETS, np.int64), np.empty(NUM_OFFSETS, np.int64)
+    forms[now % window] = _NO_KEY  # of the token that this one has replaced
     for p in range(places.shape[0]):
         distance = places[p, 0]
         if distance < 0:
@@ -233,6 +220,8 @@ def _score_entries(
             _copy_text(tokens, number - MOST_MATCHED, MOST_MATCHED + length, text)
             _count_matched(text, length, latest, matched)
             copy(text[MOST_MATCHED : MOST_MATCHED + length], entry_ids[num_entries:])
+            num_missing = _list_missing(number, length, now, forms, missing)
+            _make_keys(missing, num_missing, tokens, forms, weights, offsets, width, size, keys)
             shift = _score_columns(projected, keys, column, length, heads, size, dots)
             for head in range(heads):
                 of_place = _find_bias(weights, offsets, heads, places[p], projected, head)
@@ -274,12 +263,12 @@ def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, c
         offsets: of the weights.
         sizes: of the model.
         indexed: tokens [B, W] and places [B, 1, 5, 4] of the index, the token among them; keys
-            [B, ceil(W / 16), H C, 16].
+            [B, ceil(W / 16), H C, 16] and which of them are held [B, W] int8, changed in place.
         shares: [B, H, V], written: what each head gives every token of the vocabulary.
         totals: [B, H], written: the sums of these.
         context: [B, D], written.
     """
-    tokens, places, keys = indexed
+    tokens, places, keys, forms = indexed
     batch, width = x.shape
     heads, size = sizes[at.INDEX_HEADS], sizes[at.INDEX_HEAD_DIM]
     h = np.empty((batch, width), x.dtype)
@@ -296,8 +285,8 @@ def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, c
         for i in range(heads * size):
             projected[b, i] *= weights[offsets[at.TEMPERATURE] + i // size]
         num_entries = _score_entries(
-            projected[b], counters[b, at.NUM_TOKENS], places[b, 0], tokens[b], keys[b], weights,
-            offsets, heads, size, scores, entry_ids,
+            projected[b], counters[b, at.NUM_TOKENS], places[b, 0], (tokens[b], keys[b], forms[b]),
+            weights, offsets, (width, heads, size), scores, entry_ids,
         )  # fmt: skip
         for head in range(heads):
             fill(shares[b, head], 0.0)

@@ -228,7 +228,8 @@ def advance(
         counters: of every row.
         match: the automaton's predicted ids and match lengths after the token, [B, 1] each, or
             ``None``.
-        indexed: tokens and places of the index, the token among them, and its keys; or ``None``.
+        indexed: tokens and places of the index, the token among them, its keys, and which of them
+            are held; or ``None``.
         logits: [B, V], written here.
     """
     weights, offsets, sizes, parts, numbers, patterns = packed

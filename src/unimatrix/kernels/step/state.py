@@ -45,8 +45,9 @@ class StepState:
         knows_text: whether that hash is of the whole text.
         automaton: what predicts from the longest suffix; ``None`` where the model has none.
         index: of the indexed attention, and then the automaton as well; or ``None``.
-        keys: [B, ceil(W / 16), H C, 16], those of the tokens that the index remembers, or ``None``:
-            scratch, which is made of the tokens anew and never carried.
+        keys: [B, ceil(W / 16), H C, 16], of tokens that the index remembers, and which of them are
+            held, [B, W] int8; or ``None``. Scratch: they are made of the tokens when they are
+            read, and never carried.
     """
 
     num_columns: int
@@ -58,7 +59,7 @@ class StepState:
     knows_text: bool
     automaton: AutomatonStream | IndexStream | None
     index: IndexStream | None
-    keys: Array | None
+    keys: tuple[Array, Array] | None
 
     @property
     def carried(self) -> tuple[Any, ...]:
@@ -78,15 +79,15 @@ class StepState:
         return self.automaton.predicted_ids, self.automaton.match_lengths
 
     @property
-    def indexed(self) -> tuple[Array, Array, Array] | None:
+    def indexed(self) -> tuple[Array, ...] | None:
         """What the kernel takes of the index: its tokens, the last places, and keys."""
         if self.index is None or self.keys is None:
             return None
-        return self.index.tokens, self.index.places, self.keys
+        return self.index.tokens, self.index.places, *self.keys
 
     def scratch_bytes(self) -> int:
         """Return the bytes of what is made anew when the streams are gone on with."""
-        return 0 if self.keys is None else self.keys.nbytes
+        return sum(array.nbytes for array in self.keys or ())
 
     def num_bytes(self) -> int:
         """Return the bytes of everything that is carried, as allocated."""
@@ -145,13 +146,16 @@ def _read_index(cache: UniMatrixCache, config: UniMatrixConfig) -> IndexStream |
     return IndexStream(empty_index(cache.batch_size, *form))
 
 
-def _allocate_keys(batch: int, config: UniMatrixConfig, dtype: torch.dtype) -> Array | None:
+def _allocate_keys(
+    batch: int, config: UniMatrixConfig, dtype: torch.dtype
+) -> tuple[Array, Array] | None:
     if config.associative_memory != "indexed":
         return None
-    assert config.automaton_window is not None
-    num_blocks = -(-config.automaton_window // KEY_BLOCK)
-    shape = (batch, num_blocks, config.index_heads * config.index_head_dim, KEY_BLOCK)
-    return np.zeros(shape, dtype=np.float64 if dtype == torch.float64 else np.float32)
+    window = config.automaton_window
+    assert window is not None
+    shape = (batch, -(-window // KEY_BLOCK), config.index_heads * config.index_head_dim, KEY_BLOCK)
+    keys = np.zeros(shape, dtype=np.float64 if dtype == torch.float64 else np.float32)
+    return keys, np.zeros((batch, window), dtype=np.int8)
 
 
 def _read_automaton(
