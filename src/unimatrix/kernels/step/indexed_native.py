@@ -70,47 +70,56 @@ def _convolve_features(weights, offsets, tokens, number, sees_ahead, seen):
 
 
 @part(**OPTIONS)
-def _list_missing(number, length, now, forms, missing):
-    """Note which keys of neighbouring tokens are not held as they are now; return how many."""
-    window, num_missing = forms.shape[0], 0
-    column = number % window
+def _hold_keys(number, length, now, held, weights, offsets, width, size):
+    """Make those keys of neighbouring tokens that are not held as they are now."""
+    tokens, keys, forms = held
+    column, num_missing = number % tokens.shape[0], 0
+    missing = np.empty(length, np.int64)
     for i in range(length):
         form = _BOTH_SIDES if number + i + REACH - 1 <= now else _PAST
         if forms[column + i] != form:
             forms[column + i] = form
             missing[num_missing] = number + i
             num_missing += 1
-    return num_missing
+    for first in range(0, num_missing, _KEYS_AT_ONCE):
+        some = missing[first : min(first + _KEYS_AT_ONCE, num_missing)]
+        _make_keys(some, tokens, forms, weights, offsets, width, size, keys)
 
 
 @part(**OPTIONS)
-def _make_keys(missing, num_missing, tokens, forms, weights, offsets, width, size, keys):
+def _make_keys(numbers, tokens, forms, weights, offsets, width, size, keys):
     """Make the keys of tokens of one stream: ``IndexedAttention.make_keys``.
 
-    Row by row, so that a key has the same bits whichever are made with it.
+    A key has the same bits whichever others are made with it.
+
+    Args:
+        numbers: [n] int64, of the tokens in the stream.
+        tokens: [W], of the index.
+        forms: [W] int8, what each key sees.
+        weights: as for ``advance``, like the next.
+        offsets: of the weights.
+        width: D.
+        size: C.
+        keys: [ceil(W / 16), H C, 16], written.
     """
-    window, inner = tokens.shape[0], keys.shape[1]
-    eps = np.float64(np.finfo(weights.dtype).eps)
-    for first in range(0, num_missing, _KEYS_AT_ONCE):
-        num_rows = min(_KEYS_AT_ONCE, num_missing - first)
-        seen = np.empty((num_rows, width), weights.dtype)
-        mixed = np.empty((num_rows, width), weights.dtype)
-        made = np.empty((num_rows, inner), weights.dtype)
-        for i in range(num_rows):
-            n = missing[first + i]
-            sees_ahead = forms[n % window] == _BOTH_SIDES
-            _convolve_features(weights, offsets, tokens, n, sees_ahead, seen[i])
-            for j in range(width):
-                seen[i, j] = gelu(seen[i, j])
-        project(weights, offsets[at.KEY_MIX], offsets[at.KEY_MIX_BIAS], seen, mixed)
-        for i in range(num_rows):
-            scale_to_unit_square(mixed[i], eps)
-        project(weights, offsets[at.PLACE_KEY], -1, mixed, made)
-        for i in range(num_rows):
-            bound(made[i], size, True)
-            column = missing[first + i] % window
-            for j in range(inner):
-                keys[column // KEY_BLOCK, j, column % KEY_BLOCK] = made[i, j]
+    window, num_rows, inner = tokens.shape[0], numbers.shape[0], keys.shape[1]
+    seen = np.empty((num_rows, width), weights.dtype)
+    mixed = np.empty((num_rows, width), weights.dtype)
+    made = np.empty((num_rows, inner), weights.dtype)
+    for i in range(num_rows):
+        sees_ahead = forms[numbers[i] % window] == _BOTH_SIDES
+        _convolve_features(weights, offsets, tokens, numbers[i], sees_ahead, seen[i])
+        for j in range(width):
+            seen[i, j] = gelu(seen[i, j])
+    project(weights, offsets[at.KEY_MIX], offsets[at.KEY_MIX_BIAS], seen, mixed)
+    for i in range(num_rows):
+        scale_to_unit_square(mixed[i], np.float64(np.finfo(weights.dtype).eps))
+    project(weights, offsets[at.PLACE_KEY], -1, mixed, made)
+    for i in range(num_rows):
+        bound(made[i], size, True)
+        column = numbers[i] % window
+        for j in range(inner):
+            keys[column // KEY_BLOCK, j, column % KEY_BLOCK] = made[i, j]
 
 
 @part(**OPTIONS)
@@ -205,7 +214,7 @@ def _score_entries(projected, now, places, held, weights, offsets, form, scores,
     latest = np.empty(MOST_MATCHED, np.int64)
     _copy_text(tokens, now - MOST_MATCHED + 1, MOST_MATCHED, latest)
     text = np.empty(MOST_MATCHED + NUM_OFFSETS, np.int64)
-    matched, missing = np.empty(NUM_OFFSETS, np.int64), np.empty(NUM_OFFSETS, np.int64)
+    matched = np.empty(NUM_OFFSETS, np.int64)
     forms[now % window] = _NO_KEY  # of the token that this one has replaced
     for p in range(places.shape[0]):
         distance = places[p, 0]
@@ -220,8 +229,7 @@ def _score_entries(projected, now, places, held, weights, offsets, form, scores,
             _copy_text(tokens, number - MOST_MATCHED, MOST_MATCHED + length, text)
             _count_matched(text, length, latest, matched)
             copy(text[MOST_MATCHED : MOST_MATCHED + length], entry_ids[num_entries:])
-            num_missing = _list_missing(number, length, now, forms, missing)
-            _make_keys(missing, num_missing, tokens, forms, weights, offsets, width, size, keys)
+            _hold_keys(number, length, now, held, weights, offsets, width, size)
             shift = _score_columns(projected, keys, column, length, heads, size, dots)
             for head in range(heads):
                 of_place = _find_bias(weights, offsets, heads, places[p], projected, head)
@@ -234,6 +242,14 @@ def _score_entries(projected, now, places, held, weights, offsets, form, scores,
             offset += length
             num_entries += length
     return num_entries
+
+
+@part(**OPTIONS)
+def _add_shares(scores, entry_ids, num_entries, shares):
+    """Write to shares [V] what the entries of each token weigh together."""
+    fill(shares, 0.0)
+    for e in range(num_entries):
+        shares[entry_ids[e]] += scores[e]
 
 
 @part(**OPTIONS)
@@ -271,9 +287,8 @@ def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, c
     tokens, places, keys, forms = indexed
     batch, width = x.shape
     heads, size = sizes[at.INDEX_HEADS], sizes[at.INDEX_HEAD_DIM]
-    h = np.empty((batch, width), x.dtype)
+    h = x.copy()
     for b in range(batch):
-        copy(x[b], h[b])
         scale_to_unit_square(h[b], np.float64(np.finfo(x.dtype).eps))
     projected = np.empty((batch, heads * (size + NUM_OFFSETS + NUM_KINDS)), x.dtype)
     project(weights, offsets[at.PLACE_QUERY], offsets[at.PLACE_QUERY_BIAS], h, projected)
@@ -289,10 +304,8 @@ def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, c
             weights, offsets, (width, heads, size), scores, entry_ids,
         )  # fmt: skip
         for head in range(heads):
-            fill(shares[b, head], 0.0)
             totals[b, head] = _weigh(scores[head], num_entries)
-            for e in range(num_entries):
-                shares[b, head, entry_ids[e]] += scores[head, e]
+            _add_shares(scores[head], entry_ids, num_entries, shares[b, head])
         _sum_values(shares[b], weights, offsets, size, read[b])
     project(weights, offsets[at.PLACE_OUTPUT], -1, read, context)
 

@@ -5,8 +5,6 @@ is one product, and so is everything else that shares its input.
 """
 # mypy: allow-untyped-defs
 
-import math
-
 import numpy as np
 
 from unimatrix.kernels.step import layout as at
@@ -23,13 +21,13 @@ from unimatrix.kernels.step.vectors_native import (
     fill,
     gelu,
     get_row,
+    log_sum,
     multiply_silu,
     normalize,
     project,
     scale_to_unit_square,
     sigmoid,
     softmax_rules,
-    sum_powers,
 )
 from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
 from unimatrix.ops.matrix_state.reference import READOUT_EPS
@@ -182,11 +180,7 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, shares, totals, weigh
             sharing = add_log(sharing, np.float64(scores[b, n]))
         if shares is not None and sizes[at.NUM_HEAD_SCORES]:
             sharing = sum_heads(scores[b, num_scores:], totals[b], sharing)
-        largest = logits[b, 0]
-        for number in logits[b]:
-            largest = max(largest, number)
-        total = sum_powers(logits[b], largest)
-        shift = weights.dtype.type(largest + math.log(total) + sharing)
+        shift = weights.dtype.type(log_sum(logits[b]) + sharing)
         for i in range(logits.shape[1]):
             logits[b, i] -= shift
         for n in range(num_scores):

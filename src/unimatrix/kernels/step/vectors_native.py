@@ -183,17 +183,18 @@ def multiply_silu(gate, up, inner):
 
 
 @part(**OPTIONS)
-def sum_powers(numbers, shift):
-    """Return the sum of exp(number - shift) over numbers [n]."""
+def log_sum(numbers):
+    """Return ln of the sum of exp(number) over numbers [n]."""
     whole = numbers.shape[0] - numbers.shape[0] % len(_LANES)
-    source = pointer(numbers, 0)
+    source, shift, rest = pointer(numbers, 0), numbers[0], 0.0
+    for number in numbers:
+        shift = max(shift, number)
     sums = zeros(source, _LANES)
     for i in range(0, whole, len(_LANES)):
         sums = plus(sums, exponential(minus(load(source, i, _LANES), shift)))
-    rest = 0.0
     for i in range(whole, numbers.shape[0]):
         rest += math.exp(numbers[i] - shift)
-    return np.float64(sum_lanes(sums)) + rest
+    return np.float64(shift) + math.log(np.float64(sum_lanes(sums)) + rest)
 
 
 @part(**OPTIONS)

@@ -63,6 +63,13 @@ def advance_matrix(
             S[a * size + a] += by_diagonal * d[a]
     if norm_guard:
         _guard(size, S)
+    _read_state(size, S, q, y)
+
+
+@part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def _read_state(size: int, S: Any, q: Any, y: Any) -> None:
+    """Set y to the readout S^T q; pointers, as in ``advance_matrix``."""
+    whole = size - size % len(_LANES)
     for p in range(0, whole, len(_LANES)):
         sums = zeros(y, _LANES)
         for a in range(size):

@@ -30,6 +30,8 @@ class IndexStream:
         self.match_lengths = np.zeros((batch, 1), dtype=np.int64)
         self._lengths = np.ones(batch, dtype=np.int64)
         self.places = np.zeros((batch, 1, NUM_PLACES, 4), dtype=np.int32)
+        self._distances = self.places[..., 0]
+        self._no_match = np.array([-1, 0], dtype=np.int64)
         self._matches = np.empty((batch, 1, 2), dtype=np.int64)
         self._arrays = [tensor.numpy() for tensor in index]
         self.tokens, self.counters = index.tokens.numpy(), index.counters.numpy()
@@ -41,12 +43,13 @@ class IndexStream:
         Args:
             token_ids: [B] int64.
         """
-        ids, matches = token_ids.reshape(-1, 1), self._matches
-        matches[..., 0], matches[..., 1] = -1, 0
-        self.places[..., 0] = -1
-        found = (self.places, matches)
+        ids = token_ids.reshape(-1, 1)
+        np.copyto(self._matches, self._no_match)
+        self._distances.fill(-1)
+        found = (self.places, self._matches)
         _scan_rows(0, len(ids), ids, self._lengths, *found, *self._arrays, self._gap)
-        self.predicted_ids[:], self.match_lengths[:] = matches[..., 0], matches[..., 1]
+        np.copyto(self.predicted_ids, self._matches[..., 0])
+        np.copyto(self.match_lengths, self._matches[..., 1])
 
     def copy(self) -> TextIndex:
         """Return a copy of the index that shares nothing."""
