@@ -45,8 +45,8 @@ def assert_same_streams(
 
 
 def test_what_has_no_compiled_step() -> None:
-    """The memory that grows, the indexed attention, and the options that no preset uses."""
-    without = ("assoc", "two-hops", "indexed")
+    """The memory that grows, and the options that no preset uses."""
+    without = ("assoc", "two-hops")
     assert [name for name in VARIANTS if name not in SUPPORTED] == [
         name for name in VARIANTS if any(part in name for part in without)
     ]

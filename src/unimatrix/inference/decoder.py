@@ -50,6 +50,11 @@ class Decoder:
         self._state = read_cache(cache, model.config, num_recent, self._weights.dtype)
         self._most_tokens = int(cache.num_tokens.max())
         self._carried, self._match = self._state.carried, self._state.match
+        self._indexed = self._state.indexed
+        # A configuration looks every attribute up among others, a microsecond each.
+        config = self._weights.config
+        self._vocab_size, self._limit = config.vocab_size, config.max_position_embeddings
+        self._form = (self.batch_size, config.vocab_size), self._weights.arrays[0].dtype
 
     @property
     def batch_size(self) -> int:
@@ -69,7 +74,6 @@ class Decoder:
             InputError: if there is not one token a row, one is not of the vocabulary, or the
                 position table has no row left.
         """
-        config = self._weights.config
         try:
             ids = np.ascontiguousarray(token_ids.detach().numpy())
         except TypeError as error:  # of torch, which names neither the argument nor its device
@@ -78,14 +82,14 @@ class Decoder:
             ) from error
         if ids.dtype == np.int32:
             ids = ids.astype(np.int64)
-        if ids.shape != (self.batch_size,) or ids.dtype != np.int64:
+        if ids.shape != self._form[0][:1] or ids.dtype != np.int64:
             raise InputError(
                 f"token_ids has shape {list(token_ids.shape)} and type {token_ids.dtype}; pass "
                 f"[{self.batch_size}] of torch.int64"
             )
         listed = ids.tolist()  # of few rows, quicker than two reductions
-        if min(listed) < 0 or max(listed) >= config.vocab_size:
-            raise InputError(f"token_ids holds {listed}; pass ids in 0..{config.vocab_size - 1}")
+        if min(listed) < 0 or max(listed) >= self._vocab_size:
+            raise InputError(f"token_ids holds {listed}; pass ids in 0..{self._vocab_size - 1}")
         self._require_room()
         logits = self._allocate_logits()
         self._read(ids, logits)
@@ -116,7 +120,7 @@ class Decoder:
             InputError: as ``step``, or for a ``num_tokens``, ``pad_id`` or ``ended`` that is not as
                 above.
         """
-        vocab_size = self._weights.config.vocab_size
+        vocab_size = self._vocab_size
         if num_tokens < 1 or not 0 <= pad_id < vocab_size:
             raise InputError(
                 f"num_tokens is {num_tokens} and pad_id {pad_id}; pass at least 1, and an id in "
@@ -140,20 +144,21 @@ class Decoder:
         return torch.from_numpy(written)
 
     def _allocate_logits(self) -> np.ndarray[Any, Any]:
-        dtype = self._weights.arrays[0].dtype
-        return np.empty((self.batch_size, self._weights.config.vocab_size), dtype=dtype)
+        shape, dtype = self._form
+        return np.empty(shape, dtype=dtype)
 
     def _read(self, ids: np.ndarray[Any, Any], logits: np.ndarray[Any, Any]) -> None:
         """Read valid ids [B] and write the logits [B, V] of the next."""
-        if self._state.automaton is not None:
-            self._state.automaton.push(ids)
-        advance(ids, self._weights.arrays, *self._carried, self._match, logits)
+        stream = self._state.stream
+        if stream is not None:
+            stream.push(ids)
+        advance(ids, self._weights.arrays, *self._carried, self._match, self._indexed, logits)
         self._most_tokens += 1
         self._state.num_columns += 1
 
     def _require_room(self) -> None:
         """Raise ``InputError`` if the position table has no row left."""
-        limit = self._weights.config.max_position_embeddings
+        limit = self._limit
         if limit is not None and self._most_tokens >= limit:
             raise InputError(
                 f"the input reaches {self._most_tokens + 1} tokens and the position table has "
@@ -166,5 +171,12 @@ class Decoder:
         return write_cache(self._state, self._weights.config, self._origin)
 
     def num_bytes(self) -> int:
-        """Return the bytes that the streams carry, as allocated."""
+        """Return the bytes that the streams carry, as allocated, without ``scratch_bytes``."""
         return self._state.num_bytes()
+
+    def scratch_bytes(self) -> int:
+        """Return the bytes of the indexed attention's keys, one of each token of the window.
+
+        They are made of the text when they are read, so a cache does not hold them.
+        """
+        return self._state.scratch_bytes()

@@ -12,6 +12,7 @@ from unimatrix.kernels.explain import explain_module
 from unimatrix.nn.associative_projections import AssociativeProjections
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.feed_forward import FeedForward, GatedFeedForward
+from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.nn.matrix_mixer import MatrixMixer, RetentionProjection
 from unimatrix.nn.mixer import Mixer
 from unimatrix.nn.pointer_mixture import PointerMixture
@@ -42,7 +43,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "feed_forward_type": ("gelu", "swiglu"),
     "residual_path": ("none", "previous_token", "suffix_automaton"),
     "update_rules": ("outer", "mixed", "delta", "none"),
-    "associative_memory": ("none", "slots", "selective"),
+    "associative_memory": ("none", "slots", "selective", "indexed"),
     "slot_source": ("token", "hidden"),
     "repeated_key": ("last", "first"),
 }
@@ -57,6 +58,7 @@ _MODULES = (
     AssociativeProjections,
     FeedForward,
     GatedFeedForward,
+    IndexedAttention,
     MatrixMixer,
     PointerMixture,
     ResidualContext,
@@ -82,7 +84,7 @@ def explain_config(config: UniMatrixConfig) -> str | None:
     """Return why no compiled step exists for a configuration, ``None`` if one does.
 
     The list is one of what is allowed: a field that is not on it must have its default. Not on it
-    are the dense associative memory, which grows with the stream, and the indexed attention.
+    is the dense associative memory, which grows with the stream.
     """
     for name, default in get_config_defaults().items():
         value = getattr(config, name)

@@ -35,13 +35,28 @@ product is a sum of rows.
     GATE_DOWN,  # [D / 2, patterns]
     GATE_DOWN_BIAS,  # [patterns]
     READ_SCORE,  # [Q]
-    MIXTURE,  # [D, Q + 1], scores of the reads and of the automaton
-    MIXTURE_BIAS,  # [Q + 1]
+    MIXTURE,  # [D, Q + 1 + H'], scores of the reads, of the automaton and of the index's heads
+    MIXTURE_BIAS,  # [Q + 1 + H']
     LENGTH_SCORE,  # [buckets]
     CONV,  # [K, D], of the short convolution
     VECTORS,  # [D, 3 H N or 4 H N], queries, keys and values of what was convolved
-) = range(34)
-NUM_WEIGHTS = 34
+    # Of the indexed attention, with H' heads of C; features are embeddings over their root mean
+    # square, and its values are those of every token of the vocabulary.
+    FEATURE_SCALE,  # [V], what makes features of embeddings
+    PLACE_VALUES,  # [V, H' C]
+    KEY_CONV,  # [2, 12, D], of the tokens before a token, and of those from it on
+    KEY_MIX,  # [D, D]
+    KEY_MIX_BIAS,  # [D]
+    PLACE_KEY,  # [D, H' C]
+    PLACE_QUERY,  # [D, H' C + 80 H' + 7 H'], queries, and biases of offsets and of kinds of places
+    PLACE_QUERY_BIAS,  # [H' C + 80 H' + 7 H']
+    TEMPERATURE,  # [H']
+    COUNT_BIAS,  # [8, H']
+    AGE_BIAS,  # [8, H']
+    MATCH_BIAS,  # [H', 17]
+    PLACE_OUTPUT,  # [H' C, D]
+) = range(47)
+NUM_WEIGHTS = 47
 
 # Sizes and choices.
 (
@@ -59,7 +74,7 @@ NUM_WEIGHTS = 34
     NORMALIZED_KEYS,
     CONTEXT_PATH,  # one of NO_CONTEXT, PREVIOUS_TOKEN, AUTOMATON
     PAD_ID,
-    ASSOCIATIONS,  # one of NO_ASSOCIATIONS, SLOTS, SELECTIVE
+    ASSOCIATIONS,  # one of NO_ASSOCIATIONS, SLOTS, SELECTIVE, INDEXED
     FROM_HIDDEN,  # their source, or what their gate sees
     POINTER_VOTES,
     NUM_READS,  # what the slots answer with, K or Q
@@ -70,10 +85,14 @@ NUM_WEIGHTS = 34
     KEEP_FIRST,
     FADE_TOKENS,
     USES_DELTA,
-) = range(25)
-NUM_SIZES = 25
+    INDEX_HEADS,  # H'
+    INDEX_HEAD_DIM,  # C
+    INDEX_READS_AT,
+    NUM_HEAD_SCORES,  # H' if the mixture weighs its heads, else 0
+) = range(29)
+NUM_SIZES = 29
 NO_CONTEXT, PREVIOUS_TOKEN, AUTOMATON = range(3)
-NO_ASSOCIATIONS, SLOTS, SELECTIVE = range(3)
+NO_ASSOCIATIONS, SLOTS, SELECTIVE, INDEXED = range(4)
 
 # First column of each part of what is projected from the normalised stream, -1 for what is absent.
 (
@@ -93,3 +112,6 @@ NORM_EPS, MATCH_THRESHOLD, STRENGTH_FLOOR = range(3)
 
 # What is counted for each row.
 NUM_TOKENS, LAST_TOKEN_ID, TEXT_HASH = range(3)
+
+# Neighbouring columns of the index whose keys lie number by number side by side.
+KEY_BLOCK = 16

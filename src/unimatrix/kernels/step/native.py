@@ -5,11 +5,10 @@ is one product, and so is everything else that shares its input.
 """
 # mypy: allow-untyped-defs
 
-import math
-
 import numpy as np
 
 from unimatrix.kernels.step import layout as at
+from unimatrix.kernels.step.indexed_native import mix_heads, read_places, sum_heads
 from unimatrix.kernels.step.selective_native import retrieve_selective
 from unimatrix.kernels.step.vectors_native import (
     NUM_RULES,
@@ -22,6 +21,8 @@ from unimatrix.kernels.step.vectors_native import (
     fill,
     gelu,
     get_row,
+    log_sum,
+    multiply_silu,
     normalize,
     project,
     scale_to_unit_square,
@@ -31,6 +32,7 @@ from unimatrix.kernels.step.vectors_native import (
 from unimatrix.ops.matrix_state.native_step import advance_delta, advance_matrix
 from unimatrix.ops.matrix_state.reference import READOUT_EPS
 from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import pointer
 from unimatrix.ops.slots.native_step import advance_slots
 from unimatrix.ops.text_hash import MULTIPLIER
 
@@ -61,33 +63,34 @@ def _mix_matrix(projected, vectors, sizes, parts, S, y):
     """Advance the matrix states of one row [H, N, N] and write the readouts to y [H N]."""
     num_heads, size = sizes[at.NUM_HEADS], sizes[at.HEAD_DIM]
     inner = num_heads * size
-    num_vectors = 4 if sizes[at.MIXES_RULES] else 3
+    mixes_rules, num_vectors = sizes[at.MIXES_RULES] != 0, 4 if sizes[at.MIXES_RULES] else 3
     for i in range(num_vectors):
         if i != 1 or not sizes[at.USES_DELTA]:  # the payload of the delta rule has no bound
             bound(vectors[i * inner : (i + 1) * inner], size, sizes[at.NORMALIZED_KEYS] != 0)
-    rules = projected[:0]
-    if sizes[at.MIXES_RULES]:
-        rules = projected[parts[at.RULES] : parts[at.RULES] + num_heads * NUM_RULES]
-        softmax_rules(rules)
+    first_rule = parts[at.RULES] if mixes_rules else 0
+    if mixes_rules:
+        softmax_rules(projected[first_rule : first_rule + num_heads * NUM_RULES])
     for h in range(num_heads):
-        q = vectors[h * size : (h + 1) * size]
-        k = vectors[inner + h * size : inner + (h + 1) * size]
-        v = vectors[2 * inner + h * size : 2 * inner + (h + 1) * size]
-        d = q
-        if sizes[at.MIXES_RULES]:
-            d = vectors[3 * inner + h * size : 3 * inner + (h + 1) * size]
-        readout = y[h * size : (h + 1) * size]
         log_odds = projected[parts[at.RETENTION] + h]
         if sizes[at.USES_DELTA]:
+            q = vectors[h * size : (h + 1) * size]
+            k = vectors[inner + h * size : inner + (h + 1) * size]
+            v = vectors[2 * inner + h * size : 2 * inner + (h + 1) * size]
             strength = sigmoid(projected[parts[at.WRITE_STRENGTH] + h])
-            advance_delta(S[h], q, k, v, log_odds, strength, readout)
-        else:
-            advance_matrix(
-                S[h], q, k, v, d, log_odds, rules[h * NUM_RULES : (h + 1) * NUM_RULES],
-                sizes[at.NORM_GUARD] != 0, readout,
-            )  # fmt: skip
-        if sizes[at.NORMALIZED_KEYS]:
-            scale_to_unit_square(readout, READOUT_EPS)
+            advance_delta(S[h], q, k, v, log_odds, strength, y[h * size : (h + 1) * size])
+            continue
+        # 1 - rho without cancellation is the logistic function of minus the log odds.
+        rho, write = y.dtype.type(sigmoid(log_odds)), y.dtype.type(sigmoid(-log_odds))
+        d = (3 * inner if mixes_rules else 0) + h * size
+        advance_matrix(
+            size, pointer(S, h * size * size), pointer(vectors, h * size),
+            pointer(vectors, inner + h * size), pointer(vectors, 2 * inner + h * size),
+            pointer(vectors, d), rho, write, pointer(projected, first_rule + h * NUM_RULES),
+            mixes_rules, sizes[at.NORM_GUARD] != 0, pointer(y, h * size),
+        )  # fmt: skip
+    if sizes[at.NORMALIZED_KEYS]:
+        for h in range(num_heads):
+            scale_to_unit_square(y[h * size : (h + 1) * size], READOUT_EPS)
 
 
 @part(**OPTIONS)
@@ -138,9 +141,7 @@ def _feed_forward(h, weights, offsets, sizes, x):
         both = np.empty((batch, 2 * size), h.dtype)
         project(weights, offsets[at.UP], -1, h, both)
         for b in range(batch):
-            for i in range(size):
-                gate = both[b, i]
-                inner[b, i] = gate * sigmoid(gate) * both[b, size + i]
+            multiply_silu(both[b, :size], both[b, size:], inner[b])
     else:
         project(weights, offsets[at.UP], offsets[at.UP_BIAS], h, inner)
         for b in range(batch):
@@ -153,12 +154,12 @@ def _feed_forward(h, weights, offsets, sizes, x):
 
 
 @part(**OPTIONS)
-def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, sizes):
+def _mix_logits(h, logits, read_ids, log_strengths, match, shares, totals, weights, offsets, sizes):
     """Turn logits [B, V] into ln of the mixture's probabilities: ``nn.pointer_mixture``."""
     batch = h.shape[0]
     num_reads = sizes[at.NUM_SLOT_SCORES]
     num_scores = num_reads + sizes[at.AUTOMATON_SCORE]
-    scores = np.empty((batch, num_scores), h.dtype)
+    scores = np.empty((batch, num_scores + sizes[at.NUM_HEAD_SCORES]), h.dtype)
     project(weights, offsets[at.MIXTURE], offsets[at.MIXTURE_BIAS], h, scores)
     ids = np.empty(num_scores, np.int64)
     for b in range(batch):
@@ -177,12 +178,9 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, siz
         sharing = 0.0  # ln of the sum over the vocabulary, whose score is 0, and the others
         for n in range(num_scores):
             sharing = add_log(sharing, np.float64(scores[b, n]))
-        largest, total = -np.inf, 0.0
-        for number in logits[b]:
-            largest = max(largest, np.float64(number))
-        for number in logits[b]:
-            total += math.exp(number - largest)
-        shift = weights.dtype.type(largest + math.log(total) + sharing)
+        if shares is not None and sizes[at.NUM_HEAD_SCORES]:
+            sharing = sum_heads(scores[b, num_scores:], totals[b], sharing)
+        shift = weights.dtype.type(log_sum(logits[b]) + sharing)
         for i in range(logits.shape[1]):
             logits[b, i] -= shift
         for n in range(num_scores):
@@ -191,6 +189,8 @@ def _mix_logits(h, logits, read_ids, log_strengths, match, weights, offsets, siz
                 logits[b, token_id] = add_log(
                     np.float64(logits[b, token_id]), np.float64(scores[b, n]) - sharing
                 )
+        if shares is not None and sizes[at.NUM_HEAD_SCORES]:
+            mix_heads(scores[b, num_scores:], shares[b], sharing, logits[b])
 
 
 @part(**OPTIONS)
@@ -206,7 +206,7 @@ def _embed(token_ids, weights, offsets, counters, source, x):
 
 @kernel(**OPTIONS)
 def advance(
-    token_ids, packed, matrix_states, recents, slots, selective, counters, match, logits
+    token_ids, packed, matrix_states, recents, slots, selective, counters, match, indexed, logits
 ):  # fmt: skip
     """Read one token of every row.
 
@@ -222,6 +222,8 @@ def advance(
         counters: of every row.
         match: the automaton's predicted ids and match lengths after the token, [B, 1] each, or
             ``None``.
+        indexed: tokens and places of the index, the token among them, its keys, and which of them
+            are held; or ``None``.
         logits: [B, V], written here.
     """
     weights, offsets, sizes, parts, numbers, patterns = packed
@@ -263,12 +265,19 @@ def advance(
     y = np.empty((batch, inner), weights.dtype)
     num_depth_steps = sizes[at.NUM_DEPTH_STEPS]
     has_read = sizes[at.ASSOCIATIONS] == at.SLOTS
+    shares, totals = None, None
+    if indexed is not None:
+        shares = np.empty((batch, sizes[at.INDEX_HEADS], logits.shape[1]), weights.dtype)
+        totals = np.empty((batch, sizes[at.INDEX_HEADS]), weights.dtype)
     for depth_step in range(num_depth_steps):
         if selective is not None and depth_step == sizes[at.FROM_HIDDEN]:
             retrieve_selective(
                 token_ids, x, counters, weights, offsets, sizes, patterns, selective,
                 read_context, read_ids, votes,
             )  # fmt: skip
+            has_read = True
+        if indexed is not None and depth_step == sizes[at.INDEX_READS_AT]:
+            read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, read_context)
             has_read = True
         if offsets[at.DEPTH] >= 0:
             for b in range(batch):
@@ -311,7 +320,7 @@ def advance(
     normalize(x, weights, offsets[at.FINAL_NORM], offsets[at.FINAL_NORM_BIAS], centered, eps, h)
     project(weights, offsets[at.HEAD], -1, h, logits)
     if offsets[at.MIXTURE] >= 0:
-        _mix_logits(h, logits, read_ids, votes, match, weights, offsets, sizes)
+        _mix_logits(h, logits, read_ids, votes, match, shares, totals, weights, offsets, sizes)
     for b in range(batch):
         if sizes[at.POINTER_VOTES]:
             gate = weights.dtype.type(sigmoid(projected[b, parts[at.POINTER_GATE]]))

@@ -10,7 +10,9 @@ from torch import Tensor
 from unimatrix.cache import UniMatrixCache, digest_config
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.hub.weights_origin import WeightsOrigin
+from unimatrix.kernels.step.layout import KEY_BLOCK
 from unimatrix.nn.block import States
+from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.nn.matrix_mixer import MatrixMixer, MatrixState
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveState
@@ -41,7 +43,11 @@ class StepState:
         selective: keys, values and codes [B, M], recent token ids [B, n], all int64; or ``None``.
         counters: [B, 3] int64, tokens so far, the last token and the hash of the text.
         knows_text: whether that hash is of the whole text.
-        automaton: ``None`` where the model has none.
+        automaton: what predicts from the longest suffix; ``None`` where the model has none.
+        index: of the indexed attention, and then the automaton as well; or ``None``.
+        keys: [B, ceil(W / 16), H C, 16], of tokens that the index remembers, and which of them are
+            held, [B, W] int8; or ``None``. Scratch: they are made of the tokens when they are
+            read, and never carried.
     """
 
     num_columns: int
@@ -52,11 +58,18 @@ class StepState:
     counters: Array
     knows_text: bool
     automaton: AutomatonStream | IndexStream | None
+    index: IndexStream | None
+    keys: tuple[Array, Array] | None
 
     @property
     def carried(self) -> tuple[Any, ...]:
         """What the kernel takes of it."""
         return self.matrix_states, self.recents, self.slots, self.selective, self.counters
+
+    @property
+    def stream(self) -> AutomatonStream | IndexStream | None:
+        """What every token is pushed to: an index is the automaton as well."""
+        return self.automaton if self.index is None else self.index
 
     @property
     def match(self) -> tuple[Array, Array] | None:
@@ -65,14 +78,26 @@ class StepState:
             return None
         return self.automaton.predicted_ids, self.automaton.match_lengths
 
+    @property
+    def indexed(self) -> tuple[Array, ...] | None:
+        """What the kernel takes of the index: its tokens, the last places, and keys."""
+        if self.index is None or self.keys is None:
+            return None
+        return self.index.tokens, self.index.places, *self.keys
+
+    def scratch_bytes(self) -> int:
+        """Return the bytes of what is made anew when the streams are gone on with."""
+        return sum(array.nbytes for array in self.keys or ())
+
     def num_bytes(self) -> int:
-        """Return the bytes of everything here, as allocated."""
+        """Return the bytes of everything that is carried, as allocated."""
         arrays = [self.matrix_states, *(self.slots or ()), *(self.selective or ()), self.counters]
         if self.recents is not None:
             arrays.append(self.recents)
         num_bytes = sum(array.nbytes for array in arrays)
-        if self.automaton is not None:
-            num_bytes += sum(t.numel() * t.element_size() for t in self.automaton.carried)
+        stream = self.stream
+        if stream is not None:
+            num_bytes += sum(tensor.nbytes for tensor in stream.carried)
         return num_bytes
 
 
@@ -89,6 +114,7 @@ def read_cache(
     """
     text_hash = torch.zeros_like(cache.num_tokens) if cache.text_hash is None else cache.text_hash
     counters = torch.stack([cache.num_tokens, cache.last_token_ids, text_hash], dim=1)
+    index = _read_index(cache, config)
     return StepState(
         num_columns=cache.num_columns,
         matrix_states=_read_matrix_states(cache, config, dtype),
@@ -97,7 +123,9 @@ def read_cache(
         selective=_read_selective(cache, config, num_recent),
         counters=_copy(counters, torch.int64),
         knows_text=cache.text_hash is not None,
-        automaton=_read_automaton(cache, config),
+        automaton=_read_automaton(cache, config, index),
+        index=index,
+        keys=_allocate_keys(cache.batch_size, config, dtype),
     )
 
 
@@ -107,11 +135,36 @@ def _copy(tensor: Tensor, dtype: torch.dtype) -> Array:
     return copied
 
 
+def _read_index(cache: UniMatrixCache, config: UniMatrixConfig) -> IndexStream | None:
+    if config.associative_memory != "indexed":
+        return None
+    state: TextIndex | None = cache.shared.get(IndexedAttention.name)
+    if state is not None:
+        return IndexStream(copy_index(state))
+    assert config.automaton_window is not None
+    form = (config.automaton_window, config.vocab_size, config.index_units)
+    return IndexStream(empty_index(cache.batch_size, *form))
+
+
+def _allocate_keys(
+    batch: int, config: UniMatrixConfig, dtype: torch.dtype
+) -> tuple[Array, Array] | None:
+    if config.associative_memory != "indexed":
+        return None
+    window = config.automaton_window
+    assert window is not None
+    shape = (batch, -(-window // KEY_BLOCK), config.index_heads * config.index_head_dim, KEY_BLOCK)
+    keys = np.zeros(shape, dtype=np.float64 if dtype == torch.float64 else np.float32)
+    return keys, np.zeros((batch, window), dtype=np.int8)
+
+
 def _read_automaton(
-    cache: UniMatrixCache, config: UniMatrixConfig
+    cache: UniMatrixCache, config: UniMatrixConfig, index: IndexStream | None
 ) -> AutomatonStream | IndexStream | None:
     if config.residual_path != "suffix_automaton":
         return None
+    if index is not None:
+        return index
     batch, window, state = cache.batch_size, config.automaton_window, cache.automaton
     if window is None:
         assert not isinstance(state, TextIndex)
@@ -207,7 +260,9 @@ def write_cache(
             states[SlotMixer.name] = slots
     if state.selective is not None:
         shared[SelectiveMixer.name] = _write_selective(state.selective, config)
-    if state.automaton is not None:
+    if state.index is not None:
+        shared[IndexedAttention.name] = state.index.copy()
+    elif state.automaton is not None:
         shared[ResidualContext.name] = state.automaton.copy()
     return UniMatrixCache(
         config_digest=digest_config(config),

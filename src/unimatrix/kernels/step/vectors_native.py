@@ -6,10 +6,23 @@ import math
 import numpy as np
 
 from unimatrix.ops.numba.compile import part
+from unimatrix.ops.numba.lanes import (
+    exponential,
+    load,
+    minus,
+    over,
+    plus,
+    pointer,
+    store,
+    times,
+    zeros,
+)
+from unimatrix.ops.numba.lanes import total as sum_lanes
 
 OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 NUM_RULES = 3
 _MIN_NORM = 1e-12
+_LANES = (0,) * 8
 
 
 @part(**OPTIONS)
@@ -146,8 +159,42 @@ def normalize(x, weights, start, bias, centered, eps, h):
 @part(**OPTIONS)
 def add_gated(gate, context, mixed):
     """Add sigmoid(gate) * context to mixed, [D] each."""
-    for i in range(mixed.shape[0]):
+    whole = mixed.shape[0] - mixed.shape[0] % len(_LANES)
+    logits, source, target = pointer(gate, 0), pointer(context, 0), pointer(mixed, 0)
+    for i in range(0, whole, len(_LANES)):
+        power = exponential(minus(zeros(logits, _LANES), load(logits, i, _LANES)))
+        gated = over(load(source, i, _LANES), plus(power, 1.0))
+        store(target, i, plus(load(target, i, _LANES), gated))
+    for i in range(whole, mixed.shape[0]):
         mixed[i] += context[i] * mixed.dtype.type(sigmoid(gate[i]))
+
+
+@part(**OPTIONS)
+def multiply_silu(gate, up, inner):
+    """Write gate * sigmoid(gate) * up to inner, [F] each."""
+    whole = inner.shape[0] - inner.shape[0] % len(_LANES)
+    logits, source, target = pointer(gate, 0), pointer(up, 0), pointer(inner, 0)
+    for i in range(0, whole, len(_LANES)):
+        logit = load(logits, i, _LANES)
+        power = exponential(minus(zeros(logits, _LANES), logit))
+        store(target, i, over(times(logit, load(source, i, _LANES)), plus(power, 1.0)))
+    for i in range(whole, inner.shape[0]):
+        inner[i] = gate[i] * sigmoid(gate[i]) * up[i]
+
+
+@part(**OPTIONS)
+def log_sum(numbers):
+    """Return ln of the sum of exp(number) over numbers [n]."""
+    whole = numbers.shape[0] - numbers.shape[0] % len(_LANES)
+    source, shift, rest = pointer(numbers, 0), numbers[0], 0.0
+    for number in numbers:
+        shift = max(shift, number)
+    sums = zeros(source, _LANES)
+    for i in range(0, whole, len(_LANES)):
+        sums = plus(sums, exponential(minus(load(source, i, _LANES), shift)))
+    for i in range(whole, numbers.shape[0]):
+        rest += math.exp(numbers[i] - shift)
+    return np.float64(shift) + math.log(np.float64(sum_lanes(sums)) + rest)
 
 
 @part(**OPTIONS)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.kernels.step import layout
 from unimatrix.nn.block import UniMatrixBlock
+from unimatrix.nn.indexed_attention import IndexedAttention
+from unimatrix.nn.selective_mixer import normalize_features
 from unimatrix.ops.selective_slots import CODES_PER_NAT
 
 Array = np.ndarray[Any, Any]
@@ -113,6 +115,8 @@ def pack_step(model: Any) -> StepWeights:
             for parameter in inner.token_modulation.parameters():
                 packer.take(parameter)
         _add_block(packer, block)
+        if block.indexed_attention is not None:
+            _add_index(packer, block.indexed_attention, inner.embed_tokens.weight)
         _add_mixture(packer, inner.pointer_mixture)
         parts, num_projected = _add_projections(packer, block)
         weights, starts = packer.join()
@@ -163,11 +167,30 @@ def _add_block(packer: _Packer, block: UniMatrixBlock) -> None:
         packer.add_linear(layout.VALUE, None, selective.value_proj)
 
 
+def _add_index(packer: _Packer, mixer: IndexedAttention, embeddings: Tensor) -> None:
+    """Pack the indexed attention, and what it makes of every token of the vocabulary alone."""
+    features = normalize_features(embeddings)
+    squares = embeddings.square().mean(dim=1)
+    packer.parts[layout.FEATURE_SCALE] = (squares + torch.finfo(squares.dtype).eps).rsqrt()
+    packer.parts[layout.PLACE_VALUES] = features @ packer.take(mixer.value_proj.weight).mT
+    packer.parts[layout.KEY_CONV] = packer.take(mixer.key_conv).mT
+    packer.add_linear(layout.KEY_MIX, layout.KEY_MIX_BIAS, mixer.key_mix)
+    packer.add_linear(layout.PLACE_KEY, None, mixer.key_proj)
+    biases = (mixer.offset_bias, mixer.kind_bias)
+    packer.add_linear(layout.PLACE_QUERY, layout.PLACE_QUERY_BIAS, mixer.query_proj, *biases)
+    packer.parts[layout.TEMPERATURE] = packer.take(mixer.log_temperature).exp()
+    packer.add(layout.COUNT_BIAS, mixer.count_bias.weight)
+    packer.add(layout.AGE_BIAS, mixer.age_bias.weight)
+    packer.add(layout.MATCH_BIAS, mixer.match_bias)
+    packer.add_linear(layout.PLACE_OUTPUT, None, mixer.out_proj)
+
+
 def _add_mixture(packer: _Packer, mixture: Any) -> None:
     """Pack the pointer mixture, if there is one."""
     if mixture is None:
         return
-    scores = [s for s in (mixture.slot_score, mixture.automaton_score) if s is not None]
+    scores = [mixture.slot_score, mixture.automaton_score, mixture.head_score]
+    scores = [score for score in scores if score is not None]
     packer.add_linear(layout.MIXTURE, layout.MIXTURE_BIAS, *scores)
     if mixture.length_score is not None:
         packer.add(layout.LENGTH_SCORE, mixture.length_score.weight)
@@ -192,7 +215,7 @@ def _add_projections(packer: _Packer, block: UniMatrixBlock) -> tuple[Array, int
             named[layout.QKVD] = vectors
         else:
             packer.add_linear(layout.VECTORS, None, *vectors)
-    mixer = block.slot_mixer or block.selective_mixer
+    mixer = block.slot_mixer or block.selective_mixer or block.indexed_attention
     if mixer is not None:
         named[layout.READ_GATE] = [mixer.read_gate]
     if block.context_gate is not None:
@@ -212,11 +235,11 @@ def _add_projections(packer: _Packer, block: UniMatrixBlock) -> tuple[Array, int
 
 def _list_sizes(config: UniMatrixConfig, block: UniMatrixBlock) -> Array:
     """Return sizes and choices in the order of ``layout``."""
-    selective = block.selective_mixer
+    selective, is_indexed = block.selective_mixer, block.indexed_attention is not None
     num_reads = 0 if selective is None else selective.num_reads
     if block.slot_mixer is not None:
         num_reads = min(config.slots_per_read, config.num_slots)
-    memories = {"none": layout.NO_ASSOCIATIONS, "slots": layout.SLOTS}
+    memories = {"none": layout.NO_ASSOCIATIONS, "slots": layout.SLOTS, "indexed": layout.INDEXED}
     paths = {"none": layout.NO_CONTEXT, "previous_token": layout.PREVIOUS_TOKEN}
     sizes = {
         layout.HIDDEN_SIZE: config.hidden_size,
@@ -242,6 +265,10 @@ def _list_sizes(config: UniMatrixConfig, block: UniMatrixBlock) -> Array:
         layout.KEEP_FIRST: config.repeated_key == "first",
         layout.FADE_TOKENS: config.slot_fade_tokens or 0,
         layout.USES_DELTA: config.update_rules == "delta",
+        layout.INDEX_HEADS: config.index_heads if is_indexed else 0,
+        layout.INDEX_HEAD_DIM: config.index_head_dim,
+        layout.INDEX_READS_AT: config.index_reads_at,
+        layout.NUM_HEAD_SCORES: config.index_heads if is_indexed and config.pointer else 0,
     }
     array = np.zeros(layout.NUM_SIZES, dtype=np.int64)
     array[list(sizes)] = [int(size) for size in sizes.values()]

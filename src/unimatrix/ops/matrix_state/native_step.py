@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 
 from unimatrix.ops.numba.compile import part
+from unimatrix.ops.numba.lanes import load, plus, store, times, zeros
 
 Array = np.ndarray[Any, Any]
+_LANES = (0,) * 8
 
 
 @part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
@@ -24,45 +26,71 @@ def _read(S: Array, q: Array, y: Array) -> None:
 
 @part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
 def advance_matrix(
-    S: Array,  # [N, N], address by payload: the transpose of what the cache holds
-    q: Array,  # [N]
-    k: Array,  # [N]
-    v: Array,  # [N]
-    d: Array,  # [N], unused without rules
-    log_odds: float,  # of the retention
-    rules: Array,  # [R] weights of the outer, diagonal and symmetric rule, or empty: outer alone
+    size: int,  # N
+    S: Any,  # pointer to [N, N], address by payload: the transpose of what the cache holds
+    q: Any,  # pointer to [N], like the next three
+    k: Any,
+    v: Any,
+    d: Any,  # unused without rules
+    rho: Any,  # the retention
+    write: Any,  # 1 - rho
+    rules: Any,  # pointer to the weights of the outer, diagonal and symmetric rule
+    mixes_rules: bool,  # otherwise the outer rule alone
     norm_guard: bool,
-    y: Array,  # [N], written here
+    y: Any,  # pointer to [N], written here
 ) -> None:
-    """Write the token into S, then read it."""
-    size = S.shape[0]
-    kind = S.dtype.type
-    # 1 - rho without cancellation is the logistic function of minus the log odds.
-    rho = kind(1.0 / (1.0 + math.exp(-log_odds)))
-    write = kind(1.0 / (1.0 + math.exp(log_odds)))
-    if rules.shape[0] == 0:
+    """Write the token into S, then read it.
+
+    Pointers: to count references to slices of arrays took five times as long as the work.
+    """
+    by_address, by_payload, by_diagonal = write, write * 0, write * 0
+    if mixes_rules:
+        by_payload = write * rules[2] / 2  # what v k^T is multiplied with
+        by_address, by_diagonal = write * rules[0] + by_payload, write * rules[1]
+    whole = size - size % len(_LANES)
+    for p in range(0, whole, len(_LANES)):
+        k_p, v_p = load(k, p, _LANES), load(v, p, _LANES)
         for a in range(size):
-            address = write * v[a]
-            for p in range(size):
-                S[a, p] = rho * S[a, p] + address * k[p]
-    else:
-        both = kind(0.5) * rules[2]
+            held = times(load(S, a * size + p, _LANES), rho)
+            held = plus(held, times(k_p, by_address * v[a]))
+            store(S, a * size + p, plus(held, times(v_p, by_payload * k[a])))
+    for a in range(size):
+        for p in range(whole, size):
+            added = by_address * v[a] * k[p] + by_payload * k[a] * v[p]
+            S[a * size + p] = rho * S[a * size + p] + added
+    if mixes_rules:
         for a in range(size):
-            address, payload = write * (rules[0] + both) * v[a], write * both * k[a]
-            for p in range(size):
-                S[a, p] = rho * S[a, p] + address * k[p] + payload * v[p]
-            S[a, a] += write * rules[1] * d[a]
+            S[a * size + a] += by_diagonal * d[a]
     if norm_guard:
-        total = kind(0.0)
+        _guard(size, S)
+    _read_state(size, S, q, y)
+
+
+@part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def _read_state(size: int, S: Any, q: Any, y: Any) -> None:
+    """Set y to the readout S^T q; pointers, as in ``advance_matrix``."""
+    whole = size - size % len(_LANES)
+    for p in range(0, whole, len(_LANES)):
+        sums = zeros(y, _LANES)
         for a in range(size):
-            for p in range(size):
-                total += S[a, p] * S[a, p]
-        if total > 1.0:
-            scale = kind(1.0 / math.sqrt(total))
-            for a in range(size):
-                for p in range(size):
-                    S[a, p] *= scale
-    _read(S, q, y)
+            sums = plus(sums, times(load(S, a * size + p, _LANES), q[a]))
+        store(y, p, sums)
+    for p in range(whole, size):
+        y[p] = S[p] * q[0]
+        for a in range(1, size):
+            y[p] += S[a * size + p] * q[a]
+
+
+@part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+def _guard(size: int, S: Any) -> None:
+    """Divide S by its norm where that is above 1 (E3)."""
+    total = 0.0
+    for i in range(size * size):
+        total += S[i] * S[i]
+    if total > 1.0:
+        scale = 1.0 / math.sqrt(total)
+        for i in range(size * size):
+            S[i] *= scale
 
 
 @part(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})

@@ -1,4 +1,4 @@
-"""The longest suffix in a window of a stream that goes on token by token, in place."""
+"""The text index of a stream that goes on token by token, in place."""
 
 import numpy as np
 
@@ -9,15 +9,18 @@ from unimatrix.ops.text_index.state import GAPS, NUM_PLACES, TextIndex, copy_ind
 class IndexStream:
     """An index to which one token of every row is pushed at a time.
 
-    Equation: E10, as ``predict_from_suffix`` with a window.
+    Equation: E25, and E10 as ``predict_from_suffix`` with a window.
 
     Args:
         index: contiguous and on the CPU; changed in place, so the caller gives it up.
 
     Attributes:
         carried: the index.
+        tokens: [B, W], its tokens, and
+        counters: [B, 6] int64, its counters, in the same memory.
         predicted_ids: [B, 1] int64 after the last token, -1 for no match; overwritten by the next.
         match_lengths: [B, 1] int64, 0 for no match; likewise.
+        places: [B, 1, 5, 4] int32, as in ``Found``; likewise.
     """
 
     def __init__(self, index: TextIndex) -> None:
@@ -26,9 +29,12 @@ class IndexStream:
         self.predicted_ids = np.full((batch, 1), -1, dtype=np.int64)
         self.match_lengths = np.zeros((batch, 1), dtype=np.int64)
         self._lengths = np.ones(batch, dtype=np.int64)
-        self._places = np.empty((batch, 1, NUM_PLACES, 4), dtype=np.int32)
+        self.places = np.zeros((batch, 1, NUM_PLACES, 4), dtype=np.int32)
+        self._distances = self.places[..., 0]
+        self._no_match = np.array([-1, 0], dtype=np.int64)
         self._matches = np.empty((batch, 1, 2), dtype=np.int64)
         self._arrays = [tensor.numpy() for tensor in index]
+        self.tokens, self.counters = index.tokens.numpy(), index.counters.numpy()
         self._gap = GAPS[name_units(index)]
 
     def push(self, token_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
@@ -37,11 +43,13 @@ class IndexStream:
         Args:
             token_ids: [B] int64.
         """
-        ids, matches = token_ids.reshape(-1, 1), self._matches
-        matches[..., 0], matches[..., 1] = -1, 0
-        found = (self._places, matches)
+        ids = token_ids.reshape(-1, 1)
+        np.copyto(self._matches, self._no_match)
+        self._distances.fill(-1)
+        found = (self.places, self._matches)
         _scan_rows(0, len(ids), ids, self._lengths, *found, *self._arrays, self._gap)
-        self.predicted_ids[:], self.match_lengths[:] = matches[..., 0], matches[..., 1]
+        np.copyto(self.predicted_ids, self._matches[..., 0])
+        np.copyto(self.match_lengths, self._matches[..., 1])
 
     def copy(self) -> TextIndex:
         """Return a copy of the index that shares nothing."""
