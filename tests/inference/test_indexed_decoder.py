@@ -150,6 +150,6 @@ def test_generate_decodes_with_the_compiled_step() -> None:
 
 
 def test_a_resized_vocabulary() -> None:
-    model = build_model("unimatrix+indexed")
+    model = build_model("unimatrix")
     model.resize_token_embeddings(40_000)
     assert_steps(model, draw_ids(2, 60, seed=3) * 3000)

@@ -120,7 +120,7 @@ def _render_presets(result: dict[str, Any]) -> str:
     return to_text(
         table,
         "",
-        "All: D 64, L 3, vocabulary 259; a position table of 128, and none with selective and unimatrix.",
+        "All: D 64, L 3, vocabulary 259; a position table of 128, but for selective and unimatrix.",
         "State bytes: batch 1, after one token.",
         "Details: unimatrix info PRESET",
     )
