@@ -137,7 +137,7 @@ def test_pieces_give_the_answers_of_one_pass(monkeypatch, variant, stream_tokens
     assert measure_recall(model, Known(), 3, 0, batch_size=2, whole_answer=True) == 1.0
     handle.remove()
     # An index makes the keys of its window in every call, so calls are longer.
-    least = model.config.automaton_window // 4 if "indexed" in variant else 1
+    least = model.config.automaton_window // 4 if variant == "unimatrix" else 1
     lengths = [min(max(stream_tokens // rows, least), 32) for rows in (2, 1)]
     assert sizes[0] == (2, lengths[0])
     assert max(length for rows, length in sizes if rows == 1) == lengths[1]
