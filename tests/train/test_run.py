@@ -367,7 +367,10 @@ def test_a_reader_is_asked_after_training(tmp_path: Path) -> None:
     recipe = replace(recipe, eval=replace(recipe.eval, questions=8))
     with pytest.raises(InputError, match=r"eval.questions is 8 and the model keeps no index"):
         prepare_run(recipe, None, "cpu")
-    model = replace(recipe.model, overrides=OVERRIDES | {"associative_memory": "indexed"})
+    model = replace(
+        recipe.model,
+        overrides=OVERRIDES | {"associative_memory": "indexed", "automaton_window": 512},
+    )
     with pytest.raises(InputError, match=r"words for names; give more text"):
         prepare_run(replace(recipe, model=model), None, "cpu")
     (tmp_path / "corpus.txt").write_bytes(TEXT.tobytes())

@@ -59,7 +59,7 @@ def test_recall_models_differ_in_what_recall_needs() -> None:
         maker.build_for_recall(AssociativeRecall()) for maker in plan_models(comparison)
     )
     assert ours.config.vocab_size == theirs.config.vocab_size == 64
-    assert (ours.config.slot_key_patterns, ours.config.slot_fade_tokens) == ([[0]], None)
+    assert (ours.config.index_units, ours.config.automaton_window) == ("tokens", 128)
     assert ours.config.max_position_embeddings is None
     assert ours.config.dropout == 0
 

@@ -108,11 +108,18 @@ def test_a_folder_keeps_model_log_and_record(tmp_path) -> None:
 
 def test_slots() -> None:
     assert build_config(num_slots=8).num_slots == 8
-    assert build_config(preset="unimatrix", num_slots=8).num_slots == 8
-    with pytest.raises(InputError, match="slots is 8 and preset 'core' has no slots"):
-        build_config(preset="core", num_slots=8)
+    assert build_config(preset="selective", num_slots=8).num_slots == 8
+    for preset in ("core", "unimatrix"):
+        with pytest.raises(InputError, match=f"slots is 8 and preset '{preset}' has no slots"):
+            build_config(preset=preset, num_slots=8)
     with pytest.raises(InputError, match="num_slots is 0"):
         build_config(num_slots=0)
+
+
+def test_of_ids_that_are_no_bytes_every_token_is_a_unit() -> None:
+    assert build_config(preset="unimatrix").index_units == "tokens"
+    recipe = find_recall_recipe("bindings")
+    assert UniMatrixConfig.preset("unimatrix", **recipe.overrides).index_units == "words"
 
 
 def test_overrides() -> None:
@@ -168,7 +175,7 @@ def test_the_trained_model_is_tested_with_other_slots() -> None:
         ({"test_examples": 0}, "test_examples is 0"),
         ({"test_slots": (-1,)}, "test_slots holds -1"),
         ({"test_slots": (4,)}, r"\[4\] and the model of .* 'sparsepointer' has no selective slots"),
-        ({"task": "triple", "preset": "unimatrix", "test_slots": (0,)}, "this task has none"),
+        ({"task": "triple", "preset": "selective", "test_slots": (0,)}, "this task has none"),
         ({"test_tokens": 129}, "an example has 129 tokens and the position table 128 rows"),
         ({"steps": 0}, "steps is 0"),
     ],
