@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
 # Every preset as published, and core on every residual path; then what only options reach.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {} for name in PRESETS},
-    "unimatrix": {"index_units": "tokens", "automaton_window": 128, "index_head_dim": 4},
+    "unimatrix": {"automaton_window": 128, "index_head_dim": 4},
     **{f"core+{path}": {"residual_path": path} for path in CHOICES["residual_path"][1:]},
     "discovery+automaton": {"residual_path": "suffix_automaton"},
     "core+automaton-window": {"residual_path": "suffix_automaton", "automaton_window": 24},

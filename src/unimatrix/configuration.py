@@ -133,10 +133,11 @@ class UniMatrixConfig(PreTrainedConfig):
             exactly the last W; ``None`` keeps the whole stream, which ``indexed`` cannot.
         automaton_pointer: the automaton's token shares the probability with the vocabulary; needs
             ``residual_path='suffix_automaton'``.
-        index_units: what the index finds again: ``words`` of bytes, or ``tokens``.
+        index_units: what the index finds again: ``words`` of bytes, or ``tokens``; ``None`` is
+            words where ids are bytes, BOS 257 and EOS 258.
         index_heads: heads that read around a place.
         index_head_dim: width of such a head.
-        index_reads_at: depth steps before the read.
+        index_reads_at: depth steps before the read; ``None`` is 1, or 0 of a single one.
         initializer_range: standard deviation of Linear and Embedding weights at the start.
         layer_norm_eps: added to the variance inside the root.
         use_cache: return a cache from ``forward`` outside training.
@@ -206,10 +207,10 @@ class UniMatrixConfig(PreTrainedConfig):
         hindsight_weight: float = 1.0,
         automaton_window: int | None = None,
         automaton_pointer: bool = False,
-        index_units: str = "words",
+        index_units: str | None = None,
         index_heads: int = 2,
         index_head_dim: int = 32,
-        index_reads_at: int = 1,
+        index_reads_at: int | None = None,
         initializer_range: float = 0.02,
         layer_norm_eps: float = 1e-5,
         use_cache: bool = True,
@@ -264,10 +265,13 @@ class UniMatrixConfig(PreTrainedConfig):
         self.hindsight_weight = hindsight_weight
         self.automaton_window = automaton_window
         self.automaton_pointer = automaton_pointer
-        self.index_units = index_units
+        is_bytes = vocab_size > 258 and (bos_token_id, eos_token_id) == (257, 258)
+        by_vocabulary = "words" if is_bytes else "tokens"
+        self.index_units = by_vocabulary if index_units is None else index_units
         self.index_heads = index_heads
         self.index_head_dim = index_head_dim
-        self.index_reads_at = index_reads_at
+        last = min(1, num_hidden_layers - 1)
+        self.index_reads_at = last if index_reads_at is None else index_reads_at
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.use_cache = use_cache

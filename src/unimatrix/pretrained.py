@@ -98,7 +98,7 @@ class UniMatrixPreTrainedModel(HasOrigin, PreTrainedModel):
                     module.embed, num_tokens, mean_resizing=mean_resizing
                 )
                 module.embed = resized.requires_grad_(module.embed.weight.requires_grad)
-            elif isinstance(module, (SelectiveMixer, IndexedAttention)):
+            if isinstance(module, (ResidualContext, SelectiveMixer, IndexedAttention)):
                 module.vocab_size = num_tokens
         return embed
 

@@ -224,9 +224,20 @@ def test_configurations_that_cannot_be() -> None:
         ({"automaton_window": 64}, "automaton_window is 64"),
         ({"automaton_window": None}, "needs automaton_window, the tokens that it remembers"),
         ({"index_reads_at": 3}, "index_reads_at is 3, and num_hidden_layers 3"),
-        ({"vocab_size": 90, "pad_token_id": 0}, "reads ids below 256 as bytes, and vocab_size is"),
+        (
+            {"vocab_size": 90, "pad_token_id": 0, "index_units": "words"},
+            "reads ids below 256 as bytes, and vocab_size is",
+        ),
         ({"index_heads": 0}, "index_heads is 0; it must be a whole number of at least 1"),
         ({"index_units": "letters"}, "index_units is 'letters'"),
     ):
         with pytest.raises(InputError, match=message):
             UniMatrixConfig(**(build | changes))
+
+
+def test_what_follows_from_the_vocabulary_and_the_depth() -> None:
+    assert UniMatrixConfig.preset("unimatrix").index_units == "words"
+    small = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    config = UniMatrixConfig.preset("unimatrix", num_hidden_layers=1, **small)
+    assert (config.index_units, config.index_reads_at) == ("tokens", 0)
+    assert UniMatrixConfig.preset("unimatrix", num_hidden_layers=2).index_reads_at == 1

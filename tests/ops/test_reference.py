@@ -16,7 +16,7 @@ from unimatrix.ops.selective_slots import (
 )
 from unimatrix.ops.slots import empty_slots, scan_slots
 from unimatrix.ops.suffix_automaton import predict_from_suffix
-from unimatrix.ops.text_index import empty_index, find_places
+from unimatrix.ops.text_index import empty_index, search_text
 
 torch.manual_seed(0)
 ids = torch.randint(0, 5, (2, 100))
@@ -25,8 +25,8 @@ keys, strengths = torch.randn(2, 100, 4), torch.rand(2, 100)
 writable = torch.ones(2, 100, dtype=torch.bool)
 options = {"backend": "reference"}
 contexts = hash_contexts(ids, [[0, 1], [0]], **options)
-places, _ = find_places(ids, initial=empty_index(2, 128, 5, False), **options)
-entries = find_entries(ids, places[..., 0], window=128, **options)
+found, _ = search_text(ids, initial=empty_index(2, 128, 5, "tokens"), **options)
+entries = find_entries(ids, found.places[..., 0], window=128, **options)
 done = {
     "matrix_state": scan_matrix_state(
         vectors, vectors, vectors, None, -torch.rand(2, 100, 1), None, **options

@@ -9,7 +9,7 @@ MODELS = {
     "ours": {
         "preset": "unimatrix",
         "overrides": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24},
-        "recall_overrides": {"index_units": "tokens", "automaton_window": 128},
+        "recall_overrides": {"automaton_window": 128},
     },
     "theirs": {"peer": "llama"},
 }

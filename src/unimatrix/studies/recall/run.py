@@ -16,7 +16,6 @@ from unimatrix.evaluation.footprint import measure_state_bytes
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.hub.load import save_model
 from unimatrix.modeling import UniMatrixForCausalLM
-from unimatrix.presets import PRESETS
 from unimatrix.studies.engine import Attempt, FolderStore, StudyCell, run_cell
 from unimatrix.studies.recall.recipe import RecallRecipe
 from unimatrix.studies.recall.slices import RecallSlices, build_slices, count_pairs
@@ -56,9 +55,6 @@ def build_recall_config(recipe: RecallRecipe, slices: RecallSlices) -> UniMatrix
         fields |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
     if recipe.preset in _ANY_LENGTH:
         fields["max_position_embeddings"] = None
-    memory = (PRESETS.get(recipe.preset, {}) | recipe.overrides).get("associative_memory")
-    if memory == "indexed" and task.vocab_size != _BYTE_VOCAB_SIZE:
-        fields["index_units"] = "tokens"
     fields |= recipe.overrides
     config = UniMatrixConfig.preset(recipe.preset, **fields)
     if recipe.num_slots is None:
