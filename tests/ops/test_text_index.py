@@ -295,6 +295,8 @@ def test_wrong_arguments() -> None:
     index, ids = empty_index(1, 128, 259, "words"), torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(InputError, match="window is 127; pass an even number of 128 to"):
         empty_index(1, 127, 259, "words")
+    with pytest.raises(InputError, match=r"units is 'letters'"):
+        empty_index(1, 128, 259, "letters")
     with pytest.raises(InputError, match=r"holds 40000; pass 0 \.\. 32767"):
         search_text(ids + 40_000, initial=index)
     with pytest.raises(InputError, match="holds -1"):

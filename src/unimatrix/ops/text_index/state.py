@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unimatrix.errors import InputError
+from unimatrix.errors import InputError, require_choice
 from unimatrix.ops.text_index.suffix_tree import MOST_MATCHED, NUM_ROOTS
 from unimatrix.ops.text_index.units import FIRST_HASH, MOST_LETTERS
 
@@ -66,6 +66,7 @@ class TextIndex(NamedTuple):
 
 def require_window(name: str, window: int, units: str) -> None:
     """Raise ``InputError`` unless a window is even, and long enough for any unit; see ``UNITS``."""
+    require_choice("units is", units, UNITS)
     if units == "none":
         if not 1 <= window < 2**30:
             raise InputError(f"{name} is {window}; pass 1 to {2**30 - 1} tokens, or None")
