@@ -91,6 +91,7 @@ class IndexedAttention(Mixer):
         self.units = config.index_units
         self.num_heads = config.index_heads
         width, inner = config.hidden_size, config.index_heads * config.index_head_dim
+        self.inner = inner
         self.query_proj = nn.Linear(width, inner, bias=False)
         self.key_conv = nn.Parameter(torch.empty(2, width, REACH))
         self.key_mix = nn.Linear(width, width)
@@ -187,6 +188,7 @@ class IndexedAttention(Mixer):
             tokens.num_before,
             tokens.ids.shape[1],
             self.window,
+            self.inner,
             carried,
             weights,
             lambda piece: self.make_keys(piece, tokens),

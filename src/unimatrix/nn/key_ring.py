@@ -61,6 +61,7 @@ def extend_ring(
     num_before: Tensor,
     num_new: int,
     window: int,
+    width: int,
     carried: Tensor | None,
     weights: list[Tensor],
     make_keys: MakeKeys,
@@ -72,11 +73,15 @@ def extend_ring(
         num_before: [B] int64, tokens of each stream before the new ones.
         num_new: T.
         window: W.
+        width: H C, numbers of a key and of a value.
         carried: the tokens of the index before these, whose ring goes on.
         weights: that make keys and values.
         make_keys: takes tokens [B, S], returns keys [B, 2 S, H, C] and values [B, S, H, C].
     """
-    if num_new > MOST_NEW:
+    size = window + MOST_NEW
+    # Before anything is made: keys of a million tokens take a minute.
+    num_bytes = len(text) * size * 3 * width * weights[0].element_size()
+    if num_new > MOST_NEW or num_bytes > _MOST_BYTES:
         return None
     described = _describe(weights)
     ring: KeyRing | None = None
@@ -94,10 +99,7 @@ def extend_ring(
     skipped = 0 if first == 0 else REACH
     keys, values = keys[:, 2 * skipped :], values[:, skipped:]
     if ring is None:
-        ring = _start_ring(keys, values, window + MOST_NEW)
-        if ring is None:
-            return None
-    size = ring.values.shape[1]
+        ring = _start_ring(keys, values, size)
     columns = torch.arange(first + skipped - known, num_new, device=text.device)
     columns = (num_before.unsqueeze(1) + columns) % size  # [B, S]
     rows = torch.stack([2 * columns, 2 * columns + 1], dim=-1).flatten(1)
@@ -119,11 +121,8 @@ def keep_ring(ring: KeyRing | None, carried: Tensor, num_tokens: Tensor) -> None
         _rings[carried] = ring._replace(num_tokens=num_tokens)
 
 
-def _start_ring(keys: Tensor, values: Tensor, size: int) -> KeyRing | None:
+def _start_ring(keys: Tensor, values: Tensor, size: int) -> KeyRing:
     batch, _, *heads = values.shape
-    num_bytes = batch * size * (2 * keys.element_size() + values.element_size())
-    if num_bytes * heads[0] * heads[1] > _MOST_BYTES:
-        return None
     shape = (batch, size, *heads)
     empty = keys.new_zeros(batch, 2 * size, *heads)
     return KeyRing(empty, values.new_zeros(shape), torch.zeros(batch, dtype=torch.int64), ())
