@@ -34,6 +34,23 @@ def tabulate_default(records: Records) -> Table:
     )
 
 
+def tabulate_reader(records: Records) -> Table:
+    """Return how many questions readers answered right to the byte, by kind, in per cent."""
+    return tabulate(
+        {
+            "run": name,
+            "sentences": "of training" if wordings == "grammar" else "unseen",
+            **{kind: f"{100 * share:.0f}" for kind, share in shares.items()},
+            "bits per byte": f"{record['results']['bits_per_byte']:.3f}",
+            "steps": f"{record['num_optim_steps']:,}",
+            "training s": f"{record['train_s']:,.0f}",
+            "state bytes": f"{record['results']['state_bytes']:,}",
+        }
+        for name, record in select_records(records, "reader/").items()
+        for wordings, shares in record["results"]["answers"].items()
+    )
+
+
 def tabulate_pilot(records: Records) -> Table:
     """Return the byte-level pilot over seeds beside what was published."""
     rows = []

@@ -23,6 +23,7 @@ DOCUMENTS = (
     "docs/clients.md",
     "docs/hindsight.md",
     "docs/one-model.md",
+    "docs/reader.md",
     "docs/results.md",
 )
 """Documents of the checkout that hold tables."""
@@ -172,6 +173,7 @@ TABLES: dict[str, Write] = {
     "default-run": _write(run_tables.tabulate_default),
     "language": _write(run_tables.tabulate_language),
     "pilot": _write(run_tables.tabulate_pilot),
+    "reader": _write(run_tables.tabulate_reader),
     "recall": _write(run_tables.tabulate_recall),
 }
 """What writes each table, from the records by folder."""
