@@ -97,7 +97,7 @@ def run(
 ) -> None:
     """Train a byte-level model, validate it beside xz, and let it write.
 
-    Without arguments: two minutes of training on the sources of Python's standard library. The
+    Without arguments: five minutes of training on the sources of Python's standard library. The
     budget covers training; set-up and validation come on top. Ctrl-C saves a checkpoint (exit code
     1). torchrun --nproc-per-node N --no-python unimatrix train ... trains data-parallel.
     """
