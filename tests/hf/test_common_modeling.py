@@ -79,8 +79,23 @@ class TestSparsePointer(ReadsTokenIds, unittest.TestCase):
     preset = "sparsepointer"
 
 
+_ONE_FUNCTION = (
+    "the test lets the last pass through a layer stand for all of them, and from the second depth "
+    "step on this one is handed a read more; test_gradient_checkpointing.py compares gradients"
+)
+
+
 class TestUniMatrix(ReadsTokenIds, unittest.TestCase):
     preset = "unimatrix"
+
+    @unittest.skip(_ONE_FUNCTION)
+    def test_training_gradient_checkpointing(self) -> None: ...
+
+    @unittest.skip(_ONE_FUNCTION)
+    def test_training_gradient_checkpointing_use_reentrant_false(self) -> None: ...
+
+    @unittest.skip(_ONE_FUNCTION)
+    def test_training_gradient_checkpointing_use_reentrant_true(self) -> None: ...
 
     @unittest.skip(
         "a pointer that found nothing has the share 0, whose ln the test takes for a fault"

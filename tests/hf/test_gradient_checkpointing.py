@@ -48,7 +48,7 @@ def test_checkpointing_changes_nothing(variant: str, use_reentrant: bool) -> Non
 
 
 @reentrant
-@pytest.mark.parametrize("variant", ["sparsepointer", "selective", "selective+hidden"])
+@pytest.mark.parametrize("variant", ["sparsepointer", "selective", "selective+hidden", "unimatrix"])
 def test_the_layer_is_computed_again(variant: str, use_reentrant: bool) -> None:
     model = build_model(variant).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -59,7 +59,7 @@ def test_the_layer_is_computed_again(variant: str, use_reentrant: bool) -> None:
 
 
 @reentrant
-@pytest.mark.parametrize("variant", ["core", "sparsepointer", "selective"])
+@pytest.mark.parametrize("variant", ["core", "sparsepointer", "selective", "unimatrix"])
 def test_checkpointing_of_adapters(variant: str, use_reentrant: bool) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
