@@ -111,6 +111,41 @@ def test_a_cache_that_is_not_the_last_goes_on_too(model) -> None:
 
 
 @torch.no_grad()
+def test_two_texts_go_on_from_one_cache_in_turn(model) -> None:
+    """Neither sees the keys of the other, nor does the cache before them, windows later."""
+    begin, texts = TEXT[:700], (TEXT[700:1900], TEXT[900:2100])
+    first = model(encode(begin), use_cache=True).past_key_values
+    caches, found = [first, first], [[], []]
+    for start, stop in ((0, 300), (300, 310), (310, 311), (311, 900), (900, 1200)):
+        for i, text in enumerate(texts):
+            piece = encode(text[start:stop])
+            output = model(piece, past_key_values=caches[i], use_cache=True)
+            caches[i] = output.past_key_values
+            found[i].append(output.logits)
+    again = model(encode(texts[0]), past_key_values=first, use_cache=True).logits
+    for text, parts in zip(texts, (torch.cat(found[0], 1), torch.cat(found[1], 1)), strict=True):
+        expected = model(encode(begin + text), use_cache=False).logits[:, len(begin) :]
+        torch.testing.assert_close(parts, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(again, torch.cat(found[0], 1), rtol=1e-10, atol=1e-10)
+
+
+def test_inference_mode_may_begin_or_end_between_calls(model) -> None:
+    ids = encode(TEXT[:1500])
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    with torch.inference_mode():
+        cache = model(ids[:, :500], use_cache=True).past_key_values
+    with torch.no_grad():
+        output = model(ids[:, 500:1000], past_key_values=cache, use_cache=True)
+        torch.testing.assert_close(output.logits, expected[:, 500:1000], rtol=1e-10, atol=1e-10)
+    with torch.inference_mode():
+        found = model(ids[:, 1000:], past_key_values=output.past_key_values).logits
+        torch.testing.assert_close(found, expected[:, 1000:], rtol=1e-10, atol=1e-10)
+        made_inside = build_byte_model("unimatrix", automaton_window=W)
+        assert made_inside(ids, use_cache=True).logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_keys_of_other_weights_are_not_used(model) -> None:
     ids = encode(TEXT[:1600])
     cache = model(ids[:, :800], use_cache=True).past_key_values

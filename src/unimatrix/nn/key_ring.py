@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from unimatrix.ops.indexed_attention import REACH, Entries
@@ -48,12 +48,34 @@ class KeyRing(NamedTuple):
 
 
 _rings = WeakTensorKeyDictionary()
-"""By the tensor of the tokens that an index carries: a copy of the index has no ring."""
+"""By the tensor of the tokens that an index carries: a copy of the index has no ring. A ring goes to
+the index of the last call alone, since others of the same text may go on with other tokens."""
 
 
-def _describe(weights: list[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Return what tells weights from others, and from the same ones changed in place."""
+def _describe(weights: list[Tensor]) -> tuple[tuple[int, int], ...] | None:
+    """Return what tells weights from others, and from the same ones changed in place.
+
+    ``None`` for weights that neither address nor version tells: sharded, quantised or fake ones,
+    and those of inference mode.
+    """
+    if any(type(w) not in (Tensor, nn.Parameter) or w.is_inference() for w in weights):
+        return None
     return tuple((weight.data_ptr(), weight._version) for weight in weights)
+
+
+def _take_ring(
+    carried: Tensor | None, num_before: Tensor, weights: tuple[tuple[int, int], ...]
+) -> KeyRing | None:
+    """Return the ring of an index, which has it no more, if it can go on here."""
+    if carried is None or carried not in _rings:
+        return None
+    ring: KeyRing = _rings.pop(carried)
+    if ring.num_tokens.device != num_before.device or ring.weights != weights:
+        return None
+    # What inference mode has made cannot be changed outside of it.
+    if ring.keys.is_inference() and not torch.is_inference_mode_enabled():
+        return None
+    return ring if torch.equal(ring.num_tokens, num_before) else None
 
 
 def extend_ring(
@@ -84,12 +106,9 @@ def extend_ring(
     if num_new > MOST_NEW or num_bytes > _MOST_BYTES:
         return None
     described = _describe(weights)
-    ring: KeyRing | None = None
-    if carried is not None and carried in _rings:
-        ring = _rings[carried]
-    if ring is not None:
-        is_same = ring.weights == described and torch.equal(ring.num_tokens, num_before)
-        ring = ring if is_same else None
+    if described is None:
+        return None
+    ring = _take_ring(carried, num_before, described)
     if ring is None and num_new < _LEAST_NEW:
         return None
     known = text.shape[1] - num_new
@@ -109,16 +128,15 @@ def extend_ring(
     return ring._replace(weights=described)
 
 
-def keep_ring(ring: KeyRing | None, carried: Tensor, num_tokens: Tensor) -> None:
+def keep_ring(ring: KeyRing, carried: Tensor, num_tokens: Tensor) -> None:
     """Keep a ring for the streams whose index carries these tokens now.
 
     Args:
-        ring: after the last call; ``None`` is none.
+        ring: after the last call.
         carried: the tokens of the index.
         num_tokens: [B] int64, tokens of each stream now.
     """
-    if ring is not None:
-        _rings[carried] = ring._replace(num_tokens=num_tokens)
+    _rings[carried] = ring._replace(num_tokens=num_tokens)
 
 
 def _start_ring(keys: Tensor, values: Tensor, size: int) -> KeyRing:
