@@ -48,8 +48,8 @@ class KeyRing(NamedTuple):
 
 
 _rings = WeakTensorKeyDictionary()
-"""By the tensor of the tokens that an index carries: a copy of the index has no ring. A ring goes to
-the index of the last call alone, since others of the same text may go on with other tokens."""
+"""By the tensor of the tokens that an index carries: a copy of the index has no ring. A ring goes
+to the index of the last call alone: others of the same text may go on with other tokens."""
 
 
 def _describe(weights: list[Tensor]) -> tuple[tuple[int, int], ...] | None:
@@ -69,7 +69,8 @@ def _take_ring(
     """Return the ring of an index, which has it no more, if it can go on here."""
     if carried is None or carried not in _rings:
         return None
-    ring: KeyRing = _rings.pop(carried)
+    ring: KeyRing = _rings[carried]
+    del _rings[carried]
     if ring.num_tokens.device != num_before.device or ring.weights != weights:
         return None
     # What inference mode has made cannot be changed outside of it.
