@@ -89,3 +89,15 @@ def test_what_the_package_carries_is_whole() -> None:
         assert not list(folder.glob("*.py"))
         training = (folder / "training.json").read_text()
         assert {"recipe", "record"} == set(json.loads(training))
+
+
+def test_only_what_is_there_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path)
+    assert packaged.list_packaged() == []
+    with pytest.raises(InputError, match=r"no run folder, saved model or preset") as caught:
+        load_config("nothing")
+    assert "comes with the package" not in str(caught.value)
+    save_model(tmp_path / "reader", build_byte_model())
+    assert packaged.list_packaged() == [packaged.READER]
+    with pytest.raises(InputError, match="and unimatrix-reader comes with the package"):
+        load_config("nothing")

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError, explain, suggest
 from unimatrix.hub.auto import register
-from unimatrix.hub.packaged import PACKAGED_MODELS, find_packaged
+from unimatrix.hub.packaged import find_packaged, list_packaged
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.presets import PRESETS
 from unimatrix.tokenization import BOS_ID, EOS_ID, VOCAB_SIZE, UniMatrixTokenizer, build_tokenizer
@@ -196,10 +196,11 @@ def _explain_missing(path: Path) -> InputError:
         )
     parent = path.parent
     folders = [str(entry) for entry in parent.iterdir()] if parent.is_dir() else []
+    packaged = list_packaged()
+    also = f", and {', '.join(packaged)} comes with the package" if packaged else ""
     return InputError(
         f"there is no run folder, saved model or preset {str(path)!r}; the presets are "
-        f"{', '.join(PRESETS)}, and {', '.join(PACKAGED_MODELS)} comes with the package."
-        f"{suggest(str(path), [*PRESETS, *PACKAGED_MODELS, *folders])}"
+        f"{', '.join(PRESETS)}{also}.{suggest(str(path), [*PRESETS, *packaged, *folders])}"
     )
 
 

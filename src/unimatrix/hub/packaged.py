@@ -27,13 +27,22 @@ def find_packaged(name: str | os.PathLike[str]) -> Path | None:
     if known not in PACKAGED_MODELS or os.path.isdir(known):
         return None
     folder = FOLDER / PACKAGED_MODELS[known]
-    if not all((folder / file).is_file() for file in _NEEDED):
+    if known not in list_packaged():
         recipe = PACKAGED_MODELS[known]
         raise InputError(
             f"the weights of {known!r} are missing in this installation; train them with "
             f"`unimatrix train {recipe} --out DIR` and give DIR, or install the package again"
         )
     return folder
+
+
+def list_packaged() -> list[str]:
+    """Return the names of the models whose weights this installation has."""
+    return [
+        name
+        for name, folder in PACKAGED_MODELS.items()
+        if all((FOLDER / folder / file).is_file() for file in _NEEDED)
+    ]
 
 
 def replace_name(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
