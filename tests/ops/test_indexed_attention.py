@@ -96,6 +96,81 @@ def test_reading_is_that_of_the_reference(backend: str, dtype: torch.dtype, widt
     compare_with_reference(OP, backend, run, leaves)
 
 
+def draw_runs(dtype: torch.dtype, num_before: int) -> tuple[Entries, dict[str, Tensor]]:
+    """Return entries and floats of positions that keep their places for a while.
+
+    Some places are just behind the positions, where entries appear and keys come to see ahead from
+    position to position; some at the beginning of the text; some are nowhere.
+    """
+    generator, num_tokens = torch.Generator().manual_seed(1), 75
+    num_columns = num_before + num_tokens
+    now = torch.arange(num_before, num_columns).view(1, -1, 1)
+    # For each position the first of those that have its places: runs of 1 to 40 positions.
+    starts = torch.zeros(B, num_tokens, dtype=torch.int64)
+    for batch, firsts in enumerate([[1, 2, 42, 60], [7, 16, 33]]):
+        for first in firsts:
+            starts[batch, first:] = first
+    drawn = torch.randint(0, 60, (B, num_tokens, P), generator=generator)
+    drawn[..., 0] = torch.randint(0, 4, (B, num_tokens), generator=generator)
+    drawn = drawn.gather(1, starts.unsqueeze(-1).expand(-1, -1, P))
+    first_now = starts.unsqueeze(-1) + num_before
+    distances = (now - (first_now - drawn)).masked_fill(drawn > first_now, -1).int()
+    distances[0, 42:, 1] = -1
+    distances[1, 16:33] = -1
+    text = torch.randint(0, 3, (B, num_columns), generator=generator)
+    entries = find_entries(text, distances, window=200, backend="reference")
+    leaves = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in {
+            "query": (B, num_tokens, H, 24),
+            "keys": (B, 2 * num_columns, H, 24),
+            "values": (B, num_columns, H, 24),
+            "offset_bias": (B, num_tokens, H, NUM_OFFSETS),
+            "place_bias": (B, num_tokens, H, P),
+            "match_bias": (H, MOST_MATCHED + 1),
+        }.items()
+    }
+    return entries, leaves
+
+
+@pytest.mark.parametrize("num_before", [0, 50])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_positions_that_keep_their_places(
+    backend: str, dtype: torch.dtype, num_before: int
+) -> None:
+    entries, leaves = draw_runs(dtype, num_before)
+    columns = entries.rows >> 1
+    both = (columns[:, 1:] == columns[:, :-1]) & (entries.rows[:, 1:] != entries.rows[:, :-1])
+    assert both.any()  # the key of a column is another one at the next position
+
+    def run(backend: str, **floats: Tensor) -> Outputs:
+        context, weights = attend_entries(entries, **floats, backend=backend)
+        return {"context": context, "weights": weights}
+
+    compare_with_reference(OP, backend, run, leaves)
+
+
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_threads_do_not_change_what_is_read(backend: str) -> None:
+    entries, leaves = draw_runs(torch.float32, 50)
+    found, num_threads = [], torch.get_num_threads()
+    leaves = {name: leaf.repeat(4, *[1] * (leaf.dim() - 1)) for name, leaf in leaves.items()}
+    leaves["match_bias"] = leaves["match_bias"][:H]
+    entries = Entries(*(part.repeat(4, 1, 1) for part in entries))
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            floats = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+            results = attend_entries(entries, **floats, backend=backend)
+            torch.autograd.backward(results, [result.detach().cos() for result in results])
+            found.append([*results, *(leaf.grad for leaf in floats.values())])
+    finally:
+        torch.set_num_threads(num_threads)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_reading_by_hand(backend: str) -> None:
     text, distances, leaves = draw_entries(3)

@@ -1,4 +1,4 @@
-"""Attention around places, compiled: each position visits its entries once forward, once back."""
+"""Attention around places, compiled: neighbours that read the same columns read them together."""
 # mypy: allow-untyped-defs
 
 import math
@@ -8,11 +8,26 @@ import torch
 from torch import Tensor
 
 from unimatrix.ops.indexed_attention.entries import BEFORE, MOST_MATCHED, NUM_OFFSETS, REACH
-from unimatrix.ops.numba.compile import kernel
-from unimatrix.ops.numba.lanes import OPTIONS, pointer
-from unimatrix.ops.numba.products import LANES
+from unimatrix.ops.numba.compile import kernel, part
+from unimatrix.ops.numba.lanes import (
+    OPTIONS,
+    at,
+    exponential,
+    keep,
+    larger,
+    largest,
+    load,
+    plus,
+    pointer,
+    store,
+    times,
+    total,
+    where_negative,
+    zeros,
+)
+from unimatrix.ops.numba.products import LANES, multiply
 from unimatrix.ops.numba.threads import run_rows
-from unimatrix.ops.numba.tiles import add_multiple, multiply_rows
+from unimatrix.ops.numba.tiles import add_multiple, copy_rows
 from unimatrix.ops.operator import declare_operator
 
 
@@ -49,48 +64,234 @@ def _find_rows(
             matched[entry] = length
 
 
+@part(**OPTIONS)
+def _find_run(most, rows, num_entries, key_rows, is_mixed):
+    """Return how many positions from the first on read the same columns of one stream.
+
+    Args:
+        most: positions to look at.
+        rows: of the entries of the first position, and behind them those of the next.
+        num_entries: E.
+        key_rows: [E], set to the last of each entry's rows, -1 where no position has it.
+        is_mixed: [E], set to 1 where other positions read the row before it, the past-only key.
+    """
+    for e in range(num_entries):
+        key_rows[e], is_mixed[e] = rows[e], 0
+    for count in range(1, most):
+        entries = at(rows, count * num_entries)
+        num_others = 0
+        for e in range(num_entries):
+            is_other = entries[e] >> 1 != key_rows[e] >> 1
+            num_others += is_other and entries[e] >= 0 and key_rows[e] >= 0
+        if num_others:
+            return count
+        for e in range(num_entries):
+            if entries[e] != key_rows[e] and entries[e] >= 0:
+                is_mixed[e] |= key_rows[e] >= 0
+                key_rows[e] = max(key_rows[e], entries[e])
+    return most
+
+
+@part(**OPTIONS)
+def _copy_numbers(lanes, source, width, target):
+    """Copy a row of any width."""
+    whole_lanes = width - width % len(lanes)
+    copy_rows(lanes, source, target, whole_lanes)
+    for j in range(whole_lanes, width):
+        target[j] = source[j]
+
+
+@part(**OPTIONS)
+def _turn_rows(lanes, source, stride, count, width, target):
+    """Set ``target`` [width, W] to ``count`` rows as columns, zeros behind them."""
+    for j in range(width):
+        store(target, j * len(lanes), zeros(target, lanes))
+        for i in range(count):
+            target[j * len(lanes) + i] = source[i * stride + j]
+
+
+@part(**OPTIONS)
+def _has_entries(key_rows):
+    """Return whether a run reads anything around a place."""
+    num_entries = 0
+    for offset in range(NUM_OFFSETS):
+        num_entries += key_rows[offset] >= 0
+    return num_entries > 0
+
+
+@part(**OPTIONS)
+def _gather_keys(lanes, keys, stride, width, key_rows, is_mixed, padded, gathered, seconds):
+    """Copy the keys around a place; return their number.
+
+    Args:
+        keys: of one head and stream, ``stride`` numbers apart.
+        key_rows, is_mixed: from ``_find_run``, of the place.
+        gathered: [2 * 80, padded]; the key of each entry, zeros for none, and then the past-only
+            keys of those that have both.
+        seconds: [80], set to the entries of these.
+    """
+    for offset in range(NUM_OFFSETS):
+        target = at(gathered, offset * padded)
+        if key_rows[offset] >= 0:
+            _copy_numbers(lanes, at(keys, key_rows[offset] * stride), width, target)
+        else:
+            for j in range(0, padded, len(lanes)):
+                store(target, j, zeros(target, lanes))
+    num_keys = NUM_OFFSETS
+    for offset in range(NUM_OFFSETS):
+        if is_mixed[offset]:
+            source = at(keys, (key_rows[offset] - 1) * stride)
+            _copy_numbers(lanes, source, width, at(gathered, num_keys * padded))
+            seconds[num_keys - NUM_OFFSETS] = offset
+            num_keys += 1
+    return num_keys
+
+
+@part(**OPTIONS)
+def _gather_values(lanes, values, stride, width, key_rows, padded, gathered):
+    """Copy the values around a place, zeros for no entry; arguments as of ``_gather_keys``."""
+    for offset in range(NUM_OFFSETS):
+        target = at(gathered, offset * padded)
+        if key_rows[offset] >= 0:
+            _copy_numbers(lanes, at(values, (key_rows[offset] >> 1) * stride), width, target)
+        else:
+            for j in range(0, padded, len(lanes)):
+                store(target, j, zeros(target, lanes))
+
+
+@part(**OPTIONS)
+def _weigh_entries(lanes, floor, num_entries, shares):
+    """Turn the scores of a position into its weights; nothing has a score of 0.
+
+    ``floor`` is ln of the smallest number; what is below has no weight.
+    """
+    W = len(lanes)
+    tops = zeros(shares, lanes)
+    for e in range(0, num_entries, W):
+        tops = larger(tops, load(shares, e, lanes))
+    top = largest(tops)
+    sums = zeros(shares, lanes)
+    for e in range(0, num_entries, W):
+        score = plus(load(shares, e, lanes), -top)
+        none = zeros(shares, lanes)
+        power = where_negative(plus(score, -floor), none, exponential(score))
+        store(shares, e, power)
+        sums = plus(sums, power)
+    power_sum = total(sums) + math.exp(-top)
+    for e in range(0, num_entries, W):
+        store(shares, e, times(load(shares, e, lanes), 1 / power_sum))
+
+
 @kernel(**OPTIONS)
 def _read_rows(
     first, last, lanes, num_tokens, num_columns, num_places, num_heads, width,
-    rows, matched, query, keys, values, offset_bias, place_bias, match_bias,
+    rows, matched, query, keys, values, offset_bias, place_bias, match_bias, floor,
     context, weights,
 ):  # fmt: skip
-    """Score every entry against reading nothing, which has a score of 0; mix the values."""
-    num_entries = num_places * NUM_OFFSETS
-    for row in range(first, last):
+    """Score every entry against reading nothing, which has a score of 0; mix the values.
+
+    Most positions read the same columns as the one before: up to W of them, a run, are taken
+    through each product at once, so that a key or value is loaded once for all of them.
+    """
+    W, E, O = len(lanes), num_places * NUM_OFFSETS, NUM_OFFSETS
+    padded = (width + W - 1) // W * W
+    numbers = np.empty(2 * E + O, rows.dtype)
+    key_rows, is_mixed, seconds = pointer(numbers, 0), pointer(numbers, E), pointer(numbers, 2 * E)
+    scratch = np.zeros(2 * O * (padded + W) + W * (width + padded), query.dtype)
+    gathered, scores = pointer(scratch, 0), pointer(scratch, 2 * O * padded)
+    across = at(scores, 2 * O * W)
+    mixed = at(across, W * width)
+    stride = num_heads * width
+    row = first
+    while row < last:
         start = row // num_tokens * num_columns
-        entries = pointer(rows, row * num_entries)
-        lengths = pointer(matched, row * num_entries)
+        most = min(W, last - row, num_tokens - row % num_tokens)
+        count = _find_run(most, pointer(rows, row * E), E, key_rows, is_mixed)
         for head in range(num_heads):
             at_head = row * num_heads + head
-            q, target = pointer(query, at_head * width), pointer(context, at_head * width)
-            shares = pointer(weights, at_head * num_entries)
-            of_offset = pointer(offset_bias, at_head * NUM_OFFSETS)
-            of_place = pointer(place_bias, at_head * num_places)
-            best = 0.0
-            for e in range(num_entries):
-                if entries[e] < 0:
+            _turn_rows(lanes, pointer(query, at_head * width), stride, count, width, across)
+            of_match = pointer(match_bias, head * (MOST_MATCHED + 1))
+            for place in range(num_places):
+                if not _has_entries(at(key_rows, place * O)):
+                    for i in range(count):
+                        shares = pointer(weights, (at_head + i * num_heads) * E + place * O)
+                        for e in range(O):
+                            shares[e] = -math.inf
                     continue
-                key = pointer(keys, ((2 * start + entries[e]) * num_heads + head) * width)
-                score = multiply_rows(lanes, q, key, width) + of_offset[e % NUM_OFFSETS]
-                score += of_place[e // NUM_OFFSETS]
-                score += match_bias[head * (MOST_MATCHED + 1) + lengths[e]]
-                shares[e] = score
-                best = max(best, score)
-            power_sum = math.exp(-best)
-            for e in range(num_entries):
-                if entries[e] >= 0:
-                    shares[e] = math.exp(shares[e] - best)
-                    power_sum += shares[e]
-                else:
-                    shares[e] = 0
-            for j in range(width):
-                target[j] = 0
-            for e in range(num_entries):
-                if entries[e] >= 0:
-                    shares[e] /= power_sum
-                    value = pointer(values, ((start + entries[e] // 2) * num_heads + head) * width)
-                    add_multiple(lanes, value, shares[e], width, target)
+                num_keys = _gather_keys(
+                    lanes, pointer(keys, (2 * start * num_heads + head) * width), stride, width,
+                    at(key_rows, place * O), at(is_mixed, place * O), padded, gathered, seconds,
+                )  # fmt: skip
+                multiply(
+                    lanes, gathered, padded, 1, across, W, W, scores, W, num_keys, W, width, False
+                )  # fmt: skip
+                for i in range(count):
+                    entries = pointer(rows, (row + i) * E + place * O)
+                    lengths = pointer(matched, (row + i) * E + place * O)
+                    shares = pointer(weights, (at_head + i * num_heads) * E + place * O)
+                    of_offset = pointer(offset_bias, (at_head + i * num_heads) * O)
+                    of_place = place_bias[(at_head + i * num_heads) * num_places + place]
+                    for n in range(num_keys - O):
+                        if entries[seconds[n]] & 1 == 0:
+                            scores[seconds[n] * W + i] = scores[(O + n) * W + i]
+                    for e in range(O):
+                        bias = of_offset[e] + (of_place + of_match[lengths[e]])
+                        shares[e] = scores[e * W + i] + bias if entries[e] >= 0 else -math.inf
+            for i in range(count):
+                shares = pointer(weights, (at_head + i * num_heads) * E)
+                _weigh_entries(lanes, floor[0], E, shares)
+            for j in range(0, count * padded, W):
+                store(mixed, j, zeros(mixed, lanes))
+            for place in range(num_places):
+                if not _has_entries(at(key_rows, place * O)):
+                    continue
+                _gather_values(
+                    lanes, pointer(values, (start * num_heads + head) * width), stride, width,
+                    at(key_rows, place * O), padded, gathered,
+                )  # fmt: skip
+                multiply(
+                    lanes, pointer(weights, at_head * E + place * O), num_heads * E, 1,
+                    gathered, W, padded, mixed, padded, count, padded, O, True,
+                )  # fmt: skip
+            for i in range(count):
+                target = pointer(context, (at_head + i * num_heads) * width)
+                _copy_numbers(lanes, at(mixed, i * padded), width, target)
+        row += count
+    keep(numbers)
+    keep(scratch)
+
+
+@part(**OPTIONS)
+def _find_slopes(lanes, num_entries, shares, slopes):
+    """Turn the gradients of a position's weights into those of its scores, in place."""
+    W = len(lanes)
+    products = zeros(slopes, lanes)
+    for e in range(0, num_entries, W):
+        products = plus(products, times(load(slopes, e, lanes), load(shares, e, lanes)))
+    mean = total(products)
+    for e in range(0, num_entries, W):
+        slope = times(load(shares, e, lanes), plus(load(slopes, e, lanes), -mean))
+        store(slopes, e, slope)
+
+
+@part(**OPTIONS)
+def _sum_slopes(lanes, num_places, slopes, lengths, of_offset, of_place, of_match):
+    """Set the gradients of a position's biases; add to those of ``match_bias``, [4, 17].
+
+    Neighbours are added to different ones of the four rows, as most lengths are equal and each
+    sum would wait for the one before.
+    """
+    W, O = len(lanes), NUM_OFFSETS
+    for place in range(num_places):
+        sums = zeros(slopes, lanes)
+        for j in range(0, O, W):
+            slope = load(slopes, place * O + j, lanes)
+            sums = plus(sums, slope)
+            store(of_offset, j, plus(load(of_offset, j, lanes), slope) if place else slope)
+        of_place[place] = total(sums)
+    for e in range(0, num_places * O, 4):
+        for k in range(4):
+            of_match[k * (MOST_MATCHED + 1) + lengths[e + k]] += slopes[e + k]
 
 
 @kernel(**OPTIONS)
@@ -99,45 +300,126 @@ def _backward_rows(
     rows, matched, query, keys, values, weights, dcontext, dweights,
     dquery, dkeys, dvalues, doffset, dplace, dmatch,
 ):  # fmt: skip
-    """Set the gradients of whole streams; those of ``match_bias`` by stream."""
-    num_entries = num_places * NUM_OFFSETS
-    slopes = np.empty(num_entries, weights.dtype)
-    for batch in range(first, last):
-        start = batch * num_columns
-        of_match = pointer(dmatch, batch * num_heads * (MOST_MATCHED + 1))
-        for t in range(num_tokens):
-            row = batch * num_tokens + t
-            entries = pointer(rows, row * num_entries)
-            lengths = pointer(matched, row * num_entries)
-            for head in range(num_heads):
-                at_head = row * num_heads + head
-                q, dq = pointer(query, at_head * width), pointer(dquery, at_head * width)
-                grad = pointer(dcontext, at_head * width)
-                shares = pointer(weights, at_head * num_entries)
-                dshares = pointer(dweights, at_head * num_entries)
-                of_offset = pointer(doffset, at_head * NUM_OFFSETS)
-                of_place = pointer(dplace, at_head * num_places)
-                mean = 0.0
-                for e in range(num_entries):
-                    if entries[e] < 0:
-                        continue
-                    at_value = ((start + entries[e] // 2) * num_heads + head) * width
-                    slope = dshares[e] + multiply_rows(
-                        lanes, grad, pointer(values, at_value), width
-                    )
-                    add_multiple(lanes, grad, shares[e], width, pointer(dvalues, at_value))
-                    slopes[e] = slope
-                    mean += slope * shares[e]
-                for e in range(num_entries):
-                    if entries[e] < 0:
-                        continue
-                    slope = shares[e] * (slopes[e] - mean)
-                    at_key = ((2 * start + entries[e]) * num_heads + head) * width
-                    add_multiple(lanes, pointer(keys, at_key), slope, width, dq)
-                    add_multiple(lanes, q, slope, width, pointer(dkeys, at_key))
-                    of_offset[e % NUM_OFFSETS] += slope
-                    of_place[e // NUM_OFFSETS] += slope
-                    of_match[head * (MOST_MATCHED + 1) + lengths[e]] += slope
+    """Set the gradients of one head of a stream each; those of ``match_bias`` by stream."""
+    W, E, O = len(lanes), num_places * NUM_OFFSETS, NUM_OFFSETS
+    padded = (width + W - 1) // W * W
+    numbers = np.empty(2 * E + O, rows.dtype)
+    key_rows, is_mixed, seconds = pointer(numbers, 0), pointer(numbers, E), pointer(numbers, 2 * E)
+    size = 4 * O * padded + W * (O + width + 3 * padded + E + O) + 4 * (MOST_MATCHED + 1)
+    scratch = np.zeros(size, query.dtype)
+    gathered, grads = pointer(scratch, 0), pointer(scratch, 2 * O * padded)
+    products, across = pointer(scratch, 4 * O * padded), pointer(scratch, 4 * O * padded + O * W)
+    queries = at(across, W * width)
+    outer = at(queries, W * padded)
+    dqueries = at(outer, W * padded)
+    slopes = at(dqueries, W * padded)
+    past = at(slopes, W * E)
+    by_length = at(past, W * O)
+    stride = num_heads * width
+    for stream_head in range(first, last):
+        batch, head = stream_head // num_heads, stream_head % num_heads
+        of_keys = 2 * batch * num_columns * stride + head * width
+        of_values = batch * num_columns * stride + head * width
+        for n in range(4 * (MOST_MATCHED + 1)):
+            by_length[n] = 0
+        row, end = batch * num_tokens, (batch + 1) * num_tokens
+        while row < end:
+            count = _find_run(min(W, end - row), pointer(rows, row * E), E, key_rows, is_mixed)
+            at_head = row * num_heads + head
+            shares = pointer(weights, at_head * E)
+            _turn_rows(lanes, pointer(dcontext, at_head * width), stride, count, width, across)
+            for i in range(count):
+                at_row = (at_head + i * num_heads) * width
+                _copy_numbers(lanes, pointer(query, at_row), width, at(queries, i * padded))
+                _copy_numbers(lanes, pointer(dcontext, at_row), width, at(outer, i * padded))
+                for j in range(0, padded, W):
+                    store(dqueries, i * padded + j, zeros(dqueries, lanes))
+            for place in range(num_places):
+                if not _has_entries(at(key_rows, place * O)):
+                    for i in range(count):
+                        for j in range(0, O, W):
+                            store(slopes, i * E + place * O + j, zeros(slopes, lanes))
+                    continue
+                _gather_values(
+                    lanes, pointer(values, of_values), stride, width,
+                    at(key_rows, place * O), padded, gathered,
+                )  # fmt: skip
+                multiply(
+                    lanes, gathered, padded, 1, across, W, W, products, W, O, W, width, False
+                )  # fmt: skip
+                for i in range(count):
+                    dshares = pointer(dweights, (at_head + i * num_heads) * E + place * O)
+                    target = at(slopes, i * E + place * O)
+                    for e in range(O):
+                        target[e] = products[e * W + i] + dshares[e]
+                multiply(
+                    lanes, at(shares, place * O), 1, num_heads * E, outer, W, padded,
+                    grads, padded, O, padded, count, False,
+                )  # fmt: skip
+                for e in range(O):
+                    entry = key_rows[place * O + e]
+                    if entry >= 0:
+                        target = pointer(dvalues, of_values + (entry >> 1) * stride)
+                        add_multiple(lanes, at(grads, e * padded), 1.0, width, target)
+            for i in range(count):
+                at_row = at_head + i * num_heads
+                _find_slopes(lanes, E, at(shares, i * num_heads * E), at(slopes, i * E))
+                _sum_slopes(
+                    lanes, num_places, at(slopes, i * E), pointer(matched, (row + i) * E),
+                    pointer(doffset, at_row * O), pointer(dplace, at_row * num_places), by_length,
+                )  # fmt: skip
+            for place in range(num_places):
+                if not _has_entries(at(key_rows, place * O)):
+                    continue
+                num_keys = _gather_keys(
+                    lanes, pointer(keys, of_keys), stride, width,
+                    at(key_rows, place * O), at(is_mixed, place * O), padded, gathered, seconds,
+                )  # fmt: skip
+                num_seconds, of_place = num_keys - O, at(slopes, place * O)
+                for n in range(num_seconds):
+                    for i in range(count):
+                        entry, e = rows[(row + i) * E + place * O + seconds[n]], i * E + seconds[n]
+                        past[i * O + n] = 0
+                        if entry & 1 == 0:
+                            past[i * O + n], of_place[e] = of_place[e], 0
+                multiply(
+                    lanes, of_place, E, 1, gathered, W, padded,
+                    dqueries, padded, count, padded, O, True,
+                )  # fmt: skip
+                multiply(
+                    lanes, of_place, 1, E, queries, W, padded,
+                    grads, padded, O, padded, count, False,
+                )  # fmt: skip
+                second_grads = at(grads, O * padded)
+                if num_seconds:
+                    multiply(
+                        lanes, past, O, 1, at(gathered, O * padded), W, padded,
+                        dqueries, padded, count, padded, num_seconds, True,
+                    )  # fmt: skip
+                    multiply(
+                        lanes, past, 1, O, queries, W, padded,
+                        second_grads, padded, num_seconds, padded, count, False,
+                    )  # fmt: skip
+                for e in range(O):
+                    entry = key_rows[place * O + e]
+                    if entry >= 0:
+                        target = pointer(dkeys, of_keys + entry * stride)
+                        add_multiple(lanes, at(grads, e * padded), 1.0, width, target)
+                for n in range(num_seconds):
+                    entry = key_rows[place * O + seconds[n]] - 1
+                    target = pointer(dkeys, of_keys + entry * stride)
+                    add_multiple(lanes, at(second_grads, n * padded), 1.0, width, target)
+            for i in range(count):
+                target = pointer(dquery, (at_head + i * num_heads) * width)
+                _copy_numbers(lanes, at(dqueries, i * padded), width, target)
+            row += count
+        for length in range(MOST_MATCHED + 1):
+            summed = by_length[length]
+            for k in range(1, 4):
+                summed += by_length[k * (MOST_MATCHED + 1) + length]
+            dmatch[stream_head * (MOST_MATCHED + 1) + length] = summed
+    keep(numbers)
+    keep(scratch)
 
 
 def _find_entries(text: Tensor, distances: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +448,8 @@ def _run_forward(
     batch, num_tokens, num_heads, width = query.shape
     context, weights = _list_results(rows, matched, query)
     sizes = (num_tokens, values.shape[1], place_bias.shape[-1], num_heads, width)
-    inputs = (rows, matched, query, keys, values, offset_bias, place_bias, match_bias)
+    floor = query.new_tensor([math.log(torch.finfo(query.dtype).tiny)])
+    inputs = (rows, matched, query, keys, values, offset_bias, place_bias, match_bias, floor)
     work = num_heads * rows.shape[2] * (2 * width + 20)
     run_rows(_read_rows, LANES, batch * num_tokens, work, *sizes, *inputs, context, weights)
     return context, weights
@@ -186,13 +469,12 @@ def _run_backward(
     batch, num_tokens, num_heads, width = query.shape
     sizes = (num_tokens, values.shape[1], place_bias.shape[-1], num_heads, width)
     inputs = (rows, matched, query, keys, values, weights, dcontext, dweights)
-    *grads, dmatch = _list_gradients(*inputs[:5], place_bias)
-    by_stream = dmatch.new_zeros(batch, *dmatch.shape)
-    for grad in grads:
-        grad.zero_()
-    work = num_tokens * num_heads * rows.shape[2] * (4 * width + 20)
-    run_rows(_backward_rows, LANES, batch, work, *sizes, *inputs, *grads, by_stream)
-    dquery, dkeys, dvalues, doffset, dplace = grads
+    dquery, dkeys, dvalues, *dbiases, dmatch = _list_gradients(*inputs[:5], place_bias)
+    by_stream = dmatch.new_empty(batch, *dmatch.shape)
+    grads = (dquery, dkeys.zero_(), dvalues.zero_(), *dbiases, by_stream)
+    work = num_tokens * rows.shape[2] * (4 * width + 20)
+    run_rows(_backward_rows, LANES, batch * num_heads, work, *sizes, *inputs, *grads)
+    doffset, dplace = dbiases
     return dquery, dkeys, dvalues, doffset, dplace, by_stream.sum(dim=0)
 
 
