@@ -95,7 +95,6 @@ def ignore_padding(targets: Tensor, attention_mask: Tensor) -> Tensor:
 def choose_targets(
     labels: Tensor | None,
     shift_labels: Tensor | None,
-    attention_mask: Tensor | None,
     shape: list[int],
     logits_to_keep: int | Tensor,
 ) -> Tensor:
@@ -104,7 +103,6 @@ def choose_targets(
     Args:
         labels: [B, T], shifted here.
         shift_labels: [B, T], targets already; takes precedence over ``labels``.
-        attention_mask: [B, T] or [B, past + T], 0 at padding, which has no target.
         shape: [B, T].
         logits_to_keep: of a few positions, the targets of those are enough.
 
@@ -117,7 +115,7 @@ def choose_targets(
     if targets is None:
         assert labels is not None
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-    return targets if attention_mask is None else ignore_padding(targets, attention_mask)
+    return targets
 
 
 def choose_last(logits_to_keep: int | Tensor) -> tuple[Any, ...]:

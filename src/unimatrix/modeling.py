@@ -13,7 +13,14 @@ from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.hub.split_head import PointedHidden, keep_pointer, splits_truly
 from unimatrix.kernels.plan import plan, plan_loss
-from unimatrix.loss import add_scale, choose_last, choose_rows, choose_targets, compute_loss
+from unimatrix.loss import (
+    add_scale,
+    choose_last,
+    choose_rows,
+    choose_targets,
+    compute_loss,
+    ignore_padding,
+)
 from unimatrix.modeling_inputs import LossOptions, read_inputs, require_shape, take_shift_labels
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import States, UniMatrixBlock
@@ -72,6 +79,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         output_attentions: bool | None = None,
         handles_pointer: bool = False,
         logits_to_keep: int = 0,
+        pointer_targets: Tensor | None = None,
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
 
@@ -98,6 +106,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             handles_pointer: the caller predicts with the pointer as well. Otherwise, where there
                 is one, the hidden states refuse to be multiplied with a head (``PointedHidden``).
             logits_to_keep: without effect; callers that split a causal model pass it.
+            pointer_targets: [B, T] int64, the only tokens whose shares of a pointer mixture the
+                caller needs: K of the output may then be 1. ``None`` is all.
 
         Raises:
             InputError: for arguments that do not fit the model, its cache or each other.
@@ -158,7 +168,9 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         last: Tensor = run.norm(x)
         pointer, reads = Pointer(*(votes or ())), tokens.reads
         if self.pointer_mixture is not None:
-            ids_found, log_weights = run.pointer(last, reads)
+            if pointer_targets is not None and padding is not None:
+                pointer_targets = padding.pack(pointer_targets)
+            ids_found, log_weights = run.pointer(last, reads, pointer_targets)
             pointer = Pointer(ids_found, None, log_weights)
         if padding is not None:
             last, pointer = padding.unpack(last), pointer.unpack(padding)
@@ -234,8 +246,9 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only; 0 is all. [n]
                 int64 are the positions themselves.
             num_items_in_batch: divide the summed loss by this instead of by the targets here.
-            loss_only: return no logits, and compute only what the loss needs: a task with few
-                targets does not pay for a vocabulary's logits at every position.
+            loss_only: return neither logits nor what the pointer proposes, and compute only what
+                the loss needs: a task with few targets does not pay for a vocabulary's logits at
+                every position.
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
                 by row. Takes precedence over ``logits_to_keep``.
             options: ``shift_labels``; see ``LossOptions``.
@@ -247,6 +260,14 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         shift_labels = take_shift_labels(options)
         if logits_at is not None and (labels is not None or shift_labels is not None):
             raise InputError("logits_at and labels exclude each other; pass loss_only with labels")
+        # 5. The one shift.
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        targets, wanted = None, None
+        has_targets = labels is not None or shift_labels is not None
+        if has_targets and isinstance(tokens, Tensor) and tokens.dim() > 1:
+            shape = list(tokens.shape[:2])
+            targets = choose_targets(labels, shift_labels, shape, logits_to_keep)
+            wanted = targets if loss_only and list(targets.shape) == shape else None
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -261,18 +282,17 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             token_type_ids=token_type_ids,
             output_attentions=output_attentions,
             handles_pointer=True,
+            pointer_targets=wanted,
         )
         h = output.last_hidden_state
         assert h is not None
-        shape = list(h.shape[:2])
-        if logits_at is not None:
-            require_shape("logits_at", logits_at, shape)
-        # 5. The one shift.
-        targets, rows = None, None
-        if labels is not None or shift_labels is not None:
-            targets = choose_targets(labels, shift_labels, attention_mask, shape, logits_to_keep)
+        rows = None
+        if targets is not None:
+            if attention_mask is not None:
+                targets = ignore_padding(targets, attention_mask)
             rows = choose_rows(targets) if loss_only else None
         elif logits_at is not None:
+            require_shape("logits_at", logits_at, list(h.shape[:2]))
             rows = (logits_at,)
         if rows is None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             rows = choose_last(logits_to_keep)
@@ -294,8 +314,10 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         if loss is not None and targets is not None and output.hindsight_scale is not None:
             loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
-        inner = ("last_hidden_state", "hindsight_scale")
-        passed = {name: value for name, value in output.items() if name not in inner}
+        skipped = ["last_hidden_state", "hindsight_scale"]
+        if logits is None:
+            skipped += ["pointer_token_ids", "pointer_weights", "pointer_log_weights"]
+        passed = {name: value for name, value in output.items() if name not in skipped}
         result = UniMatrixCausalLMOutput(loss=loss, logits=logits, **passed)
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return result if returns_dict else result.to_tuple()

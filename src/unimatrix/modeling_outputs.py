@@ -45,7 +45,8 @@ class UniMatrixCausalLMOutput(ModelOutput):
         hidden_states: as in ``UniMatrixModelOutput``.
         pointer_token_ids: as in ``UniMatrixModelOutput``.
         pointer_weights: as in ``UniMatrixModelOutput``.
-        pointer_log_weights: as in ``UniMatrixModelOutput``.
+        pointer_log_weights: as in ``UniMatrixModelOutput``; these three are ``None`` if only the
+            loss was asked for.
     """
 
     loss: Tensor | None = None

@@ -197,6 +197,27 @@ def test_shares_sum_to_one_under_autocast() -> None:
     torch.testing.assert_close(shares, torch.ones_like(shares), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_loss_alone_is_that_of_all_logits(backend: str) -> None:
+    model = build_words().eval()
+    model.set_backend(backend)
+    ids = encode(TEXT)[:, :180].view(2, 90)
+    labels = ids.clone()
+    labels[0, 20:30] = -100
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[1, 50:] = 0, 0  # padding on the left and on the right
+    found = []
+    for loss_only in (False, True):
+        model.zero_grad()
+        output = model(ids, attention_mask=mask, labels=labels, loss_only=loss_only)
+        output.loss.backward()
+        found.append([output.loss, *(weight.grad for weight in model.parameters())])
+    assert output.logits is None
+    assert output.pointer_log_weights is None
+    for of_all, alone in zip(*found, strict=True):
+        torch.testing.assert_close(alone, of_all, rtol=1e-9, atol=1e-11)
+
+
 def test_it_learns_under_autocast_and_in_16_bits() -> None:
     model, ids = build_words().float().train(), encode(b"12 12 12 " + TEXT)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -252,6 +252,32 @@ def test_heads_share_what_they_did_not_leave_to_nothing() -> None:
     assert torch.allclose(mixed.exp(), sum_up(logits, found, log_weights))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_loss_needs_the_shares_of_its_targets_alone(backend: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    mixture, (ids, weights, match) = build_heads(), draw_heads(generator)
+    mixture.operator_options = {"backend": backend}
+    h = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    logits = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 7, (2, 5), generator=generator)
+    exists, found = weights > 0, []
+    for wanted in (None, targets):
+        leaves = [x.detach().clone().requires_grad_() for x in (h, logits, weights)]
+        reads = {
+            "indexed_attention": IndexedRead(h, ids, leaves[2] * exists),
+            "residual_context": ResidualRead(h, *match),
+        }
+        token_ids, log_weights = mixture(leaves[0], reads, wanted)
+        losses = score_targets(MixedLogits(leaves[1], token_ids, log_weights), targets)
+        mixture.zero_grad()
+        losses.square().sum().backward()
+        own = [weight.grad for weight in mixture.parameters()]
+        found.append([losses, *(leaf.grad for leaf in leaves), *own])
+    assert token_ids.shape == (2, 5, 1)
+    for of_all, of_targets in zip(*found, strict=True):
+        torch.testing.assert_close(of_targets, of_all, rtol=1e-10, atol=1e-12)
+
+
 def test_gradients_of_heads() -> None:
     generator = torch.Generator().manual_seed(1)
     mixture, (ids, weights, match) = build_heads(), draw_heads(generator)

@@ -15,6 +15,7 @@ from unimatrix.ops.indexed_attention import (
     attend_entries,
     find_entries,
     share_heads,
+    share_targets,
 )
 
 OP = "indexed_attention"
@@ -273,3 +274,49 @@ def test_shares_sum_to_one(backend: str) -> None:
         share_heads(leaves["scores"], leaves["head_scores"][:, :1], leaves["weights"])
     with pytest.raises(InputError, match="scores has dtype"):
         share_heads(leaves["scores"].float(), *list(leaves.values())[1:])
+
+
+def draw_targets() -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids of two other components and of 20 entries, and targets, -100 for some."""
+    generator = torch.Generator().manual_seed(6)
+    other_ids = torch.randint(0, 4, (B, T, 2), generator=generator)
+    token_ids = torch.randint(0, 4, (B, T, 20), generator=generator)
+    targets = torch.randint(0, 4, (B, T), generator=generator)
+    targets[:, 3], targets[1, 4] = -100, 7
+    return other_ids, token_ids, targets
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_shares_of_targets_are_sums_of_all_shares(backend: str) -> None:
+    leaves, (*ids, targets) = draw_shares(torch.float64), draw_targets()
+    leaves["scores"][:, ::2, 1] = -torch.inf
+    found = share_targets(*leaves.values(), *ids, targets, backend=backend)
+    shares = share_heads(**leaves, backend=backend).exp()
+    is_target = torch.cat(ids, dim=-1) == targets.unsqueeze(-1)
+    expected = torch.stack([shares[..., 0], (shares[..., 1:] * is_target).sum(dim=-1)], dim=-1)
+    torch.testing.assert_close(found.exp(), expected)
+    assert found[1, 4, 1] == found[0, 3, 1] == -torch.inf
+    with pytest.raises(InputError, match="other_ids"):
+        share_targets(*leaves.values(), ids[0][..., 1:], ids[1], targets)
+    with pytest.raises(InputError, match="targets has dtype"):
+        share_targets(*leaves.values(), *ids, targets.int())
+
+
+@pytest.mark.parametrize("num_entries", [20, 35])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_shares_of_targets_are_those_of_the_reference(
+    backend: str, dtype: torch.dtype, num_entries: int
+) -> None:
+    leaves, (other_ids, token_ids, targets) = draw_shares(dtype), draw_targets()
+    leaves["scores"][:, :, 1] = -torch.inf
+    token_ids = token_ids.repeat(1, 1, 2)[..., :num_entries]
+    leaves["weights"] = leaves["weights"].repeat(1, 1, 1, 2)[..., :num_entries] / 2
+    exists = leaves["weights"] > 0
+
+    def run(backend: str, weights: Tensor, **given: Tensor) -> Outputs:
+        tokens = (other_ids, token_ids, targets)
+        shares = share_targets(*given.values(), weights * exists, *tokens, backend=backend)
+        return {"shares": shares.clamp_min(-1e3), "none": shares.isneginf()}
+
+    compare_with_reference(OP, backend, run, leaves)

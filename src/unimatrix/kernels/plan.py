@@ -278,9 +278,9 @@ def _plan_pointer(mixture: Any, like: Tensor, reasons: dict[str, str]) -> Any:
 
 
 def _weigh_retrieved(
-    mixture: PointerMixture, h: Tensor, reads: Mapping[str, Any]
+    mixture: PointerMixture, h: Tensor, reads: Mapping[str, Any], targets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weigh retrieved tokens in one pass; as ``PointerMixture.forward``."""
+    """Weigh retrieved tokens in one pass; as ``PointerMixture.forward``, without heads."""
     # Imported here: it loads the compiler.
     from unimatrix.kernels.passes.pointer_native import (
         FoundInSlots,

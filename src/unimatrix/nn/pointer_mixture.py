@@ -12,7 +12,7 @@ from unimatrix.nn.indexed_attention import IndexedAttention, IndexedRead
 from unimatrix.nn.padding import Padding
 from unimatrix.nn.residual_context import ResidualContext, ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
-from unimatrix.ops.indexed_attention import share_heads
+from unimatrix.ops.indexed_attention import share_heads, share_targets
 
 # Match lengths 1, 2, 3-4, 5-8, ... share a score; the last bucket is everything longer.
 NUM_LENGTH_BUCKETS = 10
@@ -62,16 +62,19 @@ class PointerMixture(nn.Module):
             return []
         return [(self.head_score.bias, torch.full(self.head_score.bias.shape, _FIRST_HEAD_SCORE))]
 
-    def forward(self, h: Tensor, reads: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, reads: Mapping[str, Any], targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the tokens that share the probability, and ln of the shares.
 
         Args:
             h: [B, T, D], what the head reads.
             reads: what mixers have read, by the mixer's name.
+            targets: [B, T] int64, the only tokens whose shares are needed; ``None`` is all.
 
         Returns:
             token ids [B, T, K] int64; log weights [B, T, 1 + K], the vocabulary first, -inf for
-            what was not found.
+            what was not found. With targets and heads K is 1: the target, and all that it is given.
         """
         ids, scores, probes = [], [torch.zeros_like(h[..., :1])], [torch.zeros_like(h[..., :1])]
         if self.slot_score is not None:
@@ -95,8 +98,13 @@ class PointerMixture(nn.Module):
         if self.head_score is not None:
             read: IndexedRead = reads[IndexedAttention.name]
             dtype = read.weights.dtype  # at least 32 bits
-            heads = (self.head_score(h).to(dtype), read.weights)
-            log_weights = share_heads(log_weights.to(dtype), *heads, **self.operator_options)
+            shared = (log_weights.to(dtype), self.head_score(h).to(dtype), read.weights)
+            if targets is not None:
+                none = read.token_ids[..., :0]
+                tokens = (torch.cat([none, *ids], dim=-1), read.token_ids, targets)
+                log_weights = share_targets(*shared, *tokens, **self.operator_options)
+                return targets.unsqueeze(-1), log_weights
+            log_weights = share_heads(*shared, **self.operator_options)
             ids.append(read.token_ids)
             return torch.cat(ids, dim=-1), log_weights
         return torch.cat(ids, dim=-1), log_softmax(log_weights, dim=-1) + torch.cat(probes, dim=-1)

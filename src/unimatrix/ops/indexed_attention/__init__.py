@@ -17,6 +17,7 @@ from unimatrix.ops.indexed_attention.reference import (
     attend_reference,
     find_entries_reference,
     share_reference,
+    share_targets_reference,
 )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "choose_backend",
     "find_entries",
     "share_heads",
+    "share_targets",
 ]
 
 
@@ -184,4 +186,61 @@ def share_heads(
     from unimatrix.ops.indexed_attention.native import share_heads_native
 
     shares: Tensor = share_heads_native(scores, head_scores, weights)
+    return shares
+
+
+def share_targets(
+    scores: Tensor,
+    head_scores: Tensor,
+    weights: Tensor,
+    other_ids: Tensor,
+    token_ids: Tensor,
+    targets: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Return ln of the vocabulary's share, and of what all components give one token.
+
+    The shares are those of ``share_heads``; of hundreds of entries no logarithms are made.
+
+    Equation: E17.
+    Source: this project.
+
+    Args:
+        scores: [B, T, K], of the other components, the vocabulary first; -inf for what is not
+            there.
+        head_scores: [B, T, H].
+        weights: [B, T, H, E], what each head gives its entries.
+        other_ids: [B, T, K - 1] int64, the tokens of the other components.
+        token_ids: [B, T, E] int64, those of the entries.
+        targets: [B, T] int64, the token of each position.
+        backend: ``auto`` is ``native`` on the CPU, where it runs.
+
+    Returns:
+        [B, T, 2]; -inf for a token without a share. Differentiable once (``native``).
+
+    Raises:
+        InputError: if a shape or type is not as above, or the back end does not exist.
+    """
+    sizes: dict[str, int] = {}
+    require_shape("weights", weights, "B T H E", sizes)
+    require_shape("head_scores", head_scores, "B T H", sizes)
+    require_shape("scores", scores, "B T K", sizes)
+    sizes["L"] = sizes["K"] - 1
+    for name, tensor in (("scores", scores), ("head_scores", head_scores)):
+        require_dtype(name, tensor, weights.dtype)
+    ids = {
+        "other_ids": (other_ids, "B T L"),
+        "token_ids": (token_ids, "B T E"),
+        "targets": (targets, "B T"),
+    }
+    for name, (tensor, letters) in ids.items():
+        require_shape(name, tensor, letters, sizes)
+        require_dtype(name, tensor, torch.int64)
+    inputs = (scores, head_scores, weights, other_ids, token_ids, targets)
+    if choose_backend(backend, weights) == "reference":
+        return share_targets_reference(*inputs)
+    from unimatrix.ops.indexed_attention.native import share_targets_native
+
+    shares: Tensor = share_targets_native(*inputs)
     return shares

@@ -622,3 +622,156 @@ share_heads_native = declare_operator(
     gradient_shapes=_list_share_gradients,
 )
 """Return ln of the shares; see ``share_heads``."""
+
+
+@part(**OPTIONS)
+def _sum_row(lanes, row, count):
+    """Return the sum of so many numbers."""
+    whole_lanes = count - count % len(lanes)
+    sums = zeros(row, lanes)
+    for j in range(0, whole_lanes, len(lanes)):
+        sums = plus(sums, load(row, j, lanes))
+    summed = total(sums)
+    for j in range(whole_lanes, count):
+        summed += row[j]
+    return summed
+
+
+@part(**OPTIONS)
+def _find_target(ids, count, target, places):
+    """Set the places of a token among so many; return how many there are."""
+    num_found = 0
+    for e in range(count):
+        places[num_found] = e  # overwritten where it is another: a branch would be guessed wrong
+        num_found += ids[e] == target
+    return num_found
+
+
+@kernel(**OPTIONS)
+def _score_target_rows(
+    first, last, lanes, num_others, num_heads, num_entries,
+    scores, head_scores, weights, other_ids, token_ids, targets, log_shares, parts,
+):  # fmt: skip
+    """Set ln of two shares, and the parts of each row: those of ``_list_target_shares``."""
+    K, H, E = num_others, num_heads, num_entries
+    places = np.empty(E + 1, token_ids.dtype)
+    for row in range(first, last):
+        others = pointer(parts, row * (K + 3 * H))
+        powers, masses, matched = at(others, K), at(others, K + H), at(others, K + 2 * H)
+        best = scores[row * K]
+        for k in range(1, K):
+            best = max(best, scores[row * K + k])
+        for h in range(H):
+            best = max(best, head_scores[row * H + h])
+        num_found = _find_target(pointer(token_ids, row * E), E, targets[row], pointer(places, 0))
+        for h in range(H):
+            of_head = pointer(weights, (row * H + h) * E)
+            masses[h], matched[h] = _sum_row(lanes, of_head, E), 0
+            for n in range(num_found):
+                matched[h] += of_head[places[n]]
+        power_sum, of_target = 0.0, 0.0
+        for k in range(K):
+            others[k] = math.exp(scores[row * K + k] - best)
+            power_sum += others[k]
+            if k and other_ids[row * (K - 1) + k - 1] == targets[row]:
+                of_target += others[k]
+        for h in range(H):
+            powers[h] = math.exp(head_scores[row * H + h] - best)
+            power_sum += powers[h] * masses[h]
+            of_target += powers[h] * matched[h]
+        for i in range(K + H):
+            others[i] /= power_sum
+        log_sum = best + math.log(power_sum)
+        log_shares[2 * row] = scores[row * K] - log_sum
+        log_shares[2 * row + 1] = math.log(of_target / power_sum) if of_target > 0 else -math.inf
+    keep(places)
+
+
+@kernel(**OPTIONS)
+def _score_target_backward_rows(
+    first, last, lanes, num_others, num_heads, num_entries,
+    other_ids, token_ids, targets, log_shares, parts, dlog_shares, dscores, dheads, dweights,
+):  # fmt: skip
+    K, H, E, W = num_others, num_heads, num_entries, len(lanes)
+    whole_lanes = E - E % W
+    places = np.empty(E + 1, token_ids.dtype)
+    for row in range(first, last):
+        others = pointer(parts, row * (K + 3 * H))
+        powers, masses, matched = at(others, K), at(others, K + H), at(others, K + 2 * H)
+        grad_sum, slope = dlog_shares[2 * row], 0.0
+        share = math.exp(log_shares[2 * row + 1])
+        if share > 0:  # what has no share has no gradient of its own
+            grad_sum += dlog_shares[2 * row + 1]
+            slope = dlog_shares[2 * row + 1] / share
+        for k in range(K):
+            gain = -grad_sum
+            if k and other_ids[row * (K - 1) + k - 1] == targets[row]:
+                gain += slope
+            dscores[row * K + k] = others[k] * gain
+        dscores[row * K] += dlog_shares[2 * row]
+        num_found = _find_target(pointer(token_ids, row * E), E, targets[row], pointer(places, 0))
+        for h in range(H):
+            dheads[row * H + h] = powers[h] * (slope * matched[h] - grad_sum * masses[h])
+            of_entries = pointer(dweights, (row * H + h) * E)
+            for e in range(0, whole_lanes, W):
+                store(of_entries, e, plus(zeros(of_entries, lanes), -powers[h] * grad_sum))
+            for e in range(whole_lanes, E):
+                of_entries[e] = -powers[h] * grad_sum
+            for n in range(num_found):
+                of_entries[places[n]] += powers[h] * slope
+    keep(places)
+
+
+def _share_targets(
+    scores: Tensor, head_scores: Tensor, weights: Tensor, other_ids: Tensor, token_ids: Tensor,
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    *_, num_heads, num_entries = weights.shape
+    sizes = (scores.shape[-1], num_heads, num_entries)
+    inputs = (scores, head_scores, weights, other_ids, token_ids, targets)
+    results = _list_target_shares(*inputs)
+    work = 2 * num_heads * num_entries
+    run_rows(_score_target_rows, LANES, targets.numel(), work, *sizes, *inputs, *results)
+    return results
+
+
+def _list_target_shares(
+    scores: Tensor, head_scores: Tensor, weights: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return ln of two shares; the shares of other components and of a head's weight of 1, and
+    what the weights of each head sum to, in all and of the target."""
+    *rows, num_others = scores.shape
+    num_parts = num_others + 3 * weights.shape[-2]
+    return scores.new_empty(*rows, 2), scores.new_empty(*rows, num_parts)
+
+
+def _share_targets_backward(
+    scores: Tensor, head_scores: Tensor, weights: Tensor, other_ids: Tensor, token_ids: Tensor,
+    targets: Tensor, log_shares: Tensor, parts: Tensor, dlog_shares: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    *_, num_heads, num_entries = weights.shape
+    grads = _list_share_gradients(scores, weights, head_scores)
+    sizes = (scores.shape[-1], num_heads, num_entries)
+    inputs = (other_ids, token_ids, targets, log_shares, parts, dlog_shares)
+    work = 2 * num_heads * num_entries
+    run_rows(_score_target_backward_rows, LANES, targets.numel(), work, *sizes, *inputs, *grads)
+    return grads
+
+
+def _list_target_gradients(
+    scores: Tensor, head_scores: Tensor, weights: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _list_share_gradients(scores, weights, head_scores)
+
+
+share_targets_native = declare_operator(
+    "share_targets",
+    _share_targets,
+    backward=_share_targets_backward,
+    results="log_shares",
+    saved="parts",
+    gradients="scores head_scores weights",
+    shapes=_list_target_shares,
+    gradient_shapes=_list_target_gradients,
+)
+"""Return ln of the shares; see ``share_targets``."""

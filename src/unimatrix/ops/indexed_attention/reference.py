@@ -43,11 +43,33 @@ def find_entries_reference(text: Tensor, distances: Tensor, window: int) -> Entr
 
 def share_reference(scores: Tensor, head_scores: Tensor, weights: Tensor) -> Tensor:
     """Return ln of the shares; see ``share_heads``."""
-    of_heads = head_scores + _log(weights.sum(dim=-1))
-    log_sum = torch.cat([scores, of_heads], dim=-1).logsumexp(dim=-1, keepdim=True)
+    log_sum = _sum_components(scores, head_scores, weights)
     # No product of matrices, whose 16 bits under autocast would not sum to 1.
     shares = ((head_scores - log_sum).exp().unsqueeze(-1) * weights).sum(dim=-2)
     return torch.cat([scores - log_sum, _log(shares)], dim=-1)
+
+
+def share_targets_reference(
+    scores: Tensor,
+    head_scores: Tensor,
+    weights: Tensor,
+    other_ids: Tensor,
+    token_ids: Tensor,
+    targets: Tensor,
+) -> Tensor:
+    """Return ln of the shares of the vocabulary and the targets; see ``share_targets``."""
+    log_sum = _sum_components(scores, head_scores, weights)
+    target = targets.unsqueeze(-1)
+    of_others = ((scores[..., 1:] - log_sum).exp() * (other_ids == target)).sum(dim=-1)
+    matched = (weights * (token_ids == target).unsqueeze(-2)).sum(dim=-1)  # [B, T, H]
+    of_heads = ((head_scores - log_sum).exp() * matched).sum(dim=-1)
+    return torch.stack([(scores - log_sum)[..., 0], _log(of_others + of_heads)], dim=-1)
+
+
+def _sum_components(scores: Tensor, head_scores: Tensor, weights: Tensor) -> Tensor:
+    """Return ln of what all components weigh together, [B, T, 1]."""
+    of_heads = head_scores + _log(weights.sum(dim=-1))
+    return torch.cat([scores, of_heads], dim=-1).logsumexp(dim=-1, keepdim=True)
 
 
 def _log(x: Tensor) -> Tensor:
