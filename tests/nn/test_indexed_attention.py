@@ -8,8 +8,8 @@ from tests.byte_models import build_byte_model
 from tests.nn.streams import build_mixer, check_gradients, check_padding, check_split
 from unimatrix import UniMatrixCache, UniMatrixConfig, UniMatrixForCausalLM
 from unimatrix.errors import InputError
-from unimatrix.nn.indexed_attention import IndexedAttention
-from unimatrix.ops.indexed_attention import REACH
+from unimatrix.nn.indexed_attention import IndexedAttention, find_needed
+from unimatrix.ops.indexed_attention import REACH, find_entries
 
 NAME, VARIANT = "indexed_attention", "unimatrix"
 TEXT = (
@@ -125,6 +125,47 @@ def test_a_key_sees_both_sides_once_they_are_known() -> None:
         pair = slice(2 * at, 2 * at + 2)
         differs = (found[0, pair] != keys[0, pair]).flatten(1).any(dim=1).tolist()
         assert differs == [sees_past, sees_ahead], changed
+
+
+@pytest.mark.parametrize("num_before", [0, 70])
+def test_the_keys_that_are_needed_are_those_that_are_read(num_before: int) -> None:
+    generator, num_columns = torch.Generator().manual_seed(0), num_before + 60
+    text = torch.zeros(2, num_columns, dtype=torch.int64)
+    for most in (20, 130):
+        distances = torch.randint(-1, most, (2, 60, 2), generator=generator, dtype=torch.int32)
+        now = torch.arange(num_before, num_columns).view(1, -1, 1)
+        distances = distances.minimum(now.int())
+        distances[1, 20:] = -1
+        rows = find_entries(text, distances, window=1000).rows
+        expected = torch.zeros(2, 2 * num_columns, dtype=torch.bool)
+        for b in range(2):
+            expected[b, rows[b][rows[b] >= 0].long()] = True
+        found = find_needed(distances, num_columns)
+        assert torch.equal(found.flatten(1), expected)
+
+
+def test_keys_that_are_made_alone_are_the_same() -> None:
+    model = build_words()
+    mixer: IndexedAttention = model.model.block.indexed_attention
+    text, generator = encode(TEXT * 2)[:, :200].view(2, 100), torch.Generator().manual_seed(0)
+    needed = torch.rand(2, 100, 2, generator=generator) > 0.6
+    needed[1, :50] = False
+
+    class Embeds:
+        embed = model.model.embed_tokens
+
+    found = []
+    for chosen in (None, needed):
+        model.zero_grad()
+        keys, values = mixer.make_keys(text, Embeds, chosen)
+        keys = keys * needed.flatten(1)[..., None, None]
+        (keys.cos().sum() + values.cos().sum()).backward()
+        own = (mixer.key_conv, *mixer.key_mix.parameters(), *mixer.key_proj.parameters())
+        weights = (*own, *mixer.value_proj.parameters(), *model.model.embed_tokens.parameters())
+        found.append([keys, values, *(weight.grad for weight in weights)])
+    for of_all, alone in zip(*found, strict=True):
+        torch.testing.assert_close(alone, of_all, rtol=1e-10, atol=1e-12)
+    assert mixer.make_keys(text, Embeds, torch.zeros_like(needed))[0].eq(0).all()
 
 
 @torch.no_grad()

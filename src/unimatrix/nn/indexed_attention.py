@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv1d, gelu, normalize, pad
+from torch.nn.functional import conv1d, embedding, gelu, normalize, pad
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.key_ring import KeyRing, extend_ring, keep_ring
@@ -162,9 +162,12 @@ class IndexedAttention(Mixer):
         else:
             can_cut = carried is not None and not torch.compiler.is_compiling()
             cut = _cut_out(text, distances, entries) if can_cut else None
+            needed = None
             if cut is not None:
                 text, entries = cut
-            inputs = [query, *self.make_keys(text, tokens), *biases]
+            elif not torch.compiler.is_compiling():
+                needed = find_needed(distances, text.shape[1])
+            inputs = [query, *self.make_keys(text, tokens, needed), *biases]
         if cut is not None:  # all rows read from one list of pieces
             inputs = [_join_rows(tensor) for tensor in inputs]
         inputs = [tensor.to(query.dtype) for tensor in (*inputs, self.match_bias)]
@@ -217,12 +220,16 @@ class IndexedAttention(Mixer):
         of_places = self.kind_bias(h).view(heads).gather(3, chosen) + of_units
         return query, self.offset_bias(h).view(heads), of_places
 
-    def make_keys(self, text: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def make_keys(
+        self, text: Tensor, tokens: Tokens, needed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return what the tokens of a text are found by, and what they say.
 
         Args:
             text: [B, S] int64, -1 for no token.
             tokens: whose ``embed`` is used.
+            needed: [B, S, 2] bool, the keys that are read: the others are zeros, and cost nothing
+                behind the convolutions. ``None`` is all.
 
         Returns:
             [B, 2 S, H, C], two keys of each token: of the 12 before it, and of the 12 from it on as
@@ -236,13 +243,54 @@ class IndexedAttention(Mixer):
         groups = features.shape[-1]
         seen = conv1d(pad(channels, (REACH, -1)), past, groups=groups)
         known = seen + conv1d(pad(channels, (0, REACH - 1)), ahead, groups=groups)
-        both = torch.stack([seen, known], dim=-1).permute(0, 2, 3, 1)  # [B, S, 2, D]
-        mixed = normalize_features(self.key_mix(gelu(both)))
-        keys = self.key_proj(mixed).view(batch, 2 * num_columns, self.num_heads, -1)
+        rows = None
+        if needed is None:
+            both = torch.stack([seen, known], dim=-1).permute(0, 2, 3, 1)  # [B, S, 2, D]
+        else:
+            columns = [chosen.flatten().nonzero().squeeze(1) for chosen in needed.unbind(dim=-1)]
+            rows = torch.cat([2 * columns[0], 2 * columns[1] + 1])
+            # Looked up like embeddings, whose gradients are summed row by row.
+            both = torch.cat(
+                [
+                    embedding(chosen, made.transpose(1, 2).reshape(-1, groups))
+                    for chosen, made in zip(columns, (seen, known), strict=True)
+                ]
+            )
+        keys = self.key_proj(normalize_features(self.key_mix(gelu(both))))
         # The smallest length of a vector is no 16-bit number.
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        keys = normalize(keys.view(-1, self.num_heads, self.inner // self.num_heads), dim=-1)
+        if rows is not None:
+            none = keys.new_zeros(2 * batch * num_columns, *keys.shape[1:])
+            keys = none.index_copy(0, rows, keys)
         values = self.value_proj(features).view(batch, num_columns, self.num_heads, -1)
-        return normalize(keys, dim=-1), values
+        return keys.view(batch, 2 * num_columns, *keys.shape[1:]), values
+
+
+def find_needed(distances: Tensor, num_columns: int) -> Tensor:
+    """Return which keys of a text positions may read, [B, S, 2] bool: past-only ones, and whole.
+
+    Args:
+        distances: [B, T, P] int32, as in ``find_entries``.
+        num_columns: S.
+    """
+    batch, num_tokens, _ = distances.shape
+    now = torch.arange(num_columns - num_tokens, num_columns, device=distances.device).view(
+        1, -1, 1
+    )
+    first = (now - distances - BEFORE).flatten(1)
+    last = torch.minimum(first + NUM_OFFSETS - 1, now.expand_as(distances).flatten(1))
+    whole = (now - REACH + 1).expand_as(distances).flatten(1)  # the last column known on both sides
+    exists, found = distances.flatten(1) >= 0, []
+    for start, end in ((first.maximum(whole + 1), last), (first, last.minimum(whole))):
+        start = start.clamp_min(0)
+        # One more place from its first column on, one less behind its last.
+        change = (exists & (start <= end)).int()
+        counts = change.new_zeros(batch, num_columns + 1)
+        counts.scatter_add_(1, start.clamp_max(num_columns), change)
+        counts.scatter_add_(1, (end + 1).clamp_min(0), -change)
+        found.append(counts[:, :-1].cumsum(dim=1) > 0)
+    return torch.stack(found, dim=-1)
 
 
 def _cut_out(text: Tensor, distances: Tensor, entries: Entries) -> tuple[Tensor, Entries] | None:
