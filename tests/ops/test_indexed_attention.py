@@ -11,11 +11,13 @@ from unimatrix.ops.indexed_attention import (
     BEFORE,
     MOST_MATCHED,
     NUM_OFFSETS,
+    REACH,
     Entries,
     attend_entries,
     find_entries,
     share_heads,
     share_targets,
+    sum_around,
 )
 
 OP = "indexed_attention"
@@ -320,3 +322,46 @@ def test_shares_of_targets_are_those_of_the_reference(
         return {"shares": shares.clamp_min(-1e3), "none": shares.isneginf()}
 
     compare_with_reference(OP, backend, run, leaves)
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_sums_around_tokens_are_those_of_the_reference(
+    backend: str, dtype: torch.dtype, chooses: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    for num_columns, width in ((1, 3), (11, 16), (30, 20), (150, 32)):
+        rows = None
+        if chooses:
+            rows = torch.randperm(4 * num_columns, generator=generator)[: 2 * num_columns]
+
+        def run(backend: str, features: Tensor, kernels: Tensor, rows=rows) -> Outputs:
+            return {"sums": sum_around(features, kernels, rows, backend=backend)}
+
+        leaves = {"features": draw(2, num_columns, width), "kernels": draw(2, width, REACH)}
+        compare_with_reference(OP, backend, run, leaves)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_sums_around_tokens_by_hand(backend: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 40, 3, generator=generator, dtype=torch.float64)
+    kernels = torch.randn(2, 3, REACH, generator=generator, dtype=torch.float64)
+    sums = sum_around(features, kernels, backend=backend).view(2, 40, 2, 3)
+    for column in (0, 5, 20, 35, 39):
+        before = features[1, max(0, column - REACH) : column]
+        ahead = features[1, column : column + REACH]
+        past = (before * kernels[0].T[REACH - len(before) :]).sum(dim=0)
+        torch.testing.assert_close(sums[1, column, 0], past)
+        whole = past + (ahead * kernels[1].T[: len(ahead)]).sum(dim=0)
+        torch.testing.assert_close(sums[1, column, 1], whole)
+    assert sum_around(features, kernels, torch.arange(0), backend=backend).shape == (0, 3)
+    with pytest.raises(InputError, match="kernels"):
+        sum_around(features, kernels[..., 1:], backend=backend)
+    with pytest.raises(InputError, match="rows has dtype"):
+        sum_around(features, kernels, torch.zeros(2, dtype=torch.int32), backend=backend)

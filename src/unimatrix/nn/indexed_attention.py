@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv1d, embedding, gelu, normalize, pad
+from torch.nn.functional import gelu, normalize
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.key_ring import KeyRing, extend_ring, keep_ring
@@ -18,6 +18,7 @@ from unimatrix.ops.indexed_attention import (
     Entries,
     attend_entries,
     find_entries,
+    sum_around,
 )
 from unimatrix.ops.text_index import (
     MOST_COUNTED,
@@ -238,25 +239,10 @@ class IndexedAttention(Mixer):
         batch, num_columns = text.shape
         features = normalize_features(tokens.embed(text.clamp_min(0)))
         features = features * (text >= 0).unsqueeze(-1)  # [B, S, D]
-        channels = features.transpose(1, 2)
-        past, ahead = (kernel.unsqueeze(1) for kernel in self.key_conv)  # [D, 1, 12] each
-        groups = features.shape[-1]
-        seen = conv1d(pad(channels, (REACH, -1)), past, groups=groups)
-        known = seen + conv1d(pad(channels, (0, REACH - 1)), ahead, groups=groups)
-        rows = None
-        if needed is None:
-            both = torch.stack([seen, known], dim=-1).permute(0, 2, 3, 1)  # [B, S, 2, D]
-        else:
-            columns = [chosen.flatten().nonzero().squeeze(1) for chosen in needed.unbind(dim=-1)]
-            rows = torch.cat([2 * columns[0], 2 * columns[1] + 1])
-            # Looked up like embeddings, whose gradients are summed row by row.
-            both = torch.cat(
-                [
-                    embedding(chosen, made.transpose(1, 2).reshape(-1, groups))
-                    for chosen, made in zip(columns, (seen, known), strict=True)
-                ]
-            )
-        keys = self.key_proj(normalize_features(self.key_mix(gelu(both))))
+        rows = None if needed is None else needed.flatten().nonzero().squeeze(1)
+        kernels = self.key_conv.to(features.dtype)
+        sums = sum_around(features, kernels, rows, **self.operator_options)
+        keys = self.key_proj(normalize_features(self.key_mix(gelu(sums))))
         # The smallest length of a vector is no 16-bit number.
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         keys = normalize(keys.view(-1, self.num_heads, self.inner // self.num_heads), dim=-1)

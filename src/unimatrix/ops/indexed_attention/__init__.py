@@ -18,6 +18,7 @@ from unimatrix.ops.indexed_attention.reference import (
     find_entries_reference,
     share_reference,
     share_targets_reference,
+    sum_around_reference,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "find_entries",
     "share_heads",
     "share_targets",
+    "sum_around",
 ]
 
 
@@ -85,6 +87,46 @@ def find_entries(text: Tensor, distances: Tensor, *, window: int, backend: str =
     from unimatrix.ops.indexed_attention.native import find_entries_native
 
     return Entries(*find_entries_native(text, distances, window))
+
+
+def sum_around(
+    features: Tensor, kernels: Tensor, rows: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Return, channel by channel, weighted sums of the 12 tokens before a token, and around it.
+
+    Equation: E28, what stands under the gelu.
+    Source: this project.
+
+    Args:
+        features: [B, S, D], zeros for no token.
+        kernels: [2, D, 12], of the tokens before, the nearest last, and of those from it on.
+        rows: [n] int64, each at most once: which sums are wanted. Token j of stream b has the two
+            of 2 (b S + j), of the tokens before it, and 2 (b S + j) + 1, of both sides. ``None``
+            is all 2 B S.
+        backend: ``auto`` is ``native`` on the CPU, where it runs.
+
+    Returns:
+        [n, D]. Differentiable once (``native``) in features and kernels.
+
+    Raises:
+        InputError: if a shape or type is not as above, or the back end does not exist.
+    """
+    sizes: dict[str, int] = {"2": 2, "12": REACH}
+    require_shape("features", features, "B S D", sizes)
+    require_shape("kernels", kernels, "2 D 12", sizes)
+    require_dtype("kernels", kernels, features.dtype)
+    if rows is not None:
+        sizes["n"] = rows.numel()  # may be none
+        require_shape("rows", rows, "n", sizes)
+        require_dtype("rows", rows, torch.int64)
+    if choose_backend(backend, features) == "reference":
+        return sum_around_reference(features, kernels, rows)
+    from unimatrix.ops.indexed_attention.native import sum_around_native
+
+    if rows is None:
+        rows = torch.arange(2 * features.shape[:2].numel(), device=features.device)
+    sums: Tensor = sum_around_native(features, kernels, rows)
+    return sums
 
 
 def attend_entries(

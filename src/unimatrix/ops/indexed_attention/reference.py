@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d, pad
 
 from unimatrix.ops.indexed_attention.entries import (
     BEFORE,
@@ -76,6 +77,16 @@ def _log(x: Tensor) -> Tensor:
     """Return ln, -inf without a gradient for 0."""
     exists = x > 0
     return x.where(exists, 1).log().masked_fill(~exists, -torch.inf)
+
+
+def sum_around_reference(features: Tensor, kernels: Tensor, rows: Tensor | None) -> Tensor:
+    """Return weighted sums around tokens; see ``sum_around``."""
+    channels, width = features.transpose(1, 2), features.shape[-1]
+    past, ahead = (kernel.unsqueeze(1) for kernel in kernels)  # [D, 1, 12] each
+    seen = conv1d(pad(channels, (REACH, -1)), past, groups=width)
+    known = seen + conv1d(pad(channels, (0, REACH - 1)), ahead, groups=width)
+    both = torch.stack([seen, known], dim=-1).permute(0, 2, 3, 1).reshape(-1, width)
+    return both if rows is None else both[rows]
 
 
 def attend_reference(
