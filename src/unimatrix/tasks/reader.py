@@ -18,12 +18,12 @@ NOT_IN_TEXT = "not in the text"
 QUESTION_KINDS = ("told once", "latest", "first", "not told")
 """Kinds of questions: for a value told once, the latest or the first of several, or none."""
 
-_NUM_KEYS, _NUM_VALUES, _NUM_QUESTIONS = (1, 1, 2, 2, 3, 4), (1, 1, 1, 2, 2, 3), (1, 1, 2, 2, 3, 4)
-_MOST_DIGITS, _FILLER_BYTES, _LEAD_BYTES = 12, (0, 0, 0, 20, 60), (0, 0, 0, 40, 120)
+_NUM_KEYS, _NUM_VALUES, _NUM_QUESTIONS = (1, 2, 2, 3, 3, 4), (1, 1, 1, 2, 2, 3), (2, 3, 4, 4, 5, 6)
+_MOST_DIGITS, _FILLER_BYTES, _LEAD_BYTES = 12, (0, 0, 0, 20, 40), (0, 0, 0, 40)
 _BYTES_A_KEY = 140
 """About so many bytes of a document are of one of its keys."""
 _MENTIONS, _DISTRACTIONS = (0, 0, 0, 1, 2), (0, 0, 0, 1, 2)
-_FRAME_SHARE, _ABSENT_SHARE, _FIRST_SHARE = 0.7, 0.2, 0.35
+_FRAME_SHARE, _ABSENT_SHARE, _FIRST_SHARE = 0.7, 0.2, 0.5
 _ALIKE_SHARE, _PLAIN_UPDATE_SHARE, _NEWLINE_SHARE, _CARELESS_SHARE = 0.4, 0.25, 0.25, 0.2
 _KEY_FORMS = ("name", "name", "name", "Name", "Name", "two names", "numbered")
 
