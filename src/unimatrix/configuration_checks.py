@@ -9,7 +9,7 @@ from unimatrix.ops.text_index.state import require_window
 if TYPE_CHECKING:
     from unimatrix.configuration import UniMatrixConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _NUM_BYTES = 256
 CHOICES: dict[str, tuple[str, ...]] = {
     "residual_path": ("none", "previous_token", "suffix_automaton"),
@@ -86,6 +86,11 @@ def check_configuration(config: "UniMatrixConfig") -> None:
             "this model has format version 1, whose automaton kept up to twice "
             f"automaton_window={config.automaton_window} tokens; set format_version to 2 in its "
             "config.json to go on with exactly the last so many"
+        )
+    if config.format_version < 3 and config.associative_memory == "indexed":
+        raise InputError(
+            f"this model has format version {config.format_version}, whose indexed attention did "
+            "not look at the units that lead to its places; train it again with this release"
         )
 
 

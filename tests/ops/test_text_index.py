@@ -21,12 +21,19 @@ from unimatrix.ops.text_index import (
     search_text,
 )
 from unimatrix.ops.text_index.reference import list_units
-from unimatrix.ops.text_index.state import COUNT, HAS_LOST_LETTER, LEAST_WINDOW, NUM_TOKENS, TIMES
+from unimatrix.ops.text_index.state import (
+    COUNT,
+    HAS_LOST_LETTER,
+    KNOWN,
+    LEAST_WINDOW,
+    NUM_TOKENS,
+    TIMES,
+)
 from unimatrix.ops.text_index.units import FIRST_HASH, extend_hash
 
 ALL = BACKENDS["indexed_attention"]
 CANDIDATES = candidates("indexed_attention")
-NO_PLACE = [-1, 0, 0, 0]
+NO_PLACE = [-1, 0, 0, 0, 0]
 # Words and numbers, both cases, what ends them, and pieces of longer characters.
 ALPHABET = b"abAB12 .\xe3\x81\x82\xe0\xb8\xb9\xc3"
 
@@ -34,7 +41,7 @@ ALPHABET = b"abAB12 .\xe3\x81\x82\xe0\xb8\xb9\xc3"
 def read_text(
     text: bytes, backend: str, *, window: int = LEAST_WINDOW, words: bool = True
 ) -> Tensor:
-    """Return the places of every byte, [T, 5, 4]."""
+    """Return the places of every byte, [T, 5, 5]."""
     index = empty_index(1, window, 259, "words" if words else "tokens")
     found, _ = search_text(torch.tensor([list(text)]), initial=index, backend=backend)
     return found.places[0]
@@ -68,18 +75,18 @@ def test_where_words_stood_before(backend: str) -> None:
     # "harkov", "code" and "The" stood once when they were read the second time; when they were read
     # the third time, twice. Of equals the latest comes first.
     assert places[now] == [
-        [now - 17, 1, 3, 0],
-        [now - 7, 1, 4, 3],
-        [now - 2, 1, 5, 4],
-        [now - 43, 2, 0, 5],
-        [now - 33, 2, 1, 6],
+        [now - 17, 1, 3, 0, now - 44],
+        [now - 7, 1, 4, 3, now - 34],
+        [now - 2, 1, 5, 4, now - 29],
+        [now - 43, 2, 0, 5, 0],
+        [now - 33, 2, 1, 6, now - 56],
     ]
     # A word counts once it has ended: at its last letter the third "harkov" is not there yet.
-    assert places[third][:1] == [[third - 17, 1, 2, 0]]
+    assert places[third][:1] == [[third - 17, 1, 2, 0, third - 44]]
     assert [place[2] for place in places[third]] == [2, 3, 4, 0, 0]
     # With more that came between only the third is left, which has three places.
     later = read_text(text + b"and only six new words then: ", backend, window=256).tolist()[-1]
-    assert later[:2] == [[now + 29 - 43, 2, 6, 0], [now + 29 - 17, 2, 6, 1]]
+    assert later[:2] == [[now + 29 - 43, 2, 6, 0, 29], [now + 29 - 17, 2, 6, 1, 29]]
     assert all(place == NO_PLACE for place in places[0])
 
 
@@ -110,13 +117,13 @@ def test_a_unit_is_remembered_until_its_first_token_leaves(backend: str) -> None
         text = b"word" + b"." * (gap - 4) + b"word "
         place = read_text(text, backend)[-1, 0].tolist()
         is_remembered = gap + 4 < LEAST_WINDOW
-        assert place == ([gap + 1, 1, 0, 0] if is_remembered else NO_PLACE)
+        assert place == ([gap + 1, 1, 0, 0, 0] if is_remembered else NO_PLACE)
 
 
 @pytest.mark.parametrize("backend", ALL)
 def test_tokens_are_units_where_they_are_no_bytes(backend: str) -> None:
     places = read_text(bytes([65, 97, 70, 65]), backend, words=False).tolist()
-    assert places[3][0] == [3, 1, 0, 0]  # not the other case of the letter
+    assert places[3][0] == [3, 1, 0, 0, 0]  # not the other case of the letter
     assert places[3][1] == NO_PLACE
 
 
@@ -187,7 +194,7 @@ def test_the_worst_texts_fit(backend: str, name: str) -> None:
 def test_bytes_a_token() -> None:
     for window in (1 << 12, 1 << 16):
         index = empty_index(1, window, 259, "words")
-        limit = 11.75 * window + 1456
+        limit = 11.75 * window + 1520
         assert sum(part.nbytes for part in index) <= (limit if window < 2**15 else 2 * limit)
         ids = torch.randint(32, 127, (1, 300))
         _, after = search_text(ids, initial=index)
@@ -229,7 +236,7 @@ def test_an_index_that_is_none_is_refused() -> None:
     ids = torch.tensor([list(b"abc abc ")])
     _, index = search_text(ids, initial=empty_index(1, 128, 259, "words"))
     rebuild_index(index, torch.tensor([8]), 128, 259, "words")
-    for column, value in ((0, 8), (1, -2), (2, 2**40), (TIMES, -1)):
+    for column, value in ((0, 8), (1, -2), (2, 2**40), (TIMES, -1), (KNOWN, 8)):
         broken = index.recent_units.clone()
         broken[0, 0, column] = value
         with pytest.raises(InputError, match="does not hold"):
@@ -285,7 +292,8 @@ def test_a_stream_of_any_length(backend: str) -> None:
     _, index = search_text(text[:, :12], initial=empty_index(1, 128, 259, "words"))
     far = 128 * 2**30
     index.counters[:, NUM_TOKENS] += far
-    index.recent_units[..., :TIMES] += far * (index.recent_units[..., :TIMES] >= 0)
+    places = index.recent_units[..., [*range(TIMES), KNOWN]]
+    index.recent_units[..., [*range(TIMES), KNOWN]] += far * (places >= 0)
     found, _ = search_text(text[:, 12:], initial=index, backend=backend)
     expected, _ = search_text(text, initial=empty_index(1, 128, 259, "words"))
     assert is_same(found, Found(*(part[:, 12:] for part in expected)))

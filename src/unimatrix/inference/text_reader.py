@@ -228,7 +228,7 @@ def watch_place(model: UniMatrixForCausalLM) -> Iterator[list[_Place]]:
 
     def note(module: IndexedAttention, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> None:
         tokens = inputs[1]
-        text, places, _ = tokens.found
+        text, places, *_ = tokens.found
         options = {"window": module.window, **module.operator_options}
         rows = find_entries(text, places[..., 0], **options).rows[0, -1]
         before = text[0, : -tokens.ids.shape[1]]

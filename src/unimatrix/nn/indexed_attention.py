@@ -33,7 +33,7 @@ from unimatrix.ops.text_index import (
 
 _SPAN = NUM_OFFSETS + 2 * REACH
 """Tokens around a place that the keys and values of its entries are made of."""
-_FIRST_TEMPERATURE = 8.0
+_FIRST_TEMPERATURE, _FIRST_OF_UNITS = 8.0, 3.0
 _NATS_OF_MATCH, _MATCHED = 0.5, 8
 """At the start each matched token before an entry adds to its score, up to the eighth."""
 
@@ -43,12 +43,14 @@ class Search(NamedTuple):
 
     Attributes:
         text: [B, S] int64, the tokens remembered before these and these; -1 for none.
-        places: [B, T, 5, 4] int32; see ``ops.text_index.Found``.
+        places: [B, T, 5, 5] int32; see ``ops.text_index.Found``.
+        new_units: [B, T] int32; likewise.
         carried: [B, W], the tokens of the index before these; ``None`` for new streams.
     """
 
     text: Tensor
     places: Tensor
+    new_units: Tensor
     carried: Tensor | None
 
 
@@ -94,6 +96,7 @@ class IndexedAttention(Mixer):
         width, inner = config.hidden_size, config.index_heads * config.index_head_dim
         self.inner = inner
         self.query_proj = nn.Linear(width, inner, bias=False)
+        self.unit_query_proj = nn.Linear(width, inner, bias=False)
         self.key_conv = nn.Parameter(torch.empty(2, width, REACH))
         self.key_mix = nn.Linear(width, width)
         self.key_proj = nn.Linear(width, inner, bias=False)
@@ -101,10 +104,13 @@ class IndexedAttention(Mixer):
         self.out_proj = nn.Linear(inner, width, bias=False)
         self.offset_bias = nn.Linear(width, self.num_heads * NUM_OFFSETS)
         self.kind_bias = nn.Linear(width, self.num_heads * NUM_KINDS)
+        self.nothing_score = nn.Linear(width, self.num_heads * (1 + NUM_RECENT))
+        self.unit_kind = nn.Embedding(NUM_KINDS, inner)
         self.count_bias = nn.Embedding(MOST_COUNTED + 1, self.num_heads)
         self.age_bias = nn.Embedding(NUM_RECENT, self.num_heads)
         self.match_bias = nn.Parameter(torch.empty(self.num_heads, MOST_MATCHED + 1))
         self.log_temperature = nn.Parameter(torch.empty(self.num_heads))
+        self.unit_log_temperature = nn.Parameter(torch.empty(self.num_heads))
         self.read_gate = nn.Linear(width, width)
 
     def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -114,6 +120,7 @@ class IndexedAttention(Mixer):
             (self.key_conv, torch.randn(self.key_conv.shape) * REACH**-0.5),
             (self.match_bias, matched.expand(self.num_heads, -1)),
             (self.log_temperature, torch.full((self.num_heads,), _FIRST_TEMPERATURE).log()),
+            (self.unit_log_temperature, torch.full((self.num_heads,), _FIRST_OF_UNITS).log()),
         ]
 
     @property
@@ -130,10 +137,10 @@ class IndexedAttention(Mixer):
             text = torch.cat([order_tokens(state).to(ids.device), ids], dim=1)
         if torch.compiler.is_compiling() and not tokens.keeps_state and state is None:
             # Padding comes last, and nothing is read from it.
-            places, matches = search_new_text(ids, *empty)
+            places, new_units, matches = search_new_text(ids, *empty)
         else:
             index = empty_index(len(ids), *empty) if state is None else state
-            (places, matches), index = search_text(
+            (places, new_units, matches), index = search_text(
                 ids,
                 initial=index,
                 lengths=tokens.lengths,
@@ -143,18 +150,19 @@ class IndexedAttention(Mixer):
             state = index if tokens.keeps_state else None
         if tokens.suffix_match is not None:
             matches = tokens.suffix_match
-        found = Search(text, places, carried)
+        found = Search(text, places, new_units, carried)
         return tokens._replace(found=found, suffix_match=matches), state
 
     def forward(
         self, source: Tensor, tokens: Tokens, state: TextIndex | None
     ) -> tuple[IndexedRead, TextIndex | None]:
         """Read around the places that ``search`` has found; see ``Mixer.forward``."""
-        text, places, carried = tokens.found
+        text, places, new_units, carried = tokens.found
         distances = places[..., 0]
         entries = find_entries(text, distances, window=self.window, **self.operator_options)
         token_ids = entries.token_ids
-        query, *biases = self.make_queries(source, places)
+        query, of_units, *biases = self.make_queries(source, places, new_units)
+        biases[1] = biases[1] + self.score_units(of_units, text, places, tokens)
         ring, cut = self._find_ring(tokens), None
         if ring is not None:
             known = text.shape[1] - tokens.ids.shape[1]
@@ -184,7 +192,7 @@ class IndexedAttention(Mixer):
         """Return the keys of the window and these tokens, where they are kept from call to call."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not tokens.keeps_state:
             return None
-        text, _, carried = tokens.found
+        text, *_, carried = tokens.found
         own = (self.key_conv, *self.key_mix.parameters(), *self.key_proj.parameters())
         weights = [*own, *self.value_proj.parameters(), *tokens.embed_weights]
         return extend_ring(
@@ -198,28 +206,42 @@ class IndexedAttention(Mixer):
             lambda piece: self.make_keys(piece, tokens),
         )
 
-    def make_queries(self, source: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def make_queries(
+        self, source: Tensor, places: Tensor, new_units: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what positions look for.
 
         Args:
             source: [B, T, D], the stream.
-            places: [B, T, 5, 4] int32.
+            places: [B, T, 5, 5] int32.
+            new_units: [B, T] int32.
 
         Returns:
-            [B, T, H, C], the queries; [B, T, H, 80] and [B, T, H, 5], what is added to the score of
-            an entry by its offset and by its place.
+            [B, T, H, C] twice, the queries of entries and of the units that send to places;
+            [B, T, H, 80] and [B, T, H, 5], what is added to the score of an entry by its offset and
+            by its place, less the score of nothing.
         """
         h = normalize_features(source)
         heads = (*h.shape[:2], self.num_heads, -1)
         # Scores are compared and summed over hundreds of entries: no 16-bit numbers.
         dtype = torch.promote_types(h.dtype, torch.float32)
-        query = normalize(self.query_proj(h).view(heads).to(dtype), dim=-1)
-        query = query * self.log_temperature.exp().unsqueeze(-1)
-        _, times, ages, kinds = places.unbind(dim=-1)
+        asked = (
+            (self.query_proj, self.log_temperature),
+            (self.unit_query_proj, self.unit_log_temperature),
+        )
+        query, of_unit = (
+            normalize(proj(h).view(heads).to(dtype), dim=-1) * temperature.exp().unsqueeze(-1)
+            for proj, temperature in asked
+        )
+        _, times, ages, kinds, _ = places.unbind(dim=-1)
         of_units = (self.count_bias(times) + self.age_bias(ages)).transpose(2, 3)
         chosen = kinds.unsqueeze(2).expand(-1, -1, self.num_heads, -1).long()
         of_places = self.kind_bias(h).view(heads).gather(3, chosen) + of_units
-        return query, self.offset_bias(h).view(heads), of_places
+        marks = new_units.unsqueeze(-1) >> torch.arange(NUM_RECENT, device=h.device) & 1
+        always, of_new = self.nothing_score(h).view(heads).split([1, NUM_RECENT], dim=-1)
+        of_nothing = always + (of_new * marks.unsqueeze(2)).sum(dim=-1, keepdim=True)
+        of_places = of_places - of_nothing
+        return query, of_unit, self.offset_bias(h).view(heads), of_places
 
     def make_keys(
         self, text: Tensor, tokens: Tokens, needed: Tensor | None = None
@@ -237,20 +259,64 @@ class IndexedAttention(Mixer):
             well. [B, S, H, C], the values.
         """
         batch, num_columns = text.shape
-        features = normalize_features(tokens.embed(text.clamp_min(0)))
-        features = features * (text >= 0).unsqueeze(-1)  # [B, S, D]
+        features = self._embed_text(text, tokens)  # [B, S, D]
         rows = None if needed is None else needed.flatten().nonzero().squeeze(1)
         kernels = self.key_conv.to(features.dtype)
         sums = sum_around(features, kernels, rows, **self.operator_options)
-        keys = self.key_proj(normalize_features(self.key_mix(gelu(sums))))
-        # The smallest length of a vector is no 16-bit number.
-        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        keys = normalize(keys.view(-1, self.num_heads, self.inner // self.num_heads), dim=-1)
+        keys = self._finish_keys(sums)
         if rows is not None:
             none = keys.new_zeros(2 * batch * num_columns, *keys.shape[1:])
             keys = none.index_copy(0, rows, keys)
         values = self.value_proj(features).view(batch, num_columns, self.num_heads, -1)
         return keys.view(batch, 2 * num_columns, *keys.shape[1:]), values
+
+    def score_units(self, queries: Tensor, text: Tensor, places: Tensor, tokens: Tokens) -> Tensor:
+        """Return what is added to the score of a place by what stands around its unit now.
+
+        Args:
+            queries: [B, T, H, C], what positions look for in the unit that sends to a place.
+            text: [B, S] int64, of which the last T tokens are the positions.
+            places: [B, T, 5, 5] int32.
+            tokens: whose ``embed`` is used.
+
+        Returns:
+            [B, T, H, 5]; 0 for no place, and for a unit that was known more than W - 17 tokens ago.
+        """
+        num_columns, num_tokens = text.shape[1], places.shape[1]
+        now = torch.arange(num_columns - num_tokens, num_columns, device=text.device).view(1, -1, 1)
+        distances, _, _, kinds, since = places.unbind(dim=-1)
+        exists = (distances >= 0) & (since < self.window - MOST_MATCHED)
+        # The key is that of the token behind the one with which the unit was known.
+        first = torch.arange(len(text), device=text.device).view(-1, 1, 1) * num_columns
+        rows = 2 * (first + now - since) + (since >= REACH)
+        rows = rows.masked_fill(~exists, 0)
+        if torch.compiler.is_compiling():  # where nothing is as long as the values say
+            rows, numbers = torch.arange(2 * text.numel(), device=text.device), rows
+        else:
+            rows, numbers = torch.unique(rows, return_inverse=True)
+        known_at, sees_ahead = (rows // 2).unsqueeze(1), (rows % 2 == 1).unsqueeze(1)
+        span = torch.arange(1 - REACH, 1 + REACH, device=text.device)
+        columns = known_at % num_columns + span
+        is_seen = (columns >= 0) & (columns < num_columns) & ((span <= 0) | sees_ahead)
+        pieces = text[known_at // num_columns, columns.clamp(0, num_columns - 1)]
+        features = self._embed_text(pieces.masked_fill(~is_seen, -1), tokens)  # [n, 24, D]
+        keys = self._finish_keys((features * self.key_conv.mT.flatten(0, 1)).sum(dim=1))
+        by_kind = self.unit_kind.weight.view(NUM_KINDS, self.num_heads, -1).to(keys.dtype)
+        of_kinds = torch.einsum("nhc,khc->nkh", keys, by_kind)[numbers, kinds.long()]
+        scores = torch.einsum("bthc,btphc->btph", queries, keys[numbers]) + of_kinds
+        return (scores * exists.unsqueeze(-1)).transpose(2, 3)
+
+    @staticmethod
+    def _embed_text(text: Tensor, tokens: Tokens) -> Tensor:
+        """Return the features [*, D] of tokens [*], 0 for no token."""
+        return normalize_features(tokens.embed(text.clamp_min(0))) * (text >= 0).unsqueeze(-1)
+
+    def _finish_keys(self, seen: Tensor) -> Tensor:
+        """Return the keys [*, H, C] of what the convolutions have seen, [*, D]."""
+        mixed = normalize_features(self.key_mix(gelu(seen)))
+        keys = self.key_proj(mixed).unflatten(-1, (self.num_heads, -1))
+        # The smallest length of a vector is no 16-bit number.
+        return normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
 
 
 def find_needed(distances: Tensor, num_columns: int) -> Tensor:

@@ -43,7 +43,7 @@ from unimatrix.ops.numba.lanes import (
 from unimatrix.ops.numba.lanes import total as sum_lanes
 from unimatrix.ops.numba.lanes import zeros as zero_lanes
 from unimatrix.ops.numba.tiles import add_multiple
-from unimatrix.ops.text_index.state import MOST_COUNTED, NUM_KINDS, NUM_PLACES
+from unimatrix.ops.text_index.state import MOST_COUNTED, NUM_KINDS, NUM_PLACES, NUM_RECENT
 
 _LANES = (0,) * KEY_BLOCK
 _VALUE_LANES = (0,) * 8
@@ -87,6 +87,22 @@ def _hold_keys(number, length, now, held, weights, offsets, width, size):
 
 
 @part(**OPTIONS)
+def _finish_keys(seen, weights, offsets, size, made):
+    """Write to made [n, H C] the keys of what convolutions have seen [n, D], which is used up."""
+    num_rows, width = seen.shape
+    mixed = np.empty((num_rows, width), weights.dtype)
+    for i in range(num_rows):
+        for j in range(width):
+            seen[i, j] = gelu(seen[i, j])
+    project(weights, offsets[at.KEY_MIX], offsets[at.KEY_MIX_BIAS], seen, mixed)
+    for i in range(num_rows):
+        scale_to_unit_square(mixed[i], np.float64(np.finfo(weights.dtype).eps))
+    project(weights, offsets[at.PLACE_KEY], -1, mixed, made)
+    for i in range(num_rows):
+        bound(made[i], size, True)
+
+
+@part(**OPTIONS)
 def _make_keys(numbers, tokens, forms, weights, offsets, width, size, keys):
     """Make the keys of tokens of one stream: ``IndexedAttention.make_keys``.
 
@@ -104,19 +120,12 @@ def _make_keys(numbers, tokens, forms, weights, offsets, width, size, keys):
     """
     window, num_rows, inner = tokens.shape[0], numbers.shape[0], keys.shape[1]
     seen = np.empty((num_rows, width), weights.dtype)
-    mixed = np.empty((num_rows, width), weights.dtype)
     made = np.empty((num_rows, inner), weights.dtype)
     for i in range(num_rows):
         sees_ahead = forms[numbers[i] % window] == _BOTH_SIDES
         _convolve_features(weights, offsets, tokens, numbers[i], sees_ahead, seen[i])
-        for j in range(width):
-            seen[i, j] = gelu(seen[i, j])
-    project(weights, offsets[at.KEY_MIX], offsets[at.KEY_MIX_BIAS], seen, mixed)
+    _finish_keys(seen, weights, offsets, size, made)
     for i in range(num_rows):
-        scale_to_unit_square(mixed[i], np.float64(np.finfo(weights.dtype).eps))
-    project(weights, offsets[at.PLACE_KEY], -1, mixed, made)
-    for i in range(num_rows):
-        bound(made[i], size, True)
         column = numbers[i] % window
         for j in range(inner):
             keys[column // KEY_BLOCK, j, column % KEY_BLOCK] = made[i, j]
@@ -193,22 +202,68 @@ def _weigh(scores, num_entries):
 
 
 @part(**OPTIONS)
-def _find_bias(weights, offsets, heads, place, projected, head):
-    """Return what is added to the scores of a place (E27)."""
-    kinds = projected[(projected.shape[0] - heads * NUM_KINDS) + head * NUM_KINDS :]
-    of_count = weights[offsets[at.COUNT_BIAS] + min(place[1], MOST_COUNTED) * heads + head]
-    of_age = weights[offsets[at.AGE_BIAS] + place[2] * heads + head]
-    return kinds[place[3]] + of_count + of_age
+def _hold_unit_key(known_at, sees_ahead, tokens, held, weights, offsets, form):
+    """Return which of the held keys is that of the unit that was known with a token.
+
+    ``IndexedAttention.score_units``. A key is made when the unit is first looked at, and again when
+    the tokens are known that it sees ahead.
+    """
+    (keys, known), (width, _, size) = held, form
+    row = known_at % known.shape[0]
+    if known[row] != 2 * known_at + sees_ahead:
+        known[row] = 2 * known_at + sees_ahead
+        seen = np.empty((1, width), weights.dtype)
+        _convolve_features(weights, offsets, tokens, known_at + 1, sees_ahead, seen[0])
+        _finish_keys(seen, weights, offsets, size, keys[row : row + 1])
+    return row
 
 
 @part(**OPTIONS)
-def _score_entries(projected, now, places, held, weights, offsets, form, scores, entry_ids):
+def _find_bias(weights, offsets, heads, place, projected, unit_key, head):
+    """Return what is added to the scores of a place, but for the score of nothing (E27).
+
+    Args:
+        weights: as for ``advance``, like the next.
+        offsets: of the weights.
+        heads: H.
+        place: [5], of ``Found.places``.
+        projected: of the position.
+        unit_key: [H C], of the unit that sends there; 0 where the window has it no more.
+        head: 0 to H - 1.
+    """
+    size = unit_key.shape[0] // heads
+    kinds = projected[heads * (2 * size + NUM_OFFSETS) + head * NUM_KINDS :]
+    of_count = weights[offsets[at.COUNT_BIAS] + min(place[1], MOST_COUNTED) * heads + head]
+    of_age = weights[offsets[at.AGE_BIAS] + place[2] * heads + head]
+    bias = kinds[place[3]] + of_count + of_age
+    of_kind = get_row(weights, offsets[at.UNIT_KIND], place[3], unit_key.shape[0])
+    for i in range(head * size, (head + 1) * size):
+        bias += (projected[heads * size + i] + of_kind[i]) * unit_key[i]
+    return bias
+
+
+@part(**OPTIONS)
+def _score_nothing(projected, new_units, heads, size, head):
+    """Return the score of nothing (E27); bit i of ``new_units`` is of the unit i units ago."""
+    scores = projected[heads * (2 * size + NUM_OFFSETS + NUM_KINDS) + head * (1 + NUM_RECENT) :]
+    score = scores[0]
+    for i in range(NUM_RECENT):
+        if (new_units >> i) & 1:
+            score += scores[1 + i]
+    return score
+
+
+@part(**OPTIONS)
+def _score_entries(projected, now, found, held, weights, offsets, form, scores, entry_ids):
     """Write scores [H, n] and token ids [n] of the entries around one row's places; return n.
 
     Equation: E26, E27.
     """
-    (tokens, keys, forms), (width, heads, size) = held, form
+    (tokens, keys, forms, unit_keys, units_known), (width, heads, size) = held, form
     window, num_entries = tokens.shape[0], 0
+    of_tokens, of_units = (tokens, keys, forms), (unit_keys, units_known)
+    places, new_units = found
+    no_unit = np.zeros(heads * size, weights.dtype)
     farthest = min(now, window - MOST_MATCHED - 1)  # how far back entries are, at most
     dots = np.empty((heads, NUM_OFFSETS + 2 * KEY_BLOCK), scores.dtype)
     latest = np.empty(MOST_MATCHED, np.int64)
@@ -220,6 +275,11 @@ def _score_entries(projected, now, places, held, weights, offsets, form, scores,
         distance = places[p, 0]
         if distance < 0:
             continue
+        unit_key = no_unit
+        if places[p, 4] < window - MOST_MATCHED:
+            known_at, sees_ahead = now - places[p, 4], places[p, 4] >= REACH
+            row = _hold_unit_key(known_at, sees_ahead, tokens, of_units, weights, offsets, form)
+            unit_key = unit_keys[row]
         offset = max(0, distance + BEFORE - farthest)
         end = min(NUM_OFFSETS, distance + BEFORE + 1)
         while offset < end:  # twice where the ring ends in between
@@ -229,15 +289,18 @@ def _score_entries(projected, now, places, held, weights, offsets, form, scores,
             _copy_text(tokens, number - MOST_MATCHED, MOST_MATCHED + length, text)
             _count_matched(text, length, latest, matched)
             copy(text[MOST_MATCHED : MOST_MATCHED + length], entry_ids[num_entries:])
-            _hold_keys(number, length, now, held, weights, offsets, width, size)
+            _hold_keys(number, length, now, of_tokens, weights, offsets, width, size)
             shift = _score_columns(projected, keys, column, length, heads, size, dots)
             for head in range(heads):
-                of_place = _find_bias(weights, offsets, heads, places[p], projected, head)
+                of_nothing = _score_nothing(projected, new_units, heads, size, head)
+                of_place = _find_bias(weights, offsets, heads, places[p], projected, unit_key, head)
                 of_match = get_row(weights, offsets[at.MATCH_BIAS], head, MOST_MATCHED + 1)
-                of_offset = projected[heads * size + head * NUM_OFFSETS + offset :]
+                of_offset = projected[2 * heads * size + head * NUM_OFFSETS + offset :]
                 for i in range(length):
                     scores[head, num_entries + i] = (
-                        dots[head, shift + i] + of_offset[i] + (of_match[matched[i]] + of_place)
+                        dots[head, shift + i]
+                        + of_offset[i]
+                        + (of_match[matched[i]] + of_place - of_nothing)
                     )
             offset += length
             num_entries += length
@@ -278,29 +341,34 @@ def read_places(x, counters, weights, offsets, sizes, indexed, shares, totals, c
         weights: as for ``advance``, like the next two.
         offsets: of the weights.
         sizes: of the model.
-        indexed: tokens [B, W] and places [B, 1, 5, 4] of the index, the token among them; keys
-            [B, ceil(W / 16), H C, 16] and which of them are held [B, W] int8, changed in place.
+        indexed: tokens [B, W] of the index, the token among them, what it has found, places
+            [B, 1, 5, 5] and new units [B, 1]; keys
+            [B, ceil(W / 16), H C, 16] and which of them are held [B, W] int8, keys of units
+            [B, 8, H C] and of which token and form they are [B, 8], changed in place.
         shares: [B, H, V], written: what each head gives every token of the vocabulary.
         totals: [B, H], written: the sums of these.
         context: [B, D], written.
     """
-    tokens, places, keys, forms = indexed
+    tokens, places, new_units, keys, forms, unit_keys, units_known = indexed
     batch, width = x.shape
     heads, size = sizes[at.INDEX_HEADS], sizes[at.INDEX_HEAD_DIM]
     h = x.copy()
     for b in range(batch):
         scale_to_unit_square(h[b], np.float64(np.finfo(x.dtype).eps))
-    projected = np.empty((batch, heads * (size + NUM_OFFSETS + NUM_KINDS)), x.dtype)
+    projected = np.empty(
+        (batch, heads * (2 * size + NUM_OFFSETS + NUM_KINDS + 1 + NUM_RECENT)), x.dtype
+    )
     project(weights, offsets[at.PLACE_QUERY], offsets[at.PLACE_QUERY_BIAS], h, projected)
     scores = np.zeros((heads, _MOST_ENTRIES + KEY_BLOCK), x.dtype)
     entry_ids = np.empty(_MOST_ENTRIES, np.int64)
     read = np.empty((batch, heads * size), x.dtype)
     for b in range(batch):
-        bound(projected[b, : heads * size], size, True)
-        for i in range(heads * size):
+        bound(projected[b, : 2 * heads * size], size, True)
+        for i in range(2 * heads * size):
             projected[b, i] *= weights[offsets[at.TEMPERATURE] + i // size]
+        held = (tokens[b], keys[b], forms[b], unit_keys[b], units_known[b])
         num_entries = _score_entries(
-            projected[b], counters[b, at.NUM_TOKENS], places[b, 0], (tokens[b], keys[b], forms[b]),
+            projected[b], counters[b, at.NUM_TOKENS], (places[b, 0], new_units[b, 0]), held,
             weights, offsets, (width, heads, size), scores, entry_ids,
         )  # fmt: skip
         for head in range(heads):

@@ -48,15 +48,17 @@ product is a sum of rows.
     KEY_MIX,  # [D, D]
     KEY_MIX_BIAS,  # [D]
     PLACE_KEY,  # [D, H' C]
-    PLACE_QUERY,  # [D, H' C + 80 H' + 7 H'], queries, and biases of offsets and of kinds of places
-    PLACE_QUERY_BIAS,  # [H' C + 80 H' + 7 H']
-    TEMPERATURE,  # [H']
+    PLACE_QUERY,  # [D, 2 H' C + 80 H' + 7 H' + 9 H'], queries of entries and of units, biases of
+    #               offsets and of kinds of places, and scores of nothing
+    PLACE_QUERY_BIAS,  # [2 H' C + 80 H' + 7 H' + 9 H']
+    UNIT_KIND,  # [7, H' C], added to queries of units
+    TEMPERATURE,  # [2, H']
     COUNT_BIAS,  # [8, H']
     AGE_BIAS,  # [8, H']
     MATCH_BIAS,  # [H', 17]
     PLACE_OUTPUT,  # [H' C, D]
-) = range(47)
-NUM_WEIGHTS = 47
+) = range(48)
+NUM_WEIGHTS = 48
 
 # Sizes and choices.
 (

@@ -22,7 +22,7 @@ from unimatrix.ops.slots import SlotState, empty_slots
 from unimatrix.ops.slots.native_step import prepare_slots
 from unimatrix.ops.suffix_automaton import copy_automaton, empty_automaton
 from unimatrix.ops.suffix_automaton.native_step import AutomatonStream
-from unimatrix.ops.text_index import TextIndex, copy_index, empty_index
+from unimatrix.ops.text_index import NUM_RECENT, TextIndex, copy_index, empty_index
 from unimatrix.ops.text_index.native_step import IndexStream
 
 Array = np.ndarray[Any, Any]
@@ -46,8 +46,9 @@ class StepState:
         automaton: what predicts from the longest suffix; ``None`` where the model has none.
         index: of the indexed attention, and then the automaton as well; or ``None``.
         keys: [B, ceil(W / 16), H C, 16], of tokens that the index remembers, and which of them are
-            held, [B, W] int8; or ``None``. Scratch: they are made of the tokens when they are
-            read, and never carried.
+            held, [B, W] int8; keys of units, [B, 8, H C], and for each twice the token with which
+            its unit was known, plus 1 where it sees ahead, [B, 8] int64; or ``None``. Scratch: they
+            are made of the tokens when they are read, and never carried.
     """
 
     num_columns: int
@@ -59,7 +60,7 @@ class StepState:
     knows_text: bool
     automaton: AutomatonStream | IndexStream | None
     index: IndexStream | None
-    keys: tuple[Array, Array] | None
+    keys: tuple[Array, ...] | None
 
     @property
     def carried(self) -> tuple[Any, ...]:
@@ -83,7 +84,7 @@ class StepState:
         """What the kernel takes of the index: its tokens, the last places, and keys."""
         if self.index is None or self.keys is None:
             return None
-        return self.index.tokens, self.index.places, *self.keys
+        return self.index.tokens, self.index.places, self.index.new_units, *self.keys
 
     def scratch_bytes(self) -> int:
         """Return the bytes of what is made anew when the streams are gone on with."""
@@ -148,14 +149,18 @@ def _read_index(cache: UniMatrixCache, config: UniMatrixConfig) -> IndexStream |
 
 def _allocate_keys(
     batch: int, config: UniMatrixConfig, dtype: torch.dtype
-) -> tuple[Array, Array] | None:
+) -> tuple[Array, ...] | None:
     if config.associative_memory != "indexed":
         return None
-    window = config.automaton_window
+    window, inner = config.automaton_window, config.index_heads * config.index_head_dim
     assert window is not None
-    shape = (batch, -(-window // KEY_BLOCK), config.index_heads * config.index_head_dim, KEY_BLOCK)
-    keys = np.zeros(shape, dtype=np.float64 if dtype == torch.float64 else np.float32)
-    return keys, np.zeros((batch, window), dtype=np.int8)
+    floats = np.float64 if dtype == torch.float64 else np.float32
+    return (
+        np.zeros((batch, -(-window // KEY_BLOCK), inner, KEY_BLOCK), dtype=floats),
+        np.zeros((batch, window), dtype=np.int8),
+        np.zeros((batch, NUM_RECENT, inner), dtype=floats),
+        np.full((batch, NUM_RECENT), -1, dtype=np.int64),
+    )
 
 
 def _read_automaton(

@@ -176,9 +176,15 @@ def _add_index(packer: _Packer, mixer: IndexedAttention, embeddings: Tensor) -> 
     packer.parts[layout.KEY_CONV] = packer.take(mixer.key_conv).mT
     packer.add_linear(layout.KEY_MIX, layout.KEY_MIX_BIAS, mixer.key_mix)
     packer.add_linear(layout.PLACE_KEY, None, mixer.key_proj)
-    biases = (mixer.offset_bias, mixer.kind_bias)
-    packer.add_linear(layout.PLACE_QUERY, layout.PLACE_QUERY_BIAS, mixer.query_proj, *biases)
-    packer.parts[layout.TEMPERATURE] = packer.take(mixer.log_temperature).exp()
+    queries, biases = (
+        (mixer.query_proj, mixer.unit_query_proj),
+        (mixer.offset_bias, mixer.kind_bias),
+    )
+    asked = (*queries, *biases, mixer.nothing_score)
+    packer.add_linear(layout.PLACE_QUERY, layout.PLACE_QUERY_BIAS, *asked)
+    packer.add(layout.UNIT_KIND, mixer.unit_kind.weight)
+    temperatures = (mixer.log_temperature, mixer.unit_log_temperature)
+    packer.parts[layout.TEMPERATURE] = torch.stack([packer.take(t) for t in temperatures]).exp()
     packer.add(layout.COUNT_BIAS, mixer.count_bias.weight)
     packer.add(layout.AGE_BIAS, mixer.age_bias.weight)
     packer.add(layout.MATCH_BIAS, mixer.match_bias)

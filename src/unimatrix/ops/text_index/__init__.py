@@ -12,11 +12,13 @@ from unimatrix.ops.operator import declare_operator
 from unimatrix.ops.text_index.reference import scan_reference
 from unimatrix.ops.text_index.state import (
     HAS_LOST_LETTER,
+    KNOWN,
     MOST_COUNTED,
     NUM_KINDS,
     NUM_PLACES,
     NUM_RECENT,
     NUM_TOKENS,
+    NUM_TOLD,
     NUM_UNITS,
     RUN_LENGTH,
     TIMES,
@@ -49,15 +51,19 @@ class Found(NamedTuple):
     """What an index finds for every token.
 
     Attributes:
-        places: [B, T, 5, 4] int32, where the last units stood before: for each place how many
+        places: [B, T, 5, 5] int32, where the last units stood before: for each place how many
             tokens it is back, how often its unit was remembered (at most 7), how many units were
-            read after that one, and its kind: 0 to 2 are the places of the rarest unit, 3 to 6
-            those of the others; -1 and three zeros for no place.
+            read after that one, its kind: 0 to 2 are the places of the rarest unit, 3 to 6 those of
+            the others, and how many tokens ago the unit that sends there was known; -1 and four
+            zeros for no place.
+        new_units: [B, T] int32; bit i is set if the unit i units ago, i < 8, was not remembered
+            when it was read.
         matches: [B, T, 2] int64, the token that followed the longest suffix that stood before, -1
             for none, and the length of the match.
     """
 
     places: Tensor
+    new_units: Tensor
     matches: Tensor
 
 
@@ -103,7 +109,7 @@ def search_text(
 
     Cost:
         About 2 ln W suffixes are visited a token. For words of a vocabulary and a window below
-        32,768 at most 11.75 W + 1,456 bytes, 29 W for tokens; twice as many for longer windows.
+        32,768 at most 11.75 W + 1,520 bytes, 29 W for tokens; twice as many for longer windows.
         ``reference`` reads the whole window again in each call, at quadratic cost.
 
     Note:
@@ -118,29 +124,31 @@ def search_text(
     window = initial.tokens.shape[1]
     require_form(initial, batch, window, name_units(initial), initial.tokens.dtype)
     index = TextIndex(*(x.cpu().contiguous() for x in initial)) if in_place else copy_index(initial)
-    places = torch.zeros(batch, num_tokens, NUM_PLACES, 4, dtype=torch.int32)
+    places = torch.zeros(batch, num_tokens, NUM_PLACES, NUM_TOLD, dtype=torch.int32)
+    new_units = torch.zeros(batch, num_tokens, dtype=torch.int32)
     matches = torch.zeros(batch, num_tokens, 2, dtype=torch.int64)
     places[..., 0], matches[..., 0] = -1, -1
     if backend == "native":
         from unimatrix.ops.text_index.native import scan_native
 
-        scan_native(ids, lengths, index, places, matches)
+        scan_native(ids, lengths, index, places, new_units, matches)
     else:
-        scan_reference(ids, lengths, index, places, matches)
-    return Found(places.to(input_ids.device), matches.to(input_ids.device)), index
+        scan_reference(ids, lengths, index, places, new_units, matches)
+    return Found(*(x.to(input_ids.device) for x in (places, new_units, matches))), index
 
 
 def _search_new_text(
     input_ids: Tensor, window: int, vocab_size: int, units: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     index = empty_index(len(input_ids), window, vocab_size, units)
     found: Found = search_text(input_ids, initial=index, in_place=True)[0]
-    return found.places, found.matches
+    return found.places, found.new_units, found.matches
 
 
-def _list_found(input_ids: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    places = input_ids.new_empty(*input_ids.shape, NUM_PLACES, 4, dtype=torch.int32)
-    return places, input_ids.new_empty(*input_ids.shape, 2)
+def _list_found(input_ids: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    places = input_ids.new_empty(*input_ids.shape, NUM_PLACES, NUM_TOLD, dtype=torch.int32)
+    new_units = input_ids.new_empty(input_ids.shape, dtype=torch.int32)
+    return places, new_units, input_ids.new_empty(*input_ids.shape, 2)
 
 
 search_new_text = declare_operator(
@@ -149,7 +157,7 @@ search_new_text = declare_operator(
 """Return what ``search_text`` finds in new streams, which a captured graph takes whole.
 
 Args: input_ids [B, T] int64, and window, vocab_size and units as for ``empty_index``.
-Returns: places [B, T, 5, 4] int32 and matches [B, T, 2] int64.
+Returns: places [B, T, 5, 5] int32, new units [B, T] int32 and matches [B, T, 2] int64.
 """
 
 
@@ -188,6 +196,8 @@ def rebuild_index(
         )
     is_unsound = ((tokens >= 0) != is_held).any()
     is_unsound |= (places >= num_tokens.view(-1, 1, 1)).any() or int(places.min()) < -1
+    known = index.recent_units[..., KNOWN]
+    is_unsound |= (known >= num_tokens.unsqueeze(1)).any() or int(known.min()) < -1
     is_unsound |= int(times.min()) < 0 or int(num_units.min()) < 0
     if is_unsound:
         raise InputError(

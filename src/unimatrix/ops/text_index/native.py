@@ -10,11 +10,13 @@ from unimatrix.ops.text_index.state import (
     COUNT,
     GAPS,
     HAS_LOST_LETTER,
+    KNOWN,
     LATEST,
     MOST_COUNTED,
     NUM_PLACES,
     NUM_RECENT,
     NUM_TOKENS,
+    NUM_TOLD,
     NUM_UNITS,
     OLDEST,
     RUN_CODE,
@@ -112,7 +114,10 @@ def _drop_entry(units, codes, entry):
 
 @part()
 def _add_unit(tokens, links, units, codes, recent, counters, place, length, code, gap):
-    """Note where the unit that ends with a token stood before, and remember it."""
+    """Note where the unit that ends with a token stood before, and remember it.
+
+    It is known with the last token read.
+    """
     window = len(tokens)
     column = place % window
     entry = _find_entry(tokens, units, codes, column, length, code, gap > 1)
@@ -120,6 +125,7 @@ def _add_unit(tokens, links, units, codes, recent, counters, place, length, code
     counters[NUM_UNITS] += 1
     count = units[entry, COUNT]
     recent[row, 0], recent[row, 1], recent[row, 2], recent[row, TIMES] = -1, -1, -1, count
+    recent[row, KNOWN] = counters[NUM_TOKENS] - 1
     links[link, 0], links[link, 1] = -1, -1
     if count > 0:
         latest = units[entry, LATEST]
@@ -241,7 +247,11 @@ def _choose_rarest(recent, num_units, chosen):
 
 @part()
 def _choose_places(recent, num_units, sent):
-    """Set place, times, age and kind of each place that positions are sent to; return how many."""
+    """Set what is told of each place that positions are sent to; return how many.
+
+    In the order of ``Found.places``, but the place and the token with which its unit was known as
+    tokens of the stream.
+    """
     num_sent, chosen = 0, 0
     for rank in range(NUM_RECENT):
         i = _choose_rarest(recent, num_units, chosen)
@@ -256,23 +266,34 @@ def _choose_places(recent, num_units, sent):
                 sent[num_sent, 1] = min(recent[i, TIMES], MOST_COUNTED)
                 sent[num_sent, 2] = (num_units - 1 - i) % NUM_RECENT
                 sent[num_sent, 3] = k if rank == 0 else rank + TIMES - 1
+                sent[num_sent, 4] = recent[i, KNOWN]
                 num_sent += 1
     return num_sent
 
 
+@part()
+def _mark_new(recent, num_units):
+    """Return a number of which bit i is set if the unit i units ago had not been remembered."""
+    marks = 0
+    for i in range(min(num_units, NUM_RECENT)):
+        if recent[(num_units - 1 - i) % NUM_RECENT, TIMES] == 0:
+            marks |= 1 << i
+    return marks
+
+
 @kernel()
 def _scan_rows(
-    first, last, ids, lengths, places, matches, tokens, links, units, codes, children, roots,
-    recent, counters, gap,
+    first, last, ids, lengths, places, new_units, matches, tokens, links, units, codes, children,
+    roots, recent, counters, gap,
 ):  # fmt: skip
     window = tokens.shape[1]
-    sent = np.empty((NUM_PLACES, 4), np.int64)
+    sent = np.empty((NUM_PLACES, NUM_TOLD), np.int64)
     ends = np.empty((2, 2), np.int64)
     for row in range(first, last):
         text, chain, table, names = tokens[row], links[row], units[row], codes[row]
         tree, newest = children[row], roots[row]
         units_read, count, found, matched = recent[row], counters[row], places[row], matches[row]
-        num_units, num_sent = -1, 0
+        num_units, num_sent, marks = -1, 0, 0
         for t in range(lengths[row]):
             _read_token(ids[row, t], text, chain, table, names, units_read, count, gap)
             column = (count[NUM_TOKENS] - 1) % window
@@ -284,18 +305,26 @@ def _scan_rows(
             if count[NUM_UNITS] != num_units:
                 num_units = count[NUM_UNITS]
                 num_sent = _choose_places(units_read, num_units, sent)
+                marks = _mark_new(units_read, num_units)
+            new_units[row, t] = marks
             for k in range(num_sent):
                 distance = count[NUM_TOKENS] - 1 - sent[k, 0]
                 if distance < window:
                     found[t, k, 0] = distance
                     for i in range(1, 4):
                         found[t, k, i] = sent[k, i]
+                    found[t, k, 4] = count[NUM_TOKENS] - 1 - sent[k, 4]
 
 
 def scan_native(
-    ids: Tensor, lengths: Tensor, index: TextIndex, places: Tensor, matches: Tensor
+    ids: Tensor,
+    lengths: Tensor,
+    index: TextIndex,
+    places: Tensor,
+    new_units: Tensor,
+    matches: Tensor,
 ) -> None:
-    """Fill the places and the match of every token and change the index in place.
+    """Fill what is found for every token and change the index in place.
 
     See ``search_text``.
 
@@ -303,9 +332,10 @@ def scan_native(
         ids: [B, T] int64, contiguous, on the CPU.
         lengths: [B] int64.
         index: contiguous.
-        places: [B, T, 5, 4] int32.
+        places: [B, T, 5, 5] int32.
+        new_units: [B, T] int32.
         matches: [B, T, 2] int64.
     """
     gap = GAPS[name_units(index)]
-    arrays = (ids, lengths, places, matches, *index)
+    arrays = (ids, lengths, places, new_units, matches, *index)
     map_rows(_scan_rows, len(ids), *map(Shaped, arrays), gap)

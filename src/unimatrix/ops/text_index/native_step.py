@@ -3,7 +3,14 @@
 import numpy as np
 
 from unimatrix.ops.text_index.native import _scan_rows
-from unimatrix.ops.text_index.state import GAPS, NUM_PLACES, TextIndex, copy_index, name_units
+from unimatrix.ops.text_index.state import (
+    GAPS,
+    NUM_PLACES,
+    NUM_TOLD,
+    TextIndex,
+    copy_index,
+    name_units,
+)
 
 
 class IndexStream:
@@ -20,7 +27,8 @@ class IndexStream:
         counters: [B, 6] int64, its counters, in the same memory.
         predicted_ids: [B, 1] int64 after the last token, -1 for no match; overwritten by the next.
         match_lengths: [B, 1] int64, 0 for no match; likewise.
-        places: [B, 1, 5, 4] int32, as in ``Found``; likewise.
+        places: [B, 1, 5, 5] int32, as in ``Found``; likewise.
+        new_units: [B, 1] int32, as in ``Found``; likewise.
     """
 
     def __init__(self, index: TextIndex) -> None:
@@ -29,7 +37,8 @@ class IndexStream:
         self.predicted_ids = np.full((batch, 1), -1, dtype=np.int64)
         self.match_lengths = np.zeros((batch, 1), dtype=np.int64)
         self._lengths = np.ones(batch, dtype=np.int64)
-        self.places = np.zeros((batch, 1, NUM_PLACES, 4), dtype=np.int32)
+        self.places = np.zeros((batch, 1, NUM_PLACES, NUM_TOLD), dtype=np.int32)
+        self.new_units = np.zeros((batch, 1), dtype=np.int32)
         self._distances = self.places[..., 0]
         self._no_match = np.array([-1, 0], dtype=np.int64)
         self._matches = np.empty((batch, 1, 2), dtype=np.int64)
@@ -46,7 +55,7 @@ class IndexStream:
         ids = token_ids.reshape(-1, 1)
         np.copyto(self._matches, self._no_match)
         self._distances.fill(-1)
-        found = (self.places, self._matches)
+        found = (self.places, self.new_units, self._matches)
         _scan_rows(0, len(ids), ids, self._lengths, *found, *self._arrays, self._gap)
         np.copyto(self.predicted_ids, self._matches[..., 0])
         np.copyto(self.match_lengths, self._matches[..., 1])

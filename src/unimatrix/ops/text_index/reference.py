@@ -11,6 +11,7 @@ from unimatrix.ops.text_index.state import (
     COUNT,
     GAPS,
     HAS_LOST_LETTER,
+    KNOWN,
     MOST_COUNTED,
     NUM_PLACES,
     NUM_RECENT,
@@ -19,6 +20,7 @@ from unimatrix.ops.text_index.state import (
     RUN_CODE,
     RUN_LENGTH,
     RUN_MARKS,
+    TIMES,
     TextIndex,
     name_units,
     order_tokens,
@@ -129,15 +131,21 @@ def find_longest(text: Tensor, window: int) -> Tensor:
 
 
 def scan_reference(
-    ids: Tensor, lengths: Tensor, index: TextIndex, places: Tensor, matches: Tensor
+    ids: Tensor,
+    lengths: Tensor,
+    index: TextIndex,
+    places: Tensor,
+    new_units: Tensor,
+    matches: Tensor,
 ) -> None:
-    """Fill places and match of every token and change the index in place; see ``search_text``.
+    """Fill what is found for every token and change the index in place; see ``search_text``.
 
     Args:
         ids: [B, T] int64.
         lengths: [B] int64.
         index: on the CPU.
-        places: [B, T, 5, 4] int32.
+        places: [B, T, 5, 5] int32.
+        new_units: [B, T] int32.
         matches: [B, T, 2] int64.
     """
     windows = order_tokens(index)
@@ -145,12 +153,14 @@ def scan_reference(
     for row, num_tokens in enumerate(lengths.tolist()):
         state = TextIndex(*(part[row] for part in index))
         before, new = windows[row][windows[row] >= 0], ids[row, :num_tokens]
-        _scan_row(before.tolist(), new.tolist(), state, places[row])
+        _scan_row(before.tolist(), new.tolist(), state, places[row], new_units[row])
         text = torch.cat([before, new])
         matches[row, :num_tokens] = find_longest(text, window)[len(before) :]
 
 
-def _scan_row(before: list[int], tokens: list[int], state: TextIndex, places: Tensor) -> None:
+def _scan_row(
+    before: list[int], tokens: list[int], state: TextIndex, places: Tensor, new_units: Tensor
+) -> None:
     """Read the tokens of one row after those of its window."""
     window, num_before = len(state.tokens), int(state.counters[NUM_TOKENS])
     text, start = [*before, *tokens], num_before - len(before)
@@ -175,11 +185,13 @@ def _scan_row(before: list[int], tokens: list[int], state: TextIndex, places: Te
                 and other.first > now - window
             ]
             pair = [*reversed(last[-2:]), -1, -1][:2]
-            recent.append([*pair, last[0] if last else -1, len(last)])
+            recent.append([*pair, last[0] if last else -1, len(last), now])
             num_units += 1
-        for k, (place, *told) in enumerate(_choose_places(recent[-NUM_RECENT:])):
+        for k, (place, *told, known) in enumerate(_choose_places(recent[-NUM_RECENT:])):
             if now - place < window:
-                places[t, k] = places.new_tensor([now - place, *told])
+                places[t, k] = places.new_tensor([now - place, *told, now - known])
+        last_units = reversed(recent[-NUM_RECENT:])
+        new_units[t] = sum((entry[TIMES] == 0) << i for i, entry in enumerate(last_units))
     _set_state(state, text, units, run, start)
     for i, entry in enumerate(recent[-NUM_RECENT:]):
         number = num_units - len(recent[-NUM_RECENT:]) + i
@@ -187,20 +199,24 @@ def _scan_row(before: list[int], tokens: list[int], state: TextIndex, places: Te
     state.counters[NUM_UNITS] = num_units
 
 
-def _choose_places(recent: list[list[int]]) -> list[tuple[int, int, int, int]]:
-    """Return place, times, age and kind of each place that positions are sent to.
+def _choose_places(recent: list[list[int]]) -> list[tuple[int, ...]]:
+    """Return what is told of each place that positions are sent to.
+
+    In the order of ``Found.places``, but the place and the token with which its unit was known as
+    tokens of the stream.
 
     Args:
-        recent: of the last units the three places and how often they stood, the latest unit last.
+        recent: of the last units what an index keeps of them, the latest unit last.
     """
-    known = [(entry[-1], age, entry) for age, entry in enumerate(reversed(recent)) if entry[-1]]
-    sent: list[tuple[int, int, int, int]] = []
+    known = [(entry[TIMES], age, entry) for age, entry in enumerate(reversed(recent))]
+    known = [unit for unit in known if unit[0]]
+    sent: list[tuple[int, ...]] = []
     for rank, (times, age, entry) in enumerate(sorted(known)):
-        found = sorted(set(entry[:-1]) - {-1}, reverse=True)
+        found = sorted(set(entry[:TIMES]) - {-1}, reverse=True)
         kinds = {entry[k]: k for k in (2, 1, 0)}
         for place in found if rank == 0 else found[:1]:
             kind = kinds[place] if rank == 0 else rank + 2
-            sent.append((place, min(times, MOST_COUNTED), age, kind))
+            sent.append((place, min(times, MOST_COUNTED), age, kind, entry[KNOWN]))
     return sent[:NUM_PLACES]
 
 

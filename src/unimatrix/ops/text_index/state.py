@@ -27,8 +27,10 @@ NUM_TOKENS, RUN_LENGTH, RUN_CODE, RUN_MARKS, NUM_UNITS, HAS_LOST_LETTER = range(
 """Columns of ``counters``: tokens read; letters of the run that may become a unit, a hash of them,
 and what is among them; units read; whether the token before the window was a letter."""
 NUM_COUNTERS = 6
-TIMES = 3
-"""Column of ``recent_units`` behind the places of a unit."""
+TIMES, KNOWN = 3, 4
+"""Columns of ``recent_units`` behind the places of a unit."""
+NUM_TOLD = 5
+"""What is told of a place; see ``Found``."""
 LATEST, OLDEST, COUNT = range(3)
 """Columns of ``units``."""
 
@@ -49,8 +51,9 @@ class TextIndex(NamedTuple):
         codes: [B, S] int32, hashes of these units, with their lengths.
         children: [B, W, 2], the tree of suffixes; see ``suffix_tree``.
         roots: [B, 256], columns of its latest suffixes.
-        recent_units: [B, 8, 4] int64, of the last units the latest, second latest and oldest place
-            before, in tokens of the stream (-1 for none), and how often they were remembered.
+        recent_units: [B, 8, 5] int64, of the last units the latest, second latest and oldest place
+            before, in tokens of the stream (-1 for none), how often they were remembered, and the
+            token with which they were known (-1 for no unit).
         counters: [B, 6] int64.
     """
 
@@ -88,7 +91,7 @@ def list_shapes(batch: int, window: int, units: str) -> dict[str, tuple[int, ...
         "codes": (batch, num_entries),
         "children": (batch, window, 2),
         "roots": (batch, NUM_ROOTS),
-        "recent_units": (batch, NUM_RECENT, TIMES + 1),
+        "recent_units": (batch, NUM_RECENT, KNOWN + 1),
         "counters": (batch, NUM_COUNTERS),
     }
 
