@@ -3,13 +3,16 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tests.byte_models import build_byte_model
 from tests.nn.streams import build_mixer, check_gradients, check_padding, check_split
 from unimatrix import UniMatrixCache, UniMatrixConfig, UniMatrixForCausalLM
 from unimatrix.errors import InputError
 from unimatrix.nn.indexed_attention import IndexedAttention, find_needed
+from unimatrix.nn.selective_mixer import normalize_features
 from unimatrix.ops.indexed_attention import REACH, find_entries
+from unimatrix.ops.text_index import empty_index, search_text
 
 NAME, VARIANT = "indexed_attention", "unimatrix"
 TEXT = (
@@ -125,6 +128,46 @@ def test_a_key_sees_both_sides_once_they_are_known() -> None:
         pair = slice(2 * at, 2 * at + 2)
         differs = (found[0, pair] != keys[0, pair]).flatten(1).any(dim=1).tolist()
         assert differs == [sees_past, sees_ahead], changed
+
+
+@torch.no_grad()
+def test_a_place_is_judged_by_what_stands_around_its_unit() -> None:
+    model = build_words(automaton_window=256)
+    mixer: IndexedAttention = model.model.block.indexed_attention
+    text = torch.cat([encode(TEXT), encode(TEXT.upper())])
+    places = search_text(text, initial=empty_index(2, 256, 259, "words"))[0].places
+    queries = torch.randn(*places.shape[:2], mixer.num_heads, mixer.inner // mixer.num_heads)
+
+    class Embeds:
+        embed = model.model.embed_tokens
+
+    found = mixer.score_units(queries.double(), text, places, Embeds())
+    keys, _ = mixer.make_keys(pad(text, (0, 1), value=-1), Embeds())
+    of_kinds = mixer.unit_kind.weight.view(-1, *queries.shape[2:])
+    expected, seen = torch.zeros_like(found), set()
+    for row, t, place in (places[..., 0] >= 0).nonzero().tolist():
+        _, _, _, kind, since = places[row, t, place].tolist()
+        if since < 256 - 16:
+            key = keys[row, 2 * (t - since + 1) + (since >= REACH)]
+            expected[row, t, :, place] = ((queries[row, t] + of_kinds[kind]) * key).sum(dim=-1)
+        seen.add((kind, since >= REACH))
+    assert len(seen) >= 10
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_new_units_change_the_score_of_nothing() -> None:
+    mixer: IndexedAttention = build_words().model.block.indexed_attention
+    source = torch.randn(1, 3, mixer.nothing_score.in_features).double()
+    places = torch.zeros(1, 3, 5, 5, dtype=torch.int32)
+    marks = torch.tensor([[0, 1, 0b10000010]], dtype=torch.int32)
+    of_places = mixer.make_queries(source, places, marks)[-1]
+    without = mixer.make_queries(source, places, torch.zeros_like(marks))[-1]
+    scores = mixer.nothing_score(normalize_features(source)).view(1, 3, mixer.num_heads, 9)
+    less = torch.stack(
+        [scores[:, 0, :, 0] * 0, scores[:, 1, :, 1], scores[:, 2, :, 2] + scores[:, 2, :, 8]], dim=1
+    )
+    torch.testing.assert_close(without - of_places, less.unsqueeze(-1).expand_as(of_places))
 
 
 @pytest.mark.parametrize("num_before", [0, 70])

@@ -68,6 +68,20 @@ def read_in_pieces(
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_which_units_are_new(backend: str) -> None:
+    text = b"The code of Harkov is 52. The code of harkov is 53. CODE: harkov "
+    index = empty_index(1, 1024, 259, "words")
+    found, _ = search_text(torch.tensor([list(text)]), initial=index, backend=backend)
+    marks = found.new_units[0].tolist()
+    assert marks[2] == 0  # "The" is known with the space behind it
+    assert marks[3] == 0b1
+    assert marks[8] == 0b11
+    # The, code, Harkov, 52, The, code, harkov, 53, CODE, harkov: the last is the lowest bit.
+    assert marks[len(b"The code of Harkov is 52. The")] == 0b11110
+    assert marks[-1] == 0b11000100
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_where_words_stood_before(backend: str) -> None:
     text = b"The code of Harkov is 52. The code of harkov is 53. CODE: harkov "
     places = read_text(text, backend).tolist()
