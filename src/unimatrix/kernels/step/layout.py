@@ -48,10 +48,10 @@ product is a sum of rows.
     KEY_MIX,  # [D, D]
     KEY_MIX_BIAS,  # [D]
     PLACE_KEY,  # [D, H' C]
-    PLACE_QUERY,  # [D, 2 H' C + 80 H' + 7 H' + 9 H'], queries of entries and of units, biases of
+    PLACE_QUERY,  # [D, 2 H' C + 80 H' + 11 H' + 9 H'], queries of entries and of units, biases of
     #               offsets and of kinds of places, and scores of nothing
-    PLACE_QUERY_BIAS,  # [2 H' C + 80 H' + 7 H' + 9 H']
-    UNIT_KIND,  # [7, H' C], added to queries of units
+    PLACE_QUERY_BIAS,  # [2 H' C + 80 H' + 11 H' + 9 H']
+    UNIT_KIND,  # [11, H' C], added to queries of units
     TEMPERATURE,  # [2, H']
     COUNT_BIAS,  # [8, H']
     AGE_BIAS,  # [8, H']

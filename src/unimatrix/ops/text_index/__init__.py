@@ -53,8 +53,8 @@ class Found(NamedTuple):
     Attributes:
         places: [B, T, 5, 5] int32, where the last units stood before: for each place how many
             tokens it is back, how often its unit was remembered (at most 7), how many units were
-            read after that one, its kind: 0 to 2 are the places of the rarest unit, 3 to 6 those of
-            the others, and how many tokens ago the unit that sends there was known; -1 and four
+            read after that one, its kind: 0 to 2 are the places of the rarest unit, 3 to 10 those
+            of the others, and how many tokens ago the unit that sends there was known; -1 and four
             zeros for no place.
         new_units: [B, T] int32; bit i is set if the unit i units ago, i < 8, was not remembered
             when it was read.
@@ -84,8 +84,8 @@ def search_text(
     tokens are no bytes. Its place is its last token. A unit is remembered until its first token is
     W tokens back. Of the last eight units those that were remembered when they were read are ranked
     by how often they were, the rarest first and of equals the latest. The first sends a position to
-    its latest place, the one before that and the oldest; the others to their latest, until there
-    are five places.
+    its latest place, the one before that and the oldest; the others to their latest and their
+    oldest, until there are five places.
 
     Equation: E10. For the largest m < M, then the largest j < t, with id_{j-m..j} = id_{t-m..t}
     and t - j <= W - M: id_{j+1} and the length m + 1; -1 and 0 if even id_t is new. M is 64, or

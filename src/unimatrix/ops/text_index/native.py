@@ -258,15 +258,17 @@ def _choose_places(recent, num_units, sent):
         if i < 0:
             break
         chosen |= 1 << i
-        for k in range(TIMES if rank == 0 else 1):
+        before = recent[i, 0] + 1
+        for k in range(TIMES):
             # Two of a unit's three places may be the same.
-            is_new = k == 0 or recent[i, k] < recent[i, k - 1]
-            if num_sent < NUM_PLACES and recent[i, k] >= 0 and is_new:
+            is_new = 0 <= recent[i, k] < before
+            if num_sent < NUM_PLACES and is_new and (k != 1 or rank == 0):
                 sent[num_sent, 0] = recent[i, k]
                 sent[num_sent, 1] = min(recent[i, TIMES], MOST_COUNTED)
                 sent[num_sent, 2] = (num_units - 1 - i) % NUM_RECENT
-                sent[num_sent, 3] = k if rank == 0 else rank + TIMES - 1
+                sent[num_sent, 3] = k if rank == 0 else 2 * rank + 1 + k // 2
                 sent[num_sent, 4] = recent[i, KNOWN]
+                before = recent[i, k]
                 num_sent += 1
     return num_sent
 

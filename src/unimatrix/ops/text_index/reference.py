@@ -212,10 +212,14 @@ def _choose_places(recent: list[list[int]]) -> list[tuple[int, ...]]:
     known = [unit for unit in known if unit[0]]
     sent: list[tuple[int, ...]] = []
     for rank, (times, age, entry) in enumerate(sorted(known)):
-        found = sorted(set(entry[:TIMES]) - {-1}, reverse=True)
-        kinds = {entry[k]: k for k in (2, 1, 0)}
-        for place in found if rank == 0 else found[:1]:
-            kind = kinds[place] if rank == 0 else rank + 2
+        latest, second, oldest = entry[:TIMES]
+        kinds = (
+            {oldest: 2, second: 1, latest: 0}
+            if rank == 0
+            else {oldest: 2 * rank + 2, latest: 2 * rank + 1}
+        )
+        for place in sorted(set(kinds) - {-1}, reverse=True):
+            kind = kinds[place]
             sent.append((place, min(times, MOST_COUNTED), age, kind, entry[KNOWN]))
     return sent[:NUM_PLACES]
 

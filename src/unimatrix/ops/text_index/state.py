@@ -13,9 +13,9 @@ NUM_RECENT = 8
 """Units of which one sends a position to where it stood before."""
 NUM_PLACES = 5
 """Places that a position has at most."""
-NUM_KINDS = 7
+NUM_KINDS = 11
 """Kinds of places: of the rarest unit the latest, the one before it and the oldest; of each of the
-next four the latest."""
+next four the latest and the oldest."""
 UNITS = ("words", "tokens", "none")
 """What is found again beside the longest suffix: words of bytes, single tokens, or nothing."""
 GAPS = {"words": 2, "tokens": 1, "none": 0}
