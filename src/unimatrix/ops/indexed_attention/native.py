@@ -190,6 +190,11 @@ def _find_run(most, rows, num_entries, key_rows, is_mixed):
         entries = at(rows, count * num_entries)
         num_others = 0
         for e in range(num_entries):
+            num_others += entries[e] != key_rows[e]
+        if num_others == 0:
+            continue
+        num_others = 0
+        for e in range(num_entries):
             is_other = entries[e] >> 1 != key_rows[e] >> 1
             num_others += is_other and entries[e] >= 0 and key_rows[e] >= 0
         if num_others:
