@@ -19,7 +19,7 @@ def read(ids: torch.Tensor = IDS, mask: Any = None, past: UniMatrixCache | None 
     """Return what a model with a table reads of its arguments."""
     model = build_model("core", max_position_embeddings=NUM_ROWS).model
     mask = None if mask is None else torch.tensor(mask)
-    return read_inputs(model, ids, None, mask, None, None, past, None, None, None)
+    return read_inputs(model, ids, None, mask, *3 * [None], past, None, None, None)
 
 
 def start(*num_tokens: int) -> UniMatrixCache:
@@ -33,7 +33,7 @@ def test_each_token_has_the_position_of_its_number() -> None:
     assert read().positions.tolist() == 2 * [[0, 1, 2, 3]]
     assert read(past=start(0, 5)).positions.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
     without = build_model("core").model
-    assert read_inputs(without, IDS, *8 * [None]).positions is None
+    assert read_inputs(without, IDS, *9 * [None]).positions is None
 
 
 def test_padding_has_no_position() -> None:

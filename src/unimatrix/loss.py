@@ -92,6 +92,16 @@ def ignore_padding(targets: Tensor, attention_mask: Tensor) -> Tensor:
     return targets.masked_fill(attention_mask[:, -targets.shape[1] :] == 0, IGNORED_LABEL)
 
 
+def ignore_starts(targets: Tensor, starts: Tensor) -> Tensor:
+    """Return targets [B, T] without first tokens: no document predicts the next one.
+
+    Args:
+        targets: labels, or each token's next one.
+        starts: [B, T] bool, where a target is the first token of a document.
+    """
+    return targets.masked_fill(starts.to(targets.device), IGNORED_LABEL)
+
+
 def choose_targets(
     labels: Tensor | None,
     shift_labels: Tensor | None,

@@ -4,7 +4,7 @@ The numbered comments are the steps of ``docs/forward.md``. ``kernels.plan`` say
 compiled; every part of the plan has the signature of the module that it stands for.
 """
 
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from torch import Tensor, nn
 
@@ -20,15 +20,25 @@ from unimatrix.loss import (
     choose_targets,
     compute_loss,
     ignore_padding,
+    ignore_starts,
 )
-from unimatrix.modeling_inputs import LossOptions, read_inputs, require_shape, take_shift_labels
+from unimatrix.modeling_documents import DocumentMarks
+from unimatrix.modeling_inputs import (
+    Inputs,
+    LossOptions,
+    read_inputs,
+    require_shape,
+    take_shift_labels,
+)
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import States, UniMatrixBlock
 from unimatrix.nn.mixer import Mixer, Tokens
 from unimatrix.nn.norm import build_norm
+from unimatrix.nn.packing import Packing, join_rows
 from unimatrix.nn.pointer_mixture import MixedLogits, Pointer, PointerMixture, mix_logits, point
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.token_modulation import TokenModulation
+from unimatrix.ops.hindsight import HindsightScale
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
 
 
@@ -80,8 +90,17 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         handles_pointer: bool = False,
         logits_to_keep: int = 0,
         pointer_targets: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: Tensor | int | None = None,
+        max_length_k: Tensor | int | None = None,
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
+
+        A row may hold several documents, each of which starts with nothing carried, as in a row of
+        its own. ``position_ids``, ``seq_idx`` or ``cu_seqlens`` says where; there is no cache then.
 
         Args:
             input_ids: [B, T] int64 or int32, T >= 1.
@@ -96,11 +115,13 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 and its text index, whose copies may take longer than the tokens, are changed in
                 place.
             suffix_match: [B, T, 2] int64, predicted ids and match lengths of the suffix automaton
-                in these rows, each a stream of its own, where a data loader has found them while a
-                GPU trains; ``None`` runs it.
+                in these rows, each document a stream of its own, where a data loader has found them
+                while a GPU trains; ``None`` runs it.
             inputs_embeds: [B, T, D], embeddings instead of ``input_ids``, for a model that reads no
                 ids beside them.
-            position_ids: [B, T], accepted where they count on, as the model does by itself.
+            position_ids: [B, T], [1, T] or [T], accepted where they count on, as the model does by
+                itself, or start a document anew at 0 (or, without a table of positions, where the
+                row's first starts).
             token_type_ids: [B, T], accepted where they are all 0.
             output_attentions: accepted unless true: there are no attention weights.
             handles_pointer: the caller predicts with the pointer as well. Otherwise, where there
@@ -108,22 +129,64 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             logits_to_keep: without effect; callers that split a causal model pass it.
             pointer_targets: [B, T] int64, the only tokens whose shares of a pointer mixture the
                 caller needs: K of the output may then be 1. ``None`` is all.
+            seq_idx: [B, T], [1, T] or [T], one number for all tokens of a document.
+            cu_seqlens: [N + 1], where each document starts among the B T tokens, and their number
+                at the end.
+            cu_seq_lens_q: the same under the name of transformers.
+            cu_seq_lens_k: the same.
+            max_length_q: at least the tokens of the longest document.
+            max_length_k: the same.
 
         Raises:
-            InputError: for arguments that do not fit the model, its cache or each other.
+            InputError: for arguments that do not fit the model, its cache or each other; for a
+                cache, before or after, where a row holds several documents.
         """
-        texts = (input_ids, inputs_embeds, attention_mask, suffix_match, position_ids)
-        inputs = read_inputs(
-            self, *texts, past_key_values, use_cache, token_type_ids, output_attentions
-        )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        ids, embeddings, positions, past, padding, keeps_cache = inputs
+        texts = (input_ids, inputs_embeds, attention_mask, suffix_match, pointer_targets)
+        marks = (seq_idx, cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        inputs = read_inputs(
+            self,
+            *texts,
+            position_ids,
+            past_key_values,
+            use_cache,
+            token_type_ids,
+            output_attentions,
+            None if all(mark is None for mark in marks) else DocumentMarks(*marks),
+            in_one_pass=output_hidden_states,
+        )
+        passes = [
+            self._run(part, output_hidden_states, gives_up_cache=gives_up_cache)
+            for part in inputs.passes
+        ]
+        last, hidden_states, pointer, scale, cache = _join_passes(passes)
+        if inputs.rows is not None:
+            last, pointer = inputs.rows.unpack(last), pointer.unpack(inputs.rows)
+        if not handles_pointer and not splits_truly(self.config):
+            last = PointedHidden.mark(last, self.config.vocab_size)
+        output = UniMatrixModelOutput(
+            last_hidden_state=last,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, last) if output_hidden_states else None,
+            pointer_token_ids=pointer.token_ids,
+            pointer_weights=pointer.votes,
+            pointer_log_weights=pointer.log_weights,
+            hindsight_scale=scale,
+            document_starts=inputs.rows.starts if isinstance(inputs.rows, Packing) else None,
+        )
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if returns_dict else output.to_tuple()
+
+    def _run(
+        self, inputs: Inputs, output_hidden_states: bool, *, gives_up_cache: bool
+    ) -> "_Passed":
+        """Run the layers over rows; the arguments are those of ``forward``."""
+        ids, embeddings, positions, suffix_match, targets, past, rows, lengths, keeps_cache = inputs
         run = plan(self, like=ids)
 
         # 2. Token features, and the position of each real token.
-        features = run.embed(ids) if embeddings is None else embeddings
-        x, lengths = features, inputs.lengths
+        x = features = run.embed(ids) if embeddings is None else embeddings
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         x = self.dropout(x)
@@ -157,8 +220,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                     shared[mixer.name] = state
             if output_hidden_states:
                 # The stream goes on from what is shown, so that its gradient reaches the caller.
-                shown = x if padding is None else padding.unpack(x)
-                x = x if padding is None else padding.pack(shown)
+                shown = x if rows is None else rows.unpack(x)
+                x = x if rows is None else rows.pack(shown)
                 hidden_states.append(shown)
             if self.embed_depth is not None:
                 x = x + self.embed_depth.weight[depth_step]
@@ -168,30 +231,44 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         last: Tensor = run.norm(x)
         pointer, reads = Pointer(*(votes or ())), tokens.reads
         if self.pointer_mixture is not None:
-            if pointer_targets is not None and padding is not None:
-                pointer_targets = padding.pack(pointer_targets)
-            ids_found, log_weights = run.pointer(last, reads, pointer_targets)
+            ids_found, log_weights = run.pointer(last, reads, targets)
             pointer = Pointer(ids_found, None, log_weights)
-        if padding is not None:
-            last, pointer = padding.unpack(last), pointer.unpack(padding)
-        if not handles_pointer and not splits_truly(self.config):
-            last = PointedHidden.mark(last, self.config.vocab_size)
-        scales = [getattr(read, "scale", None) for read in reads.values()]
+        scales = (getattr(read, "scale", None) for read in reads.values())
         cache = None
         if keeps_cache:  # 7. Exactly what is needed to resume.
             is_text = embeddings is None
             cache = past.advance(ids, lengths, carries, shared, self.origin, is_text)
-        output = UniMatrixModelOutput(
-            last_hidden_state=last,
-            past_key_values=cache,
-            hidden_states=(*hidden_states, last) if output_hidden_states else None,
-            pointer_token_ids=pointer.token_ids,
-            pointer_weights=pointer.votes,
-            pointer_log_weights=pointer.log_weights,
-            hindsight_scale=next((scale for scale in scales if scale is not None), None),
-        )
-        returns_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if returns_dict else output.to_tuple()
+        scale = next((scale for scale in scales if scale is not None), None)
+        return _Passed(last, hidden_states, pointer, scale, cache)
+
+
+class _Passed(NamedTuple):
+    """What the layers make of rows.
+
+    Attributes:
+        last: [n, t, D], the normalised stream after the last depth step.
+        hidden_states: the stream before each depth step, in the caller's columns.
+        pointer: of [n, t] positions.
+        scale: zeros that the loss adds, where a gate learns in hindsight; also of all passes.
+        cache: the cache after these rows.
+    """
+
+    last: Tensor
+    hidden_states: list[Tensor]
+    pointer: Pointer
+    scale: Any
+    cache: UniMatrixCache | None
+
+
+def _join_passes(passes: list[_Passed]) -> _Passed:
+    """Return what several passes made as one row, [1, n t + ...]; of a single pass as it is."""
+    scales = [part.scale for part in passes if part.scale is not None]
+    scale = HindsightScale.join(scales) if scales else None
+    if len(passes) == 1:
+        return passes[0]._replace(scale=scale)
+    fields = zip(*(part.pointer for part in passes), strict=True)
+    pointer = Pointer(*(None if field[0] is None else join_rows(field) for field in fields))
+    return _Passed(join_rows([part.last for part in passes]), [], pointer, scale, None)
 
 
 class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
@@ -234,6 +311,12 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_attentions: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: Tensor | int | None = None,
+        max_length_k: Tensor | int | None = None,
         **options: Unpack[LossOptions],
     ) -> UniMatrixCausalLMOutput | tuple[Any, ...]:
         """Return the logits of every position, and the loss where labels are given.
@@ -243,6 +326,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         Args:
             labels: [B, T] int64 of the same positions, -100 ignored; the shift happens here.
                 Padding predicts nothing: the first token of a row padded on the left counts not.
+                Nor does the first token of a document, which the document before it in the row
+                would predict. ``shift_labels`` are targets already, and taken as they are.
             logits_to_keep: compute the logits of the last so many positions only; 0 is all. [n]
                 int64 are the positions themselves.
             num_items_in_batch: divide the summed loss by this instead of by the targets here.
@@ -283,6 +368,12 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             output_attentions=output_attentions,
             handles_pointer=True,
             pointer_targets=wanted,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
         )
         h = output.last_hidden_state
         assert h is not None
@@ -290,6 +381,9 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         if targets is not None:
             if attention_mask is not None:
                 targets = ignore_padding(targets, attention_mask)
+            if shift_labels is None and output.document_starts is not None:
+                # The last token, to which the first start is rolled, has no target.
+                targets = ignore_starts(targets, output.document_starts.roll(-1, dims=1))
             rows = choose_rows(targets) if loss_only else None
         elif logits_at is not None:
             require_shape("logits_at", logits_at, list(h.shape[:2]))
@@ -314,7 +408,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         if loss is not None and targets is not None and output.hindsight_scale is not None:
             loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
-        skipped = ["last_hidden_state", "hindsight_scale"]
+        skipped = ["last_hidden_state", "hindsight_scale", "document_starts"]
         if logits is None:
             skipped += ["pointer_token_ids", "pointer_weights", "pointer_log_weights"]
         passed = {name: value for name, value in output.items() if name not in skipped}

@@ -9,7 +9,14 @@ from torch import Tensor
 from unimatrix.cache import UniMatrixCache, require_own_cache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.modeling_documents import DocumentMarks, find_starts, refuse_stream
+from unimatrix.nn.packing import Group, Packing, lay_out
 from unimatrix.nn.padding import Padding, find_padding
+
+# Tokens of width 64 that take as long as one more pass of the layers, on one thread of a CPU.
+_PASS_COST, _PASS_WIDTH = 256, 64
+# Elsewhere a pass mostly waits to be started. Not measured: it only decides how rows are laid out.
+_PASS_COST_ELSEWHERE = 8_192
 
 
 class LossOptions(TypedDict, total=False):
@@ -33,22 +40,39 @@ class Inputs(NamedTuple):
         ids: [B, T] int64, real tokens first in each row; -1 where only embeddings are given.
         embeddings: [B, T, D] likewise, in place of those of the ids, or ``None``.
         positions: [B, T] int64, of each real token; ``None`` without a table of positions.
+        suffix_match: [B, T, 2] int64, as ``UniMatrixModel.forward`` takes it.
+        targets: [B, T] int64, its ``pointer_targets``.
         past: the cache to continue from.
-        padding: where it was; ``None`` is none.
+        rows: how rows were rearranged: for padding, or as documents; ``None`` is not at all.
+        lengths: real tokens of each row, [B] int64; ``None`` is T for all.
         keeps_cache: whether a cache is returned.
     """
 
     ids: Tensor
     embeddings: Tensor | None
     positions: Tensor | None
+    suffix_match: Tensor | None
+    targets: Tensor | None
     past: UniMatrixCache
-    padding: Padding | None
+    rows: Padding | Packing | None
+    lengths: Tensor | None
     keeps_cache: bool
 
     @property
-    def lengths(self) -> Tensor | None:
-        """Real tokens of each row, [B] int64; ``None`` is T for all."""
-        return None if self.padding is None else self.padding.lengths
+    def passes(self) -> list["Inputs"]:
+        """What the layers read: all rows at once, or one group of documents after the other."""
+        if not isinstance(self.rows, Packing):
+            return [self]
+        return [self._take(group) for group in self.rows.groups]
+
+    def _take(self, group: Group) -> "Inputs":
+        """Return the documents of a group as rows, of inputs in the caller's columns."""
+        ids = group.pack(self.ids)
+        beside = (self.embeddings, self.positions, self.suffix_match, self.targets)
+        features, positions, match, targets = (None if x is None else group.pack(x) for x in beside)
+        past = self.past.select_rows(torch.zeros(len(ids), dtype=torch.int64))
+        texts = (ids, features, positions, match, targets)
+        return Inputs(*texts, past, self.rows, group.lengths, keeps_cache=False)
 
 
 def read_inputs(
@@ -57,16 +81,21 @@ def read_inputs(
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
     suffix_match: Tensor | None,
+    pointer_targets: Tensor | None,
     position_ids: Tensor | None,
     past_key_values: UniMatrixCache | None,
     use_cache: bool | None,
     token_type_ids: Tensor | None,
     output_attentions: bool | None,
+    marks: DocumentMarks | None = None,
+    in_one_pass: bool = False,
 ) -> Inputs:
     """Return what ``UniMatrixModel.forward`` reads of its arguments, and refuse what it cannot.
 
     Args:
-        model: a ``UniMatrixModel``; the others are arguments of its ``forward``.
+        model: a ``UniMatrixModel``; those not named here are arguments of its ``forward``.
+        marks: where documents start, beside ``position_ids``.
+        in_one_pass: whether documents of all lengths have to be rows of one pass.
 
     Raises:
         InputError: as ``UniMatrixModel.forward``.
@@ -81,6 +110,7 @@ def read_inputs(
         others = (attention_mask, past_key_values)
         is_continued = bool(use_cache) or any(other is not None for other in others)
         require_match(config, suffix_match, ids, is_continued=is_continued)
+    asked = use_cache
     if use_cache is None:
         use_cache = config.use_cache and not model.training
     keeps_cache = use_cache and suffix_match is None
@@ -88,15 +118,34 @@ def read_inputs(
     padding, positions, table = None, None, model.embed_positions
     if attention_mask is not None:
         padding = find_padding(attention_mask, ids, past.num_columns)
-    if position_ids is not None:
-        has_table = table is not None
-        require_positions(position_ids, ids, past.num_tokens, padding, has_table=has_table)
+    if position_ids is not None or marks is not None:
+        said = (marks or DocumentMarks(), position_ids, ids, past.num_tokens, padding)
+        starts = find_starts(*said, has_table=table is not None)
+        if starts is not None:
+            refuse_stream(starts, continues=past_key_values is not None, keeps=asked)
+            cost = None if in_one_pass else _estimate_pass(config, ids)
+            packing = lay_out(starts, padding, cost)
+            if table is not None:
+                positions = _bound_positions(packing.count_tokens(), table.num_embeddings)
+            texts = (ids, inputs_embeds, positions, suffix_match, pointer_targets)
+            return Inputs(*texts, past, packing, None, keeps_cache=False)
     if padding is not None:
         ids = padding.pack(ids)
-        inputs_embeds = None if inputs_embeds is None else padding.pack(inputs_embeds)
+        inputs_embeds, pointer_targets = (
+            None if x is None else padding.pack(x) for x in (inputs_embeds, pointer_targets)
+        )
     if table is not None:
         positions = _count_positions(ids, past, padding, table.num_embeddings)
-    return Inputs(ids, inputs_embeds, positions, past, padding, keeps_cache)
+    lengths = None if padding is None else padding.lengths
+    texts = (ids, inputs_embeds, positions, suffix_match, pointer_targets)
+    return Inputs(*texts, past, padding, lengths, keeps_cache)
+
+
+def _estimate_pass(config: UniMatrixConfig, ids: Tensor) -> int:
+    """Return how many tokens take as long as one more pass of the layers does."""
+    if ids.device.type != "cpu":
+        return _PASS_COST_ELSEWHERE
+    return _PASS_COST * _PASS_WIDTH // config.hidden_size
 
 
 def _take_cache(
@@ -120,12 +169,23 @@ def _count_positions(
     if past.num_columns or padding is not None:
         num_new = num_tokens if padding is None else padding.lengths
         needed = int((past.num_tokens + num_new).max())
+    _require_table(needed, num_rows)
+    return positions.clamp(max=num_rows - 1)
+
+
+def _bound_positions(positions: Tensor, num_rows: int) -> Tensor:
+    """Return the positions of packed documents; raise if a table does not reach so far."""
+    _require_table(int(positions.max()) + 1, num_rows)
+    return positions
+
+
+def _require_table(needed: int, num_rows: int) -> None:
+    """Raise ``InputError`` if a table of positions has too few rows for a text."""
     if needed > num_rows:
         raise InputError(
             f"the input reaches {needed} tokens and the position table has {num_rows}; pass "
             "fewer, or train a model with max_position_embeddings=None, which has no table"
         )
-    return positions.clamp(max=num_rows - 1)
 
 
 def require_known(name: str, ids: Tensor, num_tokens: int, lowest: int = 0) -> None:
@@ -243,46 +303,6 @@ def refuse_unused(
         )
     if token_type_ids is not None and bool(token_type_ids.any()):
         raise InputError("token_type_ids has types other than 0: this model has none; leave it out")
-
-
-def require_positions(
-    position_ids: Tensor,
-    ids: Tensor,
-    num_before: Tensor,
-    padding: Padding | None,
-    *,
-    has_table: bool,
-) -> None:
-    """Raise ``InputError`` unless positions only count on, as the model counts by itself.
-
-    Args:
-        position_ids: [B, T], [1, T] or [T]; what stands at padding does not matter.
-        ids: [B, T].
-        num_before: [B] int64, real tokens read before these.
-        padding: where it is; ``None`` is none.
-        has_table: whether the model embeds positions, so that it matters where they start.
-    """
-    batch, num_tokens = ids.shape
-    if tuple(position_ids.shape) not in {(batch, num_tokens), (1, num_tokens), (num_tokens,)}:
-        raise InputError(
-            f"position_ids has shape {list(position_ids.shape)}; pass {list(ids.shape)}, or leave "
-            "it out"
-        )
-    columns = torch.arange(num_tokens, device=ids.device)
-    positions = position_ids.to(ids.device).expand_as(ids)
-    if padding is not None:
-        positions = padding.pack(positions)
-    ahead = positions - (num_before.unsqueeze(1) + columns)  # [B, T]
-    if padding is not None:
-        is_real = columns < padding.lengths.unsqueeze(1)
-        ahead = torch.where(is_real, ahead, torch.where(is_real[:, :1], ahead[:, :1], 0))
-    counts_on = bool((ahead == ahead[:, :1]).all() and (ahead >= 0).all())
-    if not counts_on or (has_table and bool(ahead.any())):
-        raise InputError(
-            "position_ids does not count the tokens of each row on from "
-            f"{num_before.tolist()}; leave it out, the model counts by itself, and give a "
-            "text that starts anew a row of its own"
-        )
 
 
 def require_match(

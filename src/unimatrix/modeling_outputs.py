@@ -22,6 +22,7 @@ class UniMatrixModelOutput(ModelOutput):
         pointer_log_weights: [B, T, 1 + K], with a pointer mixture instead: ln of the shares of the
             vocabulary's distribution and of the ids.
         hindsight_scale: zeros that the loss adds, where a gate learns in hindsight.
+        document_starts: [B, T] bool, the first token of each document, where rows hold several.
     """
 
     last_hidden_state: Tensor | None = None
@@ -31,6 +32,7 @@ class UniMatrixModelOutput(ModelOutput):
     pointer_weights: Tensor | None = None
     pointer_log_weights: Tensor | None = None
     hindsight_scale: tuple[Tensor, Tensor] | None = None
+    document_starts: Tensor | None = None
 
 
 @dataclass

@@ -16,7 +16,7 @@ from unimatrix.hub.weights_origin import HasOrigin
 from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.kernels.backends import name_backends, set_backend
-from unimatrix.modeling_inputs import require_positions
+from unimatrix.modeling_documents import DocumentMarks, find_starts, refuse_documents
 from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.padding import align_right, cut_mask, find_padding
@@ -287,6 +287,7 @@ class UniMatrixGenerationMixin(GenerationMixin):
         Raises:
             InputError: if ids, mask and cache do not fit each other, or a row has nothing to read.
         """
+        refuse_documents(_unused)
         if position_ids is not None:
             has_table = past_key_values is None and bool(self.config.max_position_embeddings)
             _require_counted(position_ids, input_ids, attention_mask, has_table)
@@ -318,5 +319,9 @@ def _require_counted(
 ) -> None:
     """Raise ``InputError`` unless the positions of a whole text, [B, T], count from its start."""
     mask = None if attention_mask is None else attention_mask[:, -ids.shape[1] :]
-    padding = find_padding(mask, ids)
-    require_positions(position_ids, ids, ids.new_zeros(len(ids)), padding, has_table=has_table)
+    counted = (position_ids, ids, ids.new_zeros(len(ids)), find_padding(mask, ids))
+    if find_starts(DocumentMarks(), *counted, has_table=has_table) is not None:
+        raise InputError(
+            "generate goes on with one text a row, and position_ids starts another in a row; leave "
+            "it out, and give each text a row of its own"
+        )

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.loss import IGNORED_LABEL, raise_precision
+from unimatrix.loss import IGNORED_LABEL, ignore_starts, raise_precision
 from unimatrix.nn.pointer_mixture import MixedLogits, Pointer, mix_logits, point
 
 if TYPE_CHECKING:
@@ -129,9 +129,10 @@ def keep_pointer(model: "UniMatrixForCausalLM", forward: Callable[..., Any]) -> 
         if not fused_lm_head:
             kwargs |= {"labels": labels, "shift_labels": shift_labels}
             return forward(*args, num_items_in_batch=num_items_in_batch, **kwargs)
-        logits, is_normalized, scale = _predict(self, *args, **kwargs)
+        logits, is_normalized, scale, starts = _predict(self, *args, **kwargs)
         if shift_labels is None:
             assert labels is not None
+            labels = labels if starts is None else ignore_starts(labels, starts)
             logits, shift_labels = logits[:, :-1], labels[:, 1:]
         if reading.temperature != 1:
             logits, is_normalized = logits / reading.temperature, False
@@ -181,8 +182,12 @@ def _takes_fused_head(function: Any) -> bool:
     return "fused_lm_head" in inspect.signature(function, follow_wrapped=False).parameters
 
 
-def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[Tensor, bool, Any]:
-    """Return logits [B, T, V] in float32 or wider, whether they are normalised, and the scale.
+def _predict(
+    model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any
+) -> tuple[Tensor, bool, Any, Tensor | None]:
+    """Return logits [B, T, V] in float32 or wider, and what belongs to them.
+
+    Beside them come whether they are normalised, the scale of hindsight, and where documents start.
 
     The logits of a mixture are ln of probabilities. To normalise them again would spread the worth
     of a read over tokens that the read has not voted for.
@@ -192,10 +197,11 @@ def _predict(model: "UniMatrixForCausalLM", *args: Any, **kwargs: Any) -> tuple[
     output = model.model(*args, handles_pointer=True, **options)
     pointer = (output.pointer_token_ids, output.pointer_weights, output.pointer_log_weights)
     predicted = point(model.lm_head(output.last_hidden_state), Pointer(*pointer))
+    others = output.hindsight_scale, output.document_starts
     if not isinstance(predicted, MixedLogits):
-        return raise_precision(predicted), False, output.hindsight_scale
+        return raise_precision(predicted), False, *others
     mixed = mix_logits(MixedLogits(*(raise_precision(part) for part in predicted)))
-    return mixed, True, output.hindsight_scale
+    return mixed, True, *others
 
 
 def _score(

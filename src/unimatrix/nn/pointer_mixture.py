@@ -9,6 +9,7 @@ from torch.nn.functional import log_softmax
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.indexed_attention import IndexedAttention, IndexedRead
+from unimatrix.nn.packing import Packing
 from unimatrix.nn.padding import Padding
 from unimatrix.nn.residual_context import ResidualContext, ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
@@ -134,7 +135,7 @@ class Pointer(NamedTuple):
         """Return the pointer of the positions that an index chooses."""
         return Pointer(*(None if part is None else part[rows] for part in self))
 
-    def unpack(self, padding: Padding) -> "Pointer":
+    def unpack(self, padding: Padding | Packing) -> "Pointer":
         """Return the pointer in the caller's columns; nothing at padding."""
         log_weights = self.log_weights
         if log_weights is not None:

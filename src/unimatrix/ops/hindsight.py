@@ -7,6 +7,7 @@ entry for the target, exactly. The sum over the reads of a write tells whether t
 its slot, and the gate is trained to predict this.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +41,19 @@ class HindsightScale(NamedTuple):
         of_target: added times 1 / the divisor of the loss; its gradient is d total / d nat.
         of_gate: added times the share of the targets in this batch; its gradient is the weight of
             the gate's loss, which is a mean over writes.
+        num_writes: those that it is a mean over.
     """
 
     of_target: Tensor
     of_gate: Tensor
+    num_writes: Tensor
+
+    @staticmethod
+    def join(scales: Sequence["HindsightScale"]) -> tuple[Tensor, Tensor]:
+        """Return the zeros of all parts of a batch, as one part of all its writes has them."""
+        total = sum(scale.num_writes for scale in scales).clamp_min(1)  # type: ignore[union-attr]
+        of_gate = [scale.of_gate * (scale.num_writes / total) for scale in scales]
+        return sum(scale.of_target for scale in scales), sum(of_gate)  # type: ignore[return-value]
 
 
 def judge_writes(attribution: Tensor, rules: HindsightRules) -> Tensor:
@@ -97,7 +107,7 @@ def watch_reads(
         log_weights, gate_logits, entries, offered, num_initial, rules
     )
     passed, probe, of_target, of_gate = watched
-    return passed, probe, HindsightScale(of_target, of_gate)
+    return passed, probe, HindsightScale(of_target, of_gate, offered.sum())
 
 
 class _Watch(torch.autograd.Function):

@@ -229,6 +229,5 @@ def read_found_native(
     """
     weights = (logits, initial_logits, read_score, table)
     context, log_strength, probe, *scale = _read_found(*lookup, offered, rules, *weights)
-    return FoundValues(
-        context, log_strength, probe, None if rules is None else HindsightScale(*scale)
-    )
+    told = None if rules is None else HindsightScale(scale[0], scale[1], offered.sum())
+    return FoundValues(context, log_strength, probe, told)
