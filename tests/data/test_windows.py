@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from unimatrix.data import (
     ByteStream,
     ConsecutiveWindows,
+    DocumentWindows,
     WindowDataset,
 )
 from unimatrix.errors import InputError
@@ -172,3 +173,67 @@ def test_a_stream_shorter_than_a_window_is_refused(make):
 def test_numbers_out_of_range_are_refused(make, named):
     with pytest.raises(InputError, match=named):
         make()
+
+
+DOCUMENTS = [b"abcdefghij", b"k", b"lmn", b"opqrstuvwxyz"]
+
+
+def join_documents(tmp_path, limit=2**20):
+    paths = [tmp_path / str(i) for i in range(len(DOCUMENTS))]
+    for path, text in zip(paths, DOCUMENTS, strict=True):
+        path.write_bytes(text)
+    return ByteStream.from_files(paths, name="files", join_limit_bytes=limit)
+
+
+@pytest.mark.parametrize("limit", [2**20, 0])
+def test_a_stream_knows_where_its_files_start(tmp_path, limit):
+    stream = join_documents(tmp_path, limit)
+    assert stream.document_starts.tolist() == [0, 10, 11, 14]
+    assert stream.slice(4, 16, name="part").document_starts.tolist() == [0, 6, 7, 10]
+    assert stream.slice(11, 14, name="one").document_starts.tolist() == [0]
+    inner = stream.slice(4, 16, name="part").slice(6, 12, name="inner")
+    assert inner.document_starts.tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("limit", [2**20, 0])
+def test_no_window_of_documents_reads_over_an_edge(tmp_path, limit):
+    dataset = DocumentWindows(join_documents(tmp_path, limit), 12, 300, seed=1)
+    assert len(dataset) == 300
+    seen = set()
+    for item in dataset.__getitems__(range(300)):
+        ids, labels, positions = (
+            item[name].tolist() for name in ("input_ids", "shift_labels", "position_ids")
+        )
+        starts = [t for t, position in enumerate(positions) if position == 0]
+        assert starts[0] == 0
+        parts = list(zip(starts, [*starts[1:], 12], strict=True))
+        for start, stop in parts:
+            assert positions[start:stop] == list(range(stop - start))
+            assert ids[start] == BOS_ID
+            told, last = bytes(ids[start + 1 : stop]), labels[stop - 1]
+            assert labels[start : stop - 1] == list(told)
+            # Letters differ, so that the byte tells its document.
+            document = next(text for text in DOCUMENTS if (told or bytes([last])) in text)
+            after = document.index(told or bytes([last])) + len(told)
+            assert last == (-100 if after == len(document) else document[after])
+            seen.add(told)
+    assert {b"k", b"lmn"} <= seen
+
+
+def test_windows_of_documents_depend_on_seed_and_index_alone(tmp_path):
+    stream = join_documents(tmp_path)
+    dataset = DocumentWindows(stream, 8, 50, seed=3)
+    whole = dataset.__getitems__(range(50))
+    again = DocumentWindows(stream, 8, 99, seed=3)
+    for i in (0, 7, 49):
+        for name, value in again[i].items():
+            assert torch.equal(value, whole[i][name])
+    other = DocumentWindows(stream, 8, 50, seed=4).__getitems__(range(50))
+    assert any(
+        not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole, other, strict=True)
+    )
+
+
+def test_one_document_is_not_packed():
+    with pytest.raises(InputError, match=r"the text is one document, .* leave out data.documents"):
+        DocumentWindows(make_stream(), 8, 5, seed=0)

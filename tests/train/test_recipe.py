@@ -92,6 +92,7 @@ def test_recipe_survives_its_dictionary() -> None:
             "steps",
             "compile",
             "prime_bytes",
+            "documents",
             "document_share",
             "questions",
         }
@@ -265,3 +266,20 @@ def test_paths_are_made_absolute_and_corpora_keep_their_names(
     assert stored.data.data == (str(tmp_path / "a.txt"), "/home/someone/b/*")
     assert make_paths_absolute(stored) == stored
     assert make_paths_absolute(Recipe()) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"leading_bos": False}, "data.leading_bos is false and data.documents is 'packed'"),
+        ({"carried_automaton": True}, "data.carried_automaton is True and data.documents is"),
+        ({"document_share": 0.5}, "data.document_share is 0.5 and data.documents is 'packed'"),
+    ],
+)
+def test_packed_documents_read_nothing_before_them(others: dict[str, object], message: str) -> None:
+    assert Recipe().data.documents == "joined"
+    assert override(Recipe(), ["data.documents=packed"]).data.documents == "packed"
+    with pytest.raises(InputError, match=message):
+        DataSection(documents="packed", **others)
+    with pytest.raises(InputError, match=r"data.documents is 'pack'.*Did you mean 'packed'"):
+        DataSection(documents="pack")

@@ -1,3 +1,4 @@
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +269,7 @@ def test_a_damaged_run_is_refused_with_a_sentence(tmp_path: Path, name: str) -> 
         ("data", {"data": ("missing.txt",)}, "missing.txt"),
         ("data", {"window_tokens": 10**6}, "too few"),
         ("data", {"carried_automaton": True}, "no suffix automaton"),
+        ("data", {"documents": "packed"}, "is one document, which nothing could be packed with"),
         ("eval", {"prime_bytes": 9}, "eval.prime_bytes is 9 and the model has a position table"),
         ("train", {"batch_size": 5, "accumulation_steps": 2}, "multiple of 2"),
         ("train", {"steps": None}, "no training budget"),
@@ -302,6 +304,36 @@ def test_a_window_remembers_what_the_recipe_says(tmp_path: Path, carried_automat
         assert (item["suffix_match"][1:, 1] > WINDOW_TOKENS // 2).any()
     train_run(run)
     assert judge_run(run)["bits_per_byte"] < 8.5
+
+
+def test_packed_documents_are_read_apart(tmp_path: Path) -> None:
+    """Every step's loss is that of each document in a row of its own."""
+    files = tmp_path / "files"
+    files.mkdir()
+    for i in range(20):
+        (files / f"{i}.txt").write_bytes(build_text()[40 * i :][: 5 + 3 * i])
+    recipe = build_recipe(tmp_path)
+    data = replace(recipe.data, data=(str(files),), documents="packed")
+    compiled = replace(recipe, data=data, train=replace(recipe.train, compile=True))
+    with pytest.raises(InputError, match=r"train\.compile is true and data.documents is 'packed'"):
+        prepare_run(compiled, tmp_path / "run", "cpu")
+    run = start(replace(recipe, data=data), tmp_path / "run")
+    items = run.cut_windows(8).__getitems__(range(8))
+    assert any((item["position_ids"][1:] == 0).any() for item in items)
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    model = run.model.eval()
+    with torch.no_grad():
+        found = model(**batch, loss_only=True).loss
+        total, count = 0.0, 0
+        for item in items:
+            borders = [*(item["position_ids"] == 0).nonzero().flatten().tolist(), WINDOW_TOKENS]
+            for first, stop in itertools.pairwise(borders):
+                ids, labels = (item[n][None, first:stop] for n in ("input_ids", "shift_labels"))
+                count += int((labels != -100).sum())
+                total += float(model(ids, shift_labels=labels, num_items_in_batch=1).loss)
+    assert float(found) == pytest.approx(total / count, rel=1e-5)
+    result = train_run(run)
+    assert result.loss_nats < float(found)
 
 
 def test_init_starts_from_saved_weights(tmp_path: Path) -> None:

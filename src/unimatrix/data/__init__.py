@@ -3,13 +3,19 @@
 from unimatrix.data.byte_stream import ByteStream
 from unimatrix.data.corpora import CORPUS_NAMES, Corpus, load_corpus
 from unimatrix.data.indexed import IndexedDataset
-from unimatrix.data.windows import ConsecutiveWindows, StreamMatches, WindowDataset
+from unimatrix.data.windows import (
+    ConsecutiveWindows,
+    DocumentWindows,
+    StreamMatches,
+    WindowDataset,
+)
 
 __all__ = [
     "CORPUS_NAMES",
     "ByteStream",
     "ConsecutiveWindows",
     "Corpus",
+    "DocumentWindows",
     "IndexedDataset",
     "StreamMatches",
     "WindowDataset",

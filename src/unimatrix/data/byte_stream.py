@@ -36,14 +36,26 @@ class ByteStream:
         pieces: what to join, in order; empty pieces are dropped.
         name: what error messages call the stream.
         ends_with_eos: whether the token form ends with EOS.
+        starts: bytes at which documents start, rising from 0; ``None``: each piece is a document.
+
+    Attributes:
+        document_starts: [n] int64, the byte at which each document (a file) starts.
     """
 
-    def __init__(self, pieces: Sequence[Piece], *, name: str, ends_with_eos: bool = False) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        *,
+        name: str,
+        ends_with_eos: bool = False,
+        starts: NDArray[np.int64] | None = None,
+    ) -> None:
         self.name = name
         self.ends_with_eos = ends_with_eos
         self._pieces = [piece for piece in pieces if piece.num_bytes]
         sizes = [piece.num_bytes for piece in self._pieces]
         self._borders = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+        self.document_starts = self._borders[:-1] if starts is None else starts
         self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
 
     @classmethod
@@ -76,7 +88,8 @@ class ByteStream:
         stream = cls([_open_piece(path, unpacks=unpacks) for path in paths], name=name)
         if len(stream) > join_limit_bytes:
             return stream
-        return cls([Piece(stream.read(0, len(stream)), 0, len(stream))], name=name)
+        joined = Piece(stream.read(0, len(stream)), 0, len(stream))
+        return cls([joined], name=name, starts=stream.document_starts)
 
     def __len__(self) -> int:
         return int(self._borders[-1])
@@ -140,7 +153,11 @@ class ByteStream:
         """Return bytes ``start <= i < stop`` as a stream of their own, without copying."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
         pieces = list(self._cut_pieces(start, stop))
-        return ByteStream(pieces, name=name, ends_with_eos=self.ends_with_eos)
+        inside = self.document_starts[
+            (self.document_starts > start) & (self.document_starts < stop)
+        ]
+        starts = np.concatenate([[0], inside - start]).astype(np.int64)[: stop - start]
+        return ByteStream(pieces, name=name, ends_with_eos=self.ends_with_eos, starts=starts)
 
     def sha256(self, limit: int | None = None) -> str:
         """Return the hexadecimal SHA-256 of the bytes, or of the first ``limit`` of them."""

@@ -13,6 +13,8 @@ from unimatrix.data.indexed import IndexedDataset
 from unimatrix.errors import InputError
 from unimatrix.tokenization import BOS_ID
 
+IGNORED_LABEL = -100
+
 
 class StreamMatches(NamedTuple):
     """What a suffix automaton predicts after every token of a stream, BOS and EOS included.
@@ -81,10 +83,14 @@ class WindowDataset(IndexedDataset):
     def __len__(self) -> int:
         return self._num_windows
 
+    def draw_starts(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the windows of ``indices`` [n] start, [n] int64."""
+        words = draw_words(self.seed, indices, 1)[:, 0]
+        return (words % np.uint64(self._num_starts)).astype(np.int64)
+
     def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Cut the windows of ``indices`` [n]: ``{name: [n, T] int64}``, and their matches."""
-        words = draw_words(self.seed, indices, 1)[:, 0]
-        starts = (words % np.uint64(self._num_starts)).astype(np.int64)
+        starts = self.draw_starts(indices)
         places = starts[:, None] + np.arange(self.window_tokens)  # [n, T], tokens of the stream
         if self.leading_bos:
             tokens = np.empty((len(indices), self.window_tokens + 1), np.int64)
@@ -97,6 +103,66 @@ class WindowDataset(IndexedDataset):
         if self.matches is not None:
             batch["suffix_match"] = torch.from_numpy(self.matches.read(places))
         return batch
+
+
+class DocumentWindows(IndexedDataset):
+    """Cut windows at random starts, in which every document begins anew.
+
+    A window goes on from one document to the next as the stream does, and each begins with BOS, the
+    first one wherever the window starts. Nothing predicts over a document's edge: its last byte has
+    no label. Item i is a pure function of (stream, T, seed, i).
+
+    Args:
+        stream: the bytes to cut from, of several documents.
+        window_tokens: T, the positions of a window.
+        num_windows: the length of the dataset; items are drawn with replacement.
+        seed: >= 0.
+
+    Raises:
+        InputError: the stream is shorter than one window or a single document, or a number is out
+            of range.
+    """
+
+    def __init__(self, stream: ByteStream, window_tokens: int, num_windows: int, seed: int) -> None:
+        # Bytes are drawn as for windows of one text.
+        self._cut = WindowDataset(stream, window_tokens, num_windows, seed)
+        if len(stream.document_starts) < 2:
+            raise InputError(
+                f"the {stream.name} is one document, which nothing could be packed with; give "
+                "several files, or leave out data.documents"
+            )
+        self._borders = np.append(stream.document_starts, len(stream))
+
+    def __len__(self) -> int:
+        return len(self._cut)
+
+    def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Cut the windows of ``indices`` [n]: ``{name: [n, T] int64}``.
+
+        ``position_ids`` counts each document from 0; ``shift_labels`` has -100 at its last byte.
+        """
+        starts, window = self._cut.draw_starts(indices), self._cut.window_tokens
+        texts = self._cut.stream.read_windows(starts, window)  # [n, T]
+        rows = np.full((3, len(indices), window), IGNORED_LABEL, np.int64)
+        for row, start in enumerate(starts.tolist()):
+            self._fill(rows[:, row], texts[row], start)
+        ids, labels, positions = map(torch.from_numpy, rows)
+        return {"input_ids": ids, "shift_labels": labels, "position_ids": positions}
+
+    def _fill(self, row: NDArray[np.int64], text: NDArray[np.uint8], start: int) -> None:
+        """Write ids, labels and positions [3, T] of the window whose bytes begin at ``start``."""
+        ids, labels, positions = row
+        column, byte, window = 0, start, len(ids)
+        document = int(np.searchsorted(self._borders, start, side="right"))
+        while column < window:
+            stop = int(self._borders[document])
+            taken = min(window - column - 1, stop - byte)  # behind BOS
+            told = text[byte - start : min(byte + taken + 1, stop) - start]
+            ids[column] = BOS_ID
+            ids[column + 1 : column + 1 + taken] = told[:taken]
+            labels[column : column + len(told)] = told
+            positions[column : column + 1 + taken] = np.arange(1 + taken)
+            column, byte, document = column + 1 + taken, stop, document + 1
 
 
 class ConsecutiveWindows(IndexedDataset):

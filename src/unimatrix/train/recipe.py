@@ -29,6 +29,7 @@ SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "muon")
 PRECISIONS = ("float32", "bfloat16")
 PROTOCOLS = ("carried", "windows")
+DOCUMENTS = ("joined", "packed")
 DEFAULT_RECIPE = "default"
 
 
@@ -71,6 +72,10 @@ class DataSection:
     carried_automaton: bool = False
     """Let the suffix automaton of a window remember all of the training text before it, as far as
     model.automaton_window reaches, instead of the window alone."""
+    documents: str = "joined"
+    """joined: the files are one text, and a window reads on from one to the next. packed: each file
+    is a document of its own, which begins with BOS and nothing carried wherever it stands in a
+    window, and predicts nothing of the next."""
     document_share: float = 0.0
     """Share of the windows that are generated documents with bindings and questions, for a reader
     (`unimatrix ask`); the others are cut from the text, which gives names and filler to all."""
@@ -79,11 +84,29 @@ class DataSection:
         if not self.data:
             raise InputError("data.data is empty; name a corpus, files or folders")
         _require(self, "data", window_tokens=(1, None), document_share=(0, 1))
+        require_choice("data.documents is", self.documents, DOCUMENTS)
+        if self.documents == "packed":
+            self._require_apart()
         if self.document_share and self.carried_automaton:
             raise InputError(
                 f"data.document_share is {self.document_share} and data.carried_automaton is true; "
                 "documents do not continue the text, so leave one of them out"
             )
+
+    def _require_apart(self) -> None:
+        """Raise ``InputError`` for what does not go together with documents of their own."""
+        if not self.leading_bos:
+            raise InputError(
+                "data.leading_bos is false and data.documents is 'packed'; documents begin with "
+                "BOS, so leave one of them out"
+            )
+        for name in ("carried_automaton", "document_share"):
+            if getattr(self, name):
+                raise InputError(
+                    f"data.{name} is {getattr(self, name)} and data.documents is 'packed'; a "
+                    "window is cut from files that read nothing before them, so leave one of them "
+                    "out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,14 @@ import torch
 from transformers import TrainerCallback
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.data import ConsecutiveWindows, Corpus, StreamMatches, WindowDataset, load_corpus
+from unimatrix.data import (
+    ConsecutiveWindows,
+    Corpus,
+    DocumentWindows,
+    StreamMatches,
+    WindowDataset,
+    load_corpus,
+)
 from unimatrix.data.corpora import FILE_RULES, load_stored_corpus
 from unimatrix.data.indexed import IndexedDataset
 from unimatrix.errors import InputError
@@ -358,6 +365,11 @@ def _open_corpus(
             f"eval.prime_bytes is {recipe.eval.prime_bytes} and the model has a position table, "
             "which reads nothing before its window; leave eval.prime_bytes out"
         )
+    if recipe.data.documents == "packed" and recipe.train.compile:
+        raise InputError(
+            "train.compile is true and data.documents is 'packed'; every batch has documents of "
+            "other lengths, which no graph can hold, so leave one of them out"
+        )
     split_batch(recipe.train)
     if recipe.train.optimizer == "muon":
         require_muon()
@@ -378,11 +390,11 @@ def _open_corpus(
 def _cut_windows(
     recipe: Recipe, corpus: Corpus, num_windows: int, matches: StreamMatches | None = None
 ) -> IndexedDataset:
+    cut = (corpus.train, recipe.data.window_tokens, num_windows, recipe.train.seed)
+    if recipe.data.documents == "packed":
+        return DocumentWindows(*cut)
     windows = WindowDataset(
-        corpus.train,
-        recipe.data.window_tokens,
-        num_windows,
-        recipe.train.seed,
+        *cut,
         leading_bos=recipe.data.leading_bos,
         matches=matches,
     )

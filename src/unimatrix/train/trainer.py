@@ -277,9 +277,12 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def collate_with_match(items: Sequence[dict[str, Tensor]], window: int | None) -> dict[str, Tensor]:
-    """Stack items, and add the predictions of a suffix automaton unless the items have them."""
+    """Stack items, and add the predictions of a suffix automaton unless the items have them.
+
+    Of rows with several documents, each with an automaton of its own, the model finds them.
+    """
     batch = collate(items)
-    if "suffix_match" in batch:
+    if "suffix_match" in batch or "position_ids" in batch:
         return batch
     prediction, _ = predict_from_suffix(batch["input_ids"], window=window, keeps_state=False)
     return {**batch, "suffix_match": torch.stack(prediction, dim=-1)}
