@@ -15,7 +15,7 @@ from torch import nn
 from unimatrix.bench.peers import TIMED_PEERS, count_linear
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.ops.indexed_attention import NUM_OFFSETS, REACH
-from unimatrix.ops.text_index import NUM_KINDS, NUM_PLACES
+from unimatrix.ops.text_index import NUM_KINDS, NUM_PLACES, NUM_RECENT
 
 FLOPS_PER_MULTIPLY_ADD = 2
 _NUM_RULES = 3
@@ -156,11 +156,13 @@ def _count_retrieval(config: UniMatrixConfig) -> TokenCost:
         return TokenCost(linear=gate + width**2, mixing=_count_selective_reads(config) * width)
     if config.associative_memory == "indexed":
         inner = config.index_heads * config.index_head_dim
-        # Query, value and readout, both keys, and the numbers added to the scores.
-        linear = 5 * width * inner + 2 * width**2
-        linear += width * config.index_heads * (NUM_OFFSETS + NUM_KINDS)
-        entries = NUM_PLACES * NUM_OFFSETS
-        return TokenCost(linear=linear, mixing=2 * entries * inner + 2 * REACH * width)
+        # Both queries, value and readout, and the numbers added to the scores.
+        biases = NUM_OFFSETS + NUM_KINDS + 1 + NUM_RECENT
+        linear = 4 * width * inner + width * config.index_heads * biases
+        # Both keys of every token, at most: a key that no position reads is not made.
+        keys = 2 * (width**2 + width * inner + REACH * width)
+        entries = 2 * NUM_PLACES * NUM_OFFSETS + NUM_PLACES
+        return TokenCost(linear=linear, mixing=keys + entries * inner)
     return TokenCost()
 
 
