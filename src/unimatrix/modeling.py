@@ -195,7 +195,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         tokens = Tokens(
             ids=ids,
             embeddings=features,
-            embed=run.embed,
+            embed=lambda ids: run.embed(ids),
             lengths=lengths,
             num_before=past.num_tokens,
             last_ids=past.last_token_ids,
@@ -203,7 +203,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             keeps_state=keeps_cache,
             gives_up_state=gives_up_cache,
             suffix_match=suffix_match,
-            embed_weights=tuple(self.embed_tokens.parameters()),
+            embed_weights=self.embed_tokens.parameters,
         )
 
         # 4. The same block at every depth step; some mixers read once, for all that follow.
@@ -224,7 +224,7 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 x = x if rows is None else rows.pack(shown)
                 hidden_states.append(shown)
             if self.embed_depth is not None:
-                x = x + self.embed_depth.weight[depth_step]
+                x = x + self.embed_depth(ids.new_tensor(depth_step))
             tokens = tokens._replace(is_last=depth_step + 1 == len(past.depth))
             x, states, votes = run.block(x, tokens, carry)
             carries.append(states)

@@ -12,6 +12,7 @@ from unimatrix.errors import InputError
 from unimatrix.modeling_documents import DocumentMarks, find_starts, refuse_stream
 from unimatrix.nn.packing import Group, Packing, lay_out
 from unimatrix.nn.padding import Padding, find_padding
+from unimatrix.ops.checks import is_transformed
 
 # Tokens of width 64 that take as long as one more pass of the layers, on one thread of a CPU.
 _PASS_COST, _PASS_WIDTH = 256, 64
@@ -102,6 +103,7 @@ def read_inputs(
     """
     config = model.config
     refuse_unused(config, output_attentions, token_type_ids)
+    refuse_transform(config)
     ids = require_tokens(config, input_ids, inputs_embeds)
     if input_ids is not None:
         num_tokens = getattr(model.embed_tokens, "num_embeddings", config.vocab_size)
@@ -303,6 +305,21 @@ def refuse_unused(
         )
     if token_type_ids is not None and bool(token_type_ids.any()):
         raise InputError("token_type_ids has types other than 0: this model has none; leave it out")
+
+
+def refuse_transform(config: UniMatrixConfig) -> None:
+    """Raise ``InputError`` where a transform of ``torch.func`` would have to read a text."""
+    readers = {
+        "associative_memory": config.associative_memory == "indexed",
+        "residual_path": config.residual_path == "suffix_automaton",
+    }
+    for name, reads in readers.items():
+        if reads and is_transformed():
+            raise InputError(
+                f"torch.func cannot look into the index or automaton of {name}="
+                f"{getattr(config, name)!r}; use torch.autograd, for second derivatives after "
+                "model.set_backend('reference')"
+            )
 
 
 def require_match(

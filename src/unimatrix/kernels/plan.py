@@ -26,7 +26,7 @@ from unimatrix.nn.pointer_mixture import NUM_LENGTH_BUCKETS, Pointer, PointerMix
 from unimatrix.nn.residual_context import ResidualContext, ResidualRead
 from unimatrix.nn.selective_mixer import SelectiveMixer, SelectiveRead
 from unimatrix.ops.backends import compiles_native, require_backend
-from unimatrix.ops.checks import is_autocast
+from unimatrix.ops.checks import is_autocast, is_transformed
 
 _logger = logging.get_logger(__name__)
 # Positions below which torch is as fast as a pass and needs no compiler.
@@ -120,6 +120,8 @@ def _explain_call(backend: str, weight: Tensor, num_rows: int) -> str | None:
         return f"the model is {kind}"
     if is_autocast("cpu"):
         return "autocast is on"
+    if backend == "auto" and is_transformed():
+        return "a transform of torch.func is on"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "a hook on every module is set"
     if num_rows < _FEWEST_ROWS:

@@ -194,7 +194,7 @@ class IndexedAttention(Mixer):
             return None
         text, *_, carried = tokens.found
         own = (self.key_conv, *self.key_mix.parameters(), *self.key_proj.parameters())
-        weights = [*own, *self.value_proj.parameters(), *tokens.embed_weights]
+        weights = [*own, *self.value_proj.parameters(), *tokens.embed_weights()]
         return extend_ring(
             text,
             tokens.num_before,

@@ -52,13 +52,18 @@ _rings = WeakTensorKeyDictionary()
 to the index of the last call alone: others of the same text may go on with other tokens."""
 
 
+def _tells_nothing(weight: Tensor) -> bool:
+    """Return whether a weight has no version, or lies elsewhere until its module is called."""
+    return weight.is_inference() or weight.is_meta
+
+
 def _describe(weights: list[Tensor]) -> tuple[tuple[int, int], ...] | None:
     """Return what tells weights from others, and from the same ones changed in place.
 
     ``None`` for weights that neither address nor version tells: sharded, quantised or fake ones,
     and those of inference mode.
     """
-    if any(type(w) not in (Tensor, nn.Parameter) or w.is_inference() for w in weights):
+    if any(type(w) not in (Tensor, nn.Parameter) or _tells_nothing(w) for w in weights):
         return None
     return tuple((weight.data_ptr(), weight._version) for weight in weights)
 

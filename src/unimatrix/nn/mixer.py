@@ -1,6 +1,6 @@
 """What every way of mixing tokens offers to the block, the cache and the rest of the library."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,11 +12,13 @@ Votes = tuple[Tensor, Tensor]
 class Tokens(NamedTuple):
     """What mixers see of the tokens, real tokens first in each row.
 
+    It holds no module and no weight: what offloads weights would move them with the arguments.
+
     Attributes:
         ids: [B, T] int64.
         embeddings: [B, T, D], before positions are added.
         embed: returns the embeddings [..., D] of ids [...].
-        embed_weights: what it depends on, for a mixer that keeps features from call to call.
+        embed_weights: returns what it depends on, for a mixer that keeps features between calls.
         lengths: [B] int64, real tokens of each row; ``None`` is T for all.
         num_before: [B] int64, tokens of the stream before these.
         last_ids: [B] int64, the token before these, -1 where there is none.
@@ -41,7 +43,7 @@ class Tokens(NamedTuple):
     gives_up_state: bool = False
     suffix_match: Tensor | None = None
     found: Any = None
-    embed_weights: tuple[Tensor, ...] = ()
+    embed_weights: Callable[[], Iterable[Tensor]] = tuple
     reads: dict[str, Any] = {}  # noqa: RUF012 - replaced, never changed
     is_last: bool = False
 

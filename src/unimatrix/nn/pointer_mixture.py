@@ -166,7 +166,7 @@ def point(logits: Tensor, pointer: Pointer) -> Tensor | MixedLogits:
     Equation: E9, E17.
 
     Args:
-        logits: [..., V], of the output head; votes are added in place.
+        logits: [..., V], of the output head.
         pointer: what retrieved tokens say.
     """
     if pointer.token_ids is None:
@@ -174,8 +174,8 @@ def point(logits: Tensor, pointer: Pointer) -> Tensor | MixedLogits:
     if pointer.log_weights is not None:
         return MixedLogits(logits, pointer.token_ids, pointer.log_weights)
     assert pointer.votes is not None
-    # In place: the head's product is not needed backward, and a copy is B x T x V.
-    return logits.scatter_add_(-1, pointer.token_ids, pointer.votes.to(logits.dtype))
+    # Not in place: the logits are the head's, whose hooks and wrappers may keep them.
+    return logits.scatter_add(-1, pointer.token_ids, pointer.votes.to(logits.dtype))
 
 
 def mix_logits(mixed: MixedLogits) -> Tensor:

@@ -9,6 +9,7 @@ import importlib.util
 import torch
 
 from unimatrix.errors import InputError, suggest
+from unimatrix.ops.checks import is_transformed
 from unimatrix.ops.numba.health import explain_unusable
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -44,7 +45,7 @@ def require_backend(op: str, backend: str) -> str:
     return backend
 
 
-# What follows does not change in a process: a graph that is captured takes it as a constant.
+# What follows does not change in a graph that is captured, which takes it as a constant.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def compiles_triton(device: torch.device) -> bool:
     """Return whether ``auto`` may choose Triton: it is installed and compiles for the device."""
@@ -56,11 +57,12 @@ def compiles_triton(device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def compiles_native() -> bool:
-    """Return whether ``auto`` may choose compiled kernels: their check in this process passed.
+    """Return whether ``auto`` may choose compiled kernels.
 
-    Imports Numba, so call only where a kernel would run next.
+    Their check in this process passed, and no transform of ``torch.func`` is on. Imports Numba, so
+    call only where a kernel would run next.
     """
-    return explain_unusable() is None
+    return not is_transformed() and explain_unusable() is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

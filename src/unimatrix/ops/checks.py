@@ -113,3 +113,8 @@ def is_autocast(device_type: str) -> bool:
     """Return whether matrix products on a device change their inputs' dtype now."""
     known = torch.amp.is_autocast_available(device_type)
     return known and torch.is_autocast_enabled(device_type)
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of ``torch.func`` is on: compiled code cannot read its tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is not None

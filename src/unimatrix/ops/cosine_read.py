@@ -33,8 +33,10 @@ def choose_compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def normalise(vectors: Tensor) -> Tensor:
     """Divide vectors [..., C] by max(norm, 1e-12), with gradient, in their own dtype."""
-    norm: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)  # [..., 1]
-    return vectors / norm.clamp_min(MIN_NORM)
+    # The norm of zeros has no second derivative, and nothing is read from what precedes a text.
+    is_zero = (vectors == 0).all(dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(vectors.masked_fill(is_zero, 1), dim=-1, keepdim=True)
+    return vectors / norm.masked_fill(is_zero, 0).clamp_min(MIN_NORM)  # [..., C] by [..., 1]
 
 
 def round_to_grid(numbers: Tensor) -> Tensor:

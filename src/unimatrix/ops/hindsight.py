@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unimatrix.ops.operator import refuse_twice
+
 LABELS = ("attribution", "read_hit", "read_weight")
 LEAST_WEIGHT = 0.05
 
@@ -122,20 +124,21 @@ class _Watch(torch.autograd.Function):
         return log_weights.view_as(log_weights), torch.zeros_like(log_weights), zero, zero.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, d_weights: Tensor, d_probe: Tensor, d_target: Tensor, d_gate: Tensor
     ) -> tuple[Tensor | None, ...]:
         log_weights, gate_logits, entries, offered = ctx.saved_tensors
-        scale = d_target.abs().clamp_min(torch.finfo(d_target.dtype).tiny)
-        reads = _value_reads(ctx.rules.label, log_weights, d_weights, d_probe, scale)
-        writes = (entries - ctx.num_initial).clamp_min(-1) + 1  # 0 collects what is no write here
-        sums = reads.new_zeros(reads.shape[0], gate_logits[0].numel() + 1)
-        sums.scatter_add_(1, writes.flatten(1), reads.flatten(1))
-        useful = judge_writes(sums[:, 1:], ctx.rules).view_as(gate_logits)
-        slope = (torch.sigmoid(gate_logits) - useful.to(gate_logits.dtype)) * offered
-        d_logits = ctx.rules.weight * d_gate * slope / offered.sum().clamp_min(1)
-        return d_weights, d_logits, None, None, None, None
+        with torch.no_grad():
+            scale = d_target.abs().clamp_min(torch.finfo(d_target.dtype).tiny)
+            reads = _value_reads(ctx.rules.label, log_weights, d_weights, d_probe, scale)
+            writes = (entries - ctx.num_initial).clamp_min(-1) + 1  # 0 collects what is no write
+            sums = reads.new_zeros(reads.shape[0], gate_logits[0].numel() + 1)
+            sums.scatter_add_(1, writes.flatten(1), reads.flatten(1))
+            useful = judge_writes(sums[:, 1:], ctx.rules).view_as(gate_logits)
+            slope = (torch.sigmoid(gate_logits) - useful.to(gate_logits.dtype)) * offered
+            d_logits = ctx.rules.weight * d_gate * slope / offered.sum().clamp_min(1)
+        found = (d_weights, d_logits, None, None, None, None)
+        return refuse_twice("what a gate learns in hindsight", found, log_weights, gate_logits)
 
 
 def _value_reads(

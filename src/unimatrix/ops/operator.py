@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from unimatrix.errors import InputError
+from unimatrix.ops.checks import is_transformed
 
 Function = Callable[..., Any]
 
@@ -55,7 +57,8 @@ def declare_operator(
         devices: where a captured operator runs; ``None`` is everywhere.
 
     Returns:
-        a function of the inputs, by position; differentiable once.
+        a function of the inputs, by position; differentiable once: second derivatives are refused
+        with an ``InputError``.
     """
     take_results = functools.partial(_take_results, len(results.split()) if saved else None)
     always_saves = forward
@@ -76,6 +79,11 @@ def declare_operator(
     def run(*inputs: Any) -> Any:
         if captured is not None and torch.compiler.is_compiling():
             return take_results(captured(*inputs))
+        if differentiated is not None and is_transformed():
+            raise InputError(
+                f"torch.func cannot look into the compiled operator {name!r}; call "
+                "model.set_backend('auto') or 'reference', which let it look into all others"
+            )
         if differentiated is not None and _need_gradient(inputs):
             return differentiated(*inputs)
         return take_results(forward(*inputs))
@@ -178,15 +186,52 @@ def _build_function(
         return take_results(outputs)
 
     def differentiate(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        return formula.differentiate(ctx, backward, grads)
+        if not torch.is_grad_enabled():
+            return formula.differentiate(ctx, backward, grads)
+        with torch.no_grad():
+            found = formula.differentiate(ctx, backward, grads)
+        return refuse_twice(f"the compiled operator {name!r}", found, *ctx.saved_tensors, *grads)
 
-    methods = {
-        "forward": staticmethod(run),
-        "backward": staticmethod(once_differentiable(differentiate)),
-    }
+    methods = {"forward": staticmethod(run), "backward": staticmethod(differentiate)}
     made: Any = type(name, (torch.autograd.Function,), methods)
     apply: Function = made.apply
     return apply
+
+
+def refuse_twice(what: str, gradients: tuple[Any, ...], *sources: Tensor | None) -> tuple[Any, ...]:
+    """Return gradients that may not be differentiated again.
+
+    ``once_differentiable`` of torch says so only where what comes from the loss side depends on the
+    weights, and only to ``backward``: ``torch.autograd.grad`` walks past it, and returns second
+    derivatives without the part that goes through the operator.
+
+    Args:
+        what: names the operator, in the sentence of the ``InputError``.
+        gradients: of the inputs, ``None`` for some.
+        sources: what the gradients depend on.
+    """
+    tensors = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
+    if not torch.is_grad_enabled() or not tensors:  # Only `create_graph=True` enables it here.
+        return gradients
+    found = [x for x in gradients if x is not None]
+    marked = iter(_Once.apply(what, len(found), *found, *tensors))  # type: ignore[no-untyped-call]
+    return tuple(None if x is None else next(marked) for x in gradients)
+
+
+class _Once(torch.autograd.Function):
+    """Identity on gradients, whose own backward pass is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, what: str, num_gradients: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.what = what
+        return tuple(x.view_as(x) for x in tensors[:num_gradients])
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> Any:
+        raise InputError(
+            f"{ctx.what} is differentiable once; for second derivatives compute the loss after "
+            "model.set_backend('reference')"
+        )
 
 
 def _differentiate(captured: Any, backward: Function, formula: _Formula) -> None:
