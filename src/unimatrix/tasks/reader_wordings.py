@@ -25,10 +25,14 @@ class ReaderWordings(NamedTuple):
     distractions: tuple[str, ...]
 
 
+_OF_RULER = "special magic"
+"""In sentences of RULER, which no reader trains on: ``unimatrix eval-long`` measures reading."""
+
 READER = ReaderWordings(
     bindings=MANY._replace(
+        needles=tuple(wording for wording in MANY.needles if _OF_RULER not in wording),
         questions=(
-            *MANY.questions,
+            *(wording for wording in MANY.questions if _OF_RULER not in wording),
             "What {noun} does {key} use? {value}.",
             "Do you know the {noun} of {key}? {value}.",
             "Give me the {noun} of {key}. {value}.",
@@ -39,7 +43,7 @@ READER = ReaderWordings(
             "{key} {noun}? {value}.",
             "{noun} of {key}? {value}.",
             "Please look for the {noun} of {key}: {value}.",
-        )
+        ),
     ),
     updates=(
         "The {noun} of {key} is now {value}.",
