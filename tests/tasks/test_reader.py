@@ -103,6 +103,7 @@ def test_held_out_sentences_never_appear() -> None:
     ]
     held_out = UNSEEN.needles + UNSEEN.questions
     assert not set(sentences) & set(held_out)
+    assert not any("special magic" in sentence for sentence in sentences)  # RULER
     patterns = []
     for sentence in [*held_out, *(map(cut_question, UNSEEN.questions))]:
         pattern = re.escape(sentence).replace(r"\{key\}", r"[\w ]+").replace(r"\{value\}", r".+")
