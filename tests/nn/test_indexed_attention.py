@@ -340,6 +340,13 @@ def test_configurations_that_cannot_be() -> None:
             UniMatrixConfig(**(build | changes))
 
 
+def test_a_model_of_version_2_is_refused_with_one_sentence() -> None:
+    old = UniMatrixConfig.preset("unimatrix").to_dict() | {"format_version": 2}
+    with pytest.raises(InputError, match="format version 2, whose indexed attention did not look"):
+        UniMatrixConfig.from_dict(old)
+    assert UniMatrixConfig.from_dict(old | {"associative_memory": "none", "pointer": False})
+
+
 def test_what_follows_from_the_vocabulary_and_the_depth() -> None:
     assert UniMatrixConfig.preset("unimatrix").index_units == "words"
     small = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}

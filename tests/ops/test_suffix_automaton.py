@@ -341,7 +341,7 @@ def test_bytes_are_constant_with_a_window(vocab_size: int, of_token: int) -> Non
         _, automaton = predict_from_suffix(ids, initial=automaton, window=32, vocab_size=vocab_size)
         assert automaton is not None
         # The text and the tree, its 256 roots, and what other indexes need.
-        assert count(automaton) == 2 * ((of_token + 4) * 32 + 512 + 304)
+        assert count(automaton) == 2 * ((of_token + 4) * 32 + 512 + 368)
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.models import VARIANTS, build_model, draw_ids
 from unimatrix import UniMatrixCache, UniMatrixConfig, UniMatrixForCausalLM
+from unimatrix.configuration_checks import FORMAT_VERSION
 from unimatrix.nn.mixer import Mixer
 from unimatrix.ops.text_index import TextIndex
 
@@ -108,7 +109,7 @@ def test_names_shapes_and_types_are_those_of_the_saved_folders(name: str, tmp_pa
         cache = model(ids[:, : int(metadata["num_columns"])], use_cache=True).past_key_values
     with safe_open(save(cache, tmp_path), framework="pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata["format_version"] = "2"
+        metadata["format_version"] = str(FORMAT_VERSION)
         assert metadata.items() <= file.metadata().items()
     # Later releases also write which text was read.
     assert found.keys() - {"text_hash"} == expected.keys() == list_names(model.config)
