@@ -52,6 +52,19 @@ def test_models_that_are_not_as_they_were_built() -> None:
     assert explain_step(build_model("core").bfloat16()) == "its parameters are bfloat16 on cpu"
 
 
+class Quantised(torch.Tensor):
+    """What libraries that quantise or shard put in the place of a weight."""
+
+
+def test_weights_of_another_class_are_left_to_their_modules() -> None:
+    model, ids = build_model("core"), draw_ids(1, 5)
+    expected = model.generate(ids, max_new_tokens=3, do_sample=False)
+    layer = model.model.block.matrix_mixer.q_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised), False)
+    assert explain_step(model) == "model.block.matrix_mixer.q_proj.weight is a Quantised"
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
+
+
 def test_an_adapter_decodes_without_the_compiled_step() -> None:
     peft = pytest.importorskip("peft")
     base = build_model("core", dtype=torch.float32)

@@ -130,6 +130,9 @@ def explain_step(model: PreTrainedModel) -> str | None:
     reason = _explain_tables(model) or _explain_forms(model)
     if reason is not None:
         return reason
+    for name, weight in model.named_parameters():
+        if type(weight) not in (torch.Tensor, nn.Parameter):  # Quantised or sharded.
+            return f"{name} is a {type(weight).__name__}"
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     if len(kinds) > 1:
         return "its parameters differ in device or type"
