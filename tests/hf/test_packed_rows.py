@@ -237,7 +237,9 @@ def test_embeddings_are_packed_as_ids_are(monkeypatch: pytest.MonkeyPatch) -> No
     expected = model(IDS, position_ids=COUNTED, labels=IDS)
     assert error(found.logits, expected.logits) <= 1e-10
     found.loss.backward()
-    assert embeds.grad.abs().sum(-1).min() > 0
+    # The last token of a document predicts nothing, and no other token sees it.
+    is_last = pad(COUNTED[:, 1:] == 0, (0, 1), value=True)
+    assert torch.equal(embeds.grad.abs().sum(-1) == 0, is_last)
 
 
 def test_matches_that_a_loader_has_found_are_packed_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +264,8 @@ def test_a_first_token_is_no_target_of_the_document_before(variant: str) -> None
     assert error(divided, expected * (2 * T - 7) / 10) <= 1e-12
 
 
+# Where a graph breaks, torch asks tensors between its parts for their gradients.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_model_reads_the_same_numbers() -> None:
     model = build_model("core")
     torch.compiler.reset()

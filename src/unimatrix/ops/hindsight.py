@@ -54,7 +54,8 @@ class HindsightScale(NamedTuple):
     def join(scales: Sequence["HindsightScale"]) -> tuple[Tensor, Tensor]:
         """Return the zeros of all parts of a batch, as one part of all its writes has them."""
         total = sum(scale.num_writes for scale in scales).clamp_min(1)  # type: ignore[union-attr]
-        of_gate = [scale.of_gate * (scale.num_writes / total) for scale in scales]
+        # Not by the quotient of two whole numbers, which torch makes in 32 bits.
+        of_gate = [scale.of_gate * scale.num_writes / total for scale in scales]
         return sum(scale.of_target for scale in scales), sum(of_gate)  # type: ignore[return-value]
 
 
