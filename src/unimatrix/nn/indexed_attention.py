@@ -301,7 +301,9 @@ class IndexedAttention(Mixer):
         pieces = text[known_at // num_columns, columns.clamp(0, num_columns - 1)]
         features = self._embed_text(pieces.masked_fill(~is_seen, -1), tokens)  # [n, 24, D]
         keys = self._finish_keys((features * self.key_conv.mT.flatten(0, 1)).sum(dim=1))
-        by_kind = self.unit_kind.weight.view(NUM_KINDS, self.num_heads, -1).to(keys.dtype)
+        # Called, not read: its weights may lie elsewhere until then.
+        by_kind = self.unit_kind(torch.arange(NUM_KINDS, device=keys.device)).to(keys.dtype)
+        by_kind = by_kind.view(NUM_KINDS, self.num_heads, -1)
         of_kinds = torch.einsum("nhc,khc->nkh", keys, by_kind)[numbers, kinds.long()]
         scores = torch.einsum("bthc,btphc->btph", queries, keys[numbers]) + of_kinds
         return (scores * exists.unsqueeze(-1)).transpose(2, 3)
