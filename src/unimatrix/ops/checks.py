@@ -117,4 +117,7 @@ def is_autocast(device_type: str) -> bool:
 
 def is_transformed() -> bool:
     """Return whether a transform of ``torch.func`` is on: compiled code cannot read its tensors."""
+    # A captured graph holds whole operators, and what captures it is no transform of the caller.
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None
