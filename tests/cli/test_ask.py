@@ -1,4 +1,5 @@
 import gzip
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,17 @@ def test_the_packaged_model_is_the_default(text, tmp_path, monkeypatch) -> None:
     )
     save_model(tmp_path / "reader", build_reader_model())
     assert run_command(*ask).result["answer"] == answer_directly(QUESTION).text
+
+
+def test_the_answers_that_the_readme_and_the_page_show() -> None:
+    text = Path(__file__).parents[2] / "examples" / "harbour.txt"
+    for question, answer in (
+        ("which number belongs to harkov?", "5202798"),
+        ("what is the code of mill lane?", "RT-7714"),
+        ("what is selim's password?", "copper kettle"),
+        ("what is the number of anna?", "not in the text"),
+    ):
+        assert run_command("ask", question, "--file", text, "--json").result["answer"] == answer
 
 
 def test_texts_that_cannot_be_read(folder, tmp_path) -> None:
