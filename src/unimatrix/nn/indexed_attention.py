@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize
+from torch.nn.functional import embedding, gelu, normalize
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.key_ring import KeyRing, extend_ring, keep_ring
@@ -304,8 +304,11 @@ class IndexedAttention(Mixer):
         # Called, not read: its weights may lie elsewhere until then.
         by_kind = self.unit_kind(torch.arange(NUM_KINDS, device=keys.device)).to(keys.dtype)
         by_kind = by_kind.view(NUM_KINDS, self.num_heads, -1)
-        of_kinds = torch.einsum("nhc,khc->nkh", keys, by_kind)[numbers, kinds.long()]
-        scores = torch.einsum("bthc,btphc->btph", queries, keys[numbers]) + of_kinds
+        of_kinds = torch.einsum("nhc,khc->nkh", keys, by_kind).flatten(0, 1)
+        # Looked up like embeddings, whose gradients are summed row by row.
+        of_kinds = embedding(NUM_KINDS * numbers + kinds, of_kinds)  # [B, T, 5, H]
+        chosen = embedding(numbers, keys.flatten(1)).view(*numbers.shape, *keys.shape[1:])
+        scores = torch.einsum("bthc,btphc->btph", queries, chosen) + of_kinds
         return (scores * exists.unsqueeze(-1)).transpose(2, 3)
 
     @staticmethod
