@@ -10,6 +10,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from tests.byte_models import build_byte_model
+from tests.clients.few_steps import choose_arguments
 from unimatrix import UniMatrixForCausalLM, build_tokenizer
 from unimatrix.tokenization import BOS_ID, EOS_ID
 
@@ -26,22 +27,6 @@ TEXTS = ["the key is 7, the key is 7.", "the key is 74, and no other.", "seven."
 
 def build_model(preset: str) -> UniMatrixForCausalLM:
     return build_byte_model(preset, hidden_size=32, dropout=0.0)
-
-
-def choose_arguments(folder: Path, **others: Any) -> dict[str, Any]:
-    common = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 12,
-        "learning_rate": 2e-2,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return common | others
 
 
 def assert_rows_are_alone(trainer: Trainer, batch: dict[str, Any], rows: list[list[int]]) -> None:
@@ -71,7 +56,9 @@ def assert_learns(trainer: Trainer) -> None:
 def test_sft_without_padding(tmp_path: Path, preset: str) -> None:
     trainer = SFTTrainer(
         model=build_model(preset),
-        args=SFTConfig(**choose_arguments(tmp_path), padding_free=True, max_length=None),
+        args=SFTConfig(
+            **choose_arguments(tmp_path, learning_rate=2e-2), padding_free=True, max_length=None
+        ),
         train_dataset=Dataset.from_list([{"text": text} for text in TEXTS]),
         processing_class=build_tokenizer(split_special_tokens=False),
     )
@@ -88,7 +75,7 @@ def test_sft_packed(tmp_path: Path, preset: str) -> None:
     trainer = SFTTrainer(
         model=build_model(preset),
         args=SFTConfig(
-            **choose_arguments(tmp_path, per_device_train_batch_size=1),
+            **choose_arguments(tmp_path, learning_rate=2e-2, per_device_train_batch_size=1),
             packing=True,
             max_length=128,
         ),
@@ -116,7 +103,9 @@ def test_the_flattening_collator(tmp_path: Path, preset: str, marks: str) -> Non
     data = Dataset.from_list([{"input_ids": row} for row in rows])
     trainer = Trainer(
         build_model(preset),
-        TrainingArguments(**choose_arguments(tmp_path), per_device_eval_batch_size=4),
+        TrainingArguments(
+            **choose_arguments(tmp_path, learning_rate=2e-2), per_device_eval_batch_size=4
+        ),
         train_dataset=data,
         eval_dataset=data,
         data_collator=collate,
@@ -140,7 +129,9 @@ def test_a_column_of_positions_reaches_the_model(tmp_path: Path) -> None:
     }
     trainer = Trainer(
         build_model("unimatrix"),
-        TrainingArguments(**choose_arguments(tmp_path), per_device_eval_batch_size=1),
+        TrainingArguments(
+            **choose_arguments(tmp_path, learning_rate=2e-2), per_device_eval_batch_size=1
+        ),
         train_dataset=Dataset.from_list([packed]),
         eval_dataset=Dataset.from_list([packed]),
     )

@@ -23,6 +23,7 @@ from trl import (
 )
 
 from tests.byte_models import build_byte_model, save_model
+from tests.clients.few_steps import choose_arguments
 from unimatrix import UniMatrixForCausalLM, build_tokenizer
 from unimatrix.errors import InputError
 from unimatrix.tokenization import BOS_ID, EOS_ID
@@ -45,23 +46,6 @@ def build_model(folder: Path, preset: str = "unimatrix") -> UniMatrixForCausalLM
 def choose_adapter(weights: str) -> dict[str, Any]:
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=8, lora_alpha=32)
     return {"peft_config": lora} if weights == "LoRA" else {}
-
-
-def choose_arguments(folder: Path, **others: Any) -> dict[str, Any]:
-    """Return TRL's own defaults, for a few steps on a CPU."""
-    common = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "max_steps": 12,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return common | others
 
 
 def list_log(trainer: Any, name: str) -> list[float]:

@@ -197,6 +197,17 @@ def attend_entries(
     return context, weights
 
 
+def _require_components(scores: Tensor, head_scores: Tensor, weights: Tensor) -> dict[str, int]:
+    """Return the sizes of what shares; raise ``InputError`` for other shapes or types."""
+    sizes: dict[str, int] = {}
+    require_shape("weights", weights, "B T H E", sizes)
+    require_shape("head_scores", head_scores, "B T H", sizes)
+    require_shape("scores", scores, "B T K", sizes)
+    for name, tensor in (("scores", scores), ("head_scores", head_scores)):
+        require_dtype(name, tensor, weights.dtype)
+    return sizes
+
+
 def share_heads(
     scores: Tensor, head_scores: Tensor, weights: Tensor, *, backend: str = "auto"
 ) -> Tensor:
@@ -217,12 +228,7 @@ def share_heads(
     Raises:
         InputError: if a shape or type is not as above, or the back end does not exist.
     """
-    sizes: dict[str, int] = {}
-    require_shape("weights", weights, "B T H E", sizes)
-    require_shape("head_scores", head_scores, "B T H", sizes)
-    require_shape("scores", scores, "B T K", sizes)
-    for name, tensor in (("scores", scores), ("head_scores", head_scores)):
-        require_dtype(name, tensor, weights.dtype)
+    _require_components(scores, head_scores, weights)
     if choose_backend(backend, weights) == "reference":
         return share_reference(scores, head_scores, weights)
     from unimatrix.ops.indexed_attention.native import share_heads_native
@@ -264,13 +270,8 @@ def share_targets(
     Raises:
         InputError: if a shape or type is not as above, or the back end does not exist.
     """
-    sizes: dict[str, int] = {}
-    require_shape("weights", weights, "B T H E", sizes)
-    require_shape("head_scores", head_scores, "B T H", sizes)
-    require_shape("scores", scores, "B T K", sizes)
+    sizes = _require_components(scores, head_scores, weights)
     sizes["L"] = sizes["K"] - 1
-    for name, tensor in (("scores", scores), ("head_scores", head_scores)):
-        require_dtype(name, tensor, weights.dtype)
     ids = {
         "other_ids": (other_ids, "B T L"),
         "token_ids": (token_ids, "B T E"),
