@@ -17,6 +17,7 @@ def compute_loss(
     predicted: Tensor | MixedLogits,
     targets: Tensor,
     num_items_in_batch: Tensor | int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return the mean cross entropy in nats.
 
@@ -26,14 +27,15 @@ def compute_loss(
     Args:
         predicted: logits [..., V], or those of a mixture, of which only the targets are computed.
         targets: [...] int64, -100 ignored.
-        num_items_in_batch: divisor instead of the number of targets here.
+        num_items_in_batch: divisor instead of the number of targets here, or of their weights.
+        weights: [...], by which the target of each position counts; ``None`` is 1.
 
     Raises:
         InputError: for a target that is no token and not -100; a GPU ends the process's work
             instead.
     """
     try:
-        return _compute_loss(predicted, targets, num_items_in_batch)
+        return _compute_loss(predicted, targets, num_items_in_batch, weights)
     except (IndexError, RuntimeError) as error:  # torch has looked at every target
         vocab = (predicted[0] if isinstance(predicted, MixedLogits) else predicted).shape[-1]
         is_strange = (targets != IGNORED_LABEL) & ((targets < 0) | (targets >= vocab))
@@ -45,21 +47,35 @@ def compute_loss(
         ) from error
 
 
+def count_targets(targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Return how many targets there are, or the sum of their weights; -100 is none."""
+    counted = targets != IGNORED_LABEL
+    return counted.sum() if weights is None else (weights * counted).sum()
+
+
 def _compute_loss(
-    predicted: Tensor | MixedLogits, targets: Tensor, num_items_in_batch: Tensor | int | None
+    predicted: Tensor | MixedLogits,
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    weights: Tensor | None,
 ) -> Tensor:
     """Compute the loss; arguments as in ``compute_loss``."""
     targets = targets.flatten()
+    weights = None if weights is None else weights.flatten().to(targets.device)
+    divisor = num_items_in_batch
     if isinstance(predicted, MixedLogits):
         counted = targets != IGNORED_LABEL
         rows = (raise_precision(part).flatten(0, -2) for part in predicted)
         losses = score_targets(MixedLogits(*rows), targets.masked_fill(~counted, 0))
-        total = torch.where(counted, losses, 0.0).sum()
-        return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-    flat = raise_precision(predicted).flatten(0, -2), targets.to(predicted.device)
-    if num_items_in_batch is None:
-        return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
-    return cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="sum") / num_items_in_batch
+        losses = torch.where(counted, losses, 0.0)
+    else:
+        flat = raise_precision(predicted).flatten(0, -2), targets.to(predicted.device)
+        if weights is None and divisor is None:
+            return cross_entropy(*flat, ignore_index=IGNORED_LABEL)
+        losses = cross_entropy(*flat, ignore_index=IGNORED_LABEL, reduction="none")
+    if weights is not None:
+        losses = losses * weights
+    return losses.sum() / (count_targets(targets, weights) if divisor is None else divisor)
 
 
 def add_scale(
@@ -67,6 +83,7 @@ def add_scale(
     scale: tuple[Tensor, Tensor],
     targets: Tensor,
     num_items_in_batch: Tensor | int | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Add the two zeros of ``ops.hindsight`` to the loss, each times what it counts.
 
@@ -74,10 +91,11 @@ def add_scale(
         loss: the mean cross entropy.
         scale: from ``watch_reads``.
         targets: int64, -100 ignored.
-        num_items_in_batch: divisor of the loss; ``None`` is the number of targets.
+        num_items_in_batch, weights: as the loss was given.
     """
     num_targets = (targets != IGNORED_LABEL).sum()
-    divisor = num_targets if num_items_in_batch is None else num_items_in_batch
+    divisor = num_items_in_batch
+    divisor = count_targets(targets, weights) if divisor is None else divisor
     of_target, of_gate = scale
     return loss + of_target / divisor + of_gate * (num_targets / divisor)
 

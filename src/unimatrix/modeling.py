@@ -28,7 +28,7 @@ from unimatrix.modeling_inputs import (
     LossOptions,
     read_inputs,
     require_shape,
-    take_shift_labels,
+    take_loss_options,
 )
 from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import States, UniMatrixBlock
@@ -336,13 +336,13 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
                 every position.
             logits_at: [B, T] bool, the positions whose logits are wanted; they come as [n, V], row
                 by row. Takes precedence over ``logits_to_keep``.
-            options: ``shift_labels``; see ``LossOptions``.
+            options: ``shift_labels``, ``loss_weights``; see ``LossOptions``.
 
         Raises:
             InputError: also for labels or ``logits_at`` that do not fit the tokens or each other.
             TypeError: for an unknown keyword.
         """
-        shift_labels = take_shift_labels(options)
+        shift_labels, weights = take_loss_options(options)
         if logits_at is not None and (labels is not None or shift_labels is not None):
             raise InputError("logits_at and labels exclude each other; pass loss_only with labels")
         # 5. The one shift.
@@ -352,6 +352,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         if has_targets and isinstance(tokens, Tensor) and tokens.dim() > 1:
             shape = list(tokens.shape[:2])
             targets = choose_targets(labels, shift_labels, shape, logits_to_keep)
+            require_shape("loss_weights", weights, list(targets.shape))
             wanted = targets if loss_only and list(targets.shape) == shape else None
         output = self.model(
             input_ids,
@@ -397,17 +398,18 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         if rows is not None:
             h, pointer = h[rows], pointer.select(rows)
             targets = None if targets is None else targets[rows]
+            weights = None if weights is None else weights[rows]
         loss = logits = None
         if targets is not None and loss_only:
-            loss = plan_loss(self, like=h)(h, pointer, targets, num_items_in_batch)
+            loss = plan_loss(self, like=h)(h, pointer, targets, num_items_in_batch, weights)
         else:
             predicted = self.lm_head(h)
             predicted = predicted if pointer.token_ids is None else point(predicted, pointer)
             if targets is not None:
-                loss = compute_loss(predicted, targets, num_items_in_batch)
+                loss = compute_loss(predicted, targets, num_items_in_batch, weights)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
         if loss is not None and targets is not None and output.hindsight_scale is not None:
-            loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch)
+            loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch, weights)
         skipped = ["last_hidden_state", "hindsight_scale", "document_starts"]
         if logits is None:
             skipped += ["pointer_token_ids", "pointer_weights", "pointer_log_weights"]

@@ -29,9 +29,12 @@ class LossOptions(TypedDict, total=False):
     Attributes:
         shift_labels: [B, T] int64, the target of each position, -100 ignored; takes precedence
             over ``labels``.
+        loss_weights: [B, T], by which the target of each position counts in the loss; the loss is
+            divided by their sum over the targets unless ``num_items_in_batch`` says otherwise.
     """
 
     shift_labels: Tensor | None
+    loss_weights: Tensor | None
 
 
 class Inputs(NamedTuple):
@@ -205,13 +208,12 @@ def require_known(name: str, ids: Tensor, num_tokens: int, lowest: int = 0) -> N
         )
 
 
-def take_shift_labels(options: Mapping[str, Any]) -> Tensor | None:
-    """Return ``shift_labels`` of ``LossOptions``; raise ``TypeError`` for any other keyword."""
+def take_loss_options(options: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Return ``LossOptions`` in their order; raise ``TypeError`` for any other keyword."""
     for name in options:
         if name not in LossOptions.__annotations__:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-    shift_labels: Tensor | None = options.get("shift_labels")
-    return shift_labels
+    return options.get("shift_labels"), options.get("loss_weights")
 
 
 def require_shape(name: str, given: Tensor | None, shape: list[int]) -> None:

@@ -209,23 +209,33 @@ def draw_few_labels(ids: torch.Tensor) -> torch.Tensor:
     return targets.masked_fill(~asked, -100)
 
 
+@pytest.mark.parametrize("weighs", [False, True])
 @pytest.mark.parametrize("num_items", [None, 64])
 @pytest.mark.parametrize("training", [False, True])
 @variants
-def test_loss_alone_is_the_loss(variant: str, training: bool, num_items: int | None) -> None:
+def test_loss_alone_is_the_loss(
+    variant: str, training: bool, num_items: int | None, weighs: bool
+) -> None:
     """The same loss and gradients, the gate's among them, without the other positions' logits."""
     model = build_model(variant, dropout=0.0).train(training)
     ids = draw_ids(3, 24)
     targets = draw_few_labels(ids)
-    losses, grads = [], []
+    weights = torch.rand(ids.shape, dtype=model.dtype) if weighs else None
+    options = {"shift_labels": targets, "loss_weights": weights, "num_items_in_batch": num_items}
+    losses, grads, logits = [], [], None
     for loss_only in (False, True):
         model.zero_grad(set_to_none=True)
-        output = model(ids, shift_labels=targets, num_items_in_batch=num_items, loss_only=loss_only)
+        output = model(ids, **options, loss_only=loss_only)
         assert (output.logits is None) == loss_only
         output.loss.backward()
         losses.append(output.loss.detach())
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        logits = output.logits.detach() if output.logits is not None else logits
     assert error(losses[1], losses[0]) <= 1e-12
+    counts = (targets >= 0) * (1.0 if weights is None else weights)
+    nats = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    expected = (nats * counts).sum() / (counts.sum() if num_items is None else num_items)
+    assert error(losses[0], expected) <= 1e-12
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
         assert error(grads[1][name], grad) <= limit("golden", torch.float64, "grad"), name

@@ -155,19 +155,28 @@ def test_projections(num_taps: int, is_carried: bool, is_centred: bool, dtype: t
             compare_with_reference("fused_passes", "native", run, leaves)
 
 
-def run_head(targets: Tensor, token_ids: Tensor | None, backend: str, h, weight, shares) -> Outputs:
+def run_head(
+    targets: Tensor,
+    token_ids: Tensor | None,
+    counts: Tensor | None,
+    backend: str,
+    h,
+    weight,
+    shares,
+) -> Outputs:
     """Return the summed loss of plain logits, of votes on them, or of a mixture with them."""
     if backend == "native":
-        head = prepare_head(weight)
-        return {"nats": sum_cross_entropy_native(h, head, targets, token_ids, shares, ignored=-100)}
+        inputs = (targets, token_ids, shares, counts)
+        return {"nats": sum_cross_entropy_native(h, prepare_head(weight), *inputs, ignored=-100)}
+    counts = torch.ones_like(targets) if counts is None else counts
     logits = linear(h, weight)
     if shares is None or token_ids is None or shares.shape == token_ids.shape:
         if shares is not None and token_ids is not None:
             logits = logits.scatter_add(-1, token_ids, shares)
-        return {"nats": cross_entropy(logits[0], targets[0], reduction="sum")}
+        return {"nats": (cross_entropy(logits[0], targets[0], reduction="none") * counts[0]).sum()}
     counted = targets >= 0
     nats = score_targets(MixedLogits(logits, token_ids, shares), targets.clamp_min(0))
-    return {"nats": nats[counted].sum()}
+    return {"nats": (nats * counts)[counted].sum()}
 
 
 def draw_pointer(
@@ -188,8 +197,9 @@ def draw_pointer(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighs", [False, True])
 @pytest.mark.parametrize("pointed", ["nothing", "votes", "mixture"])
-def test_head(pointed: str, dtype: torch.dtype) -> None:
+def test_head(pointed: str, weighs: bool, dtype: torch.dtype) -> None:
     make = functools.partial(draw, dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     for num_rows in ROWS:
@@ -202,7 +212,8 @@ def test_head(pointed: str, dtype: torch.dtype) -> None:
                 "weight": make(vocab, width, seed=2) * width**0.5,
                 "shares": shares,
             }
-            run = functools.partial(run_head, targets, token_ids)
+            counts = make(1, num_rows, seed=6).abs() if weighs else None
+            run = functools.partial(run_head, targets, token_ids, counts)
             compare_with_reference("fused_passes", "native", run, leaves)
 
 

@@ -19,7 +19,7 @@ from unimatrix.kernels.block import BlockRun, build_block_run, build_norm_run
 from unimatrix.kernels.explain import Form, explain_layers, explain_module, explain_sizes
 from unimatrix.kernels.selective import SelectiveRun
 from unimatrix.kernels.step.explain import explain_step
-from unimatrix.loss import IGNORED_LABEL, compute_loss
+from unimatrix.loss import IGNORED_LABEL, compute_loss, count_targets
 from unimatrix.nn.block import UniMatrixBlock
 from unimatrix.nn.mixer import Tokens
 from unimatrix.nn.pointer_mixture import NUM_LENGTH_BUCKETS, Pointer, PointerMixture, point
@@ -325,22 +325,26 @@ class LossRun(NamedTuple):
         pointer: Pointer,
         targets: Tensor,
         num_items_in_batch: Tensor | int | None = None,
+        target_weights: Tensor | None = None,
     ) -> Tensor:
         """Return the mean cross entropy in nats of hidden states [..., D] and targets [...].
 
         The arguments are those of ``point`` and ``compute_loss``.
         """
         if self.weights is None:
-            return compute_loss(point(self.head(h), pointer), targets, num_items_in_batch)
+            predicted = point(self.head(h), pointer)
+            return compute_loss(predicted, targets, num_items_in_batch, target_weights)
         # Imported here: it loads the compiler.
         from unimatrix.kernels.passes.head_native import sum_cross_entropy_native
 
         shares = pointer.votes if pointer.log_weights is None else pointer.log_weights
         shares = None if shares is None else shares.to(h.dtype)
-        others = (targets, pointer.token_ids, shares)
+        counted = None if target_weights is None else target_weights.to(h.dtype)
+        others = (targets, pointer.token_ids, shares, counted)
         total = sum_cross_entropy_native(h, self.weights, *others, ignored=IGNORED_LABEL)
-        divisor = num_items_in_batch
-        return total / ((targets != IGNORED_LABEL).sum() if divisor is None else divisor)
+        if num_items_in_batch is None:
+            return total / count_targets(targets, target_weights)
+        return total / num_items_in_batch
 
 
 def plan_loss(model: Any, *, like: Tensor) -> LossRun:

@@ -47,6 +47,7 @@ class _HeadForm(NamedTuple):
 
     lanes: tuple[int, ...]
     mixes: tuple[int, ...]  # empty: shares are votes, added to logits
+    weighs: tuple[int, ...]  # empty: every target counts the same
     saves: tuple[int, ...]  # empty: no gradients
 
 
@@ -69,8 +70,12 @@ def prepare_head(weight: Tensor) -> PassWeights:
 
 
 @part(**OPTIONS)
-def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_pointed, dshares):
-    """Return a row's loss; overwrite its logits by their gradients and set those of the shares."""
+def _score_row(
+    form, logits, vocab, columns, target, weight, token_ids, shares, num_pointed, dshares
+):  # fmt: skip
+    """Return a row's loss times its weight; overwrite its logits by their gradients, and set those
+    of the shares.
+    """
     lanes, W = form.lanes, len(form.lanes)
     if len(form.mixes) == 0:
         for k in range(num_pointed):
@@ -102,25 +107,26 @@ def _score_row(form, logits, vocab, columns, target, token_ids, shares, num_poin
         nats = -(best + math.log(likelihood))
         share = math.exp(log_vocab - best) / likelihood
         if len(form.saves):
-            dshares[0] = -share
+            dshares[0] = -share * weight
             for k in range(num_pointed):
                 dshares[1 + k] = 0
                 if token_ids[k] == target:
-                    dshares[1 + k] = -math.exp(shares[1 + k] - best) / likelihood
+                    dshares[1 + k] = -math.exp(shares[1 + k] - best) / likelihood * weight
     if len(form.saves):
+        share *= weight
         for j in range(0, columns, W):
             store(logits, j, times(load(logits, j, lanes), share / power_sum))
         logits[target] -= share
         if len(form.mixes) == 0:
             for k in range(num_pointed):
                 dshares[k] = logits[token_ids[k]]
-    return nats
+    return nats * weight
 
 
 @kernel(**OPTIONS)
 def _score_spans(
     first, last, form, num_spans, num_rows, vocab, width, num_pointed, ignored,
-    h, panels, targets, token_ids, shares, dh, dshares, grads, sums,
+    h, panels, targets, weights, token_ids, shares, dh, dshares, grads, sums,
 ):  # fmt: skip
     lanes, D, K, W = form.lanes, width, num_pointed, len(form.lanes)
     S = K + len(form.mixes)
@@ -142,9 +148,13 @@ def _score_spans(
             for row in range(rows):
                 target, row_logits = targets[start + row], at(logits, row * logits_row)
                 if 0 <= target < vocab:
+                    weight = h.dtype.type(1)
+                    if len(form.weighs):
+                        weight = weights[start + row]
                     nats += _score_row(
-                        form, row_logits, vocab, V, target, pointer(token_ids, (start + row) * K),
-                        pointer(shares, (start + row) * S), K, pointer(dshares, (start + row) * S),
+                        form, row_logits, vocab, V, target, weight,
+                        pointer(token_ids, (start + row) * K), pointer(shares, (start + row) * S),
+                        K, pointer(dshares, (start + row) * S),
                     )  # fmt: skip
                     continue
                 num_invalid += target != ignored
@@ -173,12 +183,13 @@ def _require_rows(name: str, ids: Tensor, shape: tuple[int, ...]) -> None:
 
 def run_forward(
     h: Tensor, row: Tensor, panels: Tensor, sizes: Sequence[int], targets: Tensor,
-    token_ids: Tensor | None, shares: Tensor | None, ignored: int, *, saves: bool,
+    token_ids: Tensor | None, shares: Tensor | None, target_weights: Tensor | None, ignored: int,
+    *, saves: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run the kernel.
 
     Args:
-        h, targets, token_ids, shares, ignored: as in ``sum_cross_entropy_native``.
+        h, targets, token_ids, shares, target_weights, ignored: as in ``sum_cross_entropy_native``.
         row, panels, sizes: fields of ``PassWeights``.
         saves: return gradients; else they are empty.
 
@@ -196,14 +207,16 @@ def run_forward(
     work = (3 if saves else 1) * num_rows * row.numel() // num_spans
     num_pointed = 0 if token_ids is None else token_ids.shape[-1]
     mixes = shares is not None and shares.shape[-1] > num_pointed
-    form, none = _HeadForm(LANES, (0,) * mixes, (0,) * saves), h.new_empty(0)
+    weighs = target_weights is not None
+    form, none = _HeadForm(LANES, (0,) * mixes, (0,) * weighs, (0,) * saves), h.new_empty(0)
+    target_weights = none if target_weights is None else target_weights
     shares = none if shares is None else shares
     token_ids = targets.new_empty(0) if token_ids is None else token_ids
     dh, dshares = (x.new_empty(x.shape) if saves else none for x in (h, shares))
     grads = h.new_empty(num_spans, row.numel() if saves else 0)
     sums = h.new_empty(num_spans, 2, dtype=torch.float64)
     counts = (num_spans, num_rows, *sizes, num_pointed, ignored)
-    inputs = (h, panels, targets, token_ids, shares)
+    inputs = (h, panels, targets, target_weights, token_ids, shares)
     run_rows(_score_spans, form, num_spans, work, *counts, *inputs, dh, dshares, grads, sums)
     nats, num_invalid = sums.sum(dim=0)
     if num_invalid:
@@ -229,7 +242,7 @@ _sum_cross_entropy = declare_operator(
     results="nats",
     saved="dh drow dshares",
     gradients="h row shares",
-    shapes=lambda h, row, panels, sizes, targets, token_ids, shares, ignored: (
+    shapes=lambda h, row, panels, sizes, targets, token_ids, shares, target_weights, ignored: (
         h.new_empty(()),
         h.new_empty(h.shape),
         row.new_empty(row.shape),
@@ -244,6 +257,7 @@ def sum_cross_entropy_native(
     targets: Tensor,
     token_ids: Tensor | None = None,
     shares: Tensor | None = None,
+    target_weights: Tensor | None = None,
     *,
     ignored: int,
 ) -> Tensor:
@@ -258,6 +272,7 @@ def sum_cross_entropy_native(
         token_ids: [..., K] int64, what a pointer proposes; ``None`` without one.
         shares: [..., K], votes to add to those tokens' logits; or [..., 1 + K], ln of the
             vocabulary's and the tokens' shares of the probability.
+        target_weights: [...] in the dtype of h, by which each cross entropy counts; ``None`` is 1.
         ignored: a number that is no token.
 
     Returns:
@@ -266,5 +281,7 @@ def sum_cross_entropy_native(
     Raises:
         InputError: for a target that is no token and not ``ignored``.
     """
-    nats: Tensor = _sum_cross_entropy(h, *weights[:3], targets, token_ids, shares, ignored)
+    nats: Tensor = _sum_cross_entropy(
+        h, *weights[:3], targets, token_ids, shares, target_weights, ignored
+    )
     return nats
