@@ -94,6 +94,7 @@ def test_recipe_survives_its_dictionary() -> None:
             "prime_bytes",
             "documents",
             "document_share",
+            "answer_weight",
             "questions",
         }
 
@@ -143,6 +144,7 @@ def test_unknown_key_names_the_nearest(assignment: str, hint: str) -> None:
         ("data.data=3", "list of texts"),
         ("data.data=[]", "is empty"),
         ("data.document_share=2", "from 0 to 1"),
+        ("data.answer_weight=3", "data.document_share is 0; plain text has no answers"),
         ("eval.questions=3", "0, or at least 8"),
         ("model.hidden_size=big", "whole number"),
         ("model.overrides=3", "table"),

@@ -21,6 +21,7 @@ _NUM_DIGITS = 7
 _NUM_KEYS, _NUM_VALUE_DIGITS, _FILLER_BYTES = (1, 2, 3, 4, 6), (1, 2, 3, 7), (0, 0, 20, 60)
 _PLAIN_SHARE, _PLAIN_BYTES, _ASIDE_SHARE, _ASIDE_BYTES = 0.25, 400, 0.4, 24
 _MOST_LETTERS = 9
+_HEX, _GROUPS = "0123456789abcdef", ((4, 4), (4, 4, 4), (3, 3, 3), (8, 4, 4, 4, 12))
 _WORD = re.compile(rb"(?<![a-z])[a-z]{4,%d}(?![a-z])" % _MOST_LETTERS)
 _BYTES_OF_NAMES = 3_000_000
 
@@ -111,10 +112,15 @@ class Bindings(SeededTask):
             size = 10**num_digits
             return str(size // 10 + draws.below(size - size // 10))
         if kind == "hex":
-            return "".join(draws.choose("0123456789abcdef") for _ in range(4 + draws.below(9)))
+            return "".join(draws.choose(_HEX) for _ in range(4 + draws.below(9)))
         if kind == "code":
             letters = "".join(draws.choose("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(2))
             return f"{letters}-{1000 + draws.below(9000)}"
+        if kind == "amount":
+            return f"{draws.below(10 ** (1 + draws.below(4)))}.{draws.below(100):02}"
+        if kind == "identifier":
+            sizes = draws.choose(_GROUPS)
+            return "-".join("".join(draws.choose(_HEX) for _ in range(size)) for size in sizes)
         num_words = 1 if kind == "word" else 2 + draws.below(2)
         return " ".join(draws.choose(self.names) for _ in range(num_words))
 

@@ -36,7 +36,7 @@ class MixedWindows(IndexedDataset):
         return len(self.windows)
 
     def build_batch(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Build the items of ``indices`` [n]: ``{name: [n, T] int64}``."""
+        """Build the items of ``indices`` [n]: ``{name: [n, T]}``."""
         # The first word of an item says where its window begins, or seeds its document.
         words = draw_words(self.windows.seed, indices, 2)[:, 1]
         is_document = words < np.uint64(int(self.share * 2**53)) << np.uint64(11)
@@ -49,7 +49,9 @@ class MixedWindows(IndexedDataset):
             built = self.task.build_batch(self.windows.seed, indices[is_document])
             parts.append((is_document, built))
         shape = (len(indices), self.windows.window_tokens)
-        batch = {name: torch.empty(shape, dtype=torch.int64) for name in parts[0][1]}
+        # What the task alone has, the weights in the loss, is 1 in a text.
+        columns = {name: column for _, built in parts for name, column in built.items()}
+        batch = {name: torch.ones(shape, dtype=columns[name].dtype) for name in columns}
         for rows, built in parts:
             for name, column in built.items():
                 batch[name][torch.from_numpy(rows)] = column

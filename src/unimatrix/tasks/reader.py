@@ -1,10 +1,12 @@
 """Documents for a reader: bindings that change, questions in a fixed frame, and refusals."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,22 +21,34 @@ QUESTION_KINDS = ("told once", "latest", "first", "not told")
 """Kinds of questions: for a value told once, the latest or the first of several, or none."""
 
 _NUM_KEYS, _NUM_VALUES, _NUM_QUESTIONS = (1, 2, 2, 3, 3, 4), (1, 1, 1, 2, 2, 3), (2, 3, 4, 4, 5, 6)
-_MOST_DIGITS, _FILLER_BYTES, _LEAD_BYTES = 12, (0, 0, 0, 20, 40), (0, 0, 0, 40)
+_MOST_DIGITS, _FILLER_BYTES, _LEAD_BYTES = 12, (0, 0, 0, 20, 40, 80), (0, 0, 0, 40)
 _BYTES_A_KEY = 140
 """About so many bytes of a document are of one of its keys."""
 _MENTIONS, _DISTRACTIONS = (0, 0, 0, 1, 2), (0, 0, 0, 1, 2)
-_FRAME_SHARE, _ABSENT_SHARE, _FIRST_SHARE = 0.7, 0.2, 0.5
+_FRAME_SHARE, _REPLY_SHARE, _ABSENT_SHARE, _FIRST_SHARE, _ALL_SHARE = 0.65, 0.2, 0.2, 0.4, 0.15
 _ALIKE_SHARE, _PLAIN_UPDATE_SHARE, _NEWLINE_SHARE, _CARELESS_SHARE = 0.4, 0.25, 0.25, 0.2
-_KEY_FORMS = ("name", "name", "name", "Name", "Name", "two names", "numbered")
+_FREE_SHARE, _OPENING_SHARE, _CLOSING_SHARE, _REQUEST_SHARE = 0.2, 0.25, 0.2, 0.2
+_KEY_FORMS = (*("name",) * 4, *("Name",) * 3, "two names", "two names", "numbered", "hyphens")
+_REPLIES = (
+    "\nQuestion: {question}\nAnswer: ",
+    "\nQ: {question}\nA: ",
+    "\n{question}\n",
+    "\n- {question}\n- ",
+)
+_MOST_PIECE_BYTES, _MOST_LIST_BYTES = 30, 60
+_NO_PIECE = str.maketrans("", "", "0123456789{}")
+"""What a piece of the text may not have: digits, and the marks of fields."""
 
 
 def frame_question(question: str) -> str:
     """Return what stands before an answer: the question in the frame that a reader is trained on.
 
+    The frame has no words, which an index would look for in the text.
+
     Args:
         question: in any words; line breaks and repeated spaces become one space.
     """
-    return f"\nQuestion: {' '.join(question.split())}\nAnswer: "
+    return f"\n?? {' '.join(question.split())}\n>> "
 
 
 def cut_question(wording: str) -> str:
@@ -51,6 +65,10 @@ def cut_question(wording: str) -> str:
         if mark:
             return question + mark.strip()
     return asked.rstrip(" :")
+
+
+_LAST_NAME = re.compile(r"([-_ ]?)([^-_ ]+)$")
+_FRAMED_ANSWER = re.compile(rb"\n>> ([^\n]*\n?)")
 
 
 class _Binding(NamedTuple):
@@ -97,10 +115,22 @@ class ReaderText(Bindings):
     wordings: Wordings = field(default=READER.bindings, repr=False)
     sentences: ReaderWordings = field(default=READER, repr=False)
     """Sentences beside those of ``wordings``."""
+    answer_weight: float = 1.0
+    """By which the bytes of an answer in the frame count in the loss; all others count 1."""
 
     def build_batch(self, seed: int, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Build chosen windows; see ``SeededTask.build_batch``."""
-        return self._build_windows(seed, indices, self._write_window)
+        """Build chosen windows; see ``SeededTask.build_batch``.
+
+        Returns:
+            also ``loss_weights`` [n, T] float32, if answers count differently.
+        """
+        batch = self._build_windows(seed, indices, self._write_window)
+        if self.answer_weight != 1:
+            batch["loss_weights"] = weights = torch.ones(batch["shift_labels"].shape)
+            for row, targets in enumerate(batch["shift_labels"].numpy()):
+                for answer in _FRAMED_ANSWER.finditer(targets.astype(np.uint8).tobytes()):
+                    weights[row, slice(*answer.span(1))] = self.answer_weight
+        return batch
 
     def draw_question(self, seed: int, index: int) -> ReaderQuestion:
         """Return a document of about ``window_bytes`` and a question; kinds take turns.
@@ -160,9 +190,7 @@ class ReaderText(Bindings):
         ]
         # The absent key that is asked for first is mentioned, or none is.
         parts = self._tell_all(draws, bindings, absent[1 + draws.below(2) :])
-        text = "".join(
-            part + ("\n" if draws.below(1000) < 1000 * _NEWLINE_SHARE else " ") for part in parts
-        )
+        text = "".join(part + ("\n" if _happens(draws, _NEWLINE_SHARE) else " ") for part in parts)
         return f"{text.rstrip()}{self._ask_all(draws, bindings, absent)}\n\n".encode()
 
     def _tell_all(
@@ -174,10 +202,10 @@ class ReaderText(Bindings):
         for turn, number in enumerate(turns):
             key, values = bindings[number]
             place = turns[:turn].count(number)
-            is_plain = place == 0 or draws.below(1000) < 1000 * _PLAIN_UPDATE_SHARE
-            sentences = self.wordings.needles if is_plain else self.sentences.updates
-            told = self._tell(draws, draws.choose(sentences), key, values[place])
-            parts += [*self._fill(draws), told]
+            is_plain = place == 0 or _happens(draws, _PLAIN_UPDATE_SHARE)
+            wording = self._draw_needle(draws, values[place]) if is_plain else ""
+            wording = wording or draws.choose(self.sentences.updates)
+            parts += [*self._fill(draws), self._tell(draws, wording, key, values[place])]
         sides = [self._distract(draws) for _ in range(draws.choose(_DISTRACTIONS))]
         for _ in range(draws.choose(_MENTIONS)):
             wording = draws.choose(self.sentences.mentions)
@@ -189,13 +217,37 @@ class ReaderText(Bindings):
             parts.insert(draws.below(len(parts) + 1), side)
         return [*parts, *self._fill(draws)]
 
+    def _draw_needle(self, draws: Draws, value: str) -> str:
+        """Return a sentence that tells a binding: of the wordings, or of pieces of the text.
+
+        What is no word stands out from a text, so that pieces of it may be all that is around.
+        """
+        if any(map(str.isdigit, value)) and _happens(draws, _FREE_SHARE):
+            fields = draws.shuffle(("{key}", "{value}"))
+            pieces = [self._cut_piece(draws) for _ in range(3)]
+            return f"{pieces[0]} {fields[0]} {pieces[1]} {fields[1]} {pieces[2]}".strip()
+        wording = draws.choose(self.wordings.needles)
+        if _happens(draws, _OPENING_SHARE):
+            opening, first = draws.choose(self.sentences.openings), wording.split()[0]
+            if first.isalpha() and first != "I":
+                wording = wording[0].lower() + wording[1:]
+            wording = opening + wording
+        if wording.endswith(".") and _happens(draws, _CLOSING_SHARE):
+            wording = wording[:-1] + draws.choose(self.sentences.closings)
+        return wording
+
+    def _cut_piece(self, draws: Draws) -> str:
+        """Return a few words of the text without digits, or none."""
+        words = self._cut_words(draws, draws.below(_MOST_PIECE_BYTES)).decode(errors="ignore")
+        return " ".join(words.translate(_NO_PIECE).split()[1:])
+
     def _ask_all(self, draws: Draws, bindings: Sequence[_Binding], absent: Sequence[str]) -> str:
         """Return questions with their answers, each key at most once."""
         known = draws.shuffle(bindings)
         unknown = [_Binding(key, ()) for key in absent]
         asked = ""
         for _ in range(draws.choose(_NUM_QUESTIONS)):
-            is_absent = draws.below(1000) < 1000 * _ABSENT_SHARE
+            is_absent = _happens(draws, _ABSENT_SHARE)
             left = unknown if is_absent else known
             if left:
                 asked += self._ask(draws, left.pop(), asked)
@@ -204,18 +256,39 @@ class ReaderText(Bindings):
     def _ask(self, draws: Draws, binding: _Binding, before: str) -> str:
         """Return a question with its answer, in the frame or as a sentence behind those before."""
         key, values = binding
-        asks_first = len(values) > 1 and draws.below(1000) < 1000 * _FIRST_SHARE
-        answer = NOT_IN_TEXT if not values else values[0] if asks_first else values[-1]
-        questions = self.sentences.first_questions if asks_first else self.wordings.questions
+        questions, answer = self._choose_answer(draws, values)
         key = draws.choose((key, key.lower()))
-        if draws.below(1000) < 1000 * _FRAME_SHARE:
-            question = self._tell(draws, cut_question(draws.choose(questions)), key, "")
-            return f"{frame_question(_type_carelessly(draws, question))}{answer}\n"
+        form = draws.below(1000) / 1000
+        if form < _FRAME_SHARE + _REPLY_SHARE:
+            is_usual = questions is self.wordings.questions
+            if is_usual and _happens(draws, _FREE_SHARE):
+                question = f"{self._cut_piece(draws)} {{key}} {self._cut_piece(draws)}?".strip()
+            else:
+                question = cut_question(draws.choose(questions))
+            if _happens(draws, _REQUEST_SHARE):
+                question = draws.choose(self.sentences.requests) + question
+            question = _type_carelessly(draws, self._tell(draws, question, key, ""))
+            if form < _FRAME_SHARE:
+                return f"{frame_question(question)}{answer}\n"
+            lead = draws.choose(self.sentences.leads) if values else ""
+            lead = self._tell(draws, lead, key, "")
+            return f"{draws.choose(_REPLIES).format(question=question)}{lead}{answer}.\n"
         if not values:
             # What may also tell a value, such as "{key}: {value}.", asks for none that is not.
             questions = tuple(wording for wording in questions if "?" in wording)
         gap = "\n" if not before else "" if before.endswith("\n") else " "
         return gap + self._tell(draws, draws.choose(questions), key, answer)
+
+    def _choose_answer(self, draws: Draws, values: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+        """Return the questions for the latest of some values, the first or all, and the answer."""
+        if len(values) > 1:
+            kind = draws.below(1000) / 1000
+            if kind < _FIRST_SHARE:
+                return self.sentences.first_questions, values[0]
+            together = ", ".join(values)
+            if kind < _FIRST_SHARE + _ALL_SHARE and len(together) <= _MOST_LIST_BYTES:
+                return self.sentences.all_questions, together
+        return self.wordings.questions, values[-1] if values else NOT_IN_TEXT
 
     def _draw_values(self, draws: Draws) -> tuple[str, ...]:
         """Return the values of a key in their order, all different."""
@@ -232,7 +305,7 @@ class ReaderText(Bindings):
         keys: list[str] = []
         most = max(1, self.window_bytes // _BYTES_A_KEY)
         for _ in range(min(draws.choose(_NUM_KEYS), most)):
-            looks_alike = keys and draws.below(1000) < 1000 * _ALIKE_SHARE
+            looks_alike = keys and _happens(draws, _ALIKE_SHARE)
             key = (
                 self._look_alike(draws, keys[-1], told)
                 if looks_alike
@@ -243,7 +316,7 @@ class ReaderText(Bindings):
 
     def _draw_absent(self, draws: Draws, keys: Sequence[str], told: set[str]) -> str:
         """Return a key that has no value; it may look like one of those that have."""
-        if draws.below(1000) < 1000 * _ALIKE_SHARE:
+        if _happens(draws, _ALIKE_SHARE):
             return self._look_alike(draws, draws.choose(keys), told)
         return self._draw_key(draws, told)
 
@@ -257,14 +330,17 @@ class ReaderText(Bindings):
                 name += f" {draws.choose(self.names)}"
             elif form == "numbered":
                 name += f" {1 + draws.below(99)}"
-            words = [word for word in name.lower().split() if not word.isdigit()]
+            elif form == "hyphens":
+                parts = [name, *(draws.choose(self.names) for _ in range(1 + draws.below(2)))]
+                name = draws.choose("-_").join(parts)
+            words = re.findall("[a-z]+", name.lower())
             if not told.intersection([name.lower(), *words]):
                 told.update([name.lower(), *words])
                 return name
 
     def _look_alike(self, draws: Draws, key: str, told: set[str]) -> str:
         """Return a new key that differs from another in a letter, its number or its last name."""
-        head, _, last = key.rpartition(" ")
+        head, mark, last, _ = _LAST_NAME.split(key)
         while True:
             if last.isdigit():
                 changed = str(1 + draws.below(99))
@@ -274,7 +350,7 @@ class ReaderText(Bindings):
                 place = 1 + draws.below(len(last) - 1)
                 letter = chr(ord("a") + draws.below(26))
                 changed = last[:place] + letter + last[place + 1 :]
-            alike = f"{head} {changed}".strip()
+            alike = head + mark + changed
             if alike.lower() not in told:
                 told.add(alike.lower())
                 return alike
@@ -300,10 +376,15 @@ class ReaderText(Bindings):
         return self._cut_filler(draws, num_bytes).rpartition(b" ")[0] + b" "
 
 
+def _happens(draws: Draws, share: float) -> bool:
+    """Draw whether what has a share of the cases happens."""
+    return draws.below(1000) < 1000 * share
+
+
 def _type_carelessly(draws: Draws, question: str) -> str:
     """Return a question that may lack its capital letter or its mark, as people type them."""
-    if draws.below(1000) < 1000 * _CARELESS_SHARE:
+    if _happens(draws, _CARELESS_SHARE):
         question = question[0].lower() + question[1:]
-    if draws.below(1000) < 1000 * _CARELESS_SHARE:
+    if _happens(draws, _CARELESS_SHARE):
         question = question.rstrip("?.")
     return question

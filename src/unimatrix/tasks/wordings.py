@@ -10,7 +10,8 @@ class Wordings(NamedTuple):
         needles: that tell a binding.
         questions: that ask for it and give the answer; nothing but ``.`` follows the value.
         nouns: what a value is called; told and asked for may differ.
-        kinds: of values: ``number``, ``hex``, ``word``, ``code``, ``phrase``.
+        kinds: of values: ``number``, ``amount``, ``hex``, ``word``, ``code``, ``identifier``,
+            ``phrase``.
     """
 
     needles: tuple[str, ...]

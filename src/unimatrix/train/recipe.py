@@ -79,14 +79,23 @@ class DataSection:
     document_share: float = 0.0
     """Share of the windows that are generated documents with bindings and questions, for a reader
     (`unimatrix ask`); the others are cut from the text, which gives names and filler to all."""
+    answer_weight: float = 1.0
+    """How much the bytes of a framed answer count in the loss; all others count 1."""
 
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("data.data is empty; name a corpus, files or folders")
-        _require(self, "data", window_tokens=(1, None), document_share=(0, 1))
+        _require(
+            self, "data", window_tokens=(1, None), document_share=(0, 1), answer_weight=(0, None)
+        )
         require_choice("data.documents is", self.documents, DOCUMENTS)
         if self.documents == "packed":
             self._require_apart()
+        if self.answer_weight != 1 and not self.document_share:
+            raise InputError(
+                f"data.answer_weight is {self.answer_weight} and data.document_share is 0; plain "
+                "text has no answers, so leave one of them out"
+            )
         if self.document_share and self.carried_automaton:
             raise InputError(
                 f"data.document_share is {self.document_share} and data.carried_automaton is true; "

@@ -401,7 +401,8 @@ def _cut_windows(
     if recipe.data.document_share == 0:
         return windows
     text = corpus.train.read(0, min(len(corpus.train), _DOCUMENT_TEXT_BYTES))
-    task = ReaderText(recipe.data.window_tokens, text, choose_names(text, tests=False))
+    names, weight = choose_names(text, tests=False), recipe.data.answer_weight
+    task = ReaderText(recipe.data.window_tokens, text, names, answer_weight=weight)
     return MixedWindows(windows, task, recipe.data.document_share)
 
 
