@@ -50,9 +50,26 @@ def test_a_file_that_is_named_is_measured_whole(folder, text) -> None:
         "corpus_sha256": load_corpus(str(text), str(text)).sha256,
         "parameters": build_byte_model("sparsepointer").num_parameters(),
         "model": folder,
+        "window": build_byte_model("sparsepointer").config.automaton_window,
     }
     assert (answer.exit_code, answer.stderr) == (0, "")
     assert f"all 1,910 bytes of {text}\n" in run_command("eval", folder, "--data", text).text
+
+
+def test_a_window_of_ones_own(tmp_path, text) -> None:
+    """The same weights remember less, at fewer bytes of state."""
+    model = build_byte_model("unimatrix")
+    folder = save_model(tmp_path / "indexed", model)
+    own, less = (
+        run_command("eval", folder, "--data", text, *options, "--json").result
+        for options in ((), ("--window", 128))
+    )
+    model.set_window(128)
+    expected = measure_bits_per_byte(model, ByteStream.from_bytes(TEXT, name="text"))
+    assert (less["window"], less["state_bytes"]) == (128, expected.state_bytes)
+    assert less["bits_per_byte"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
+    assert less["state_bytes"] < own["state_bytes"]
+    assert_refused(run_command("eval", folder, "--data", text, "--window", 129), "window is 129")
 
 
 def test_a_prefix_of_a_whole_file(folder, text) -> None:

@@ -138,6 +138,7 @@ def test_the_position_table_bounds_the_length(table_folder) -> None:
         (("--top-k", 0), "top_k is 0"),
         (("--max-new-bytes", 0), "max-new-bytes is 0"),
         (("--device", "gpu"), "unknown device 'gpu'"),
+        (("--window", 512), "neither an index of the text nor a suffix automaton"),
         (("--prompt-file", "x"), "a PROMPT and a --prompt-file"),
     ],
 )

@@ -98,6 +98,18 @@ def test_our_own_preset() -> None:
         assert words in text
 
 
+def test_a_window_of_ones_own() -> None:
+    own, less = (
+        run_command("info", "unimatrix", *options, "--json").result
+        for options in ((), ("--window", 4096))
+    )
+    assert less["state_bytes_by_part"]["text and index"] < 13 * 4096
+    assert less["state_bytes"] < own["state_bytes"]
+    assert less["parameters"] == own["parameters"]
+    assert_refused(run_command("info", "--window", 4096), "no model is named")
+    assert_refused(run_command("info", "core", "--window", 4096), "leave the window out")
+
+
 def test_a_saved_model_of_any_length(tmp_path) -> None:
     model = build_byte_model("core", residual_path="suffix_automaton")
     folder = save_model(tmp_path, model)

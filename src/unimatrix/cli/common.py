@@ -51,6 +51,16 @@ PrimeOption = Annotated[
         "65,536 bytes. Repeatable.",
     ),
 ]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        help="Bytes that the index of the text or the suffix automaton remembers, the last of "
+        "them; for an index even, at least 128. The weights are the same, the state is another. "
+        "\\[default: the model's own]",
+        show_default=False,
+    ),
+]
 
 
 def make_log() -> Console:

@@ -15,6 +15,7 @@ from unimatrix.cli.common import (
     ModelArgument,
     PrimeOption,
     SeedOption,
+    WindowOption,
     compare_with_xz,
     emit,
     make_log,
@@ -81,6 +82,7 @@ def run(
     split: SplitOption = None,
     limit_bytes: LimitOption = None,
     prime: PrimeOption = None,
+    window: WindowOption = None,
     compressors: CompressorsOption = False,
     out: OutOption = None,
     seed: SeedOption = None,
@@ -112,6 +114,8 @@ def run(
         require_new_folder(out)
 
     loaded = load_byte_model(model, device=place)
+    if window is not None:
+        loaded.set_window(window)
     corpus, split = open_corpus(model, data, valid_data, split)
     first = open_prime(prime)
     begun = describe_run(place) | {"config_sha256": hash_config(loaded.config.to_dict())}
@@ -264,6 +268,7 @@ def _measure(
         "context": score.context,
         "prime": prime and {"name": prime.name, "bytes": len(prime), "sha256": prime.sha256()},
         "state_bytes": score.state_bytes,
+        "window": model.config.automaton_window,
         "corpus": corpus.name,
         "corpus_sha256": corpus.sha256,
         "parameters": model.num_parameters(),

@@ -17,6 +17,7 @@ from unimatrix.cli.common import (
     ModelArgument,
     PrimeOption,
     SeedOption,
+    WindowOption,
     emit,
     make_log,
     open_prime,
@@ -66,6 +67,7 @@ def run(
     *,
     prompt_file: PromptFileOption = None,
     prime: PrimeOption = None,
+    window: WindowOption = None,
     max_new_bytes: MaxNewBytesOption = None,
     temperature: TemperatureOption = DEFAULT_SAMPLING.temperature,
     top_p: TopPOption = DEFAULT_SAMPLING.top_p,
@@ -91,6 +93,8 @@ def run(
     from unimatrix.inference.streams import require_state
 
     loaded = load_byte_model(model, device=place)
+    if window is not None:
+        loaded.set_window(window)
     first = open_prime(prime)
     if first is not None:
         require_state(loaded)

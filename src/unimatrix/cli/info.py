@@ -5,8 +5,16 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from unimatrix.cli.common import DeviceOption, JsonOption, SeedOption, emit, pick_device
+from unimatrix.cli.common import (
+    DeviceOption,
+    JsonOption,
+    SeedOption,
+    WindowOption,
+    emit,
+    pick_device,
+)
 from unimatrix.cli.terminal import to_text
+from unimatrix.errors import InputError
 from unimatrix.hub.packaged import READER
 
 _MANY_TOKENS = 2048
@@ -20,6 +28,7 @@ def run(
             help=f"Run folder, saved model, {READER} or preset; nothing lists the presets.",
         ),
     ] = None,
+    window: WindowOption = None,
     seed: SeedOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -34,13 +43,15 @@ def run(
     from unimatrix.presets import PRESETS
 
     if model is None:
+        if window is not None:
+            raise InputError(f"window is {window}, and no model is named; name one whose it is")
         result = {"presets": [describe_model(name, place) for name in PRESETS]}
         emit(result, as_json, _render_presets)
     else:
-        emit(describe_model(model, place), as_json, _render_model)
+        emit(describe_model(model, place, window), as_json, _render_model)
 
 
-def describe_model(name: str, device: str) -> dict[str, Any]:
+def describe_model(name: str, device: str, window: int | None = None) -> dict[str, Any]:
     """Return what a model consists of, as JSON types."""
     from unimatrix.evaluation.footprint import (
         count_parameters,
@@ -53,6 +64,8 @@ def describe_model(name: str, device: str) -> dict[str, Any]:
 
     config = load_config(name)
     model = UniMatrixForCausalLM(config).to(device).eval()
+    if window is not None:
+        model.set_window(window)
     parameters, state_bytes = count_parameters(model), measure_state_bytes(model)
     return {
         "model": name,
