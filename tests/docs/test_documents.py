@@ -22,10 +22,11 @@ OPTIONS = {
     "bench": "batch-size budget compile data device equal-parameters help json length mode out "
     "peer precision preset quick rounds seed set threads",
     "compare": "data device help json only out quick report",
-    "eval": "compressors data device help json limit-bytes out prime seed split valid-data",
+    "eval": "compressors data device help json limit-bytes out prime seed split valid-data window",
     "eval-long": "data device examples help json length out quick report seed task",
-    "generate": "device help json max-new-bytes prime prompt-file seed temperature top-k top-p",
-    "info": "device help json seed",
+    "generate": "device help json max-new-bytes prime prompt-file seed temperature top-k top-p "
+    "window",
+    "info": "device help json seed window",
     "recall": "batch-size data device dropout help json lr out pairs preset quick report seed set "
     "slots steps test-data test-examples test-pairs test-slots test-tokens test-window "
     "weight-decay",
