@@ -84,7 +84,7 @@ def find_entries(text: Tensor, distances: Tensor, *, window: int, backend: str =
     require_dtype("distances", distances, torch.int32)
     if choose_backend(backend, text) == "reference":
         return find_entries_reference(text, distances, window)
-    from unimatrix.ops.indexed_attention.native import find_entries_native
+    from unimatrix.ops.indexed_attention.entries_native import find_entries_native
 
     return Entries(*find_entries_native(text, distances, window))
 
@@ -121,7 +121,7 @@ def sum_around(
         require_dtype("rows", rows, torch.int64)
     if choose_backend(backend, features) == "reference":
         return sum_around_reference(features, kernels, rows)
-    from unimatrix.ops.indexed_attention.native import sum_around_native
+    from unimatrix.ops.indexed_attention.sums_native import sum_around_native
 
     if rows is None:
         rows = torch.arange(2 * features.shape[:2].numel(), device=features.device)
@@ -191,7 +191,7 @@ def attend_entries(
     if choose_backend(backend, query) == "reference":
         with torch.autocast(query.device.type, enabled=False):
             return attend_reference(entries, *inputs)
-    from unimatrix.ops.indexed_attention.native import attend_entries_native
+    from unimatrix.ops.indexed_attention.attend_native import attend_entries_native
 
     context, weights = attend_entries_native(entries.rows, entries.matched, *inputs)
     return context, weights
@@ -231,7 +231,7 @@ def share_heads(
     _require_components(scores, head_scores, weights)
     if choose_backend(backend, weights) == "reference":
         return share_reference(scores, head_scores, weights)
-    from unimatrix.ops.indexed_attention.native import share_heads_native
+    from unimatrix.ops.indexed_attention.shares_native import share_heads_native
 
     shares: Tensor = share_heads_native(scores, head_scores, weights)
     return shares
@@ -283,7 +283,7 @@ def share_targets(
     inputs = (scores, head_scores, weights, other_ids, token_ids, targets)
     if choose_backend(backend, weights) == "reference":
         return share_targets_reference(*inputs)
-    from unimatrix.ops.indexed_attention.native import share_targets_native
+    from unimatrix.ops.indexed_attention.shares_native import share_targets_native
 
     shares: Tensor = share_targets_native(*inputs)
     return shares
