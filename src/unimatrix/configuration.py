@@ -138,6 +138,7 @@ class UniMatrixConfig(PreTrainedConfig):
         index_heads: heads that read around a place.
         index_head_dim: width of such a head.
         index_reads_at: depth steps before the read; ``None`` is 1, or 0 of a single one.
+        index_boundaries: entries lose score for the boundaries between them and their place.
         initializer_range: standard deviation of Linear and Embedding weights at the start.
         layer_norm_eps: added to the variance inside the root.
         use_cache: return a cache from ``forward`` outside training.
@@ -211,6 +212,7 @@ class UniMatrixConfig(PreTrainedConfig):
         index_heads: int = 2,
         index_head_dim: int = 32,
         index_reads_at: int | None = None,
+        index_boundaries: bool = False,
         initializer_range: float = 0.02,
         layer_norm_eps: float = 1e-5,
         use_cache: bool = True,
@@ -272,6 +274,7 @@ class UniMatrixConfig(PreTrainedConfig):
         self.index_head_dim = index_head_dim
         last = min(1, num_hidden_layers - 1)
         self.index_reads_at = last if index_reads_at is None else index_reads_at
+        self.index_boundaries = index_boundaries
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
         self.use_cache = use_cache

@@ -60,5 +60,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bounded_training": True,
     },
     # Every part on.
-    "unimatrix": _TEXT | {"associative_memory": "indexed", "modulation_size": 32},
+    "unimatrix": _TEXT
+    | {"associative_memory": "indexed", "index_boundaries": True, "modulation_size": 32},
 }

@@ -1,5 +1,7 @@
 """Attention around places (E26, E27): every back end against the reference, and by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,12 +87,24 @@ def test_entries_are_those_of_the_reference(backend: str, window: int) -> None:
         assert (found.rows >= 0).any()
 
 
+def draw_boundary(leaves: dict[str, Tensor]) -> None:
+    """Add boundaries to the floats of a call."""
+    generator, width = torch.Generator().manual_seed(5), leaves["query"].shape[-1]
+    boundary = torch.randn(H, 2 * width + 1, generator=generator, dtype=torch.float64)
+    leaves["boundary"] = (boundary * width**-0.5).to(leaves["query"].dtype)
+
+
+@pytest.mark.parametrize("is_bounded", [False, True])
 @pytest.mark.parametrize("width", [1, 5, 8, 32])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", CANDIDATES)
-def test_reading_is_that_of_the_reference(backend: str, dtype: torch.dtype, width: int) -> None:
+def test_reading_is_that_of_the_reference(
+    backend: str, dtype: torch.dtype, width: int, is_bounded: bool
+) -> None:
     text, distances, leaves = draw_entries(dtype=dtype, width=width)
     entries = find_entries(text, distances, window=200)
+    if is_bounded:
+        draw_boundary(leaves)
 
     def run(backend: str, **floats: Tensor) -> Outputs:
         context, weights = attend_entries(entries, **floats, backend=backend)
@@ -136,13 +150,16 @@ def draw_runs(dtype: torch.dtype, num_before: int) -> tuple[Entries, dict[str, T
     return entries, leaves
 
 
+@pytest.mark.parametrize("is_bounded", [False, True])
 @pytest.mark.parametrize("num_before", [0, 50])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", CANDIDATES)
 def test_positions_that_keep_their_places(
-    backend: str, dtype: torch.dtype, num_before: int
+    backend: str, dtype: torch.dtype, num_before: int, is_bounded: bool
 ) -> None:
     entries, leaves = draw_runs(dtype, num_before)
+    if is_bounded:
+        draw_boundary(leaves)
     columns = entries.rows >> 1
     both = (columns[:, 1:] == columns[:, :-1]) & (entries.rows[:, 1:] != entries.rows[:, :-1])
     assert both.any()  # the key of a column is another one at the next position
@@ -157,9 +174,10 @@ def test_positions_that_keep_their_places(
 @pytest.mark.parametrize("backend", CANDIDATES)
 def test_threads_do_not_change_what_is_read(backend: str) -> None:
     entries, leaves = draw_runs(torch.float32, 50)
+    draw_boundary(leaves)
     found, num_threads = [], torch.get_num_threads()
     leaves = {name: leaf.repeat(4, *[1] * (leaf.dim() - 1)) for name, leaf in leaves.items()}
-    leaves["match_bias"] = leaves["match_bias"][:H]
+    leaves |= {name: leaves[name][:H] for name in ("match_bias", "boundary")}
     entries = Entries(*(part.repeat(4, 1, 1) for part in entries))
     try:
         for count in (1, 3):
@@ -196,6 +214,30 @@ def test_reading_by_hand(backend: str) -> None:
     torch.testing.assert_close(context[b, t, h], mixed)
     assert (weights[1, 2] == 0).all()
     assert (context[1, 2] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_boundaries_by_hand(backend: str) -> None:
+    """A token whose value is 1 is a boundary of ln(1 + exp 2) if the value before it is 1 too."""
+    text = torch.zeros(1, 120, dtype=torch.int64)
+    entries = find_entries(text, torch.tensor([[[60]]], dtype=torch.int32), window=200)
+    marks = torch.zeros(120, dtype=torch.float64)
+    marks[[49, 50, 65, 70, 71]] = 1  # two of them are boundaries, around place 59
+    leaves = {
+        "query": torch.zeros(1, 1, 1, 1),
+        "keys": torch.zeros(1, 240, 1, 1),
+        "values": marks.view(1, 120, 1, 1),
+        "offset_bias": torch.zeros(1, 1, 1, NUM_OFFSETS),
+        "place_bias": torch.zeros(1, 1, 1, 1),
+        "match_bias": torch.zeros(1, MOST_MATCHED + 1),
+        "boundary": torch.tensor([[1000.0, 1000.0, -1998.0]]),
+    }
+    leaves = {name: leaf.double() for name, leaf in leaves.items()}
+    _, weights = attend_entries(entries, **leaves, backend=backend)
+    columns = entries.rows[0, 0].long() // 2
+    lost = math.log1p(math.exp(2)) * ((columns >= 71) | (columns < 50)).double()
+    expected = (-lost).exp() / (1 + (-lost).exp().sum())
+    torch.testing.assert_close(weights[0, 0, 0], expected)
 
 
 @pytest.mark.parametrize("backend", ALL)

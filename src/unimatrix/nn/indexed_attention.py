@@ -34,6 +34,7 @@ from unimatrix.ops.text_index import (
 _SPAN = NUM_OFFSETS + 2 * REACH
 """Tokens around a place that the keys and values of its entries are made of."""
 _FIRST_TEMPERATURE, _FIRST_OF_UNITS = 8.0, 3.0
+_FIRST_BOUNDARY = -4.0
 _NATS_OF_MATCH, _MATCHED = 0.5, 8
 """At the start each matched token before an entry adds to its score, up to the eighth."""
 
@@ -109,6 +110,8 @@ class IndexedAttention(Mixer):
         self.count_bias = nn.Embedding(MOST_COUNTED + 1, self.num_heads)
         self.age_bias = nn.Embedding(NUM_RECENT, self.num_heads)
         self.match_bias = nn.Parameter(torch.empty(self.num_heads, MOST_MATCHED + 1))
+        of_values = (config.index_heads, 2 * config.index_head_dim + 1)
+        self.boundary = nn.Parameter(torch.empty(of_values)) if config.index_boundaries else None
         self.log_temperature = nn.Parameter(torch.empty(self.num_heads))
         self.unit_log_temperature = nn.Parameter(torch.empty(self.num_heads))
         self.read_gate = nn.Linear(width, width)
@@ -116,12 +119,17 @@ class IndexedAttention(Mixer):
     def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that start elsewhere than ``initializer_range`` says."""
         matched = torch.arange(MOST_MATCHED + 1).clamp(max=_MATCHED) * _NATS_OF_MATCH
-        return [
+        starts = [
             (self.key_conv, torch.randn(self.key_conv.shape) * REACH**-0.5),
             (self.match_bias, matched.expand(self.num_heads, -1)),
             (self.log_temperature, torch.full((self.num_heads,), _FIRST_TEMPERATURE).log()),
             (self.unit_log_temperature, torch.full((self.num_heads,), _FIRST_OF_UNITS).log()),
         ]
+        if self.boundary is not None:
+            boundary = torch.zeros_like(self.boundary)
+            boundary[:, -1] = _FIRST_BOUNDARY
+            starts.append((self.boundary, boundary))
+        return starts
 
     @property
     def gate(self) -> nn.Module:
@@ -180,7 +188,8 @@ class IndexedAttention(Mixer):
         if cut is not None:  # all rows read from one list of pieces
             inputs = [_join_rows(tensor) for tensor in inputs]
         inputs = [tensor.to(query.dtype) for tensor in (*inputs, self.match_bias)]
-        context, weights = attend_entries(entries, *inputs, **self.operator_options)
+        boundary = None if self.boundary is None else self.boundary.to(query.dtype)
+        context, weights = attend_entries(entries, *inputs, boundary, **self.operator_options)
         context = self.out_proj(context.reshape(*tokens.ids.shape, -1).to(source.dtype))
         weights = weights.view(*tokens.ids.shape, self.num_heads, -1)
         if ring is not None and state is not None:

@@ -137,6 +137,7 @@ def attend_entries(
     offset_bias: Tensor,
     place_bias: Tensor,
     match_bias: Tensor,
+    boundary: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -153,11 +154,14 @@ def attend_entries(
         offset_bias: [B, T, H, 80], added to the score by the entry's offset.
         place_bias: [B, T, H, P], added by its place.
         match_bias: [H, 17], added by its match length.
+        boundary: [H, 2 C + 1], of a token's value, of the value before it, and a bias: ln(1 + exp)
+            of their sum is the boundary that a token is, and an entry loses those of all tokens
+            from its place to itself. ``None`` is no boundaries.
         backend: ``auto`` is ``native`` on the CPU, where it runs.
 
     Returns:
         [B, T, H, C], the weighted sum of the values; [B, T, H, E], the weights, whose sum is less
-        than 1 by the weight of nothing. Differentiable once (``native``) in the six floats.
+        than 1 by the weight of nothing. Differentiable once (``native``) in the floats.
 
     Raises:
         InputError: if a shape or type is not as above, or the back end does not exist.
@@ -180,6 +184,9 @@ def attend_entries(
         require_shape(name, tensor, letters, sizes)
         if name != "entries.rows":
             require_dtype(name, tensor, query.dtype)
+    if boundary is not None:
+        require_shape("boundary", boundary, "H K", sizes | {"K": 2 * sizes["C"] + 1})
+        require_dtype("boundary", boundary, query.dtype)
     if sizes["R"] != 2 * sizes["S"] or sizes["E"] != NUM_OFFSETS * sizes["P"]:
         raise InputError(
             f"keys has {sizes['R']} rows for {sizes['S']} values and entries.rows {sizes['E']} "
@@ -187,7 +194,7 @@ def attend_entries(
             "place"
         )
     require_shape("entries.matched", entries.matched, "B T E", sizes)
-    inputs = (query, keys, values, offset_bias, place_bias, match_bias)
+    inputs = (query, keys, values, offset_bias, place_bias, match_bias, boundary)
     if choose_backend(backend, query) == "reference":
         with torch.autocast(query.device.type, enabled=False):
             return attend_reference(entries, *inputs)

@@ -7,6 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unimatrix.ops.indexed_attention.boundaries_native import (
+    add_boundary_gradients,
+    sum_boundaries,
+)
 from unimatrix.ops.indexed_attention.entries import MOST_MATCHED, NUM_OFFSETS
 from unimatrix.ops.indexed_attention.runs_native import (
     copy_numbers,
@@ -64,8 +68,8 @@ def _weigh_entries(lanes, floor, num_entries, shares):
 
 @kernel(**OPTIONS)
 def _read_rows(
-    first, last, lanes, num_tokens, num_columns, num_places, num_heads, width,
-    rows, matched, query, keys, values, offset_bias, place_bias, match_bias, floor,
+    first, last, lanes, bounds, num_tokens, num_columns, num_places, num_heads, width,
+    rows, matched, query, keys, values, offset_bias, place_bias, match_bias, boundary, floor,
     context, weights,
 ):  # fmt: skip
     """Score every entry against reading nothing, which has a score of 0; mix the values.
@@ -77,10 +81,12 @@ def _read_rows(
     padded = (width + W - 1) // W * W
     numbers = np.empty(2 * E + O, rows.dtype)
     key_rows, is_mixed, seconds = pointer(numbers, 0), pointer(numbers, E), pointer(numbers, 2 * E)
-    scratch = np.zeros(2 * O * (padded + W) + W * (width + padded), query.dtype)
+    scratch = np.zeros(2 * O * (padded + W + 1) + W * (width + padded), query.dtype)
     gathered, scores = pointer(scratch, 0), pointer(scratch, 2 * O * padded)
     across = at(scores, 2 * O * W)
     mixed = at(across, W * width)
+    levels = at(mixed, W * padded)
+    crossed = at(levels, O)
     stride = num_heads * width
     row = first
     while row < last:
@@ -105,6 +111,12 @@ def _read_rows(
                 multiply(
                     lanes, gathered, padded, 1, across, W, W, scores, W, num_keys, W, width, False
                 )  # fmt: skip
+                if len(bounds):
+                    sum_boundaries(
+                        at(key_rows, place * O),
+                        pointer(values, (start * num_heads + head) * width), stride, width,
+                        pointer(boundary, head * (2 * width + 1)), levels, crossed,
+                    )  # fmt: skip
                 for i in range(count):
                     entries = pointer(rows, (row + i) * E + place * O)
                     lengths = pointer(matched, (row + i) * E + place * O)
@@ -116,6 +128,8 @@ def _read_rows(
                             scores[seconds[n] * W + i] = scores[(O + n) * W + i]
                     for e in range(O):
                         bias = of_offset[e] + (of_place + of_match[lengths[e]])
+                        if len(bounds):
+                            bias += crossed[e]
                         shares[e] = scores[e * W + i] + bias if entries[e] >= 0 else -math.inf
             for i in range(count):
                 shares = pointer(weights, (at_head + i * num_heads) * E)
@@ -176,16 +190,16 @@ def _sum_slopes(lanes, num_places, slopes, lengths, of_offset, of_place, of_matc
 
 @kernel(**OPTIONS)
 def _backward_rows(
-    first, last, lanes, num_tokens, num_columns, num_places, num_heads, width,
-    rows, matched, query, keys, values, weights, dcontext, dweights,
-    dquery, dkeys, dvalues, doffset, dplace, dmatch,
+    first, last, lanes, bounds, num_tokens, num_columns, num_places, num_heads, width,
+    rows, matched, query, keys, values, boundary, weights, dcontext, dweights,
+    dquery, dkeys, dvalues, doffset, dplace, dmatch, dboundary,
 ):  # fmt: skip
     """Set the gradients of one head of a stream each; those of ``match_bias`` by stream."""
     W, E, O = len(lanes), num_places * NUM_OFFSETS, NUM_OFFSETS
     padded = (width + W - 1) // W * W
     numbers = np.empty(2 * E + O, rows.dtype)
     key_rows, is_mixed, seconds = pointer(numbers, 0), pointer(numbers, E), pointer(numbers, 2 * E)
-    size = 4 * O * padded + W * (O + width + 3 * padded + E + O) + 4 * (MOST_MATCHED + 1)
+    size = 4 * O * padded + W * (O + width + 3 * padded + E + O) + 4 * (MOST_MATCHED + 1) + 3 * O
     scratch = np.zeros(size, query.dtype)
     gathered, grads = pointer(scratch, 0), pointer(scratch, 2 * O * padded)
     products, across = pointer(scratch, 4 * O * padded), pointer(scratch, 4 * O * padded + O * W)
@@ -195,6 +209,9 @@ def _backward_rows(
     slopes = at(dqueries, W * padded)
     past = at(slopes, W * E)
     by_length = at(past, W * O)
+    levels = at(by_length, 4 * (MOST_MATCHED + 1))
+    crossed, dcrossed = at(levels, O), at(levels, 2 * O)
+    B = 2 * width + 1
     stride = num_heads * width
     for stream_head in range(first, last):
         batch, head = stream_head // num_heads, stream_head % num_heads
@@ -202,6 +219,8 @@ def _backward_rows(
         of_values = batch * num_columns * stride + head * width
         for n in range(4 * (MOST_MATCHED + 1)):
             by_length[n] = 0
+        if len(bounds):
+            dboundary[stream_head * B : (stream_head + 1) * B] = 0
         row, end = batch * num_tokens, (batch + 1) * num_tokens
         while row < end:
             count = find_run(min(W, end - row), pointer(rows, row * E), E, key_rows, is_mixed)
@@ -251,6 +270,18 @@ def _backward_rows(
             for place in range(num_places):
                 if not has_entries(at(key_rows, place * O)):
                     continue
+                if len(bounds):
+                    for e in range(O):
+                        dcrossed[e] = 0
+                        for i in range(count):
+                            dcrossed[e] += slopes[i * E + place * O + e]
+                    around, of_head = at(key_rows, place * O), pointer(boundary, head * B)
+                    read = pointer(values, of_values)
+                    sum_boundaries(around, read, stride, width, of_head, levels, crossed)
+                    add_boundary_gradients(
+                        around, read, stride, width, of_head, levels, dcrossed,
+                        pointer(dvalues, of_values), pointer(dboundary, stream_head * B),
+                    )  # fmt: skip
                 num_keys = gather_keys(
                     lanes, pointer(keys, of_keys), stride, width,
                     at(key_rows, place * O), at(is_mixed, place * O), padded, gathered, seconds,
@@ -304,16 +335,23 @@ def _backward_rows(
 
 def _run_forward(
     rows: Tensor, matched: Tensor, query: Tensor, keys: Tensor, values: Tensor,
-    offset_bias: Tensor, place_bias: Tensor, match_bias: Tensor,
+    offset_bias: Tensor, place_bias: Tensor, match_bias: Tensor, boundary: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_tokens, num_heads, width = query.shape
     context, weights = _list_results(rows, matched, query)
     sizes = (num_tokens, values.shape[1], place_bias.shape[-1], num_heads, width)
     floor = query.new_tensor([math.log(torch.finfo(query.dtype).tiny)])
-    inputs = (rows, matched, query, keys, values, offset_bias, place_bias, match_bias, floor)
+    form, boundary = _choose_form(boundary, query)
+    biases = (offset_bias, place_bias, match_bias, boundary, floor)
+    inputs = (rows, matched, query, keys, values, *biases)
     work = num_heads * rows.shape[2] * (2 * width + 20)
-    run_rows(_read_rows, LANES, batch * num_tokens, work, *sizes, *inputs, context, weights)
+    run_rows(_read_rows, LANES, batch * num_tokens, work, form, *sizes, *inputs, context, weights)
     return context, weights
+
+
+def _choose_form(boundary: Tensor | None, query: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Return an empty tuple, for which Numba compiles another kernel, where there are none."""
+    return ((), query.new_empty(0)) if boundary is None else ((0,), boundary)
 
 
 def _list_results(
@@ -325,26 +363,31 @@ def _list_results(
 
 def _run_backward(
     rows: Tensor, matched: Tensor, query: Tensor, keys: Tensor, values: Tensor,
-    place_bias: Tensor, weights: Tensor, dcontext: Tensor, dweights: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    place_bias: Tensor, boundary: Tensor | None, weights: Tensor,
+    dcontext: Tensor, dweights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, num_tokens, num_heads, width = query.shape
     sizes = (num_tokens, values.shape[1], place_bias.shape[-1], num_heads, width)
-    inputs = (rows, matched, query, keys, values, weights, dcontext, dweights)
-    dquery, dkeys, dvalues, *dbiases, dmatch = _list_gradients(*inputs[:5], place_bias)
-    by_stream = dmatch.new_empty(batch, *dmatch.shape)
-    grads = (dquery, dkeys.zero_(), dvalues.zero_(), *dbiases, by_stream)
+    places = (rows, matched, query, keys, values, place_bias, boundary)
+    dquery, dkeys, dvalues, *dbiases, dmatch, dboundary = _list_gradients(*places)
+    form, boundary = _choose_form(boundary, query)
+    inputs = (rows, matched, query, keys, values, boundary, weights, dcontext, dweights)
+    by_stream = (dmatch.new_empty(batch, *part.shape) for part in (dmatch, dboundary))
+    dmatch, dboundary = by_stream
+    grads = (dquery, dkeys.zero_(), dvalues.zero_(), *dbiases, dmatch, dboundary)
     work = num_tokens * rows.shape[2] * (4 * width + 20)
-    run_rows(_backward_rows, LANES, batch * num_heads, work, *sizes, *inputs, *grads)
+    run_rows(_backward_rows, LANES, batch * num_heads, work, form, *sizes, *inputs, *grads)
     doffset, dplace = dbiases
-    return dquery, dkeys, dvalues, doffset, dplace, by_stream.sum(dim=0)
+    return dquery, dkeys, dvalues, doffset, dplace, dmatch.sum(dim=0), dboundary.sum(dim=0)
 
 
 def _list_gradients(
     rows: Tensor, matched: Tensor, query: Tensor, keys: Tensor, values: Tensor,
-    place_bias: Tensor, *_: Tensor,
+    place_bias: Tensor, boundary: Tensor | None, *_: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     shapes = [query.shape, keys.shape, values.shape, (*query.shape[:3], NUM_OFFSETS)]
     shapes += [place_bias.shape, (query.shape[2], MOST_MATCHED + 1)]
+    shapes += [torch.Size([0]) if boundary is None else boundary.shape]
     return tuple(query.new_empty(shape) for shape in shapes)
 
 
@@ -353,7 +396,7 @@ attend_entries_native = declare_operator(
     _run_forward,
     backward=_run_backward,
     results="context weights",
-    gradients="query keys values offset_bias place_bias match_bias",
+    gradients="query keys values offset_bias place_bias match_bias boundary",
     shapes=_list_results,
     gradient_shapes=_list_gradients,
 )

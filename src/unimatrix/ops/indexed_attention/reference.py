@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, pad
+from torch.nn.functional import conv1d, pad, softplus
 
 from unimatrix.ops.indexed_attention.entries import (
     BEFORE,
@@ -97,17 +97,41 @@ def attend_reference(
     offset_bias: Tensor,
     place_bias: Tensor,
     match_bias: Tensor,
+    boundary: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return context and weights; see ``attend_entries``."""
     rows = entries.rows.clamp_min(0).long()  # [B, T, E]
     streams = torch.arange(len(rows), device=rows.device).view(-1, 1, 1)
+    read = values[streams, rows // 2]  # [B, T, E, H, C]
     scores = torch.einsum("bthc,btehc->bthe", query, keys[streams, rows])
     offsets = torch.arange(rows.shape[2], device=rows.device)
     scores = scores + offset_bias[..., offsets % NUM_OFFSETS]
     scores = scores + place_bias[..., offsets // NUM_OFFSETS]
     scores = scores + match_bias[:, entries.matched.long()].permute(1, 2, 0, 3)
+    if boundary is not None:
+        scores = scores - sum_boundaries(read, entries.rows >= 0, boundary)
     scores = scores.masked_fill((entries.rows < 0).unsqueeze(2), -torch.inf)
     nothing = torch.zeros_like(scores[..., :1])
     weights = torch.cat([nothing, scores], dim=-1).softmax(dim=-1)[..., 1:]
-    context = torch.einsum("bthe,btehc->bthc", weights, values[streams, rows // 2])
+    context = torch.einsum("bthe,btehc->bthc", weights, read)
     return context, weights
+
+
+def sum_boundaries(read: Tensor, exists: Tensor, boundary: Tensor) -> Tensor:
+    """Return the boundaries between each entry and its place, [B, T, H, E].
+
+    Args:
+        read: [B, T, E, H, C], the values of the entries.
+        exists: [B, T, E] bool.
+        boundary: [H, 2 C + 1].
+    """
+    width = read.shape[-1]
+    own, before, bias = boundary[:, :width], boundary[:, width:-1], boundary[:, -1]
+    by_place = (read * exists[..., None, None]).unflatten(2, (-1, NUM_OFFSETS))
+    last = pad(by_place, (0, 0, 0, 0, 1, -1))
+    levels = softplus((by_place * own + last * before).sum(dim=-1) + bias)  # [B, T, P, 80, H]
+    levels = levels * exists.unflatten(2, (-1, NUM_OFFSETS)).unsqueeze(-1)
+    ahead = levels[..., BEFORE + 1 :, :].cumsum(dim=3)
+    behind = levels[..., 1 : BEFORE + 1, :].flip(3).cumsum(dim=3).flip(3)
+    crossed = torch.cat([behind, torch.zeros_like(ahead[..., :1, :]), ahead], dim=3)
+    return crossed.flatten(2, 3).transpose(2, 3)
