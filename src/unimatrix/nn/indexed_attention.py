@@ -189,7 +189,9 @@ class IndexedAttention(Mixer):
             inputs = [_join_rows(tensor) for tensor in inputs]
         inputs = [tensor.to(query.dtype) for tensor in (*inputs, self.match_bias)]
         boundary = None if self.boundary is None else self.boundary.to(query.dtype)
-        context, weights = attend_entries(entries, *inputs, boundary, **self.operator_options)
+        context, weights = attend_entries(
+            entries, *inputs, boundary=boundary, **self.operator_options
+        )
         context = self.out_proj(context.reshape(*tokens.ids.shape, -1).to(source.dtype))
         weights = weights.view(*tokens.ids.shape, self.num_heads, -1)
         if ring is not None and state is not None:

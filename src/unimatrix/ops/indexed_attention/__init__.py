@@ -137,8 +137,8 @@ def attend_entries(
     offset_bias: Tensor,
     place_bias: Tensor,
     match_bias: Tensor,
-    boundary: Tensor | None = None,
     *,
+    boundary: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attend to the entries of every position, or to nothing, which has a score of 0.

@@ -2,6 +2,7 @@
 # mypy: allow-untyped-defs
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,20 @@ from unimatrix.ops.numba.tiles import add_multiple
 from unimatrix.ops.operator import declare_operator
 
 
+class _AttendForm(NamedTuple):
+    """Options of the kernels as tuples, since Numba compiles a kernel for their lengths."""
+
+    lanes: tuple[int, ...]
+    bounds: tuple[int, ...]  # empty: no boundaries
+
+
+def _choose_form(boundary: Tensor | None, query: Tensor) -> tuple[_AttendForm, Tensor]:
+    """Return the form of the kernels, and boundaries as a tensor."""
+    if boundary is None:
+        return _AttendForm(LANES, ()), query.new_empty(0)
+    return _AttendForm(LANES, (0,)), boundary
+
+
 @part(**OPTIONS)
 def _weigh_entries(lanes, floor, num_entries, shares):
     """Turn the scores of a position into its weights; nothing has a score of 0.
@@ -68,7 +83,7 @@ def _weigh_entries(lanes, floor, num_entries, shares):
 
 @kernel(**OPTIONS)
 def _read_rows(
-    first, last, lanes, bounds, num_tokens, num_columns, num_places, num_heads, width,
+    first, last, form, num_tokens, num_columns, num_places, num_heads, width,
     rows, matched, query, keys, values, offset_bias, place_bias, match_bias, boundary, floor,
     context, weights,
 ):  # fmt: skip
@@ -77,7 +92,7 @@ def _read_rows(
     Most positions read the same columns as the one before: up to W of them, a run, are taken
     through each product at once, so that a key or value is loaded once for all of them.
     """
-    W, E, O = len(lanes), num_places * NUM_OFFSETS, NUM_OFFSETS
+    lanes, W, E, O = form.lanes, len(form.lanes), num_places * NUM_OFFSETS, NUM_OFFSETS
     padded = (width + W - 1) // W * W
     numbers = np.empty(2 * E + O, rows.dtype)
     key_rows, is_mixed, seconds = pointer(numbers, 0), pointer(numbers, E), pointer(numbers, 2 * E)
@@ -111,7 +126,7 @@ def _read_rows(
                 multiply(
                     lanes, gathered, padded, 1, across, W, W, scores, W, num_keys, W, width, False
                 )  # fmt: skip
-                if len(bounds):
+                if len(form.bounds):
                     sum_boundaries(
                         at(key_rows, place * O),
                         pointer(values, (start * num_heads + head) * width), stride, width,
@@ -128,7 +143,7 @@ def _read_rows(
                             scores[seconds[n] * W + i] = scores[(O + n) * W + i]
                     for e in range(O):
                         bias = of_offset[e] + (of_place + of_match[lengths[e]])
-                        if len(bounds):
+                        if len(form.bounds):
                             bias += crossed[e]
                         shares[e] = scores[e * W + i] + bias if entries[e] >= 0 else -math.inf
             for i in range(count):
@@ -190,12 +205,12 @@ def _sum_slopes(lanes, num_places, slopes, lengths, of_offset, of_place, of_matc
 
 @kernel(**OPTIONS)
 def _backward_rows(
-    first, last, lanes, bounds, num_tokens, num_columns, num_places, num_heads, width,
+    first, last, form, num_tokens, num_columns, num_places, num_heads, width,
     rows, matched, query, keys, values, boundary, weights, dcontext, dweights,
     dquery, dkeys, dvalues, doffset, dplace, dmatch, dboundary,
 ):  # fmt: skip
     """Set the gradients of one head of a stream each; those of ``match_bias`` by stream."""
-    W, E, O = len(lanes), num_places * NUM_OFFSETS, NUM_OFFSETS
+    lanes, W, E, O = form.lanes, len(form.lanes), num_places * NUM_OFFSETS, NUM_OFFSETS
     padded = (width + W - 1) // W * W
     numbers = np.empty(2 * E + O, rows.dtype)
     key_rows, is_mixed, seconds = pointer(numbers, 0), pointer(numbers, E), pointer(numbers, 2 * E)
@@ -219,7 +234,7 @@ def _backward_rows(
         of_values = batch * num_columns * stride + head * width
         for n in range(4 * (MOST_MATCHED + 1)):
             by_length[n] = 0
-        if len(bounds):
+        if len(form.bounds):
             dboundary[stream_head * B : (stream_head + 1) * B] = 0
         row, end = batch * num_tokens, (batch + 1) * num_tokens
         while row < end:
@@ -270,7 +285,7 @@ def _backward_rows(
             for place in range(num_places):
                 if not has_entries(at(key_rows, place * O)):
                     continue
-                if len(bounds):
+                if len(form.bounds):
                     for e in range(O):
                         dcrossed[e] = 0
                         for i in range(count):
@@ -345,13 +360,8 @@ def _run_forward(
     biases = (offset_bias, place_bias, match_bias, boundary, floor)
     inputs = (rows, matched, query, keys, values, *biases)
     work = num_heads * rows.shape[2] * (2 * width + 20)
-    run_rows(_read_rows, LANES, batch * num_tokens, work, form, *sizes, *inputs, context, weights)
+    run_rows(_read_rows, form, batch * num_tokens, work, *sizes, *inputs, context, weights)
     return context, weights
-
-
-def _choose_form(boundary: Tensor | None, query: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """Return an empty tuple, for which Numba compiles another kernel, where there are none."""
-    return ((), query.new_empty(0)) if boundary is None else ((0,), boundary)
 
 
 def _list_results(
@@ -376,7 +386,7 @@ def _run_backward(
     dmatch, dboundary = by_stream
     grads = (dquery, dkeys.zero_(), dvalues.zero_(), *dbiases, dmatch, dboundary)
     work = num_tokens * rows.shape[2] * (4 * width + 20)
-    run_rows(_backward_rows, LANES, batch * num_heads, work, form, *sizes, *inputs, *grads)
+    run_rows(_backward_rows, form, batch * num_heads, work, *sizes, *inputs, *grads)
     doffset, dplace = dbiases
     return dquery, dkeys, dvalues, doffset, dplace, dmatch.sum(dim=0), dboundary.sum(dim=0)
 

@@ -127,10 +127,12 @@ def sum_boundaries(read: Tensor, exists: Tensor, boundary: Tensor) -> Tensor:
     """
     width = read.shape[-1]
     own, before, bias = boundary[:, :width], boundary[:, width:-1], boundary[:, -1]
-    by_place = (read * exists[..., None, None]).unflatten(2, (-1, NUM_OFFSETS))
+    by_place = (read * exists[..., None, None]).view(
+        *read.shape[:2], -1, NUM_OFFSETS, *read.shape[3:]
+    )
     last = pad(by_place, (0, 0, 0, 0, 1, -1))
     levels = softplus((by_place * own + last * before).sum(dim=-1) + bias)  # [B, T, P, 80, H]
-    levels = levels * exists.unflatten(2, (-1, NUM_OFFSETS)).unsqueeze(-1)
+    levels = levels * exists.view(*exists.shape[:2], -1, NUM_OFFSETS, 1)
     ahead = levels[..., BEFORE + 1 :, :].cumsum(dim=3)
     behind = levels[..., 1 : BEFORE + 1, :].flip(3).cumsum(dim=3).flip(3)
     crossed = torch.cat([behind, torch.zeros_like(ahead[..., :1, :]), ahead], dim=3)
