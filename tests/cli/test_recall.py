@@ -9,20 +9,22 @@ from unimatrix.studies.recall.recipe import RecallRecipe
 QUICK = ("--steps", 2, "--batch-size", 4, "--test-examples", 32)
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [(None, 74_569), ("sparsepointer", 75_014)])
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [(None, 119_723), ("selective", 74_569), ("sparsepointer", 75_014)]
+)
 def test_json_and_progress(monkeypatch, tmp_path, preset, parameters) -> None:
     monkeypatch.chdir(tmp_path)
     options = () if preset is None else ("--preset", preset)
     answer = run_command("recall", *QUICK, *options, "--json")
     assert answer.exit_code == 0
     result = answer.result
-    assert result["recipe"]["preset"] == (preset or "selective")
+    assert result["recipe"]["preset"] == (preset or "unimatrix")
     assert set(result["accuracy"]) == {"4", "6", "8"}
     assert result["parameters"] == parameters
     assert result["state_bytes"] > 0
     assert result["train_s"] > 0
-    # The selective slots find the value before anything is learned; the paper's start from chance.
-    assert answer.stderr.startswith(f"step 1 of 2  {'0.' if preset is None else '4.'}")
+    # The selective slots find the value before anything is learned; the others start from chance.
+    assert answer.stderr.startswith(f"step 1 of 2  {'0.' if preset == 'selective' else '4.'}")
     assert answer.stderr.endswith("testing 4\ntesting 6\ntesting 8\n")
     assert list(tmp_path.iterdir()) == []
 

@@ -10,24 +10,35 @@ from unimatrix.errors import InputError
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.presets import PRESETS
-from unimatrix.studies.recall.recipe import RECIPES, TASKS, RecallRecipe, find_recall_recipe
+from unimatrix.studies.recall.recipe import (
+    ONE_RECIPES,
+    RECIPES,
+    SLOTS_RECIPES,
+    TASKS,
+    RecallRecipe,
+    find_recall_recipe,
+)
 from unimatrix.studies.recall.run import build_recall_config
 from unimatrix.studies.recall.slices import build_slices, count_pairs
 from unimatrix.tasks import Needle, NoisyKeys, TripleInteraction
 
 tasks = pytest.mark.parametrize("task", TASKS)
+recipes = pytest.mark.parametrize(
+    ("task", "preset"),
+    [(r.task, r.preset) for r in (*ONE_RECIPES.values(), *SLOTS_RECIPES.values())],
+)
 # As the recipe has them, but for needle and bindings: 131,072 bytes take seconds.
 SHORT_WINDOWS = (200, 5000)
 
 
-def find_short_recipe(task: str) -> RecallRecipe:
+def find_short_recipe(task: str, preset: str | None = None) -> RecallRecipe:
     """Return a recipe whose tests are short enough to be run here."""
-    return dataclasses.replace(find_recall_recipe(task), test_windows=SHORT_WINDOWS)
+    return dataclasses.replace(find_recall_recipe(task, preset), test_windows=SHORT_WINDOWS)
 
 
-@tasks
-def test_a_model_takes_every_slice(task: str) -> None:
-    recipe = find_short_recipe(task)
+@recipes
+def test_a_model_takes_every_slice(task: str, preset: str) -> None:
+    recipe = find_short_recipe(task, preset)
     slices = build_slices(recipe)
     config = build_recall_config(recipe, slices)
     has_slots = config.associative_memory == "selective"
@@ -62,18 +73,55 @@ def test_slices_share_a_vocabulary_and_differ_in_name(task: str) -> None:
         assert int(batch["input_ids"].max()) < part.vocab_size
 
 
-@tasks
-def test_recipes_are_named_after_their_task_and_train_our_preset(task: str) -> None:
-    recipe = RECIPES[task]
-    assert find_recall_recipe(task) == find_recall_recipe(task, recipe.preset) == recipe
-    assert recipe.task == task
+@recipes
+def test_recipes_are_named_after_their_task(task: str, preset: str) -> None:
+    recipe = find_recall_recipe(task, preset)
+    assert (recipe.task, recipe.preset) == (task, preset)
     assert recipe.to_train_section().steps == recipe.steps
+
+
+# Tasks of which the recipe is not yet the preset with every part on, and what is known of it: one
+# short training each, of one seed, which no record holds.
+KEEP_THEIR_SLOTS = {
+    "mqar-a": "not tried",
+    "mqar-forgetting": "not tried",
+    "mqar-chained": "80 steps: 1 in as many as there are values, none of them found",
+    "noisy-keys": "150 steps: 90.5 per cent, as the best copy rule; a wrong letter finds no unit",
+    "needle": "150 steps: 100 per cent of what the window holds, 10 where it is 128 of 1,024 bytes",
+    "triple": "450 steps: chance; 300 of the rule copy alone: 41 per cent of that",
+}
+# Fields that a model of the lab may have otherwise than its preset: those of the issue, then what
+# follows from them, then what is a setting of training.
+MAY_DIFFER = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "automaton_window"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "index_units", "index_reads_at"),
+    "slot_key_size",
+    "dropout",
+}
+WIDER = {"bindings", "reading"}  # feed-forward of 256 beside a stream of 96
+
+
+@tasks
+def test_the_preset_with_every_part_on_is_trained_but_for_named_exceptions(task: str) -> None:
+    recipe = find_recall_recipe(task)
+    assert recipe == RECIPES[task]
+    assert recipe.preset == ("selective" if task in KEEP_THEIR_SLOTS else "unimatrix")
+
+
+@pytest.mark.parametrize("task", ONE_RECIPES)
+def test_one_configuration(task: str) -> None:
+    recipe = find_short_recipe(task, "unimatrix")
+    ours = build_recall_config(recipe, build_slices(recipe)).to_dict()
+    preset = UniMatrixConfig.preset("unimatrix").to_dict()
+    changed = {name for name in ours.keys() | preset.keys() if ours.get(name) != preset.get(name)}
+    assert changed <= MAY_DIFFER | ({"intermediate_size"} if task in WIDER else set())
+
+
+@pytest.mark.parametrize("task", SLOTS_RECIPES)
+def test_selective_slots_recall_alone(task: str) -> None:
+    recipe = SLOTS_RECIPES[task]
     config = UniMatrixConfig.preset(recipe.preset, **recipe.overrides)
-    if task in ("bindings", "reading"):  # every part is on
-        assert (config.residual_path, config.automaton_pointer) == ("suffix_automaton", True)
-        assert (config.associative_memory, config.pointer) == ("indexed", True)
-        return
-    # Recall is by the slots: nothing else may copy from the input.
+    # Nothing else may copy from the input.
     assert (config.residual_path, config.automaton_pointer) == ("none", False)
     assert not config.bounded_training
 
@@ -90,14 +138,13 @@ def test_quick_is_smaller(task: str) -> None:
             assert getattr(quick, field.name) == getattr(whole, field.name), field.name
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "selective"])
+@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"unimatrix", "selective"}))
 def test_other_presets_get_the_papers_recipe(preset: str) -> None:
     recipe = find_recall_recipe("associative", preset)
     assert recipe == RecallRecipe(preset=preset)
     assert (recipe.steps, recipe.learning_rate, recipe.num_slots) == (200, 3e-4, None)
     config = build_recall_config(recipe, build_slices(recipe))
-    positions = None if preset == "unimatrix" else 128
-    assert (config.vocab_size, config.max_position_embeddings) == (64, positions)
+    assert (config.vocab_size, config.max_position_embeddings) == (64, 128)
 
 
 @pytest.mark.parametrize(
@@ -105,8 +152,9 @@ def test_other_presets_get_the_papers_recipe(preset: str) -> None:
     [
         ("asociative", None, "unknown task 'asociative'; .* Did you mean 'associative'?"),
         ("", None, "unknown task ''; choose one of associative, "),
-        ("mqar-b", "sparsepointer", "preset is 'sparsepointer' and the recipe of mqar-b is made"),
-        ("needle", "no-such", "preset is 'no-such' .*; leave --preset out"),
+        ("mqar-b", "sparsepointer", "preset is 'sparsepointer' and mqar-b has recipes for "),
+        ("needle", "no-such", "preset is 'no-such' .* unimatrix and selective; leave --preset"),
+        ("bindings", "selective", "bindings has recipes for unimatrix; leave --preset out"),
     ],
 )
 def test_what_has_no_recipe_is_refused_in_one_sentence(task, preset, named) -> None:

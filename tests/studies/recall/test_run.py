@@ -7,8 +7,10 @@ import torch
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
+from unimatrix.evaluation.footprint import measure_state_bytes
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.hub.load import load_model
+from unimatrix.modeling import UniMatrixForCausalLM
 from unimatrix.studies.recall.recipe import RecallRecipe, find_recall_recipe
 from unimatrix.studies.recall.run import build_recall_config, run_recall
 from unimatrix.studies.recall.slices import build_slices
@@ -26,7 +28,8 @@ FIELDS = [
     "train_s",
     "recipe",
 ]
-SELECTIVE = replace(find_recall_recipe("associative"), steps=2, batch_size=4, test_examples=40)
+SHORT = {"steps": 2, "batch_size": 4, "test_examples": 40}
+SELECTIVE = replace(find_recall_recipe("associative", "selective"), **SHORT)
 
 
 def build_config(**fields: Any) -> UniMatrixConfig:
@@ -140,7 +143,7 @@ def test_our_own_recipe() -> None:
 def test_our_recipe_learns_in_seconds() -> None:
     """Four slots for four pairs: the gate must keep the bindings and let the filler go."""
     recipe = replace(
-        find_recall_recipe("associative"),
+        find_recall_recipe("associative", "selective"),
         num_slots=4,
         test_pairs=(4,),
         batch_size=16,
@@ -166,9 +169,37 @@ def test_the_trained_model_is_tested_with_other_slots() -> None:
     assert result["state_bytes_by_part"]["slots"] == 8 * 7
 
 
+def test_the_trained_model_is_tested_with_other_numbers_of_tokens_kept() -> None:
+    recipe = replace(find_recall_recipe("mqar-b"), **SHORT | {"test_examples": 2})
+    seen: list[str] = []
+    result = run_recall(replace(recipe, test_kept=(256, 128)), on_test=seen.append)
+    assert list(result) == [*FIELDS[:7], "kept", *FIELDS[7:]]
+    assert seen[-8:] == ["128 tokens kept", *result["accuracy"]]
+    assert [kept["automaton_window"] for kept in result["kept"]] == [256, 128]
+    sizes = [result["state_bytes"], *(kept["state_bytes"] for kept in result["kept"])]
+    assert sizes == sorted(sizes, reverse=True)
+    for kept in result["kept"]:
+        assert list(kept["accuracy"]) == list(result["accuracy"])
+        assert kept["mean_accuracy"] == pytest.approx(sum(kept["accuracy"].values()) / 7)
+        # What is as long as the window is read as before.
+        assert kept["accuracy"]["64x4"] == result["accuracy"]["64x4"]
+
+
+def test_of_mqar_b_16_kib_of_state_are_tested() -> None:
+    recipe = find_recall_recipe("mqar-b")
+    config = build_recall_config(recipe, build_slices(recipe))
+    sizes = []
+    for num_tokens in (recipe.test_kept[0], recipe.test_kept[0] + 10):
+        config.automaton_window = num_tokens
+        sizes.append(sum(measure_state_bytes(UniMatrixForCausalLM(config)).values()))
+    assert sizes[0] <= 16 * 1024 < sizes[1]
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
+        ({"test_kept": (128,)}, "preset 'sparsepointer' has no index of the text; leave it out"),
+        ({"preset": "unimatrix", "test_kept": (126,)}, "test_kept is 126; pass an even number"),
         ({"num_pairs": 0}, "num_pairs is 0"),
         ({"num_pairs": 9}, "num_pairs is 9"),
         ({"test_pairs": (4, 9)}, "num_pairs is 9"),

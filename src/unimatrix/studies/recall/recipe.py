@@ -8,7 +8,7 @@ from unimatrix.errors import InputError, require_choice
 from unimatrix.train.recipe import TrainSection
 
 DEFAULT_PRESET = "unimatrix"
-_SLOTS_PRESET = "selective"
+SLOTS_PRESET = "selective"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +46,9 @@ class RecallRecipe:
     test_slots: tuple[int, ...] = ()
     """Slots that the trained model is tested with, one test each; none is what it was built with,
     and 0 is as many as the test has pairs."""
+    test_kept: tuple[int, ...] = ()
+    """Tokens that the trained model remembers in further tests, all of them once more for each
+    number; the first tests are with what it was built with."""
     test_examples: int = 64 * 32
     """Examples of each test; none is seen in training."""
     data: tuple[str, ...] = ("pystdlib",)
@@ -75,43 +78,23 @@ class RecallRecipe:
         )
 
 
-# Where the lab's models differ from the preset: the plainest matrix state and no suffix automaton,
-# so that what is recalled is recalled by the slots; keys of one token are the ids themselves,
-# bindings do not fade, and in training every write has a place.
-_BY_TOKEN = {
-    "update_rules": "outer",
-    "conv_kernel": 0,
-    "slot_key_patterns": [[0]],
-    "slot_read_offsets": [0, 1],
-    "slot_fade_tokens": None,
-    "bounded_training": False,
-    "residual_path": "none",
-    "automaton_pointer": False,
-}
-# Slots and pointer alone, asked with the token at hand.
-_SLOTS_ALONE = _BY_TOKEN | {
-    "slot_read_offsets": [0],
-    "update_rules": "none",
-    "num_hidden_layers": 1,
-}
 _COSINE: dict[str, Any] = {
-    "preset": _SLOTS_PRESET,
     "dropout": 0.0,
-    "num_slots": 256,
     "steps": 600,
     "learning_rate": 3e-3,
     "schedule": "cosine",
     "warmup_fraction": 0.03,
 }
+# The preset with every part on. A lab model changes its vocabulary, its sizes and how many tokens
+# it remembers; the longest match is looked for in all but the oldest 64 of these.
 _MQAR: dict[str, Any] = _COSINE | {
     "weight_decay": 0.1,
     "test_examples": 1000,
-    "overrides": _SLOTS_ALONE,
+    "overrides": {"num_hidden_layers": 2, "num_attention_heads": 1, "automaton_window": 1152},
+    # The first is what 16 KiB of state hold, the last an eighth of the longest test.
+    "test_kept": (470, 256, 128),
 }
-# Every part is on. The window holds all of a test.
 _BINDINGS: dict[str, Any] = _COSINE | {
-    "preset": DEFAULT_PRESET,
-    "num_slots": None,
     "steps": 1500,
     "batch_size": 8,
     "learning_rate": 4e-3,
@@ -128,24 +111,93 @@ _BINDINGS: dict[str, Any] = _COSINE | {
         "automaton_window": 4096,
     },
 }
+_FIELDS: dict[str, dict[str, Any]] = {
+    "associative": _COSINE | {"steps": 200, "overrides": {"automaton_window": 256}},
+    "mqar-a": _MQAR,
+    "mqar-b": _MQAR,
+    "mqar-forgetting": _MQAR,
+    "mqar-compositional": _MQAR,
+    "mqar-chained": _MQAR | {"test_kept": ()},
+    "noisy-keys": _COSINE
+    | {
+        "steps": 300,
+        "overrides": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "automaton_window": 640,
+        },
+    },
+    "bindings": _BINDINGS,
+    # The grammar's sentences, and values of five kinds.
+    "reading": _BINDINGS | {"steps": 3000},
+    "needle": _COSINE
+    | {
+        "steps": 250,
+        "batch_size": 16,
+        "test_examples": 100,
+        "overrides": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "automaton_window": 2**17 + 2**10,
+        },
+    },
+    "triple": _COSINE
+    | {
+        "steps": 6000,
+        "batch_size": 128,
+        "learning_rate": 4e-3,
+        "overrides": {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "automaton_window": 128,
+        },
+    },
+}
+
+# The lab's models with selective slots: the plainest matrix state and no suffix automaton, so that
+# what is recalled is recalled by the slots; keys of one token are the ids themselves, bindings do
+# not fade, and in training every write has a place.
+_BY_TOKEN = {
+    "update_rules": "outer",
+    "conv_kernel": 0,
+    "slot_key_patterns": [[0]],
+    "slot_read_offsets": [0, 1],
+    "slot_fade_tokens": None,
+    "bounded_training": False,
+    "residual_path": "none",
+    "automaton_pointer": False,
+}
+# Slots and pointer alone, asked with the token at hand.
+_SLOTS_ALONE = _BY_TOKEN | {
+    "slot_read_offsets": [0],
+    "update_rules": "none",
+    "num_hidden_layers": 1,
+}
+_SLOTS = _COSINE | {"num_slots": 256}
+_SLOTS_MQAR: dict[str, Any] = _SLOTS | {
+    "weight_decay": 0.1,
+    "test_examples": 1000,
+    "overrides": _SLOTS_ALONE,
+}
 # A letter of the key may be wrong, so no context relies on all of them: three of four behind the
 # equals sign, then the equals sign and what of the value is known with one letter of the key.
 _NOISY_PATTERNS = [[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 3, 4], [0, 2, 3, 4], [0, 1, 2], [0, 1, 3]]
-
-_FIELDS: dict[str, dict[str, Any]] = {
+_SLOTS_FIELDS: dict[str, dict[str, Any]] = {
     "associative": {
-        "preset": _SLOTS_PRESET,
         "num_slots": 8,
         "steps": 400,
         "learning_rate": 1e-3,
         "overrides": _BY_TOKEN,
     },
-    "mqar-a": _MQAR,
-    "mqar-b": _MQAR,
-    "mqar-forgetting": _MQAR,
-    "mqar-compositional": _MQAR | {"overrides": _SLOTS_ALONE | {"slot_key_patterns": [[0, 1]]}},
-    "mqar-chained": _MQAR | {"overrides": _SLOTS_ALONE | {"slot_hops": 2}},
-    "noisy-keys": _COSINE
+    "mqar-a": _SLOTS_MQAR,
+    "mqar-b": _SLOTS_MQAR,
+    "mqar-forgetting": _SLOTS_MQAR,
+    "mqar-compositional": _SLOTS_MQAR
+    | {"overrides": _SLOTS_ALONE | {"slot_key_patterns": [[0, 1]]}},
+    "mqar-chained": _SLOTS_MQAR | {"overrides": _SLOTS_ALONE | {"slot_hops": 2}},
+    "noisy-keys": _SLOTS
     | {
         "steps": 300,
         "overrides": _BY_TOKEN
@@ -157,10 +209,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
             "longest_retention": 8,
         },
     },
-    "bindings": _BINDINGS,
-    # The grammar's sentences, and values of five kinds.
-    "reading": _BINDINGS | {"steps": 3000},
-    "needle": _COSINE
+    "needle": _SLOTS
     | {
         "steps": 250,
         "batch_size": 16,
@@ -177,7 +226,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
             "slot_source": "hidden",
         },
     },
-    "triple": _COSINE
+    "triple": _SLOTS
     | {
         "num_slots": None,
         "steps": 6000,
@@ -197,13 +246,29 @@ _FIELDS: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+
+def _make_recipes(
+    preset: str, fields: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, RecallRecipe]:
+    return {task: RecallRecipe(task=task, preset=preset, **own) for task, own in fields.items()}
+
+
+ONE_RECIPES: Mapping[str, RecallRecipe] = _make_recipes(DEFAULT_PRESET, _FIELDS)
+"""The recipe of every task for the preset with every part on."""
+SLOTS_RECIPES: Mapping[str, RecallRecipe] = _make_recipes(SLOTS_PRESET, _SLOTS_FIELDS)
+"""Those of selective slots, wired for each task."""
+# What the preset with every part on has been seen to learn; the others keep their slots.
+_LEARNED = ("associative", "mqar-b", "mqar-compositional", "bindings", "reading")
 RECIPES: Mapping[str, RecallRecipe] = {
-    task: RecallRecipe(task=task, **fields) for task, fields in _FIELDS.items()
+    task: recipe if task in _LEARNED else SLOTS_RECIPES[task]
+    for task, recipe in ONE_RECIPES.items()
 }
+"""The recipe of every task if no preset is named."""
 TASKS = tuple(RECIPES)
 
 _QUICK_STEPS = {
-    "associative": 200,
+    "associative": 100,
     "bindings": 200,
     "noisy-keys": 120,
     "needle": 120,
@@ -219,22 +284,28 @@ def find_recall_recipe(
 
     Args:
         task: one of ``TASKS``.
-        preset: the preset to train instead of the recipe's; a published one is trained on
-            associative recall as the paper does (200 steps at 3e-4, its own slots).
+        preset: the preset to train instead of that of ``RECIPES``; ``unimatrix`` and ``selective``
+            have recipes of their own, a published one is trained on associative recall as the paper
+            does (200 steps at 3e-4, its own slots).
         quick: fewer steps and test examples, to finish in two minutes on two cores.
 
     Raises:
-        InputError: for an unknown task, or a published preset on another task than associative.
+        InputError: for an unknown task, or a preset that has no recipe for it.
     """
     require_choice("unknown task", task, TASKS)
-    recipe = RECIPES[task]
-    if preset is not None and preset != recipe.preset:
-        if task != "associative":
-            raise InputError(
-                f"preset is {preset!r} and the recipe of {task} is made for {recipe.preset}; "
-                "leave --preset out"
-            )
+    by_preset = {DEFAULT_PRESET: ONE_RECIPES, SLOTS_PRESET: SLOTS_RECIPES}
+    own = {name: recipes[task] for name, recipes in by_preset.items() if task in recipes}
+    if preset is None:
+        recipe = RECIPES[task]
+    elif preset in own:
+        recipe = own[preset]
+    elif task == "associative":
         recipe = RecallRecipe(preset=preset)
+    else:
+        raise InputError(
+            f"preset is {preset!r} and {task} has recipes for {' and '.join(own)}; "
+            "leave --preset out"
+        )
     if quick:
         recipe = replace(
             recipe,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from unimatrix.evaluation.footprint import measure_state_bytes
 from unimatrix.evaluation.recall import measure_recall
 from unimatrix.hub.load import save_model
 from unimatrix.modeling import UniMatrixForCausalLM
+from unimatrix.ops.text_index.state import require_window
 from unimatrix.studies.engine import Attempt, FolderStore, StudyCell, run_cell
 from unimatrix.studies.recall.recipe import RecallRecipe
 from unimatrix.studies.recall.slices import RecallSlices, build_slices, count_pairs
@@ -88,7 +90,8 @@ def run_recall(
     Returns:
         ``task``, ``accuracy`` by test (a fraction), their ``mean_accuracy``, ``copy_rules`` by
         test, ``parameters``, ``state_bytes`` at batch 1 and ``state_bytes_by_part``, ``train_s``
-        and the ``recipe``, as JSON types.
+        and the ``recipe``, as JSON types; with ``test_kept`` also ``kept``, a list of
+        ``automaton_window``, ``state_bytes``, ``accuracy`` and ``mean_accuracy``.
 
     Raises:
         InputError: for an unusable recipe or folder, before anything is written.
@@ -161,6 +164,13 @@ def _check(recipe: RecallRecipe, slices: RecallSlices, config: UniMatrixConfig) 
             f"test_slots is {list(recipe.test_slots)} and the model of {recipe.task} with preset "
             f"{recipe.preset!r} has no selective slots; leave it out"
         )
+    if recipe.test_kept and config.associative_memory != "indexed":
+        raise InputError(
+            f"test_kept is {list(recipe.test_kept)} and preset {recipe.preset!r} has no index of "
+            "the text; leave it out"
+        )
+    for num_tokens in recipe.test_kept:
+        require_window("test_kept", num_tokens, config.index_units)
     for task in slices.test.values():
         _list_slots(recipe, task)
     if config.max_position_embeddings is not None:
@@ -179,36 +189,78 @@ def _test(
     on_test: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return accuracies, what copying alone reaches, and sizes."""
-    test_seed = recipe.seed + TEST_SEED_OFFSET
-    accuracy, copy_rules = {}, {}
+    accuracy = _measure_accuracy(model, recipe, slices, on_test)
+    copy_rules = {}
+    for name, task in slices.test.items():
+        if _count_tokens(task) <= _LONGEST_COPIED_TOKENS:
+            num_copied = min(recipe.test_examples, _COPY_RULE_EXAMPLES)
+            copy_rules[name] = measure_copy_rules(task, num_copied, recipe.seed + TEST_SEED_OFFSET)
+    _resize_slots(model, model.config.num_slots if recipe.test_slots else None)
+    by_part = measure_state_bytes(model)
+    results = {
+        "task": recipe.task,
+        "accuracy": accuracy,
+        "mean_accuracy": statistics.fmean(accuracy.values()),
+        "copy_rules": copy_rules,
+        "parameters": model.num_parameters(),
+        "state_bytes": sum(by_part.values()),
+        "state_bytes_by_part": by_part,
+    }
+    if recipe.test_kept:
+        results["kept"] = _test_kept(model, recipe, slices, on_test)
+    return results
+
+
+def _test_kept(
+    model: UniMatrixForCausalLM,
+    recipe: RecallRecipe,
+    slices: RecallSlices,
+    on_test: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Return accuracies and state of the model with each number of tokens that it is to remember.
+
+    The model is left as it was trained.
+    """
+    trained, kept = model.config.automaton_window, []
+    assert trained is not None
+    for num_tokens in recipe.test_kept:
+        model.set_window(num_tokens)
+        on_test(f"{num_tokens} tokens kept")
+        accuracy = _measure_accuracy(model, recipe, slices, on_test)
+        kept.append(
+            {
+                "automaton_window": num_tokens,
+                "state_bytes": sum(measure_state_bytes(model).values()),
+                "accuracy": accuracy,
+                "mean_accuracy": statistics.fmean(accuracy.values()),
+            }
+        )
+    model.set_window(trained)
+    return kept
+
+
+def _measure_accuracy(
+    model: UniMatrixForCausalLM,
+    recipe: RecallRecipe,
+    slices: RecallSlices,
+    on_test: Callable[[str], None],
+) -> dict[str, float]:
+    """Return the accuracy on every test, by its name and by the slots, where the recipe has any."""
+    accuracy = {}
     for name, task in slices.test.items():
         on_test(name)
-        num_tokens = _count_tokens(task)
-        batch_size = max(_TOKENS_PER_BATCH // num_tokens, _FEWEST_PER_BATCH)
+        batch_size = max(_TOKENS_PER_BATCH // _count_tokens(task), _FEWEST_PER_BATCH)
         for label, num_slots in _list_slots(recipe, task):
             _resize_slots(model, num_slots)
             accuracy[name + label] = measure_recall(
                 model,
                 task,
                 recipe.test_examples,
-                test_seed,
+                recipe.seed + TEST_SEED_OFFSET,
                 batch_size=min(batch_size, _MOST_PER_BATCH),
                 whole_answer=slices.whole_answer,
             )
-        if num_tokens <= _LONGEST_COPIED_TOKENS:
-            num_copied = min(recipe.test_examples, _COPY_RULE_EXAMPLES)
-            copy_rules[name] = measure_copy_rules(task, num_copied, test_seed)
-    _resize_slots(model, model.config.num_slots if recipe.test_slots else None)
-    by_part = measure_state_bytes(model)
-    return {
-        "task": recipe.task,
-        "accuracy": accuracy,
-        "mean_accuracy": sum(accuracy.values()) / len(accuracy),
-        "copy_rules": copy_rules,
-        "parameters": model.num_parameters(),
-        "state_bytes": sum(by_part.values()),
-        "state_bytes_by_part": by_part,
-    }
+    return accuracy
 
 
 def _count_tokens(task: SeededTask) -> int:
