@@ -9,7 +9,7 @@ from torch import Tensor
 from unimatrix.cache import UniMatrixCache, require_own_cache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.modeling_documents import DocumentMarks, find_starts, refuse_stream
+from unimatrix.modeling_documents import find_starts, refuse_stream, take_marks
 from unimatrix.nn.packing import Group, Packing, lay_out
 from unimatrix.nn.padding import Padding, find_padding
 from unimatrix.ops.checks import is_transformed
@@ -91,23 +91,23 @@ def read_inputs(
     use_cache: bool | None,
     token_type_ids: Tensor | None,
     output_attentions: bool | None,
-    marks: DocumentMarks | None = None,
+    marks: Mapping[str, Any] = {},
     in_one_pass: bool = False,
 ) -> Inputs:
     """Return what ``UniMatrixModel.forward`` reads of its arguments, and refuse what it cannot.
 
     Args:
         model: a ``UniMatrixModel``; those not named here are arguments of its ``forward``.
-        marks: where documents start, beside ``position_ids``.
+        marks: ``DocumentMarks`` of the caller.
         in_one_pass: whether documents of all lengths have to be rows of one pass.
 
     Raises:
-        InputError: as ``UniMatrixModel.forward``.
+        InputError: as ``UniMatrixModel.forward``; ``TypeError`` likewise.
     """
-    config = model.config
+    config, marks = model.config, take_marks(marks)
     refuse_unused(config, output_attentions, token_type_ids)
-    refuse_transform(config)
-    ids = require_tokens(config, input_ids, inputs_embeds)
+    refuse_transform(model)
+    ids = require_tokens(model, input_ids, inputs_embeds)
     if input_ids is not None:
         num_tokens = getattr(model.embed_tokens, "num_embeddings", config.vocab_size)
         require_known("token id", ids, num_tokens)
@@ -123,8 +123,8 @@ def read_inputs(
     padding, positions, table = None, None, model.embed_positions
     if attention_mask is not None:
         padding = find_padding(attention_mask, ids, past.num_columns)
-    if position_ids is not None or marks is not None:
-        said = (marks or DocumentMarks(), position_ids, ids, past.num_tokens, padding)
+    if position_ids is not None or marks:
+        said = (marks, position_ids, ids, past.num_tokens, padding)
         starts = find_starts(*said, has_table=table is not None)
         if starts is not None:
             refuse_stream(starts, continues=past_key_values is not None, keeps=asked)
@@ -246,20 +246,14 @@ def _take_whole(name: str, given: Tensor) -> Tensor:
     return given
 
 
-def list_id_readers(config: UniMatrixConfig) -> list[str]:
+def _list_id_readers(model: Any) -> list[str]:
     """Return the configuration fields by which a model reads token ids beside the embedding."""
-    fields = {
-        "residual_path": config.residual_path != "none",
-        "modulation_size": config.modulation_size > 0,
-        "associative_memory": config.associative_memory in ("selective", "indexed"),
-        "pointer": config.pointer,
-    }
-    return [f"{name}={getattr(config, name)!r}" for name, reads in fields.items() if reads]
+    fields = [mixer.chosen_by for mixer in model.mixers if mixer.reads_ids]
+    fields += ["modulation_size"] if model.token_modulation is not None else []
+    return [f"{name}={getattr(model.config, name)!r}" for name in fields]
 
 
-def require_tokens(
-    config: UniMatrixConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None
-) -> Tensor:
+def require_tokens(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """Return the ids [B, T] of the tokens, -1 where only their embeddings are given.
 
     Raises:
@@ -277,20 +271,20 @@ def require_tokens(
             )
         return _take_whole("input_ids", input_ids)
     assert inputs_embeds is not None
-    if readers := list_id_readers(config):
+    if readers := _list_id_readers(model):
         raise InputError(
             "inputs_embeds says no token ids, which this model reads in "
             f"{', '.join(readers)}; pass input_ids"
         )
+    width = model.config.hidden_size
     if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[1:2]:
         raise InputError(
-            f"inputs_embeds has shape {list(inputs_embeds.shape)}; pass [batch, tokens, "
-            f"{config.hidden_size}] with at least one token"
+            f"inputs_embeds has shape {list(inputs_embeds.shape)}; pass [batch, tokens, {width}] "
+            "with at least one token"
         )
-    if inputs_embeds.shape[2] != config.hidden_size:
+    if inputs_embeds.shape[2] != width:
         raise InputError(
-            f"inputs_embeds has width {inputs_embeds.shape[2]}; this model's is "
-            f"{config.hidden_size}"
+            f"inputs_embeds has width {inputs_embeds.shape[2]}; this model's is {width}"
         )
     return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
 
@@ -309,18 +303,16 @@ def refuse_unused(
         raise InputError("token_type_ids has types other than 0: this model has none; leave it out")
 
 
-def refuse_transform(config: UniMatrixConfig) -> None:
+def refuse_transform(model: Any) -> None:
     """Raise ``InputError`` where a transform of ``torch.func`` would have to read a text."""
-    readers = {
-        "associative_memory": config.associative_memory == "indexed",
-        "residual_path": config.residual_path == "suffix_automaton",
-    }
-    for name, reads in readers.items():
-        if reads and is_transformed():
+    if not is_transformed():
+        return
+    for mixer in model.mixers:
+        if mixer.state_device is not None and mixer.runs_operator:
             raise InputError(
-                f"torch.func cannot look into the index or automaton of {name}="
-                f"{getattr(config, name)!r}; use torch.autograd, for second derivatives after "
-                "model.set_backend('reference')"
+                f"torch.func cannot look into the index or automaton of {mixer.chosen_by}="
+                f"{getattr(model.config, mixer.chosen_by)!r}; use torch.autograd, for second "
+                "derivatives after model.set_backend('reference')"
             )
 
 
