@@ -142,6 +142,7 @@ def ignore_unpredicted(
 def choose_targets(
     labels: Tensor | None,
     shift_labels: Tensor | None,
+    weights: Tensor | None,
     tokens: Tensor | None,
     logits_to_keep: int | Tensor,
 ) -> Tensor | None:
@@ -150,11 +151,12 @@ def choose_targets(
     Args:
         labels: [B, T], shifted here.
         shift_labels: [B, T], targets already; takes precedence over ``labels``.
+        weights: by which each target counts, one value a target; ``None`` is 1.
         tokens: [B, T] or [B, T, D]; for any other shape the model raises, and nothing is chosen.
         logits_to_keep: of a few positions, the targets of those are enough.
 
     Raises:
-        InputError: for labels of another shape, or no whole numbers.
+        InputError: for labels or weights of another shape, or labels that are no whole numbers.
     """
     has_rows = isinstance(tokens, Tensor) and tokens.dim() > 1
     if not has_rows or (labels is None and shift_labels is None):
@@ -167,6 +169,7 @@ def choose_targets(
     if targets is None:
         assert labels is not None
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    require_shape("loss_weights", weights, list(targets.shape))
     return targets
 
 

@@ -21,13 +21,7 @@ from unimatrix.loss import (
     ignore_unpredicted,
 )
 from unimatrix.modeling_documents import DocumentMarks
-from unimatrix.modeling_inputs import (
-    Inputs,
-    LossOptions,
-    read_inputs,
-    require_shape,
-    take_loss_options,
-)
+from unimatrix.modeling_inputs import Inputs, LossOptions, read_inputs, take_loss_options
 from unimatrix.modeling_outputs import (
     Passed,
     UniMatrixCausalLMOutput,
@@ -287,10 +281,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             raise InputError("logits_at and labels exclude each other; pass loss_only with labels")
         # 5. The one shift.
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        targets = choose_targets(labels, shift_labels, tokens, logits_to_keep)
+        targets = choose_targets(labels, shift_labels, weights, tokens, logits_to_keep)
         is_whole = targets is not None and tokens is not None and targets.shape == tokens.shape[:2]
-        if targets is not None:
-            require_shape("loss_weights", weights, list(targets.shape))
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -320,23 +312,39 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             targets = ignore_unpredicted(targets, attention_mask, starts)
         counted = targets if loss_only else None
         rows = choose_positions(counted, logits_at, logits_to_keep, h.shape[:2])
+        counting = (num_items_in_batch, weights)
+        loss, logits = self._predict(output, rows, targets, *counting, loss_only=loss_only)
+        result = UniMatrixCausalLMOutput.of_model(output, loss, logits)
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if returns_dict else result.to_tuple()
 
+    def _predict(
+        self,
+        output: UniMatrixModelOutput,
+        rows: tuple[Any, ...] | None,
+        targets: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        weights: Tensor | None,
+        *,
+        loss_only: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return loss and logits of the positions that an index chooses; ``None`` is all."""
         # 6. The tied head, and the votes of the pointer or the mixture with it.
-        pointer = output.pointer
+        h, pointer = output.last_hidden_state, output.pointer
+        assert h is not None
         if rows is not None:
             h, pointer = h[rows], pointer.select(rows)
             targets = None if targets is None else targets[rows]
             weights = None if weights is None else weights[rows]
-        loss = logits = None
+        counting = (num_items_in_batch, weights)
         if targets is not None and loss_only:
-            loss = plan_loss(self, like=h)(h, pointer, targets, num_items_in_batch, weights)
+            logits, loss = None, plan_loss(self, like=h)(h, pointer, targets, *counting)
         else:
             predicted = point(self.lm_head(h), pointer)
-            if targets is not None:
-                loss = compute_loss(predicted, targets, num_items_in_batch, weights)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
-        if loss is not None and targets is not None and output.hindsight_scale is not None:
-            loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch, weights)
-        result = UniMatrixCausalLMOutput.of_model(output, loss, logits)
-        returns_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if returns_dict else result.to_tuple()
+            if targets is None:
+                return None, logits
+            loss = compute_loss(predicted, targets, *counting)
+        if output.hindsight_scale is not None:
+            loss = add_scale(loss, output.hindsight_scale, targets, *counting)
+        return loss, logits

@@ -120,7 +120,7 @@ def read_inputs(
         use_cache = config.use_cache and not model.training
     keeps_cache = use_cache and suffix_match is None
     past = _take_cache(model, past_key_values, ids, is_kept=keeps_cache)
-    padding, positions, table = None, None, model.embed_positions
+    padding, table = None, model.embed_positions
     if attention_mask is not None:
         padding = find_padding(attention_mask, ids, past.num_columns)
     if position_ids is not None or marks:
@@ -129,21 +129,17 @@ def read_inputs(
         if starts is not None:
             refuse_stream(starts, continues=past_key_values is not None, keeps=asked)
             cost = None if in_one_pass else _estimate_pass(config, ids)
+            texts = (ids, inputs_embeds, None, suffix_match, pointer_targets)
             packing = lay_out(starts, padding, cost)
-            if table is not None:
-                positions = _bound_positions(packing.count_tokens(), table.num_embeddings)
-            texts = (ids, inputs_embeds, positions, suffix_match, pointer_targets)
-            return Inputs(*texts, past, packing, None, keeps_cache=False)
+            return _number_tokens(Inputs(*texts, past, packing, None, keeps_cache=False), table)
     if padding is not None:
         ids = padding.pack(ids)
         inputs_embeds, pointer_targets = (
             None if x is None else padding.pack(x) for x in (inputs_embeds, pointer_targets)
         )
-    if table is not None:
-        positions = _count_positions(ids, past, padding, table.num_embeddings)
     lengths = None if padding is None else padding.lengths
-    texts = (ids, inputs_embeds, positions, suffix_match, pointer_targets)
-    return Inputs(*texts, past, padding, lengths, keeps_cache)
+    texts = (ids, inputs_embeds, None, suffix_match, pointer_targets)
+    return _number_tokens(Inputs(*texts, past, padding, lengths, keeps_cache), table)
 
 
 def _estimate_pass(config: UniMatrixConfig, ids: Tensor) -> int:
@@ -164,24 +160,28 @@ def _take_cache(
     return past
 
 
-def _count_positions(
-    ids: Tensor, past: UniMatrixCache, padding: Padding | None, num_rows: int
-) -> Tensor:
-    """Return the position of each real token, [B, T]; raise if a table does not reach so far."""
-    num_tokens = ids.shape[1]
-    positions = past.num_tokens.unsqueeze(1) + torch.arange(num_tokens, device=ids.device)
-    needed = num_tokens
-    if past.num_columns or padding is not None:
-        num_new = num_tokens if padding is None else padding.lengths
-        needed = int((past.num_tokens + num_new).max())
-    _require_table(needed, num_rows)
-    return positions.clamp(max=num_rows - 1)
+def _number_tokens(inputs: Inputs, table: Any) -> Inputs:
+    """Return inputs with the position of each real token; raise if a table does not reach so far.
 
-
-def _bound_positions(positions: Tensor, num_rows: int) -> Tensor:
-    """Return the positions of packed documents; raise if a table does not reach so far."""
-    _require_table(int(positions.max()) + 1, num_rows)
-    return positions
+    Args:
+        inputs: without positions.
+        table: of positions; ``None`` is a model that embeds none.
+    """
+    if table is None:
+        return inputs
+    ids, past, rows = inputs.ids, inputs.past, inputs.rows
+    if isinstance(rows, Packing):
+        positions = rows.count_tokens()
+        needed = int(positions.max()) + 1
+    else:
+        num_new: Tensor | int = ids.shape[1] if inputs.lengths is None else inputs.lengths
+        positions = past.num_tokens.unsqueeze(1) + torch.arange(ids.shape[1], device=ids.device)
+        needed = ids.shape[1]
+        if past.num_columns or rows is not None:
+            needed = int((past.num_tokens + num_new).max())
+        positions = positions.clamp(max=table.num_embeddings - 1)
+    _require_table(needed, table.num_embeddings)
+    return inputs._replace(positions=positions)
 
 
 def _require_table(needed: int, num_rows: int) -> None:
