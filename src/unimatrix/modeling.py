@@ -340,7 +340,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         if targets is not None and loss_only:
             logits, loss = None, plan_loss(self, like=h)(h, pointer, targets, *counting)
         else:
-            predicted = point(self.lm_head(h), pointer)
+            predicted = self.lm_head(h)
+            predicted = predicted if pointer.token_ids is None else point(predicted, pointer)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
             if targets is None:
                 return None, logits

@@ -32,14 +32,6 @@ class DocumentMarks(TypedDict, total=False):
     max_length_k: Tensor | int | None
 
 
-def take_marks(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the marks that are not ``None``; raise ``TypeError`` for a name that marks nothing."""
-    for name in given:
-        if name not in DocumentMarks.__annotations__:
-            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def find_starts(
     marks: Mapping[str, Any],
     position_ids: Tensor | None,
@@ -52,7 +44,7 @@ def find_starts(
     """Return where documents start, ``None`` where no row holds more than one.
 
     Args:
-        marks: what the caller says of it, from ``take_marks``.
+        marks: ``DocumentMarks`` that are not ``None``.
         position_ids: [B, T], [1, T] or [T]; a document starts where it does not count on.
         ids: [B, T].
         num_before: [B] int64, real tokens read before these.

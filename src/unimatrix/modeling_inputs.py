@@ -9,7 +9,7 @@ from torch import Tensor
 from unimatrix.cache import UniMatrixCache, require_own_cache, start_cache
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.modeling_documents import find_starts, refuse_stream, take_marks
+from unimatrix.modeling_documents import DocumentMarks, find_starts, refuse_stream
 from unimatrix.nn.packing import Group, Packing, lay_out
 from unimatrix.nn.padding import Padding, find_padding
 from unimatrix.ops.checks import is_transformed
@@ -104,7 +104,7 @@ def read_inputs(
     Raises:
         InputError: as ``UniMatrixModel.forward``; ``TypeError`` likewise.
     """
-    config, marks = model.config, take_marks(marks)
+    config, marks = model.config, _take_known(marks, DocumentMarks)
     refuse_unused(config, output_attentions, token_type_ids)
     refuse_transform(model)
     ids = require_tokens(model, input_ids, inputs_embeds)
@@ -210,10 +210,21 @@ def require_known(name: str, ids: Tensor, num_tokens: int, lowest: int = 0) -> N
 
 def take_loss_options(options: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Return ``LossOptions`` in their order; raise ``TypeError`` for any other keyword."""
+    known = _take_known(options, LossOptions)
+    return known.get("shift_labels"), known.get("loss_weights")
+
+
+def _take_known(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """Return keywords that are not ``None``; raise ``TypeError`` for one that a dict does not name.
+
+    Args:
+        options: what a caller passed.
+        kind: a ``TypedDict``.
+    """
     for name in options:
-        if name not in LossOptions.__annotations__:
+        if name not in kind.__annotations__:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-    return options.get("shift_labels"), options.get("loss_weights")
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def require_shape(name: str, given: Tensor | None, shape: list[int]) -> None:
