@@ -35,38 +35,13 @@ _LAST_TOKENS = ("previous", "recent", "recent_token_ids")
 # In what order parts are listed; those of other mixers come after.
 _FIRST_PARTS = ("matrix_state", "slots", "dense_memory", "automaton")
 
-# Configuration fields that decide the cache's contents and shapes.
-_CARRIED_BY = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "head_dim",
-    "residual_path",
-    "update_rules",
-    "conv_kernel",
-    "norm_guard",
-    "associative_memory",
-    "slot_source",
-    "slot_key_size",
-    "num_slots",
-    "identity_lookup",
-    "identity_values",
-    "match_threshold",
-    "strength_floor",
-    "slot_key_patterns",
-    "slot_read_offsets",
-    "slot_margin",
-    "slot_fade_tokens",
-    "repeated_key",
-    "automaton_window",
-)
-
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def digest_config(config: UniMatrixConfig) -> str:
     """Return a short hash of the fields that decide what a cache holds."""
-    names = list(_CARRIED_BY)
+    names = ["vocab_size", "hidden_size", "num_hidden_layers"]
+    for kind in Mixer.kinds.values():
+        names += kind.list_state_fields(config)
     if config.associative_memory == "indexed":
         names += ["index_units"]
     fields = {name: getattr(config, name) for name in names}
@@ -304,7 +279,7 @@ class UniMatrixCache:
                 "with cache.select_rows"
             )
         if not self.is_sound:
-            require_sound(self.tensors(), len(self.depth), model.config)
+            require_sound(self.tensors(), self._list_states(), model.config)
             self.shared = read_anew(self.shared, self.num_tokens, model.config)
             self.is_sound = True
         if self.origin is not None and self.origin is not model.origin:

@@ -1,5 +1,6 @@
 """The loss: which positions it needs, cross entropy in nats, and the scale of hindsight."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from unimatrix.errors import InputError
-from unimatrix.modeling_inputs import take_targets
+from unimatrix.modeling_inputs import require_shape, take_targets
 from unimatrix.nn.pointer_mixture import MixedLogits, score_targets
 
 IGNORED_LABEL = -100
@@ -120,49 +121,95 @@ def ignore_starts(targets: Tensor, starts: Tensor) -> Tensor:
     return targets.masked_fill(starts.to(targets.device), IGNORED_LABEL)
 
 
+def ignore_unpredicted(
+    targets: Tensor, attention_mask: Tensor | None, starts: Tensor | None
+) -> Tensor:
+    """Return targets [B, T] without those that no token before them predicts.
+
+    Args:
+        targets: the target of each position.
+        attention_mask: as in ``ignore_padding``; ``None`` is no padding.
+        starts: [B, T] bool, the first token of each document; ``None`` is one document a row.
+    """
+    if attention_mask is not None:
+        targets = ignore_padding(targets, attention_mask)
+    if starts is not None:
+        # The last token, to which the first start is rolled, has no target.
+        targets = ignore_starts(targets, starts.roll(-1, dims=1))
+    return targets
+
+
 def choose_targets(
     labels: Tensor | None,
     shift_labels: Tensor | None,
-    shape: list[int],
+    weights: Tensor | None,
+    tokens: Tensor | None,
     logits_to_keep: int | Tensor,
-) -> Tensor:
-    """Return the target of each position, [B, T] int64, -100 ignored.
+) -> Tensor | None:
+    """Return the target of each position, [B, T] int64, -100 ignored; ``None`` without labels.
 
     Args:
         labels: [B, T], shifted here.
         shift_labels: [B, T], targets already; takes precedence over ``labels``.
-        shape: [B, T].
+        weights: by which each target counts, one value a target; ``None`` is 1.
+        tokens: [B, T] or [B, T, D]; for any other shape the model raises, and nothing is chosen.
         logits_to_keep: of a few positions, the targets of those are enough.
 
     Raises:
-        InputError: for labels of another shape, or no whole numbers.
+        InputError: for labels or weights of another shape, or labels that are no whole numbers.
     """
+    has_rows = isinstance(tokens, Tensor) and tokens.dim() > 1
+    if not has_rows or (labels is None and shift_labels is None):
+        return None
+    assert tokens is not None
+    shape = list(tokens.shape[:2])
     keeps_some = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
     labels = take_targets("labels", labels, shape)
     targets = take_targets("shift_labels", shift_labels, None if keeps_some else shape)
     if targets is None:
         assert labels is not None
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+    require_shape("loss_weights", weights, list(targets.shape))
     return targets
 
 
-def choose_last(logits_to_keep: int | Tensor) -> tuple[Any, ...]:
-    """Return the index of so many last positions, or of the positions [n] themselves."""
+def choose_positions(
+    targets: Tensor | None,
+    logits_at: Tensor | None,
+    logits_to_keep: int | Tensor,
+    shape: Sequence[int],
+) -> tuple[Any, ...] | None:
+    """Return the index of the positions whose logits are needed, ``None`` for all.
+
+    Args:
+        targets: [B, T] int64, where only the loss is wanted; ``None`` is logits.
+        logits_at: [B, T] bool, the positions that the caller marks.
+        logits_to_keep: so many last positions, 0 for all, or [n] int64, the positions themselves.
+        shape: [B, T].
+
+    Raises:
+        InputError: for marks of another shape.
+    """
+    if targets is not None:
+        return _choose_counted(targets)
+    if logits_at is not None:
+        require_shape("logits_at", logits_at, list(shape))
+        return (logits_at,)
     if isinstance(logits_to_keep, Tensor):
         return (slice(None), logits_to_keep)
-    return (slice(None), slice(-logits_to_keep, None))
+    return (slice(None), slice(-logits_to_keep, None)) if logits_to_keep else None
 
 
-def choose_rows(labels: Tensor) -> tuple[Any, ...]:
+def _choose_counted(targets: Tensor) -> tuple[Any, ...]:
     """Return the index of the positions whose logits a loss needs.
 
-    Where most have a label, all: picking positions out, and putting their gradients back, takes
+    Where most have a target, all: picking positions out, and putting their gradients back, takes
     longer than the logits of the others.
     """
     if torch.compiler.is_compiling():
         return (slice(None),)  # How many there are would break the graph.
-    counted = labels != IGNORED_LABEL
-    if labels.device.type == "cpu" and 2 * int(counted.sum()) > labels.numel():
+    counted = targets != IGNORED_LABEL
+    if targets.device.type == "cpu" and 2 * int(counted.sum()) > targets.numel():
         return (slice(None),)
     return (counted,)
 

@@ -4,7 +4,7 @@ The numbered comments are the steps of ``docs/forward.md``. ``kernels.plan`` say
 compiled; every part of the plan has the signature of the module that it stands for.
 """
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -15,30 +15,26 @@ from unimatrix.hub.split_head import PointedHidden, keep_pointer, splits_truly
 from unimatrix.kernels.plan import plan, plan_loss
 from unimatrix.loss import (
     add_scale,
-    choose_last,
-    choose_rows,
+    choose_positions,
     choose_targets,
     compute_loss,
-    ignore_padding,
-    ignore_starts,
+    ignore_unpredicted,
 )
 from unimatrix.modeling_documents import DocumentMarks
-from unimatrix.modeling_inputs import (
-    Inputs,
-    LossOptions,
-    read_inputs,
-    require_shape,
-    take_loss_options,
+from unimatrix.modeling_inputs import Inputs, LossOptions, read_inputs, take_loss_options
+from unimatrix.modeling_outputs import (
+    Passed,
+    UniMatrixCausalLMOutput,
+    UniMatrixModelOutput,
+    collect_scales,
+    join_passes,
 )
-from unimatrix.modeling_outputs import UniMatrixCausalLMOutput, UniMatrixModelOutput
 from unimatrix.nn.block import States, UniMatrixBlock
+from unimatrix.nn.feed_forward import build_norm
 from unimatrix.nn.mixer import Mixer, Tokens
-from unimatrix.nn.norm import build_norm
-from unimatrix.nn.packing import Packing, join_rows
 from unimatrix.nn.pointer_mixture import MixedLogits, Pointer, PointerMixture, mix_logits, point
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.token_modulation import TokenModulation
-from unimatrix.ops.hindsight import HindsightScale
 from unimatrix.pretrained import UniMatrixGenerationMixin, UniMatrixPreTrainedModel
 
 
@@ -90,17 +86,12 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         handles_pointer: bool = False,
         logits_to_keep: int = 0,
         pointer_targets: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: Tensor | int | None = None,
-        max_length_k: Tensor | int | None = None,
+        **marks: Unpack[DocumentMarks],
     ) -> UniMatrixModelOutput | tuple[Any, ...]:
         """Return the hidden states of every position and the cache after the last.
 
         A row may hold several documents, each of which starts with nothing carried, as in a row of
-        its own. ``position_ids``, ``seq_idx`` or ``cu_seqlens`` says where; there is no cache then.
+        its own. ``position_ids`` or ``marks`` say where; there is no cache then.
 
         Args:
             input_ids: [B, T] int64 or int32, T >= 1.
@@ -108,9 +99,8 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
                 leaves everything carried untouched; ``None`` is no padding.
             past_key_values: the cache to continue from; not altered unless it is given up.
             use_cache: return a cache; ``None`` is ``config.use_cache`` outside training.
-            output_hidden_states: return the stream before every depth step; ``None`` is as the
-                configuration says.
-            return_dict: return a tuple if ``False``; ``None`` is as the configuration says.
+            output_hidden_states: return the stream before every depth step.
+            return_dict: return no tuple; of both, ``None`` is as the configuration says.
             gives_up_cache: the caller does not use ``past_key_values`` again, so its automaton
                 and its text index, whose copies may take longer than the tokens, are changed in
                 place.
@@ -129,58 +119,33 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
             logits_to_keep: without effect; callers that split a causal model pass it.
             pointer_targets: [B, T] int64, the only tokens whose shares of a pointer mixture the
                 caller needs: K of the output may then be 1. ``None`` is all.
-            seq_idx: [B, T], [1, T] or [T], one number for all tokens of a document.
-            cu_seqlens: [N + 1], where each document starts among the B T tokens, and their number
-                at the end.
-            cu_seq_lens_q: the same under the name of transformers.
-            cu_seq_lens_k: the same.
-            max_length_q: at least the tokens of the longest document.
-            max_length_k: the same.
+            marks: where documents start; see ``DocumentMarks``.
 
         Raises:
             InputError: for arguments that do not fit the model, its cache or each other; for a
                 cache, before or after, where a row holds several documents.
+            TypeError: for an unknown keyword.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         texts = (input_ids, inputs_embeds, attention_mask, suffix_match, pointer_targets)
-        marks = (seq_idx, cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        inputs = read_inputs(
-            self,
-            *texts,
-            position_ids,
-            past_key_values,
-            use_cache,
-            token_type_ids,
-            output_attentions,
-            None if all(mark is None for mark in marks) else DocumentMarks(*marks),
-            in_one_pass=output_hidden_states,
-        )
+        others = (position_ids, past_key_values, use_cache, token_type_ids, output_attentions)
+        inputs = read_inputs(self, *texts, *others, marks, in_one_pass=output_hidden_states)
         passes = [
             self._run(part, output_hidden_states, gives_up_cache=gives_up_cache)
             for part in inputs.passes
         ]
-        last, hidden_states, pointer, scale, cache = _join_passes(passes)
-        if inputs.rows is not None:
-            last, pointer = inputs.rows.unpack(last), pointer.unpack(inputs.rows)
+        output = join_passes(passes, inputs.rows)
+        last = output.last_hidden_state
+        assert last is not None
         if not handles_pointer and not splits_truly(self.config):
-            last = PointedHidden.mark(last, self.config.vocab_size)
-        output = UniMatrixModelOutput(
-            last_hidden_state=last,
-            past_key_values=cache,
-            hidden_states=(*hidden_states, last) if output_hidden_states else None,
-            pointer_token_ids=pointer.token_ids,
-            pointer_weights=pointer.votes,
-            pointer_log_weights=pointer.log_weights,
-            hindsight_scale=scale,
-            document_starts=inputs.rows.starts if isinstance(inputs.rows, Packing) else None,
-        )
+            output.last_hidden_state = last = PointedHidden.mark(last, self.config.vocab_size)
+        if output_hidden_states:
+            output.hidden_states = (*passes[0].hidden_states, last)
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return output if returns_dict else output.to_tuple()
 
-    def _run(
-        self, inputs: Inputs, output_hidden_states: bool, *, gives_up_cache: bool
-    ) -> "_Passed":
+    def _run(self, inputs: Inputs, output_hidden_states: bool, *, gives_up_cache: bool) -> Passed:
         """Run the layers over rows; the arguments are those of ``forward``."""
         ids, embeddings, positions, suffix_match, targets, past, rows, lengths, keeps_cache = inputs
         run = plan(self, like=ids)
@@ -233,42 +198,11 @@ class UniMatrixModel(UniMatrixPreTrainedModel):
         if self.pointer_mixture is not None:
             ids_found, log_weights = run.pointer(last, reads, targets)
             pointer = Pointer(ids_found, None, log_weights)
-        scales = (getattr(read, "scale", None) for read in reads.values())
         cache = None
         if keeps_cache:  # 7. Exactly what is needed to resume.
             is_text = embeddings is None
             cache = past.advance(ids, lengths, carries, shared, self.origin, is_text)
-        scale = next((scale for scale in scales if scale is not None), None)
-        return _Passed(last, hidden_states, pointer, scale, cache)
-
-
-class _Passed(NamedTuple):
-    """What the layers make of rows.
-
-    Attributes:
-        last: [n, t, D], the normalised stream after the last depth step.
-        hidden_states: the stream before each depth step, in the caller's columns.
-        pointer: of [n, t] positions.
-        scale: zeros that the loss adds, where a gate learns in hindsight; also of all passes.
-        cache: the cache after these rows.
-    """
-
-    last: Tensor
-    hidden_states: list[Tensor]
-    pointer: Pointer
-    scale: Any
-    cache: UniMatrixCache | None
-
-
-def _join_passes(passes: list[_Passed]) -> _Passed:
-    """Return what several passes made as one row, [1, n t + ...]; of a single pass as it is."""
-    scales = [part.scale for part in passes if part.scale is not None]
-    scale = HindsightScale.join(scales) if scales else None
-    if len(passes) == 1:
-        return passes[0]._replace(scale=scale)
-    fields = zip(*(part.pointer for part in passes), strict=True)
-    pointer = Pointer(*(None if field[0] is None else join_rows(field) for field in fields))
-    return _Passed(join_rows([part.last for part in passes]), [], pointer, scale, None)
+        return Passed(last, hidden_states, pointer, collect_scales(reads), cache)
 
 
 class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
@@ -347,13 +281,8 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             raise InputError("logits_at and labels exclude each other; pass loss_only with labels")
         # 5. The one shift.
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        targets, wanted = None, None
-        has_targets = labels is not None or shift_labels is not None
-        if has_targets and isinstance(tokens, Tensor) and tokens.dim() > 1:
-            shape = list(tokens.shape[:2])
-            targets = choose_targets(labels, shift_labels, shape, logits_to_keep)
-            require_shape("loss_weights", weights, list(targets.shape))
-            wanted = targets if loss_only and list(targets.shape) == shape else None
+        targets = choose_targets(labels, shift_labels, weights, tokens, logits_to_keep)
+        is_whole = targets is not None and tokens is not None and targets.shape == tokens.shape[:2]
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -368,7 +297,7 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
             token_type_ids=token_type_ids,
             output_attentions=output_attentions,
             handles_pointer=True,
-            pointer_targets=wanted,
+            pointer_targets=targets if loss_only and is_whole else None,
             seq_idx=seq_idx,
             cu_seqlens=cu_seqlens,
             cu_seq_lens_q=cu_seq_lens_q,
@@ -378,42 +307,45 @@ class UniMatrixForCausalLM(UniMatrixPreTrainedModel, UniMatrixGenerationMixin):
         )
         h = output.last_hidden_state
         assert h is not None
-        rows = None
         if targets is not None:
-            if attention_mask is not None:
-                targets = ignore_padding(targets, attention_mask)
-            if shift_labels is None and output.document_starts is not None:
-                # The last token, to which the first start is rolled, has no target.
-                targets = ignore_starts(targets, output.document_starts.roll(-1, dims=1))
-            rows = choose_rows(targets) if loss_only else None
-        elif logits_at is not None:
-            require_shape("logits_at", logits_at, list(h.shape[:2]))
-            rows = (logits_at,)
-        if rows is None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
-            rows = choose_last(logits_to_keep)
+            starts = output.document_starts if shift_labels is None else None
+            targets = ignore_unpredicted(targets, attention_mask, starts)
+        counted = targets if loss_only else None
+        rows = choose_positions(counted, logits_at, logits_to_keep, h.shape[:2])
+        counting = (num_items_in_batch, weights)
+        loss, logits = self._predict(output, rows, targets, *counting, loss_only=loss_only)
+        result = UniMatrixCausalLMOutput.of_model(output, loss, logits)
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if returns_dict else result.to_tuple()
 
+    def _predict(
+        self,
+        output: UniMatrixModelOutput,
+        rows: tuple[Any, ...] | None,
+        targets: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+        weights: Tensor | None,
+        *,
+        loss_only: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return loss and logits of the positions that an index chooses; ``None`` is all."""
         # 6. The tied head, and the votes of the pointer or the mixture with it.
-        votes, shares = output.pointer_weights, output.pointer_log_weights
-        pointer = Pointer(output.pointer_token_ids, votes, shares)
+        h, pointer = output.last_hidden_state, output.pointer
+        assert h is not None
         if rows is not None:
             h, pointer = h[rows], pointer.select(rows)
             targets = None if targets is None else targets[rows]
             weights = None if weights is None else weights[rows]
-        loss = logits = None
+        counting = (num_items_in_batch, weights)
         if targets is not None and loss_only:
-            loss = plan_loss(self, like=h)(h, pointer, targets, num_items_in_batch, weights)
+            logits, loss = None, plan_loss(self, like=h)(h, pointer, targets, *counting)
         else:
             predicted = self.lm_head(h)
             predicted = predicted if pointer.token_ids is None else point(predicted, pointer)
-            if targets is not None:
-                loss = compute_loss(predicted, targets, num_items_in_batch, weights)
             logits = mix_logits(predicted) if isinstance(predicted, MixedLogits) else predicted
-        if loss is not None and targets is not None and output.hindsight_scale is not None:
-            loss = add_scale(loss, output.hindsight_scale, targets, num_items_in_batch, weights)
-        skipped = ["last_hidden_state", "hindsight_scale", "document_starts"]
-        if logits is None:
-            skipped += ["pointer_token_ids", "pointer_weights", "pointer_log_weights"]
-        passed = {name: value for name, value in output.items() if name not in skipped}
-        result = UniMatrixCausalLMOutput(loss=loss, logits=logits, **passed)
-        returns_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if returns_dict else result.to_tuple()
+            if targets is None:
+                return None, logits
+            loss = compute_loss(predicted, targets, *counting)
+        if output.hindsight_scale is not None:
+            loss = add_scale(loss, output.hindsight_scale, targets, *counting)
+        return loss, logits

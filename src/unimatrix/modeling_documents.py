@@ -1,7 +1,7 @@
 """Where documents start in rows that hold several, as every library says it."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from unimatrix.errors import InputError
 from unimatrix.nn.padding import Padding
 
 
-class DocumentMarks(NamedTuple):
+class DocumentMarks(TypedDict, total=False):
     """What callers say of the documents in their rows, beside ``position_ids``.
 
     Attributes:
@@ -24,21 +24,16 @@ class DocumentMarks(NamedTuple):
         max_length_k: the same.
     """
 
-    seq_idx: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    cu_seq_lens_q: Tensor | None = None
-    cu_seq_lens_k: Tensor | None = None
-    max_length_q: Tensor | int | None = None
-    max_length_k: Tensor | int | None = None
-
-    @property
-    def given(self) -> dict[str, Tensor | int]:
-        """What is not ``None``, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+    seq_idx: Tensor | None
+    cu_seqlens: Tensor | None
+    cu_seq_lens_q: Tensor | None
+    cu_seq_lens_k: Tensor | None
+    max_length_q: Tensor | int | None
+    max_length_k: Tensor | int | None
 
 
 def find_starts(
-    marks: DocumentMarks,
+    marks: Mapping[str, Any],
     position_ids: Tensor | None,
     ids: Tensor,
     num_before: Tensor,
@@ -49,7 +44,7 @@ def find_starts(
     """Return where documents start, ``None`` where no row holds more than one.
 
     Args:
-        marks: what the caller says of it.
+        marks: ``DocumentMarks`` that are not ``None``.
         position_ids: [B, T], [1, T] or [T]; a document starts where it does not count on.
         ids: [B, T].
         num_before: [B] int64, real tokens read before these.
@@ -66,7 +61,7 @@ def find_starts(
     if position_ids is not None:
         positions = _read_rows("position_ids", position_ids, ids)
         found["position_ids"] = _find_restarts(positions, num_before, padding, has_table=has_table)
-    for name, value in marks.given.items():
+    for name, value in marks.items():
         if name == "seq_idx":
             assert isinstance(value, Tensor)
             found[name] = _find_changes(_read_rows(name, value, ids), padding)
@@ -191,10 +186,10 @@ def _require_agreement(found: dict[str, Tensor], padding: Padding | None) -> Non
 
 
 def _require_lengths(
-    marks: DocumentMarks, starts: Tensor | None, ids: Tensor, padding: Padding | None
+    marks: Mapping[str, Any], starts: Tensor | None, ids: Tensor, padding: Padding | None
 ) -> None:
     """Raise ``InputError`` if a document is longer than the caller says the longest is."""
-    said = {n: int(value) for n, value in marks.given.items() if n.startswith("max_length")}
+    said = {n: int(value) for n, value in marks.items() if n.startswith("max_length")}
     if not said:
         return
     longest = ids.shape[1]
@@ -232,7 +227,7 @@ def refuse_stream(starts: Tensor, *, continues: bool, keeps: bool | None) -> Non
 
 def refuse_documents(arguments: Mapping[str, Any]) -> None:
     """Raise ``InputError`` if arguments of ``generate`` mark documents in rows."""
-    given = [name for name in DocumentMarks._fields if arguments.get(name) is not None]
+    given = [name for name in DocumentMarks.__annotations__ if arguments.get(name) is not None]
     if given:
         raise InputError(
             f"generate goes on with one text a row, and {', '.join(given)} would mark documents "

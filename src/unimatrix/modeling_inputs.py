@@ -91,23 +91,23 @@ def read_inputs(
     use_cache: bool | None,
     token_type_ids: Tensor | None,
     output_attentions: bool | None,
-    marks: DocumentMarks | None = None,
+    marks: Mapping[str, Any] = {},
     in_one_pass: bool = False,
 ) -> Inputs:
     """Return what ``UniMatrixModel.forward`` reads of its arguments, and refuse what it cannot.
 
     Args:
         model: a ``UniMatrixModel``; those not named here are arguments of its ``forward``.
-        marks: where documents start, beside ``position_ids``.
+        marks: ``DocumentMarks`` of the caller.
         in_one_pass: whether documents of all lengths have to be rows of one pass.
 
     Raises:
-        InputError: as ``UniMatrixModel.forward``.
+        InputError: as ``UniMatrixModel.forward``; ``TypeError`` likewise.
     """
-    config = model.config
+    config, marks = model.config, _take_known(marks, DocumentMarks)
     refuse_unused(config, output_attentions, token_type_ids)
-    refuse_transform(config)
-    ids = require_tokens(config, input_ids, inputs_embeds)
+    refuse_transform(model)
+    ids = require_tokens(model, input_ids, inputs_embeds)
     if input_ids is not None:
         num_tokens = getattr(model.embed_tokens, "num_embeddings", config.vocab_size)
         require_known("token id", ids, num_tokens)
@@ -120,30 +120,26 @@ def read_inputs(
         use_cache = config.use_cache and not model.training
     keeps_cache = use_cache and suffix_match is None
     past = _take_cache(model, past_key_values, ids, is_kept=keeps_cache)
-    padding, positions, table = None, None, model.embed_positions
+    padding, table = None, model.embed_positions
     if attention_mask is not None:
         padding = find_padding(attention_mask, ids, past.num_columns)
-    if position_ids is not None or marks is not None:
-        said = (marks or DocumentMarks(), position_ids, ids, past.num_tokens, padding)
+    if position_ids is not None or marks:
+        said = (marks, position_ids, ids, past.num_tokens, padding)
         starts = find_starts(*said, has_table=table is not None)
         if starts is not None:
             refuse_stream(starts, continues=past_key_values is not None, keeps=asked)
             cost = None if in_one_pass else _estimate_pass(config, ids)
+            texts = (ids, inputs_embeds, None, suffix_match, pointer_targets)
             packing = lay_out(starts, padding, cost)
-            if table is not None:
-                positions = _bound_positions(packing.count_tokens(), table.num_embeddings)
-            texts = (ids, inputs_embeds, positions, suffix_match, pointer_targets)
-            return Inputs(*texts, past, packing, None, keeps_cache=False)
+            return _number_tokens(Inputs(*texts, past, packing, None, keeps_cache=False), table)
     if padding is not None:
         ids = padding.pack(ids)
         inputs_embeds, pointer_targets = (
             None if x is None else padding.pack(x) for x in (inputs_embeds, pointer_targets)
         )
-    if table is not None:
-        positions = _count_positions(ids, past, padding, table.num_embeddings)
     lengths = None if padding is None else padding.lengths
-    texts = (ids, inputs_embeds, positions, suffix_match, pointer_targets)
-    return Inputs(*texts, past, padding, lengths, keeps_cache)
+    texts = (ids, inputs_embeds, None, suffix_match, pointer_targets)
+    return _number_tokens(Inputs(*texts, past, padding, lengths, keeps_cache), table)
 
 
 def _estimate_pass(config: UniMatrixConfig, ids: Tensor) -> int:
@@ -164,24 +160,28 @@ def _take_cache(
     return past
 
 
-def _count_positions(
-    ids: Tensor, past: UniMatrixCache, padding: Padding | None, num_rows: int
-) -> Tensor:
-    """Return the position of each real token, [B, T]; raise if a table does not reach so far."""
-    num_tokens = ids.shape[1]
-    positions = past.num_tokens.unsqueeze(1) + torch.arange(num_tokens, device=ids.device)
-    needed = num_tokens
-    if past.num_columns or padding is not None:
-        num_new = num_tokens if padding is None else padding.lengths
-        needed = int((past.num_tokens + num_new).max())
-    _require_table(needed, num_rows)
-    return positions.clamp(max=num_rows - 1)
+def _number_tokens(inputs: Inputs, table: Any) -> Inputs:
+    """Return inputs with the position of each real token; raise if a table does not reach so far.
 
-
-def _bound_positions(positions: Tensor, num_rows: int) -> Tensor:
-    """Return the positions of packed documents; raise if a table does not reach so far."""
-    _require_table(int(positions.max()) + 1, num_rows)
-    return positions
+    Args:
+        inputs: without positions.
+        table: of positions; ``None`` is a model that embeds none.
+    """
+    if table is None:
+        return inputs
+    ids, past, rows = inputs.ids, inputs.past, inputs.rows
+    if isinstance(rows, Packing):
+        positions = rows.count_tokens()
+        needed = int(positions.max()) + 1
+    else:
+        num_new: Tensor | int = ids.shape[1] if inputs.lengths is None else inputs.lengths
+        positions = past.num_tokens.unsqueeze(1) + torch.arange(ids.shape[1], device=ids.device)
+        needed = ids.shape[1]
+        if past.num_columns or rows is not None:
+            needed = int((past.num_tokens + num_new).max())
+        positions = positions.clamp(max=table.num_embeddings - 1)
+    _require_table(needed, table.num_embeddings)
+    return inputs._replace(positions=positions)
 
 
 def _require_table(needed: int, num_rows: int) -> None:
@@ -210,10 +210,21 @@ def require_known(name: str, ids: Tensor, num_tokens: int, lowest: int = 0) -> N
 
 def take_loss_options(options: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Return ``LossOptions`` in their order; raise ``TypeError`` for any other keyword."""
+    known = _take_known(options, LossOptions)
+    return known.get("shift_labels"), known.get("loss_weights")
+
+
+def _take_known(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """Return keywords that are not ``None``; raise ``TypeError`` for one that a dict does not name.
+
+    Args:
+        options: what a caller passed.
+        kind: a ``TypedDict``.
+    """
     for name in options:
-        if name not in LossOptions.__annotations__:
+        if name not in kind.__annotations__:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
-    return options.get("shift_labels"), options.get("loss_weights")
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def require_shape(name: str, given: Tensor | None, shape: list[int]) -> None:
@@ -246,20 +257,14 @@ def _take_whole(name: str, given: Tensor) -> Tensor:
     return given
 
 
-def list_id_readers(config: UniMatrixConfig) -> list[str]:
+def _list_id_readers(model: Any) -> list[str]:
     """Return the configuration fields by which a model reads token ids beside the embedding."""
-    fields = {
-        "residual_path": config.residual_path != "none",
-        "modulation_size": config.modulation_size > 0,
-        "associative_memory": config.associative_memory in ("selective", "indexed"),
-        "pointer": config.pointer,
-    }
-    return [f"{name}={getattr(config, name)!r}" for name, reads in fields.items() if reads]
+    fields = [mixer.chosen_by for mixer in model.mixers if mixer.reads_ids]
+    fields += ["modulation_size"] if model.token_modulation is not None else []
+    return [f"{name}={getattr(model.config, name)!r}" for name in fields]
 
 
-def require_tokens(
-    config: UniMatrixConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None
-) -> Tensor:
+def require_tokens(model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """Return the ids [B, T] of the tokens, -1 where only their embeddings are given.
 
     Raises:
@@ -277,20 +282,20 @@ def require_tokens(
             )
         return _take_whole("input_ids", input_ids)
     assert inputs_embeds is not None
-    if readers := list_id_readers(config):
+    if readers := _list_id_readers(model):
         raise InputError(
             "inputs_embeds says no token ids, which this model reads in "
             f"{', '.join(readers)}; pass input_ids"
         )
+    width = model.config.hidden_size
     if inputs_embeds.dim() != 3 or 0 in inputs_embeds.shape[1:2]:
         raise InputError(
-            f"inputs_embeds has shape {list(inputs_embeds.shape)}; pass [batch, tokens, "
-            f"{config.hidden_size}] with at least one token"
+            f"inputs_embeds has shape {list(inputs_embeds.shape)}; pass [batch, tokens, {width}] "
+            "with at least one token"
         )
-    if inputs_embeds.shape[2] != config.hidden_size:
+    if inputs_embeds.shape[2] != width:
         raise InputError(
-            f"inputs_embeds has width {inputs_embeds.shape[2]}; this model's is "
-            f"{config.hidden_size}"
+            f"inputs_embeds has width {inputs_embeds.shape[2]}; this model's is {width}"
         )
     return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
 
@@ -309,18 +314,16 @@ def refuse_unused(
         raise InputError("token_type_ids has types other than 0: this model has none; leave it out")
 
 
-def refuse_transform(config: UniMatrixConfig) -> None:
+def refuse_transform(model: Any) -> None:
     """Raise ``InputError`` where a transform of ``torch.func`` would have to read a text."""
-    readers = {
-        "associative_memory": config.associative_memory == "indexed",
-        "residual_path": config.residual_path == "suffix_automaton",
-    }
-    for name, reads in readers.items():
-        if reads and is_transformed():
+    if not is_transformed():
+        return
+    for mixer in model.mixers:
+        if mixer.state_device is not None and mixer.runs_operator:
             raise InputError(
-                f"torch.func cannot look into the index or automaton of {name}="
-                f"{getattr(config, name)!r}; use torch.autograd, for second derivatives after "
-                "model.set_backend('reference')"
+                f"torch.func cannot look into the index or automaton of {mixer.chosen_by}="
+                f"{getattr(model.config, mixer.chosen_by)!r}; use torch.autograd, for second "
+                "derivatives after model.set_backend('reference')"
             )
 
 

@@ -16,7 +16,7 @@ from unimatrix.hub.weights_origin import HasOrigin
 from unimatrix.inference.loop import choose_loop, sample_seeded, sample_tokens
 from unimatrix.inference.prompt import choose_new_tokens, prepare_prompt, read_prompt
 from unimatrix.kernels.backends import name_backends, set_backend
-from unimatrix.modeling_documents import DocumentMarks, find_starts, refuse_documents
+from unimatrix.modeling_documents import find_starts, refuse_documents
 from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.padding import align_right, cut_mask, find_padding
@@ -320,7 +320,7 @@ def _require_counted(
     """Raise ``InputError`` unless the positions of a whole text, [B, T], count from its start."""
     mask = None if attention_mask is None else attention_mask[:, -ids.shape[1] :]
     counted = (position_ids, ids, ids.new_zeros(len(ids)), find_padding(mask, ids))
-    if find_starts(DocumentMarks(), *counted, has_table=has_table) is not None:
+    if find_starts({}, *counted, has_table=has_table) is not None:
         raise InputError(
             "generate goes on with one text a row, and position_ids starts another in a row; leave "
             "it out, and give each text a row of its own"

@@ -9,10 +9,13 @@ from torch.utils._pytree import tree_leaves
 
 from tests.models import VARIANTS, build_model, draw_ids
 from tests.nn.streams import draw_stream
-from unimatrix.cache import UniMatrixCache
+from unimatrix.cache import UniMatrixCache, digest_config
 from unimatrix.kernels.step.explain import explain_step
+from unimatrix.modeling_outputs import Passed, collect_scales, join_passes
 from unimatrix.nn.mixer import Mixer, Read, Tokens
+from unimatrix.nn.pointer_mixture import Pointer
 from unimatrix.ops.backends import BACKENDS
+from unimatrix.ops.hindsight import HindsightScale
 
 NAMES = (
     "matrix_mixer",
@@ -185,3 +188,54 @@ def test_a_new_mixer_is_gated_carried_saved_and_told(
     model.set_backend("auto")
     assert "echo" not in model.name_backends(12, torch.device("cpu"))
     assert explain_step(model) == "model.block.echo is a Echo"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_mixer_says_what_its_state_is(variant: str) -> None:
+    """Fields of the configuration that decide it, and the form of tensors that it carries."""
+    model = build_model(variant)
+    cache = model(draw_ids(2, 9), use_cache=True).past_key_values
+    tensors = cache.tensors()
+    assert digest_config(model.config) == cache.config_digest
+    for mixer in model.model.mixers:
+        assert hasattr(model.config, mixer.chosen_by)
+        assert all(hasattr(model.config, name) for name in mixer.list_state_fields(model.config))
+        prefix = "depth.0." if mixer.reads_at is None else ""
+        for ending, form in mixer.list_state_tensors(model.config).items():
+            tensor = tensors.get(f"{prefix}{mixer.state_prefix}{ending}")
+            if tensor is not None:
+                assert tuple(tensor.shape[1:]) == form.sizes
+                assert tensor.is_floating_point() == (form.holds == "floats")
+                assert form.holds != "int64" or tensor.dtype == torch.int64
+
+
+class ToldRead(NamedTuple):
+    """What a mixer with an auxiliary loss returns."""
+
+    context: Tensor
+    scale: HindsightScale
+
+
+def test_the_auxiliary_losses_of_all_mixers_are_added() -> None:
+    """Each is a mean over its own writes in all passes; none hides another."""
+
+    def zeros(of_target: float, of_gate: float, num_writes: int) -> HindsightScale:
+        numbers = (torch.tensor(of_target), torch.tensor(of_gate), torch.tensor(num_writes))
+        return HindsightScale(*numbers)
+
+    h = torch.zeros(1, 2, 3)
+
+    def make_pass(one: HindsightScale, other: HindsightScale) -> Passed:
+        reads = {"one": ToldRead(h, one), "none": Read(h), "other": ToldRead(h, other)}
+        return Passed(h, [], Pointer(), collect_scales(reads), None)
+
+    first = make_pass(zeros(1.0, 2.0, 3), zeros(10.0, 20.0, 1))
+    scale = join_passes([first], None).hindsight_scale
+    assert scale is not None
+    assert [number.item() for number in scale] == [11.0, 22.0]
+    second = make_pass(zeros(0.5, 4.0, 1), zeros(5.0, 40.0, 3))
+    scale = join_passes([first, second], None).hindsight_scale
+    assert scale is not None
+    assert [number.item() for number in scale] == [16.5, 2.5 + 35.0]
+    assert collect_scales({"none": Read(h)}) == {}

@@ -1,6 +1,6 @@
 """Checks of a cache from a file, or put together by hand, before compiled code reads it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,68 +8,64 @@ from torch import Tensor
 
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
-from unimatrix.ops.checks import require_dtype, require_shape
+from unimatrix.nn.mixer import Mixer, StateTensor
+from unimatrix.ops.checks import require_dtype
 from unimatrix.ops.suffix_automaton import keep_text
 from unimatrix.ops.text_index import TextIndex, rebuild_index
 
-# The end of a tensor's name -> its shape. Other tensors are read by torch alone.
-_SHAPES = {
-    "num_tokens": "B",
-    "last_token_ids": "B",
-    "matrix_state": "B H N N",
-    "recent": "B K D",
-    "previous": "B D",
-    "selective.slots.slot_keys": "B M",
-    "selective.slots.slot_value_ids": "B M",
-    "selective.slots.slot_codes": "B M",
-    "selective.recent_token_ids": "B R",
-    "selective.logits": "B M",
-    "slots.slot_keys": "B M C",
-    "slots.slot_values": "B M D",
-    "slots.slot_strength": "B M",
-    "slots.slot_age": "B M",
-    "slots.slot_token_ids": "B M",
-}
-_INT64 = ("num_tokens", "last_token_ids", "slots.slot_age", "slots.slot_token_ids")
 _ADVICE = "pass a cache that this model has made, or that UniMatrixCache.save has written"
 
 
 def require_sound(
-    tensors: Mapping[str, Tensor], num_depth_steps: int, config: UniMatrixConfig
+    tensors: Mapping[str, Tensor],
+    states: Sequence[tuple[str, Mapping[str, Any]]],
+    config: UniMatrixConfig,
 ) -> None:
-    """Raise ``InputError`` unless shapes, types and ids are those of the model."""
+    """Raise ``InputError`` unless shapes, types and ids are those of the model.
+
+    Args:
+        tensors: every tensor of the cache by its name.
+        states: of each depth step and then those shared, by the mixer's name; each with the prefix
+            of its tensors' names.
+        config: of the model.
+    """
+    num_depth_steps = len(states) - 1
     if num_depth_steps != config.num_hidden_layers:
         raise InputError(
             f"this cache holds {num_depth_steps} depth steps and the model has "
             f"{config.num_hidden_layers}; {_ADVICE}"
         )
-    farthest = max((max(pattern) for pattern in config.slot_key_patterns), default=0)
-    sizes = {
-        "B": tensors["num_tokens"].shape[0],
-        "H": config.num_attention_heads,
-        "N": config.head_dim,
-        "K": max(config.conv_kernel - 1, 0),
-        "D": config.hidden_size,
-        "M": config.num_slots,
-        "C": config.slot_key_size,
-        "R": farthest + max(1, *config.slot_read_offsets, 1),
+    batch = tensors["num_tokens"].shape[0]
+    expected = {
+        "num_tokens": StateTensor((), "int64"),
+        "last_token_ids": StateTensor((), "int64", is_ids=True),
     }
-    for name, tensor in tensors.items():
-        ending = next((end for end in _SHAPES if f".{name}".endswith(f".{end}")), None)
-        if ending is None:
-            continue
-        require_shape(name, tensor, _SHAPES[ending], sizes)
-        is_whole = ending in _INT64 or "selective.slots" in ending or ending.endswith("_ids")
-        if not is_whole:
-            require_dtype(name, tensor, None)
-        elif ending in _INT64:
-            require_dtype(name, tensor, torch.int64)
-        elif tensor.is_floating_point():
-            raise InputError(f"{name} has dtype {tensor.dtype}; {_ADVICE}")
-        if ending.endswith("_ids"):
-            _require_range(name, tensor, -1, config.vocab_size - 1)
-        elif ending == "num_tokens":
-            _require_range(name, tensor, 0, 2**62)
+    for prefix, by_mixer in states:
+        for name in by_mixer:
+            kind = Mixer.kinds[name]
+            for ending, form in kind.list_state_tensors(config).items():
+                expected[f"{prefix}{kind.state_prefix}{ending}"] = form
+    for name, form in expected.items():
+        if name in tensors:
+            _require_form(name, tensors[name], batch, form, config.vocab_size)
+    _require_range("num_tokens", tensors["num_tokens"], 0, 2**62)
+
+
+def _require_form(
+    name: str, tensor: Tensor, batch: int, form: StateTensor, vocab_size: int
+) -> None:
+    """Raise ``InputError`` unless a tensor is what compiled code takes it for."""
+    shape = [batch, *form.sizes]
+    if list(tensor.shape) != shape:
+        raise InputError(f"{name} has shape {list(tensor.shape)}; pass {shape}")
+    if form.holds == "floats":
+        require_dtype(name, tensor, None)
+    elif form.holds == "int64":
+        require_dtype(name, tensor, torch.int64)
+    elif tensor.is_floating_point():
+        raise InputError(f"{name} has dtype {tensor.dtype}; {_ADVICE}")
+    if form.is_ids:
+        _require_range(name, tensor, -1, vocab_size - 1)
 
 
 def read_anew(

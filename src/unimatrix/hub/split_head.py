@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.errors import InputError
 from unimatrix.loss import IGNORED_LABEL, ignore_starts, raise_precision
-from unimatrix.nn.pointer_mixture import MixedLogits, Pointer, mix_logits, point
+from unimatrix.nn.pointer_mixture import MixedLogits, mix_logits, point
 
 if TYPE_CHECKING:
     from unimatrix.modeling import UniMatrixForCausalLM
@@ -195,8 +195,7 @@ def _predict(
     options = {name: value for name, value in kwargs.items() if value is not None}
     options |= {"use_cache": False, "return_dict": True}
     output = model.model(*args, handles_pointer=True, **options)
-    pointer = (output.pointer_token_ids, output.pointer_weights, output.pointer_log_weights)
-    predicted = point(model.lm_head(output.last_hidden_state), Pointer(*pointer))
+    predicted = point(model.lm_head(output.last_hidden_state), output.pointer)
     others = output.hindsight_scale, output.document_starts
     if not isinstance(predicted, MixedLogits):
         return raise_precision(predicted), False, *others

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from unimatrix.configuration import UniMatrixConfig
 from unimatrix.nn.checkpointing import CheckpointedLayer
 from unimatrix.nn.dense_mixer import DenseMixer
-from unimatrix.nn.feed_forward import build_feed_forward
+from unimatrix.nn.feed_forward import build_feed_forward, build_norm
 from unimatrix.nn.indexed_attention import IndexedAttention
 from unimatrix.nn.matrix_mixer import MatrixMixer
 from unimatrix.nn.mixer import Mixer, Tokens, Votes
-from unimatrix.nn.norm import build_norm
 from unimatrix.nn.residual_context import ResidualContext
 from unimatrix.nn.selective_mixer import SelectiveMixer
 from unimatrix.nn.slot_mixer import SlotMixer

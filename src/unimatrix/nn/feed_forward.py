@@ -1,9 +1,15 @@
-"""The feed-forward networks of a depth step."""
+"""What a depth step does to each position alone: its norms and feed-forward networks."""
 
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from unimatrix.configuration import UniMatrixConfig
+
+
+def build_norm(config: UniMatrixConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """Return a new norm of the residual stream (E22): ``layer_norm`` or ``rms_norm``."""
+    kind = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class FeedForward(nn.Module):

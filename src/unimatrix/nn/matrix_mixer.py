@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, normalize, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.nn.mixer import Mixer, Read, Tokens
+from unimatrix.nn.mixer import Mixer, Read, StateTensor, Tokens
 from unimatrix.nn.short_convolution import ShortConvolution
 from unimatrix.ops.matrix_state import READOUT_EPS, scan_matrix_state
 
@@ -71,7 +71,7 @@ class MatrixMixer(Mixer):
     """
 
     name, operator, part = "matrix_mixer", "matrix_state", "matrix_state"
-    State, state_prefix = MatrixState, ""
+    State, state_prefix, chosen_by = MatrixState, "", "update_rules"
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
@@ -99,6 +99,19 @@ class MatrixMixer(Mixer):
         self.short_conv = None
         if config.conv_kernel:
             self.short_conv = ShortConvolution(width, config.conv_kernel)
+
+    @classmethod
+    def list_state_fields(cls, config: UniMatrixConfig) -> tuple[str, ...]:
+        """See ``Mixer.list_state_fields``."""
+        return ("num_attention_heads", "head_dim", "update_rules", "conv_kernel", "norm_guard")
+
+    @classmethod
+    def list_state_tensors(cls, config: UniMatrixConfig) -> dict[str, StateTensor]:
+        """See ``Mixer.list_state_tensors``."""
+        N = config.head_dim
+        recent = StateTensor((max(config.conv_kernel - 1, 0), config.hidden_size))
+        matrices = StateTensor((config.num_attention_heads, N, N))
+        return {"matrix_state": matrices, "recent": recent}
 
     def freeze_unused(self) -> None:
         """Freeze a diagonal that no rule uses; data-parallel training would await its gradient."""

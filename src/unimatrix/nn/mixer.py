@@ -6,6 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unimatrix.configuration import UniMatrixConfig
+
 Votes = tuple[Tensor, Tensor]
 
 
@@ -65,6 +67,20 @@ class Read(NamedTuple):
     context: Tensor
 
 
+class StateTensor(NamedTuple):
+    """What a tensor of a mixer's state must be before compiled code reads it.
+
+    Attributes:
+        sizes: of its axes behind the batch.
+        holds: ``floats``, ``int64``, or ``whole`` numbers of any type.
+        is_ids: whether they are ids of tokens, or -1.
+    """
+
+    sizes: tuple[int, ...]
+    holds: str = "floats"
+    is_ids: bool = False
+
+
 class Mixer(nn.Module):
     """One way of mixing tokens.
 
@@ -79,9 +95,11 @@ class Mixer(nn.Module):
         State: named tuple of tensors, batch first, that it carries from call to call.
         other_states: the same, where what it carries depends on the configuration.
         state_prefix: of the tensors' names in a cache file.
+        chosen_by: the configuration field that names it.
         part: what ``unimatrix info`` calls its state.
         state_device: where the state lies; ``None`` is where the model is.
         votes: whether ``vote`` returns something.
+        reads_ids: whether it reads token ids, which embeddings in their place do not tell.
         reads_at: the depth step before which it reads, once for all of them; ``None`` reads at
             every depth step, from the normalised stream.
     """
@@ -93,11 +111,13 @@ class Mixer(nn.Module):
     state_prefix: ClassVar[str]
     part: ClassVar[str]
     state_device: ClassVar[str | None] = None
+    chosen_by: ClassVar[str] = "associative_memory"
     kinds: ClassVar[dict[str, type["Mixer"]]] = {}
 
     def __init__(self) -> None:
         super().__init__()
         self.votes = False
+        self.reads_ids = self.state_device is not None  # its state is an index of the text
         self.reads_at: int | None = None
         self.operator_options: dict[str, Any] = {}
 
@@ -105,6 +125,23 @@ class Mixer(nn.Module):
         super().__init_subclass__(**options)
         if "name" in vars(cls):
             Mixer.kinds[cls.name] = cls
+
+    @classmethod
+    def list_state_fields(cls, config: UniMatrixConfig) -> tuple[str, ...]:
+        """Return the configuration fields that decide what its state holds.
+
+        A cache is refused by a model that differs in one. Mixers newer than the format of caches
+        return none where the configuration does not choose them: cache files of others stay valid.
+        """
+        return ()
+
+    @classmethod
+    def list_state_tensors(cls, config: UniMatrixConfig) -> dict[str, StateTensor]:
+        """Return what tensors of its state must be, by their names behind ``state_prefix``.
+
+        Those that torch alone reads need no entry.
+        """
+        return {}
 
     @property
     def runs_operator(self) -> bool:
@@ -147,7 +184,8 @@ class Mixer(nn.Module):
             state: a ``State``; ``None`` is that of an empty stream.
 
         Returns:
-            a named tuple with ``context`` [B, T, D]; the state after the last real token.
+            a named tuple with ``context`` [B, T, D], and with ``scale`` (``HindsightScale``) if a
+            mixer that reads once has an auxiliary loss; the state after the last real token.
         """
         raise NotImplementedError(f"{type(self).__name__} does not read")
 

@@ -46,17 +46,22 @@ class ResidualContext(Mixer):
 
     name, operator, part = "residual_context", "suffix_automaton", "automaton"
     State, state_prefix, state_device = AutomatonState, "automaton.", "cpu"
-    other_states = (TextIndex,)
+    other_states, chosen_by = (TextIndex,), "residual_path"
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
-        self.reads_at = 0
+        self.reads_at, self.reads_ids = 0, True
         self.uses_automaton = config.residual_path == "suffix_automaton"
         self.window, self.vocab_size = config.automaton_window, config.vocab_size
         # An index of the text finds what an automaton would.
         self.is_told = config.associative_memory == "indexed"
         self.pad_token_id = config.pad_token_id
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    @classmethod
+    def list_state_fields(cls, config: UniMatrixConfig) -> tuple[str, ...]:
+        """See ``Mixer.list_state_fields``."""
+        return ("residual_path", "automaton_window")
 
     @property
     def runs_operator(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, logsigmoid, rms_norm
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.nn.mixer import Mixer, Tokens
+from unimatrix.nn.mixer import Mixer, StateTensor, Tokens
 from unimatrix.ops.checks import find_real_tokens
 from unimatrix.ops.hindsight import HindsightRules, HindsightScale, watch_reads
 from unimatrix.ops.selective_slots import (
@@ -86,6 +86,13 @@ def normalize_features(vectors: Tensor) -> Tensor:
     return rms_norm(vectors, vectors.shape[-1:], None, torch.finfo(vectors.dtype).eps)
 
 
+def _count_recent(config: UniMatrixConfig) -> int:
+    """Return how many tokens before the current one contexts reach."""
+    farthest = max(max(pattern) for pattern in config.slot_key_patterns)
+    # A write's context ends one token back, a read's as many as its offset.
+    return farthest + max(1, *config.slot_read_offsets)
+
+
 class SelectiveMixer(Mixer):
     """Look the recent contexts up, and offer the one before to the slots.
 
@@ -101,6 +108,7 @@ class SelectiveMixer(Mixer):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__()
+        self.reads_ids = True
         # A gate that sees the stream looks after the first depth step.
         self.reads_at = int(config.slot_source == "hidden")
         self.patterns = [list(pattern) for pattern in config.slot_key_patterns]
@@ -119,9 +127,7 @@ class SelectiveMixer(Mixer):
                 config.hindsight_floor,
                 config.hindsight_weight,
             )
-        farthest = max(max(pattern) for pattern in self.patterns)
-        # A write's context ends one token back, a read's as many as its offset.
-        self.num_recent = farthest + max(1, *self.read_offsets)
+        self.num_recent = _count_recent(config)
         width, num_patterns = config.hidden_size, len(self.patterns)
         self.num_hops = config.slot_hops
         self.num_reads = num_patterns * len(self.read_offsets) * self.num_hops
@@ -130,6 +136,25 @@ class SelectiveMixer(Mixer):
         self.read_score = nn.Parameter(torch.empty(self.num_reads))
         self.value_proj = nn.Linear(width, width, bias=False)
         self.read_gate = nn.Linear(width, width)
+
+    @classmethod
+    def list_state_fields(cls, config: UniMatrixConfig) -> tuple[str, ...]:
+        """See ``Mixer.list_state_fields``."""
+        of_contexts = ("slot_key_patterns", "slot_read_offsets", "repeated_key")
+        of_slots = ("associative_memory", "num_slots", "slot_margin", "slot_fade_tokens")
+        return (*of_contexts, *of_slots)
+
+    @classmethod
+    def list_state_tensors(cls, config: UniMatrixConfig) -> dict[str, StateTensor]:
+        """See ``Mixer.list_state_tensors``."""
+        M = config.num_slots
+        return {
+            "slots.slot_keys": StateTensor((M,), "whole"),
+            "slots.slot_value_ids": StateTensor((M,), "whole", is_ids=True),
+            "slots.slot_codes": StateTensor((M,), "whole"),
+            "recent_token_ids": StateTensor((_count_recent(config),), "whole", is_ids=True),
+            "logits": StateTensor((M,)),
+        }
 
     def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that start elsewhere: a read is clearly above reading nothing."""

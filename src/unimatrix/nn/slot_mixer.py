@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from unimatrix.configuration import UniMatrixConfig
-from unimatrix.nn.associative_projections import AssociativeProjections
-from unimatrix.nn.mixer import Tokens, Votes
+from unimatrix.nn.associative_projections import AssociativeProjections, ProductKeys
+from unimatrix.nn.mixer import StateTensor, Tokens, Votes
 from unimatrix.nn.previous_token import shift_to_previous, take_last
-from unimatrix.nn.product_keys import ProductKeys
 from unimatrix.ops.slots import SlotRead, SlotState, empty_slots, scan_slots
 
 
@@ -42,7 +41,7 @@ class SlotMixer(AssociativeProjections):
 
     def __init__(self, config: UniMatrixConfig) -> None:
         super().__init__(config)
-        self.votes = config.pointer
+        self.votes = self.reads_ids = config.pointer
         self.num_slots = config.num_slots
         self.slots_per_read = config.slots_per_read
         self.match_threshold = config.match_threshold
@@ -56,6 +55,24 @@ class SlotMixer(AssociativeProjections):
             nn.Linear(config.hidden_size, self.key_size, bias=False)
             for _ in range(config.slot_hops - 1)
         )
+
+    @classmethod
+    def list_state_fields(cls, config: UniMatrixConfig) -> tuple[str, ...]:
+        """See ``Mixer.list_state_fields``."""
+        of_slots = ("num_slots", "match_threshold", "strength_floor")
+        return (*super().list_state_fields(config), *of_slots)
+
+    @classmethod
+    def list_state_tensors(cls, config: UniMatrixConfig) -> dict[str, StateTensor]:
+        """See ``Mixer.list_state_tensors``."""
+        M = config.num_slots
+        return super().list_state_tensors(config) | {
+            "slots.slot_keys": StateTensor((M, config.slot_key_size)),
+            "slots.slot_values": StateTensor((M, config.hidden_size)),
+            "slots.slot_strength": StateTensor((M,)),
+            "slots.slot_age": StateTensor((M,), "int64"),
+            "slots.slot_token_ids": StateTensor((M,), "int64", is_ids=True),
+        }
 
     def forward(
         self, source: Tensor, tokens: Tokens, state: SlotMixerState | None
