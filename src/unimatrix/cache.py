@@ -42,8 +42,6 @@ def digest_config(config: UniMatrixConfig) -> str:
     names = ["vocab_size", "hidden_size", "num_hidden_layers"]
     for kind in Mixer.kinds.values():
         names += kind.list_state_fields(config)
-    if config.associative_memory == "indexed":
-        names += ["index_units"]
     fields = {name: getattr(config, name) for name in names}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 

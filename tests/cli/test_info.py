@@ -16,7 +16,7 @@ PARAMETERS = {
     "discovery-assoc": 131_632,
     "sparsepointer": 87_494,
     "selective": 108_830,
-    "unimatrix": 150_923,
+    "unimatrix": 151_053,
 }
 
 

@@ -353,3 +353,15 @@ def test_what_follows_from_the_vocabulary_and_the_depth() -> None:
     config = UniMatrixConfig.preset("unimatrix", num_hidden_layers=1, **small)
     assert (config.index_units, config.index_reads_at) == ("tokens", 0)
     assert UniMatrixConfig.preset("unimatrix", num_hidden_layers=2).index_reads_at == 1
+
+
+def test_a_key_behind_nothing_has_no_gradient_without_bounds() -> None:
+    """The past-only key of a first token is 0 at the start; a place just behind it reads it."""
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = UniMatrixConfig.preset("unimatrix", **tokens, dropout=0.0, automaton_window=128)
+    model = UniMatrixForCausalLM(config).train()
+    ids = torch.tensor([[7, 8, 7, 9, 7, 8, 7, 9]])
+    model(ids, labels=ids).loss.backward()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert torch.stack(norms).norm() < 1e3

@@ -116,11 +116,18 @@ class IndexedAttention(Mixer):
         self.unit_log_temperature = nn.Parameter(torch.empty(self.num_heads))
         self.read_gate = nn.Linear(width, width)
 
+    @classmethod
+    def list_state_fields(cls, config: UniMatrixConfig) -> tuple[str, ...]:
+        """Return what the index is of; see ``Mixer.list_state_fields``."""
+        return ("index_units",) if config.associative_memory == "indexed" else ()
+
     def list_starts(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the parameters that start elsewhere than ``initializer_range`` says."""
         matched = torch.arange(MOST_MATCHED + 1).clamp(max=_MATCHED) * _NATS_OF_MATCH
         starts = [
             (self.key_conv, torch.randn(self.key_conv.shape) * REACH**-0.5),
+            # The key behind nothing is of this bias alone, and 0 has no direction.
+            (self.key_mix.bias, torch.linspace(-0.02, 0.02, len(self.key_mix.bias))),
             (self.match_bias, matched.expand(self.num_heads, -1)),
             (self.log_temperature, torch.full((self.num_heads,), _FIRST_TEMPERATURE).log()),
             (self.unit_log_temperature, torch.full((self.num_heads,), _FIRST_OF_UNITS).log()),
@@ -332,7 +339,8 @@ class IndexedAttention(Mixer):
         mixed = normalize_features(self.key_mix(gelu(seen)))
         keys = self.key_proj(mixed).unflatten(-1, (self.num_heads, -1))
         # The smallest length of a vector is no 16-bit number.
-        return normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        return normalize(keys, dim=-1)
 
 
 def find_needed(distances: Tensor, num_columns: int) -> Tensor:
