@@ -118,8 +118,7 @@ def test_the_answers_that_the_readme_and_the_page_show() -> None:
     for question, answer in (
         ("which number belongs to harkov?", "5202798"),
         ("what is the code of mill lane?", "RT-7714"),
-        ("what is selim's password?", "copper kettle"),
-        ("what is the number of anna?", "not in the text"),
+        ("what is the password of dorrit?", "not in the text"),
     ):
         assert run_command("ask", question, "--file", text, "--json").result["answer"] == answer
 
