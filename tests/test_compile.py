@@ -85,7 +85,7 @@ def make_arguments(op: str) -> tuple[Any, ...]:
     if op == "sum_cross_entropy":
         head = prepare_head(torch.randn(20, 16, requires_grad=True))
         shares = torch.randn(2, 9, 4, requires_grad=True)
-        return x, *head[:3], ids, ids[..., None].expand(2, 9, 3), shares, -100
+        return x, *head[:3], ids, ids[..., None].expand(2, 9, 3), shares, torch.rand(2, 9), -100
     assert op == "match_suffixes"
     return ids, 4
 

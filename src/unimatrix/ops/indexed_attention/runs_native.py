@@ -30,7 +30,8 @@ def find_run(most, rows, num_entries, key_rows, is_mixed):
         num_others = 0
         for e in range(num_entries):
             is_other = entries[e] >> 1 != key_rows[e] >> 1
-            num_others += is_other and entries[e] >= 0 and key_rows[e] >= 0
+            # What has left the window ends a run: boundaries are summed over what is there.
+            num_others += is_other and key_rows[e] >= 0
         if num_others:
             return count
         for e in range(num_entries):
