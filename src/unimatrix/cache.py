@@ -42,7 +42,8 @@ def digest_config(config: UniMatrixConfig) -> str:
     names = ["vocab_size", "hidden_size", "num_hidden_layers"]
     for kind in Mixer.kinds.values():
         names += kind.list_state_fields(config)
-    fields = {name: getattr(config, name) for name in names}
+    values = vars(config)  # once: the attributes of a configuration are slow to read
+    fields = {name: values[name] for name in names}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

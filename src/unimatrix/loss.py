@@ -156,9 +156,12 @@ def choose_targets(
         logits_to_keep: of a few positions, the targets of those are enough.
 
     Raises:
-        InputError: for labels or weights of another shape, or labels that are no whole numbers.
+        InputError: for labels or weights of another shape, labels that are no whole numbers, or
+            weights alone.
     """
     has_rows = isinstance(tokens, Tensor) and tokens.dim() > 1
+    if labels is None and shift_labels is None and weights is not None:
+        raise InputError("loss_weights are given without labels, which they would weigh; pass both")
     if not has_rows or (labels is None and shift_labels is None):
         return None
     assert tokens is not None

@@ -417,6 +417,15 @@ def test_names_load_lazily() -> None:
         unimatrix.absent  # noqa: B018
 
 
+def test_weights_of_the_loss_are_checked() -> None:
+    model, ids = build_model("core"), draw_ids(2, 6)
+    weights = torch.ones(2, 6, dtype=model.dtype)
+    with pytest.raises(InputError, match="loss_weights are given without labels"):
+        model(ids, loss_weights=weights)
+    with pytest.raises(InputError, match=r"loss_weights has shape \[2, 5\]; pass \[2, 6\]"):
+        model(ids, labels=ids, loss_weights=weights[:, 1:])
+
+
 def test_logits_at_beside_labels_is_refused() -> None:
     model, ids = build_model("selective+small"), draw_ids(1, 6)
     with pytest.raises(InputError, match="logits_at"):

@@ -113,7 +113,9 @@ def test_reading_is_that_of_the_reference(
     compare_with_reference(OP, backend, run, leaves)
 
 
-def draw_runs(dtype: torch.dtype, num_before: int) -> tuple[Entries, dict[str, Tensor]]:
+def draw_runs(
+    dtype: torch.dtype, num_before: int, window: int = 200
+) -> tuple[Entries, dict[str, Tensor]]:
     """Return entries and floats of positions that keep their places for a while.
 
     Some places are just behind the positions, where entries appear and keys come to see ahead from
@@ -135,7 +137,7 @@ def draw_runs(dtype: torch.dtype, num_before: int) -> tuple[Entries, dict[str, T
     distances[0, 42:, 1] = -1
     distances[1, 16:33] = -1
     text = torch.randint(0, 3, (B, num_columns), generator=generator)
-    entries = find_entries(text, distances, window=200, backend="reference")
+    entries = find_entries(text, distances, window=window, backend="reference")
     leaves = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         for name, shape in {
@@ -163,6 +165,22 @@ def test_positions_that_keep_their_places(
     columns = entries.rows >> 1
     both = (columns[:, 1:] == columns[:, :-1]) & (entries.rows[:, 1:] != entries.rows[:, :-1])
     assert both.any()  # the key of a column is another one at the next position
+
+    def run(backend: str, **floats: Tensor) -> Outputs:
+        context, weights = attend_entries(entries, **floats, backend=backend)
+        return {"context": context, "weights": weights}
+
+    compare_with_reference(OP, backend, run, leaves)
+
+
+@pytest.mark.parametrize("backend", CANDIDATES)
+def test_boundaries_at_the_edge_of_the_window(backend: str) -> None:
+    """Places that leave the window one entry at a time, while neighbours still have them all."""
+    entries, leaves = draw_runs(torch.float64, 50, window=60)
+    draw_boundary(leaves)
+    columns = entries.rows.view(*entries.rows.shape[:2], P, NUM_OFFSETS) >> 1
+    has_place, has_last = columns[..., BEFORE] >= 0, columns[..., -1] >= 0
+    assert (~has_place & has_last).any()
 
     def run(backend: str, **floats: Tensor) -> Outputs:
         context, weights = attend_entries(entries, **floats, backend=backend)
