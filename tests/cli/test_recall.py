@@ -10,7 +10,7 @@ QUICK = ("--steps", 2, "--batch-size", 4, "--test-examples", 32)
 
 
 @pytest.mark.parametrize(
-    ("preset", "parameters"), [(None, 119_723), ("selective", 74_569), ("sparsepointer", 75_014)]
+    ("preset", "parameters"), [(None, 119_853), ("selective", 74_569), ("sparsepointer", 75_014)]
 )
 def test_json_and_progress(monkeypatch, tmp_path, preset, parameters) -> None:
     monkeypatch.chdir(tmp_path)

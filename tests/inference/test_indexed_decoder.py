@@ -32,6 +32,9 @@ def build(dtype: torch.dtype = torch.float64, **changes: Any) -> UniMatrixForCau
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+        boundary = model.model.block.indexed_attention.boundary
+        if boundary is not None:  # else next to nothing is one
+            boundary[:, -1] += 3
     return model.to(dtype)
 
 
@@ -66,6 +69,7 @@ def test_streams_of_several_windows(units: str, dtype: torch.dtype) -> None:
         {"index_heads": 3, "index_head_dim": 5},
         {"index_reads_at": 0, "index_heads": 1},
         {"index_reads_at": 2, "depth_step_embedding": True, "automaton_window": 128},
+        {"index_boundaries": False},
         {"pointer": False},
         {"pointer": False, "automaton_pointer": False, "residual_path": "none"},
         {"residual_path": "previous_token", "automaton_pointer": False, "modulation_size": 3},

@@ -33,7 +33,7 @@ _ANY_VALUE = frozenset(
     pointer slot_key_patterns slot_read_offsets bounded_training slot_margin slot_fade_tokens
     hindsight hindsight_share hindsight_floor hindsight_weight automaton_window
     automaton_pointer index_units index_heads index_head_dim index_reads_at
-    initializer_range layer_norm_eps use_cache pad_token_id bos_token_id
+    index_boundaries initializer_range layer_norm_eps use_cache pad_token_id bos_token_id
     eos_token_id tie_word_embeddings format_version
     """.split()  # noqa: SIM905
 )

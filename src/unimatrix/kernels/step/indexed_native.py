@@ -243,6 +243,34 @@ def _find_bias(weights, offsets, heads, place, projected, unit_key, head):
 
 
 @part(**OPTIONS)
+def _find_boundary(weights, offsets, heads, entry_ids, entry, head):
+    """Return the boundary that the token of an entry is; the one before it may be no entry."""
+    of_own = weights[offsets[at.BOUNDARY] + entry_ids[entry] * 2 * heads + head]
+    level = np.float64(of_own)
+    if entry > 0:
+        level += weights[offsets[at.BOUNDARY] + (entry_ids[entry - 1] * 2 + 1) * heads + head]
+    return max(level, 0.0) + math.log1p(math.exp(-abs(level)))
+
+
+@part(**OPTIONS)
+def _subtract_boundaries(weights, offsets, entry_ids, first_offset, scores):
+    """Take what lies between a place and its entries [n] from their scores [H, n] (E27).
+
+    The entries are neighbours; the first has the offset ``first_offset`` of the place's 80.
+    """
+    heads, num_entries, place = scores.shape[0], scores.shape[1], BEFORE - first_offset
+    for head in range(heads):
+        crossed = 0.0
+        for entry in range(max(place + 1, 0), num_entries):
+            crossed += _find_boundary(weights, offsets, heads, entry_ids, entry, head)
+            scores[head, entry] -= crossed
+        crossed = 0.0
+        for entry in range(place - 1, -1, -1):
+            crossed += _find_boundary(weights, offsets, heads, entry_ids, entry + 1, head)
+            scores[head, entry] -= crossed
+
+
+@part(**OPTIONS)
 def _score_nothing(projected, new_units, heads, size, head):
     """Return the score of nothing (E27); bit i of ``new_units`` is of the unit i units ago."""
     scores = projected[heads * (2 * size + NUM_OFFSETS + NUM_KINDS) + head * (1 + NUM_RECENT) :]
@@ -282,6 +310,7 @@ def _score_entries(projected, now, found, held, weights, offsets, form, scores, 
             unit_key = unit_keys[row]
         offset = max(0, distance + BEFORE - farthest)
         end = min(NUM_OFFSETS, distance + BEFORE + 1)
+        first_offset, first_entry = offset, num_entries
         while offset < end:  # twice where the ring ends in between
             number = now - distance - BEFORE + offset
             column = number % window
@@ -304,6 +333,9 @@ def _score_entries(projected, now, found, held, weights, offsets, form, scores, 
                     )
             offset += length
             num_entries += length
+        if offsets[at.BOUNDARY] >= 0:
+            own = slice(first_entry, num_entries)
+            _subtract_boundaries(weights, offsets, entry_ids[own], first_offset, scores[:, own])
     return num_entries
 
 

@@ -56,9 +56,10 @@ product is a sum of rows.
     COUNT_BIAS,  # [8, H']
     AGE_BIAS,  # [8, H']
     MATCH_BIAS,  # [H', 17]
+    BOUNDARY,  # [V, 2 H'], of a token itself, with the bias, and of the one before another
     PLACE_OUTPUT,  # [H' C, D]
-) = range(48)
-NUM_WEIGHTS = 48
+) = range(49)
+NUM_WEIGHTS = 49
 
 # Sizes and choices.
 (

@@ -189,6 +189,12 @@ def _add_index(packer: _Packer, mixer: IndexedAttention, embeddings: Tensor) -> 
     packer.add(layout.AGE_BIAS, mixer.age_bias.weight)
     packer.add(layout.MATCH_BIAS, mixer.match_bias)
     packer.add_linear(layout.PLACE_OUTPUT, None, mixer.out_proj)
+    if mixer.boundary is not None:
+        boundary = packer.take(mixer.boundary)
+        values = packer.parts[layout.PLACE_VALUES].view(len(embeddings), mixer.num_heads, -1)
+        own, before = boundary[:, :-1].chunk(2, dim=1)  # [H', C] each
+        sums = [(values * own).sum(dim=-1) + boundary[:, -1], (values * before).sum(dim=-1)]
+        packer.parts[layout.BOUNDARY] = torch.cat(sums, dim=1)
 
 
 def _add_mixture(packer: _Packer, mixture: Any) -> None:
